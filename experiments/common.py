@@ -1,0 +1,315 @@
+"""What the experiments share: their configuration, building a model from it, training, sampling, and writing results."""
+
+from __future__ import annotations
+
+import dataclasses
+import datetime
+import json
+import pathlib
+import platform
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Mapping
+from typing import Any, Literal, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+
+from jflow import interpolants, nets, objectives, parameterizations, samplers, times, training
+from jflow.types import BoundFlowMap, FlowMap, Key
+
+JUMPS = (1, 2, 4, 8, 16)
+AVERAGE = "ema"
+# What may differ between a run and the one that resumes it, and does not belong to the model.
+NOT_KEPT = ("out", "quick", "resume", "overwrite", "samples")
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Config:
+    """The choices of an experiment; each subclass sets its own defaults."""
+
+    out: pathlib.Path
+    """Directory for results.json, figures, samples, metrics and checkpoints."""
+    objective: Literal["lsd", "esd", "psd_m", "psd_u", "mean_flow", "improved_mean_flow"] = "lsd"
+    """The training method (docs: jflow.objectives)."""
+    path: Literal["linear", "trigonometric", "cosine", "variance_preserving", "variance_exploding"] = "linear"
+    """The interpolant."""
+    parameterization: Literal["v", "x"] = "v"
+    """What the network predicts: the mean velocity, or the data end."""
+    steps: int = 9000
+    """Optimizer steps in all."""
+    batch: int = 512
+    """Samples per step, diagonal and off-diagonal together."""
+    learning_rate: float = 1e-3
+    """Peak of the learning rate, after a linear warm-up; it falls to zero along a cosine."""
+    warmup: int = 200
+    """Steps of the warm-up."""
+    clip: float = 10.0
+    """Largest norm of a gradient."""
+    diagonal: float = 0.75
+    """Share of each batch with s = t."""
+    diagonal_start: float = 0.0
+    """Share of the steps, at the beginning, in which the diagonal alone is trained."""
+    full_jumps: float = 0.0
+    """Share of the off-diagonal rows that start at s = 0; the others are uniform on the triangle."""
+    stratified: bool = True
+    """Spread the times of a batch evenly over their law."""
+    ema: float = 0.999
+    """Decay of the average of the parameters that is evaluated."""
+    features: int = 512
+    """Width of the network."""
+    depth: int = 5
+    """Hidden layers."""
+    network: Literal["plain", "embedded"] = "embedded"
+    """The raw (s, t, x) into plain layers, or embedded times that modulate residual layers."""
+    points: Literal["raw", "octaves", "fourier"] = "raw"
+    """Features of x."""
+    point_frequencies: int = 4
+    """How many octaves or random frequencies."""
+    samples: int = 100_000
+    """Samples per number of jumps, for scores and samples_K.npy."""
+    seed: int = 0
+    """Seed of the weights, the data and the noise."""
+    log_every: int = 100
+    """Steps per row of metrics, and per dispatch."""
+    quick: bool = False
+    """A small run that shows that everything works, for a laptop or a test; its numbers mean nothing."""
+    resume: bool = False
+    """Go on from the newest checkpoint in --out."""
+    overwrite: bool = False
+    """Replace an earlier run in --out."""
+
+    def check(self) -> None:
+        """Refuses values out of range.
+
+        Raises:
+          ValueError: naming the option, what came and what was expected.
+        """
+        for name in ("steps", "batch", "features", "depth", "samples", "log_every", "point_frequencies"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"--{_flag(name)}: expected a positive whole number, got {getattr(self, name)}")
+        if self.warmup < 0 or self.warmup >= self.steps:
+            raise ValueError(f"--warmup: expected at least 0 and less than --steps {self.steps}, got {self.warmup}")
+        for name, low, high in (
+            ("diagonal", 0.0, 1.0),
+            ("diagonal_start", 0.0, 1.0),
+            ("full_jumps", 0.0, 1.0),
+            ("ema", 0.0, 1.0),
+        ):
+            if not low <= getattr(self, name) <= high:
+                raise ValueError(f"--{_flag(name)}: expected a number from {low:g} to {high:g}, got {getattr(self, name)}")
+        for name in ("learning_rate", "clip"):
+            if not 0.0 < getattr(self, name) < float("inf"):
+                raise ValueError(f"--{_flag(name)}: expected a positive number, got {getattr(self, name)}")
+        if self.seed < 0:
+            raise ValueError(f"--seed: expected a whole number from 0, got {self.seed}")
+        if self.diagonal == 1.0:
+            raise ValueError("--diagonal: expected less than 1: a flow map is learned on the off-diagonal rows")
+        if self.resume and self.overwrite:
+            raise ValueError("--resume, --overwrite: expected at most one of them")
+
+    def kept(self) -> dict[str, Any]:
+        """The entries that a checkpoint keeps, enough to build the model again, as JSON values."""
+        name = type(self).__module__.split(".")[-1]
+        if name == "__main__":
+            name = pathlib.Path(sys.modules["__main__"].__file__ or "").stem
+        values = {f.name: getattr(self, f.name) for f in dataclasses.fields(self) if f.name not in NOT_KEPT}
+        return {"experiment": name, **values}
+
+
+class Problem(NamedTuple):
+    """What an experiment is about.
+
+    Attributes:
+      dataset: a dataset of ``jflow.datasets``: ``batch(data, step)`` and ``data``; in the model's units.
+      event: the shape of one sample.
+      scale: data units per model unit.
+      reference: ``(key, n) -> [n, *event]``, samples to compare with, in data units; may return fewer.
+      labels: ``(key, n) -> [n]`` class labels to sample with, or None.
+      classes: their number, or 0.
+      features: ``[N, *event] -> [N, f]``: where distances between samples are measured, on data units.
+    """
+
+    dataset: Any
+    event: tuple[int, ...]
+    scale: float
+    reference: Callable[[Key, int], np.ndarray]
+    labels: Callable[[Key, int], jax.Array] | None = None
+    classes: int = 0
+    features: Callable[[jax.Array], jax.Array] = lambda x: x.reshape(x.shape[0], -1)
+
+
+class Model(NamedTuple):
+    """A network as a flow map, with the path it was made for.
+
+    Attributes:
+      flow_map: params are the network's.
+      init: ``key -> params``.
+      interpolant: the path.
+    """
+
+    flow_map: FlowMap
+    init: Callable[[Key], Any]
+    interpolant: interpolants.Interpolant
+
+
+def build(config: Config, problem: Problem) -> Model:
+    """The network of a configuration as a FlowMap."""
+    fields = {"features": config.features, "depth": config.depth, "num_classes": problem.classes}
+    points = {"points": config.points, "point_frequencies": config.point_frequencies}
+    make = nets.MLP.plain if config.network == "plain" else nets.MLP
+    module = make(**fields, **points)
+    interpolant = interpolants.INTERPOLANTS[config.path]()
+    form = parameterizations.PARAMETERIZATIONS[config.parameterization](interpolant)
+
+    def init(key: Key) -> Any:
+        return module.init(key, jnp.float32(0.0), jnp.float32(1.0), jnp.zeros(problem.event, jnp.float32))["params"]
+
+    return Model(parameterizations.flow_map(nets.from_linen(module), form), jax.jit(init), interpolant)
+
+
+def objective_of(config: Config, model: Model) -> Callable[..., Any]:
+    """The objective of a configuration, with its start on the diagonal alone."""
+    pairs = times.triangle(stratified=config.stratified)
+    if config.full_jumps:
+        from_noise = times.independent(times.constant(0.0), times.uniform(stratified=config.stratified))
+        pairs = times.mixed([pairs, from_noise], [1.0 - config.full_jumps, config.full_jumps])
+    single = times.uniform(stratified=config.stratified)
+    method = objectives.METHODS[config.objective].constructor(
+        model.flow_map, model.interpolant, diagonal=config.diagonal, times=single, pairs=pairs
+    )
+    first = round(config.diagonal_start * config.steps)
+    if first == 0:
+        return method
+    alone = objectives.flow_matching(model.flow_map, model.interpolant, times=single)
+    return objectives.sequence([(0, alone), (first, method)])
+
+
+def train(config: Config, problem: Problem, model: Model) -> tuple[BoundFlowMap, float]:
+    """Trains, writing metrics and checkpoints to ``config.out``.
+
+    Returns:
+      (the map at the averaged parameters, seconds that the training took, compilation included).
+    """
+    schedule = optax.warmup_cosine_decay_schedule(0.0, config.learning_rate, config.warmup, config.steps)
+    optimizer = optax.chain(optax.clip_by_global_norm(config.clip), optax.radam(schedule))
+    averages = {AVERAGE: training.ema.warmup(config.ema)}
+    init_key, train_key = jax.random.split(jax.random.key(config.seed))
+    state = training.init_state(model.init(init_key), optimizer, train_key, ema=averages)
+    step = training.make_step(objective_of(config, model), optimizer, ema=averages)
+    chunk = training.make_chunk(step, problem.dataset.batch)
+    log_every = min(config.log_every, config.steps)
+    began = time.perf_counter()
+    state = training.fit(
+        state,
+        chunk,
+        problem.dataset.data,
+        total_steps=config.steps,
+        log_every=log_every,
+        checkpoint_every=log_every * max(1, config.steps // (4 * log_every)),
+        out_dir=config.out,
+        config=config.kept(),
+        resume=config.resume,
+        overwrite=config.overwrite,
+    )
+    return model.flow_map.bind(training.ema.as_params(state.ema[AVERAGE], state.params)), time.perf_counter() - began
+
+
+def draw(bound: BoundFlowMap, x0: jax.Array, steps: int, labels: jax.Array | None = None, chunk: int = 4096) -> jax.Array:
+    """``steps`` equal jumps of a batch of base points [N, *event], in blocks of ``chunk`` samples."""
+    grid = samplers.uniform_grid(steps)
+
+    @jax.jit
+    def run(bound: BoundFlowMap, x: jax.Array, cond: Any) -> jax.Array:
+        return jax.lax.map(lambda row: samplers.jumps(bound, row[0], grid, row[1]), (x, cond), batch_size=chunk)
+
+    return run(bound, x0, labels)
+
+
+def write_samples(config: Config, problem: Problem, bound: BoundFlowMap) -> dict[int, np.ndarray]:
+    """Writes ``samples_K.npy`` (float32, N x event, data units) for K = 1, 2, 4, 8, 16 from the same noise; returns them."""
+    noise_key, label_key = jax.random.split(jax.random.key(config.seed + 1))
+    x0 = jax.random.normal(noise_key, (config.samples, *problem.event), jnp.float32)
+    labels = None if problem.labels is None else problem.labels(label_key, config.samples)
+    drawn = {}
+    for jumps in JUMPS:
+        drawn[jumps] = np.asarray(draw(bound, x0, jumps, labels) * problem.scale, np.float32)
+        np.save(config.out / f"samples_{jumps}.npy", drawn[jumps])
+    if labels is not None:
+        np.save(config.out / "labels.npy", np.asarray(labels))
+    return drawn
+
+
+def environment() -> dict[str, Any]:
+    """Where a result comes from: command, commit, date, device and versions."""
+    try:
+        commit = subprocess.run(["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True, check=True)
+        revision = commit.stdout.strip()
+    except (OSError, subprocess.CalledProcessError):
+        revision = "unknown"
+    device = jax.devices()[0]
+    import diffrax
+    import flax
+
+    return {
+        "command": " ".join(["python", "-m", _module(), *sys.argv[1:]]),
+        "commit": revision,
+        "date": datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
+        "device": f"{device.platform}, {device.device_kind}, {len(jax.devices())} device(s)",
+        "versions": {
+            "python": platform.python_version(),
+            "jax": jax.__version__,
+            "flax": flax.__version__,
+            "optax": optax.__version__,
+            "diffrax": diffrax.__version__,
+        },
+    }
+
+
+def write_json(path: pathlib.Path, values: Mapping[str, Any]) -> None:
+    """Writes JSON, arrays as numbers and lists."""
+
+    def plain(value: Any) -> Any:
+        array = np.asarray(value)
+        return array.tolist() if array.dtype != object else str(value)
+
+    path.write_text(json.dumps(values, indent=2, default=plain) + "\n")
+
+
+def markdown(header: list[str], rows: list[list[Any]]) -> str:
+    """A Markdown table; numbers with three significant digits."""
+
+    def cell(value: Any) -> str:
+        return f"{value:.3g}" if isinstance(value, float) else str(value)
+
+    lines = [header, ["---"] * len(header), *[[cell(v) for v in row] for row in rows]]
+    return "\n".join("| " + " | ".join(line) + " |" for line in lines)
+
+
+def main(config_type: type, run: Callable[[Any], None]) -> None:
+    """Reads the command line and runs; a mistake that can be named ends with its message and exit code 2."""
+    import tyro
+
+    config = tyro.cli(config_type, description=sys.modules[config_type.__module__].__doc__)
+    try:
+        config.check()
+        run(config)
+    except (ValueError, TypeError, OSError) as error:
+        sys.exit(_fail(error))
+
+
+def _fail(error: Exception) -> int:
+    print(f"error: {error}", file=sys.stderr)
+    return 2
+
+
+def _flag(name: str) -> str:
+    return name.replace("_", "-")
+
+
+def _module() -> str:
+    spec = sys.modules["__main__"].__spec__
+    return spec.name if spec is not None else "experiments"

@@ -1,0 +1,71 @@
+"""jflow: flow maps defined, trained, trusted and measured.
+
+A flow map X_{s,t} takes the state of a probability-flow ODE at time s to its state at time t in one network call. See
+``jflow.types`` for the two types and the time convention (t = 0 base, t = 1 data), and the README for an example.
+"""
+
+from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+from jflow import (
+    conventions,
+    couplings,
+    identities,
+    interpolants,
+    objectives,
+    parameterizations,
+    reductions,
+    times,
+    types,
+)
+from jflow.objectives import Objective
+from jflow.parameterizations import flow_map
+from jflow.types import Batch, BoundFlowMap, Context, Domain, FlowMap, Velocity
+
+if TYPE_CHECKING:
+    from jflow import datasets, diagnostics, metrics, nets, oracles, samplers, solvers, training
+
+__version__ = "0.1.0"
+
+# Loaded at first use: they bring flax, diffrax, orbax or the like.
+_LAZY = ("datasets", "diagnostics", "metrics", "nets", "oracles", "samplers", "solvers", "training")
+
+__all__ = [
+    "Batch",
+    "BoundFlowMap",
+    "Context",
+    "Domain",
+    "FlowMap",
+    "Objective",
+    "Velocity",
+    "conventions",
+    "couplings",
+    "datasets",
+    "diagnostics",
+    "flow_map",
+    "identities",
+    "interpolants",
+    "metrics",
+    "nets",
+    "objectives",
+    "oracles",
+    "parameterizations",
+    "reductions",
+    "samplers",
+    "solvers",
+    "times",
+    "training",
+    "types",
+]
+
+
+def __getattr__(name: str) -> Any:
+    if name in _LAZY:
+        return importlib.import_module(f"jflow.{name}")
+    raise AttributeError(f"module 'jflow' has no attribute {name!r}")
+
+
+def __dir__() -> list[str]:
+    return sorted(__all__)

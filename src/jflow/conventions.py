@@ -1,0 +1,74 @@
+r"""Converters at the door: networks that follow another paper's signs and time direction, as ours.
+
+    theirs                                          to ours
+    MeanFlow, improved and pixel MeanFlow, alpha-Flow (source t', target r')   s = 1 - t', t = 1 - r', v = -u
+    terminal velocity matching, Align Your Flow, IMM  (source t', target s')   s = 1 - t', t = 1 - s', v = -u
+    sCM: x_tau = cos(tau) data + sin(tau) noise       trigonometric path, t = 1 - 2 tau/pi, b = -(pi/2) dx/dtau
+    EDM, CTM: x_sigma = data + sigma noise            alpha/beta = sigma, after rescaling x by 1/beta
+
+Boffi et al., shortcut models and the flow_matching package already run from noise at 0 to data at 1.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import jax.numpy as jnp
+
+from jflow import trees
+from jflow.interpolants import Interpolant, convert, trigonometric
+from jflow.parameterizations import flow_map, trigonometric_form
+from jflow.types import FORWARD, TO_DATA, Cond, Domain, Event, FlowMap, Key, Params, Time, Velocity
+
+
+def from_reversed_time(mean_velocity: Callable[..., Event], domain: Domain = FORWARD) -> FlowMap:
+    """A FlowMap of ``u(params, source, target, x, cond, *, key)`` whose time is 0 at the data and 1 at the noise.
+
+    v_{s,t}(x) = -u(1 - s, 1 - t, x): MeanFlow's (t', r') and terminal velocity matching's (t', s') are (source, target).
+    ``domain`` is in our times.
+    """
+
+    def ours(params: Params, s: Time, t: Time, x: Event, cond: Cond = None, *, key: Key | None = None) -> Event:
+        theirs = mean_velocity(params, 1.0 - jnp.asarray(s), 1.0 - jnp.asarray(t), x, cond, key=key)
+        return trees.scale(-1.0, theirs)
+
+    return FlowMap(ours, domain)
+
+
+def velocity_from_reversed_time(velocity: Callable[..., Event]) -> Velocity:
+    """A Velocity of ``u(params, t', x, cond, *, key)`` with t' = 0 at the data: b_t(x) = -u(1 - t, x)."""
+
+    def ours(params: Params, t: Time, x: Event, cond: Cond = None, *, key: Key | None = None) -> Event:
+        return trees.scale(-1.0, velocity(params, 1.0 - jnp.asarray(t), x, cond, key=key))
+
+    return ours
+
+
+def from_scm(network: Callable[..., Event]) -> FlowMap:
+    """A FlowMap of sCM's ``F(params, tau, x, cond, *, key)``, for data of unit scale, tau = pi (1 - t)/2 (2410.11081).
+
+    X_{s,1}(x) = cos(tau) x - sin(tau) F and b_t = -(pi/2) F, on the trigonometric path; its domain is t = 1.
+    """
+
+    def apply(params: Params, s: Time, t: Time, x: Event, cond: Cond = None, *, key: Key | None = None) -> Any:
+        del t
+        tau = 0.5 * jnp.pi * (1.0 - jnp.asarray(s))
+        return trees.scale(-1.0, network(params, tau, x, cond, key=key))
+
+    return flow_map(apply, trigonometric_form(trigonometric()), TO_DATA)
+
+
+def velocity_from_edm(denoiser: Callable[..., Event], interpolant: Interpolant) -> Velocity:
+    """A Velocity of EDM's denoiser ``D(params, sigma, x, cond, *, key)`` on any of our paths (2206.00364).
+
+    With sigma = alpha_t/beta_t, D(x/beta_t, sigma) predicts the data. Where beta_t = 0 the path has no finite sigma:
+    beta_t is clamped from below to 1e-6.
+    """
+
+    def ours(params: Params, t: Time, x: Event, cond: Cond = None, *, key: Key | None = None) -> Event:
+        beta = jnp.maximum(interpolant.beta(t), 1e-6)
+        data = denoiser(params, interpolant.alpha(t) / beta, trees.scale(1.0 / beta, x), cond, key=key)
+        return convert(interpolant, t, x, data, "data", "velocity")
+
+    return ours

@@ -1,0 +1,220 @@
+r"""Data: arrays in memory and synthetic distributions, whose batches are pure functions of a seed and the step.
+
+There is no iterator to save: ``dataset.batch(data, step)`` is traced inside the training step, and a run resumed at any
+step sees the batches it would have seen. The arrays are passed as ``data``, never baked into the compiled code.
+
+An epoch visits every row exactly once, and nothing is dropped: positions p = step * B, ..., step * B + B - 1 run on across
+epochs, epoch p // N and place p % N, and row = permutation_epoch(place). The permutation is a swap-or-not shuffle
+(Hoang, Morris and Rogaway, 2012), computed place by place without a table: in round r, with random k_r,
+
+    x  <-  either x or (k_r - x) mod N,   by one bit hashed from the larger of the two,
+
+which is its own inverse, hence a bijection for any N.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from jflow import checks
+from jflow.types import Array, Batch, Key, PyTree
+
+ROUNDS = 24
+
+
+class Split(NamedTuple):
+    """Data to learn from and data held out.
+
+    Attributes:
+      train: a Batch of all training rows.
+      held_out: a Batch of the others.
+    """
+
+    train: Batch
+    held_out: Batch
+
+
+class ArrayDataset:
+    """Rows of arrays in memory, in a new random order every epoch.
+
+        dataset = ArrayDataset(Batch(x1=images, cond=labels), batch_size=128, seed=0)
+        chunk = make_chunk(step, dataset.batch)
+        fit(state, chunk, dataset.data, ...)
+
+    A batch that spans the end of an epoch may hold a row twice.
+
+    Args:
+      data: a Batch (or another pytree) of arrays with the same leading axis of N rows; copied to the device.
+      batch_size: B, rows per batch; may exceed N.
+      seed: of the order; any whole number from 0.
+
+    Raises:
+      ValueError: when leading axes differ, there are no rows, or N or B is 2^28 or more.
+    """
+
+    def __init__(self, data: PyTree, batch_size: int, seed: int = 0) -> None:
+        sizes = {np.shape(leaf)[:1] for leaf in jax.tree.leaves(data)}
+        if len(sizes) != 1 or sizes & {(), (0,)}:
+            raise ValueError(f"data: expected arrays with one common leading axis of rows, got {sorted(sizes)}")
+        self.size = checks.integer("the number of rows", next(iter(sizes))[0], low=1, high=2**28 - 1)
+        self.batch_size = checks.integer("batch_size", batch_size, low=1, high=2**28 - 1)
+        self.seed = checks.integer("seed", seed, high=2**32 - 1)
+        self.data = jax.tree.map(jnp.asarray, data)
+
+    def batch(self, data: PyTree, step: Array) -> PyTree:
+        """The batch of a step: leaves ``[B, ...]`` like those of ``data``."""
+        rows = self.rows(step)
+        return jax.tree.map(lambda leaf: leaf[rows], data)
+
+    def rows(self, step: Array) -> Array:
+        """The rows ``[B]``, int32, of which the batch of a step consists; step is an int32 scalar from 0."""
+        epoch, place = _position(step, self.batch_size, self.size)
+        # A batch touches `ahead` epochs beside its first one at most; their round keys are drawn together.
+        ahead = (self.size + self.batch_size - 2) // self.size
+        words = _round_keys(self.seed, epoch + jnp.arange(ahead + 1, dtype=jnp.uint32))
+        places = place + jnp.arange(self.batch_size, dtype=jnp.uint32)
+        mine = (places // self.size).astype(jnp.int32)
+        offsets, salts = (words[0] % self.size)[:, mine], words[1][:, mine]
+        return _shuffle(places % self.size, offsets, salts, self.size).astype(jnp.int32)
+
+
+@dataclasses.dataclass(frozen=True)
+class SampledDataset:
+    """Fresh samples of a synthetic distribution at every step; there is no ``data`` (it is None).
+
+    Attributes:
+      sampler: ``(key, n) -> x1 [n, ...]``, or a Batch of n rows; traced.
+      batch_size: rows per batch.
+      seed: of the samples.
+    """
+
+    sampler: Callable[[Key, int], Any]
+    batch_size: int
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        checks.integer("batch_size", self.batch_size, low=1)
+        checks.integer("seed", self.seed, high=2**32 - 1)
+
+    @property
+    def data(self) -> None:
+        """None: nothing is kept."""
+        return None
+
+    def batch(self, data: PyTree, step: Array) -> Batch:
+        """The batch of a step, drawn with ``fold_in(key(seed), step)``; ``data`` is not looked at."""
+        del data
+        key = jax.random.fold_in(jax.random.key(self.seed, impl="threefry2x32"), step)
+        drawn = self.sampler(key, self.batch_size)
+        return drawn if isinstance(drawn, Batch) else Batch(x1=drawn)
+
+
+def digits(held_out: float = 0.2, seed: int = 0) -> Split:
+    """The 1,797 handwritten digits of scikit-learn (UCI, 8x8 pixels of 17 levels), split by class.
+
+    Args:
+      held_out: the share of each class that is held out, rounded to whole images.
+      seed: of the split, which depends on nothing else.
+
+    Returns:
+      Split of Batch(x1 [n, 8, 8, 1] float32 = level/8 - 1 in [-1, 1], cond = labels [n] int32), numpy arrays in the
+      original order. By default 1,438 train and 359 are held out.
+
+    Raises:
+      ImportError: when scikit-learn is missing.
+      ValueError: for a share outside [0, 1].
+    """
+    checks.number("held_out", held_out, low=0.0, high=1.0)
+    try:
+        from sklearn.datasets import load_digits
+    except ImportError as error:
+        raise ImportError("digits: the images come with scikit-learn, which is missing: pip install scikit-learn") from error
+    source = load_digits()
+    images = (source.images[..., None] / 8.0 - 1.0).astype(np.float32)
+    labels = source.target.astype(np.int32)
+    random = np.random.default_rng(seed)
+    out = np.zeros(len(labels), bool)
+    for label in np.unique(labels):
+        members = random.permutation(np.flatnonzero(labels == label))
+        out[members[: round(held_out * len(members))]] = True
+    return Split(*(Batch(x1=images[rows], cond=labels[rows]) for rows in (~out, out)))
+
+
+# Each coordinate of the checkerboard is uniform on [-1, 1]: 1/sqrt(3). (The two have covariance 1/16.)
+CHECKERBOARD_STD = 3.0**-0.5
+
+
+def checkerboard(key: Key, n: int, dtype: Any = jnp.float32) -> Array:
+    """Samples [n, 2], uniform on the cells (i, j) with i + j even of a 4x4 board on [-1, 1]^2 (2505.18825).
+
+    Mean 0, standard deviation ``CHECKERBOARD_STD`` in each coordinate, covariance 1/16, entropy log 2 nats.
+    """
+    column_key, row_key, place_key = jax.random.split(key, 3)
+    i = jax.random.randint(column_key, (n,), 0, 4)
+    j = 2 * jax.random.randint(row_key, (n,), 0, 2) + i % 2
+    # Kept off 1, where rounding would carry a point over the edge of its cell.
+    place = jnp.minimum(jax.random.uniform(place_key, (n, 2), dtype), jnp.asarray(1 - 2.0**-20, dtype))
+    return 0.5 * (jnp.stack([i, j], axis=1).astype(dtype) + place) - 1.0
+
+
+def checkerboard_log_density(x: Array) -> Array:
+    """The log density, in nats, of one point x [2]: log 0.5 on the cells of the checkerboard, -inf elsewhere; a scalar.
+
+    Raises:
+      ValueError: for another shape.
+    """
+    checks.shape("x", x, (2,))
+    # The board is closed: its far edges belong to the last cells.
+    cell = jnp.where(x == 1.0, 3.0, jnp.floor(2.0 * (x + 1.0)))
+    inside = jnp.all((cell >= 0.0) & (cell <= 3.0)) & (jnp.sum(cell) % 2.0 == 0.0)
+    return jnp.where(inside, jnp.log(jnp.asarray(0.5, x.dtype)), jnp.asarray(-jnp.inf, x.dtype))
+
+
+def _position(step: Array, batch_size: int, size: int) -> tuple[Array, Array]:
+    """(step * batch_size) divided by size, as quotient and remainder, uint32, without 64-bit integers.
+
+    Long division on the digits of step: they are taken so small that no product passes 2^32.
+    """
+    quotient, remainder = divmod(batch_size, size)
+    bits = 31 - size.bit_length()
+    step = jnp.asarray(step).astype(jnp.uint32)
+    epoch, place = jnp.uint32(0), jnp.uint32(0)
+    for shift in reversed(range(0, 31, bits)):
+        digit = (step >> shift) & (2**bits - 1)
+        place = (place << bits) + digit * remainder
+        epoch = (epoch << bits) + digit * quotient + place // size
+        place = place % size
+    return epoch, place
+
+
+def _round_keys(seed: int, epochs: Array) -> Array:
+    """Random words [2, ROUNDS, E], uint32, for each of E epochs.
+
+    Hashed, since the order of rows asks little of them and Threefry would triple the time to compile a batch.
+    """
+    mixed = _mix(_mix(jnp.uint32(seed ^ 0x9E3779B9)) ^ epochs)
+    counters = jnp.arange(2 * ROUNDS, dtype=jnp.uint32) * jnp.uint32(0x9E3779B9)
+    return _mix(_mix(mixed[None, :] ^ counters[:, None])).reshape(2, ROUNDS, -1)
+
+
+def _shuffle(x: Array, offsets: Array, salts: Array, size: int) -> Array:
+    """Swap-or-not: x [B] in [0, size), with its round keys offsets [ROUNDS, B] in [0, size) and salts [ROUNDS, B]."""
+    for offset, salt in zip(offsets, salts, strict=True):
+        partner = offset + (size - x)
+        partner = jnp.where(partner >= size, partner - size, partner)
+        swap = _mix(jnp.maximum(x, partner) ^ salt) & 1 == 1
+        x = jnp.where(swap, partner, x)
+    return x
+
+
+def _mix(word: Array) -> Array:
+    """A bijection of uint32 that spreads every bit over all (the finaliser of MurmurHash3)."""
+    word = (word ^ (word >> 16)) * jnp.uint32(0x85EBCA6B)
+    word = (word ^ (word >> 13)) * jnp.uint32(0xC2B2AE35)
+    return word ^ (word >> 16)

@@ -1,0 +1,214 @@
+r"""The identities that a flow map obeys, as (prediction, target) of one sample; the residual is their difference.
+
+For the exact map each residual is zero, whichever parts are under a stop-gradient, which changes no value:
+
+    tangent      v_{t,t}(x) - b_t(x)
+    Eulerian     v_{s,t}(x) - c_s(x) - (t-s) ( d/ds v_{s,t}(x) + grad v_{s,t}(x) c_s(x) )
+    Lagrangian   v_{s,t}(x) + (t-s) d/dt v_{s,t}(x) - c_t( X_{s,t}(x) )
+    semigroup    v_{s,t}(x) - (1-gamma) v_{s,u}(x) - gamma v_{u,t}( X_{s,u}(x) ),   u = gamma s + (1-gamma) t
+
+Here c is a velocity estimate (from the pair, the map's own diagonal, a teacher, ...), and v any function
+``(s, t, x) -> v_{s,t}(x)``: a bound FlowMap's ``mean_velocity``, or one with conditioning filled in. With c the map's own
+diagonal the last three say only that the map is *a* flow; X = id satisfies them. The tangent identity says which
+(2406.07507, 2505.18825).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+from jflow import checks, trees
+from jflow.types import Array, Event, Time, move
+
+MeanVelocityFn = Callable[[Time, Time, Event], Event]
+VelocityFn = Callable[[Time, Event], Event]
+Derivative = Callable[..., tuple[Event, tuple[Event, ...]]]
+
+
+class Residual(NamedTuple):
+    """One sample's residual.
+
+    Attributes:
+      prediction: the side that is trained, shaped like x.
+      target: the other side, shaped like x.
+      tangent: the derivative term without its factor t - s, shaped like x (zeros where there is none): its norm shows
+        a tangent that explodes.
+    """
+
+    prediction: Event
+    target: Event
+    tangent: Event
+
+    @property
+    def difference(self) -> Event:
+        """prediction - target."""
+        return trees.sub(self.prediction, self.target)
+
+
+def forward_mode(function: Callable[..., Event], primals: tuple, *tangents: tuple) -> tuple[Event, tuple[Event, ...]]:
+    """The value of a function and its exact directional derivatives along each tangent, with one pass for the value."""
+    if len(tangents) == 1:
+        value, out = jax.jvp(function, primals, tangents[0])
+        return value, (out,)
+    value, linear = jax.linearize(function, *primals)
+    return value, tuple(linear(*tangent) for tangent in tangents)
+
+
+def finite_difference(step: float) -> Derivative:
+    """Directional derivatives as (f(p + h d) - f(p))/h, without forward-mode differentiation; an error of order h.
+
+    Raises:
+      ValueError: for a step of zero; TypeError when it is no number.
+    """
+    checks.number("step", step)
+    if step == 0.0:
+        raise ValueError("step: expected a number other than zero, got 0")
+
+    def derivative(
+        function: Callable[..., Event], primals: tuple, *tangents: tuple
+    ) -> tuple[Event, tuple[Event, ...]]:
+        value = function(*primals)
+        moved = (function(*(trees.axpy(step, d, p) for p, d in zip(primals, t, strict=True))) for t in tangents)
+        return value, tuple(trees.scale(1.0 / step, trees.sub(there, value)) for there in moved)
+
+    return derivative
+
+
+def tangent(v: MeanVelocityFn, t: Time, x: Event, velocity: Event) -> Residual:
+    """v_{t,t}(x) - b: the map's diagonal against a velocity estimate at (t, x), which gets no gradient."""
+    prediction = v(t, t, x)
+    return Residual(prediction, jax.lax.stop_gradient(velocity), trees.zeros_like(prediction))
+
+
+def eulerian(
+    v: MeanVelocityFn,
+    s: Time,
+    t: Time,
+    x: Event,
+    velocity: Event,
+    *,
+    tangent_velocity: Event | None = None,
+    stop: str = "target",
+    derivative: Derivative = forward_mode,
+) -> Residual:
+    """v - c_s(x) - (t-s) ( d/ds v + grad v c'_s(x) ): the map does not change when its source moves along the flow.
+
+    Args:
+      v: the mean velocity, ``(s, t, x) -> v``.
+      s: source time, a scalar.
+      t: target time, a scalar.
+      x: the point at time s.
+      velocity: c_s(x), the estimate that enters linearly.
+      tangent_velocity: c'_s(x), the one along which v is differentiated; by default ``velocity``.
+      stop: what gets no gradient: "target", all but the leading v (2505.13447); "spatial", the velocity and the
+        spatial derivative (2505.18825); "velocity", the velocities alone; "none".
+      derivative: ``forward_mode`` or ``finite_difference(h)``.
+
+    Returns:
+      The Residual.
+
+    Raises:
+      ValueError: for an unknown ``stop``.
+    """
+    checks.choice("stop", stop, ("target", "spatial", "velocity", "none"))
+    sg = jax.lax.stop_gradient if stop != "none" else lambda leaf: leaf
+    c = sg(velocity)
+    along = c if tangent_velocity is None else sg(tangent_velocity)
+    one, zero = jnp.ones_like(s), jnp.zeros_like(s)
+
+    def at_target(s_: Time, x_: Event) -> Event:
+        return v(s_, t, x_)
+
+    if stop == "spatial":
+        still = trees.zeros_like(along)
+        value, (in_time, in_space) = derivative(at_target, (s, x), (one, still), (zero, along))
+        in_space = jax.lax.stop_gradient(in_space)
+        prediction = trees.axpy(s - t, in_time, value)
+        return Residual(prediction, trees.axpy(t - s, in_space, c), trees.add(in_time, in_space))
+    value, (total,) = derivative(at_target, (s, x), (one, along))
+    if stop == "target":
+        return Residual(value, jax.lax.stop_gradient(trees.axpy(t - s, total, c)), total)
+    return Residual(trees.axpy(s - t, total, value), c, total)
+
+
+def lagrangian(
+    v: MeanVelocityFn,
+    s: Time,
+    t: Time,
+    x: Event,
+    velocity: VelocityFn,
+    *,
+    stop: str = "velocity",
+    derivative: Derivative = forward_mode,
+) -> Residual:
+    """v + (t-s) d/dt v - c_t( X_{s,t}(x) ): the image moves with the velocity at the point where it is.
+
+    Args:
+      v: the mean velocity, ``(s, t, x) -> v``.
+      s: source time, a scalar.
+      t: target time, a scalar.
+      x: the point at time s.
+      velocity: c, ``(t, x) -> c_t(x)``; called at X_{s,t}(x), which was not drawn with a pair, so that a conditional
+        velocity has no place here.
+      stop: what gets no gradient: "velocity", c and its argument (2505.18825); "target", all but the leading v
+        (2506.14603); "none" (2406.07507).
+      derivative: ``forward_mode`` or ``finite_difference(h)``.
+
+    Returns:
+      The Residual.
+
+    Raises:
+      ValueError: for an unknown ``stop``.
+    """
+    checks.choice("stop", stop, ("target", "velocity", "none"))
+    value, (in_time,) = derivative(lambda t_: v(s, t_, x), (t,), (jnp.ones_like(t),))
+    c = velocity(t, move(x, s, t, value))
+    if stop == "target":
+        return Residual(value, jax.lax.stop_gradient(trees.axpy(s - t, in_time, c)), in_time)
+    c = jax.lax.stop_gradient(c) if stop == "velocity" else c
+    return Residual(trees.axpy(t - s, in_time, value), c, in_time)
+
+
+def semigroup(
+    v: MeanVelocityFn,
+    s: Time,
+    t: Time,
+    x: Event,
+    gamma: Array | float,
+    *,
+    legs: MeanVelocityFn | None = None,
+    stop: str = "target",
+) -> Residual:
+    """v_{s,t}(x) - (1-gamma) v_{s,u}(x) - gamma v_{u,t}( X_{s,u}(x) ), u = gamma s + (1-gamma) t: two jumps are one.
+
+    The residual of X is (t-s) times this one.
+
+    Args:
+      v: the mean velocity, ``(s, t, x) -> v``.
+      s: source time, a scalar.
+      t: target time, a scalar.
+      x: the point at time s.
+      gamma: where u lies: 1 at s, 0 at t, 1/2 the midpoint.
+      legs: the mean velocity of the two legs; by default v (2505.18825), or an average's or a teacher's (2202.00512).
+      stop: what gets no gradient: "target", both legs; "none".
+
+    Returns:
+      The Residual.
+
+    Raises:
+      ValueError: for an unknown ``stop``.
+    """
+    checks.choice("stop", stop, ("target", "none"))
+    legs = v if legs is None else legs
+    gamma = jnp.asarray(gamma, jnp.result_type(t))
+    u = gamma * s + (1.0 - gamma) * t
+    value = v(s, t, x)
+    first = legs(s, u, x)
+    second = legs(u, t, move(x, s, u, first))
+    target = trees.combine(1.0 - gamma, first, gamma, second)
+    target = jax.lax.stop_gradient(target) if stop == "target" else target
+    return Residual(value, target, trees.zeros_like(value))

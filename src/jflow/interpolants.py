@@ -1,0 +1,329 @@
+r"""Interpolants I_t = alpha_t x0 + beta_t x1 between base and data, and what can be read off a velocity.
+
+Every path gives alpha and beta, their divided differences alpha[s,t] = (alpha_t - alpha_s)/(t - s) in a closed form that
+is finite and differentiable at s = t, its values at both ends, and the times at which it is singular. Derivatives in time
+come from automatic differentiation of alpha and beta.
+
+With w_t = alpha_t beta_t' - alpha_t' beta_t, the velocity b_t(x) = E[I_t' | I_t = x] and a standard normal base:
+
+    data   E[x1 | I_t = x] = (alpha b - alpha' x) / w
+    noise  E[x0 | I_t = x] = (beta' x - beta b) / w
+    score  grad log rho_t(x) = -noise / alpha = (beta b - beta' x) / (alpha w)
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+from jflow import checks, trees
+from jflow.types import Array, Event, Time
+
+KINDS = ("velocity", "score", "noise", "data")
+
+
+class Coefficients(NamedTuple):
+    """alpha, beta, their derivatives in time and w = alpha beta' - alpha' beta at one time; scalars."""
+
+    alpha: Array
+    beta: Array
+    alpha_dot: Array
+    beta_dot: Array
+    w: Array
+
+
+@dataclasses.dataclass(frozen=True)
+class Interpolant:
+    """A path I_t = alpha_t x0 + beta_t x1.
+
+    Attributes:
+      name: as in ``INTERPOLANTS``.
+      alpha, beta: the coefficients, functions of the time.
+      alpha_dd, beta_dd: the divided differences alpha[s,t] and beta[s,t]; at s = t the derivatives.
+      endpoints: (alpha_0, beta_0, alpha_1, beta_1).
+      singular: the times in [0, 1] at which a coefficient has no finite derivative.
+    """
+
+    name: str
+    alpha: Callable[[Time], Array]
+    beta: Callable[[Time], Array]
+    alpha_dd: Callable[[Time, Time], Array]
+    beta_dd: Callable[[Time, Time], Array]
+    endpoints: tuple[float, float, float, float] = (1.0, 0.0, 0.0, 1.0)
+    singular: tuple[float, ...] = ()
+
+    def alpha_dot(self, t: Time) -> Array:
+        """d alpha / dt."""
+        return self.coefficients(t).alpha_dot
+
+    def beta_dot(self, t: Time) -> Array:
+        """d beta / dt."""
+        return self.coefficients(t).beta_dot
+
+    def wronskian(self, t: Time) -> Array:
+        """w_t = alpha beta' - alpha' beta."""
+        return self.coefficients(t).w
+
+    def coefficients(self, t: Time) -> Coefficients:
+        """All coefficients at one time."""
+        checks.scalar("t", t)
+        t = jnp.asarray(t)
+        alpha, alpha_dot = jax.jvp(self.alpha, (t,), (jnp.ones_like(t),))
+        beta, beta_dot = jax.jvp(self.beta, (t,), (jnp.ones_like(t),))
+        return Coefficients(alpha, beta, alpha_dot, beta_dot, alpha * beta_dot - alpha_dot * beta)
+
+    def interpolate(self, t: Time, x0: Event, x1: Event) -> Event:
+        """I_t = alpha_t x0 + beta_t x1, shaped like x0 and x1.
+
+        Raises:
+          ValueError: when x0 and x1 differ in structure or shape, or t is no scalar.
+        """
+        checks.scalar("t", t)
+        checks.same_structure("x0", x0, "x1", x1)
+        return trees.combine(self.alpha(t), x0, self.beta(t), x1)
+
+    def derivative(self, t: Time, x0: Event, x1: Event) -> Event:
+        """I_t' = alpha_t' x0 + beta_t' x1, shaped like x0 and x1.
+
+        Raises:
+          ValueError: when x0 and x1 differ in structure or shape, or t is no scalar.
+        """
+        checks.same_structure("x0", x0, "x1", x1)
+        c = self.coefficients(t)
+        return trees.combine(c.alpha_dot, x0, c.beta_dot, x1)
+
+
+def convert(
+    interpolant: Interpolant, t: Time, x: Event, value: Event, source: str, target: str, *, floor: float = 1e-6
+) -> Event:
+    """What one prediction at (t, x) says in terms of another: velocity, score, noise or data.
+
+    Every kind is turned into the pair (noise, data) with alpha noise + beta data = x, and the pair into the target:
+
+        velocity -> noise = (beta' x - beta b)/w, data = (alpha b - alpha' x)/w     and back alpha' noise + beta' data
+        score    -> noise = -alpha score,         data = (x - alpha noise)/beta     and back -noise/alpha
+        noise    ->                               data = (x - alpha noise)/beta
+        data     -> noise = (x - beta data)/alpha
+
+    Args:
+      interpolant: the path.
+      t: the time, a scalar.
+      x: the point, of any event shape.
+      value: the prediction, shaped like x.
+      source: the kind of ``value``.
+      target: the kind wanted.
+      floor: alpha and beta are clamped to it from below where they divide. At the ends where they vanish (score and
+        data-prediction at alpha = 0, noise-prediction and score at beta = 0) a value is finite and says nothing.
+
+    Returns:
+      The prediction of kind ``target``, shaped like x.
+
+    Raises:
+      ValueError: for an unknown kind, or when value and x differ in structure or shape.
+    """
+    checks.choice("source", source, KINDS)
+    checks.choice("target", target, KINDS)
+    checks.same_structure("value", value, "x", x)
+    if source == target:
+        return value
+    c = interpolant.coefficients(t)
+    alpha, beta = jnp.maximum(c.alpha, floor), jnp.maximum(c.beta, floor)
+    if source == "velocity":
+        noise = trees.combine(c.beta_dot / c.w, x, -c.beta / c.w, value)
+        data = trees.combine(c.alpha / c.w, value, -c.alpha_dot / c.w, x)
+    elif source == "data":
+        noise, data = trees.combine(1 / alpha, x, -c.beta / alpha, value), value
+    else:
+        noise = trees.scale(-c.alpha, value) if source == "score" else value
+        data = trees.combine(1 / beta, x, -c.alpha / beta, noise)
+    return {
+        "velocity": lambda: trees.combine(c.alpha_dot, noise, c.beta_dot, data),
+        "score": lambda: trees.scale(-1 / alpha, noise),
+        "noise": lambda: noise,
+        "data": lambda: data,
+    }[target]()
+
+
+def linear() -> Interpolant:
+    """alpha = 1 - t, beta = t (2209.03003, 2210.02747)."""
+    return Interpolant(
+        "linear",
+        alpha=lambda t: 1.0 - jnp.asarray(t),
+        beta=lambda t: jnp.asarray(t),
+        alpha_dd=lambda s, t: -jnp.ones_like(_pair(s, t)),
+        beta_dd=lambda s, t: jnp.ones_like(_pair(s, t)),
+    )
+
+
+def trigonometric() -> Interpolant:
+    """alpha = cos(pi t / 2), beta = sin(pi t / 2) (2209.15571, 2410.11081)."""
+    half = 0.5 * jnp.pi
+    # cos b - cos a = -2 sin((a + b)/2) sin((b - a)/2), and jnp.sinc is smooth at zero to every order.
+    return Interpolant(
+        "trigonometric",
+        # The sine of the complement is exactly zero at t = 1, where the cosine of a rounded pi/2 is not.
+        alpha=lambda t: jnp.sin(half * (1.0 - jnp.asarray(t))),
+        beta=lambda t: jnp.sin(half * jnp.asarray(t)),
+        alpha_dd=lambda s, t: -half * jnp.sin(0.5 * half * _sum(s, t)) * jnp.sinc(0.25 * _gap(s, t)),
+        beta_dd=lambda s, t: half * jnp.cos(0.5 * half * _sum(s, t)) * jnp.sinc(0.25 * _gap(s, t)),
+    )
+
+
+def cosine(offset: float = 0.008, epsilon: float = 1.0 / 4000.0) -> Interpolant:
+    """The cosine schedule with its offset: beta^2 = cos^2(theta)/cos^2(theta_0), alpha^2 = 1 - beta^2 (2102.09672).
+
+    theta = (pi/2)(tau + offset)/(1 + offset), theta_0 its value at tau = 0. The paper's time tau runs from 1 to
+    ``epsilon`` while t runs from 0 to 1; at epsilon = 0, alpha' is infinite at t = 1 and the path declares it singular.
+    The default is the first step of the paper's 4,000.
+
+    Raises:
+      ValueError: for offset or epsilon outside [0, 1); TypeError when they are no numbers.
+    """
+    checks.number("offset", offset, low=0.0, high=0.99)
+    checks.number("epsilon", epsilon, low=0.0, high=0.99)
+    rate = 0.5 * jnp.pi / (1.0 + offset)
+    first = rate * offset
+    scale = float(1.0 / jnp.cos(first))
+
+    # With the complement angle pi/2 - theta = rate (1 - tau) the value at tau = 1 is exactly zero.
+    def complement(t: Time) -> Array:
+        return rate * (1.0 - epsilon) * jnp.asarray(t)
+
+    def beta(t: Time) -> Array:
+        return scale * jnp.sin(complement(t))
+
+    def alpha(t: Time) -> Array:
+        # cos^2(theta_0) - cos^2(theta) = sin(theta - theta_0) sin(theta + theta_0), without cancellation at the data.
+        tau = epsilon + (1.0 - epsilon) * (1.0 - jnp.asarray(t))
+        return scale * jnp.sqrt(jnp.sin(rate * tau) * jnp.sin(rate * tau + 2.0 * first))
+
+    def beta_dd(s: Time, t: Time) -> Array:
+        slope = rate * (1.0 - epsilon)
+        return scale * slope * jnp.cos(0.5 * slope * _sum(s, t)) * jnp.sinc(slope * _gap(s, t) / (2.0 * jnp.pi))
+
+    return _variance_preserving("cosine", alpha, beta, beta_dd, singular=() if epsilon > 0 else (1.0,))
+
+
+def variance_preserving(beta_min: float = 0.1, beta_max: float = 20.0, epsilon: float = 1e-3) -> Interpolant:
+    """The variance-preserving path of the linear noise schedule: beta = exp(g), alpha^2 = 1 - beta^2 (2011.13456).
+
+    g = -(beta_max - beta_min) tau^2/4 - beta_min tau/2. The paper's time tau runs from 1 to ``epsilon`` while t runs from
+    0 to 1; at epsilon = 0, alpha' is infinite at t = 1 and the path declares it singular. The default is the paper's own
+    cut for sampling. beta_0 is small and not zero.
+
+    Raises:
+      ValueError: for a schedule that is not 0 < beta_min <= beta_max; TypeError when they are no numbers.
+    """
+    checks.number("beta_min", beta_min, low=0.0, open_low=True)
+    checks.number("beta_max", beta_max, low=beta_min)
+    checks.number("epsilon", epsilon, low=0.0, high=0.99)
+    slope = 1.0 - epsilon
+
+    def log_beta(t: Time) -> Array:
+        tau = epsilon + slope * (1.0 - jnp.asarray(t))
+        return -0.25 * (beta_max - beta_min) * tau * tau - 0.5 * beta_min * tau
+
+    def log_beta_dd(s: Time, t: Time) -> Array:
+        tau_sum = 2.0 * epsilon + slope * (2.0 - _sum(s, t))
+        return slope * (0.25 * (beta_max - beta_min) * tau_sum + 0.5 * beta_min)
+
+    def beta_dd(s: Time, t: Time) -> Array:
+        difference = log_beta_dd(s, t)
+        return jnp.exp(log_beta(s)) * _expm1_ratio(difference * _gap(s, t)) * difference
+
+    def alpha(t: Time) -> Array:
+        return jnp.sqrt(-jnp.expm1(2.0 * log_beta(t)))
+
+    return _variance_preserving(
+        "variance_preserving",
+        alpha,
+        lambda t: jnp.exp(log_beta(t)),
+        beta_dd,
+        singular=() if epsilon > 0 else (1.0,),
+    )
+
+
+def variance_exploding(sigma_min: float = 0.002, sigma_max: float = 80.0, rho: int = 7) -> Interpolant:
+    """The variance-exploding path of EDM, x1 + sigma x0, rescaled by 1/sqrt(1 + sigma^2) (2206.00364).
+
+    alpha = sigma/sqrt(1 + sigma^2), beta = 1/sqrt(1 + sigma^2), so alpha/beta = sigma, and with u = 1/rho
+    sigma(t) = (sigma_max^u + t (sigma_min^u - sigma_max^u))^rho. Data should have about unit scale. Neither end is
+    exact: beta_0 is about 1/sigma_max, alpha_1 about sigma_min.
+
+    Raises:
+      ValueError: when not 0 < sigma_min < sigma_max, or rho is no positive whole number; TypeError when no numbers.
+    """
+    checks.number("sigma_min", sigma_min, low=0.0, open_low=True)
+    checks.number("sigma_max", sigma_max, low=sigma_min, open_low=True)
+    checks.integer("rho", rho, low=1)
+    start, slope = sigma_max ** (1 / rho), sigma_min ** (1 / rho) - sigma_max ** (1 / rho)
+
+    def root(t: Time) -> Array:
+        # (1 - t) start + t end is exact at both ends.
+        return start * (1.0 - jnp.asarray(t)) + (start + slope) * jnp.asarray(t)
+
+    def sigma(t: Time) -> Array:
+        return root(t) ** rho
+
+    def norm(t: Time) -> Array:
+        return jnp.sqrt(1.0 + sigma(t) ** 2)
+
+    def beta_dd(s: Time, t: Time) -> Array:
+        a, b = root(s), root(t)
+        sigma_dd = slope * sum(a**i * b ** (rho - 1 - i) for i in range(rho))
+        norm_dd = sigma_dd * (sigma(s) + sigma(t)) / (norm(s) + norm(t))
+        return -norm_dd / (norm(s) * norm(t))
+
+    return _variance_preserving(
+        "variance_exploding", lambda t: sigma(t) / norm(t), lambda t: 1.0 / norm(t), beta_dd, singular=()
+    )
+
+
+def _variance_preserving(
+    name: str,
+    alpha: Callable[[Time], Array],
+    beta: Callable[[Time], Array],
+    beta_dd: Callable[[Time, Time], Array],
+    singular: tuple[float, ...],
+) -> Interpolant:
+    """A path with alpha^2 + beta^2 = 1: alpha[s,t] = -beta[s,t] (beta_s + beta_t)/(alpha_s + alpha_t)."""
+
+    def alpha_dd(s: Time, t: Time) -> Array:
+        return -beta_dd(s, t) * (beta(s) + beta(t)) / (alpha(s) + alpha(t))
+
+    ends = (float(alpha(0.0)), float(beta(0.0)), float(alpha(1.0)), float(beta(1.0)))
+    return Interpolant(name, alpha, beta, alpha_dd, beta_dd, endpoints=ends, singular=singular)
+
+
+def _pair(s: Time, t: Time) -> Array:
+    return jnp.asarray(s) + jnp.asarray(t)
+
+
+_sum = _pair
+
+
+def _gap(s: Time, t: Time) -> Array:
+    return jnp.asarray(t) - jnp.asarray(s)
+
+
+def _expm1_ratio(x: Array) -> Array:
+    """(e^x - 1)/x, smooth at zero: a Taylor series within 1/2, where 14 terms are exact to float64."""
+    near = jnp.abs(x) < 0.5
+    series = jnp.ones_like(x)
+    for k in range(14, 1, -1):
+        series = 1.0 + series * x / k
+    far = jnp.where(near, 1.0, x)
+    return jnp.where(near, series, jnp.expm1(far) / far)
+
+
+INTERPOLANTS: dict[str, Callable[[], Interpolant]] = {
+    "linear": linear,
+    "trigonometric": trigonometric,
+    "cosine": cosine,
+    "variance_preserving": variance_preserving,
+    "variance_exploding": variance_exploding,
+}

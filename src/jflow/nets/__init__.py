@@ -1,0 +1,30 @@
+"""Networks of one sample: (s, t, x, cond) in, something shaped like x out; and wrappers for anyone else's.
+
+``NETS`` maps names to constructors of flax.linen modules that take the fields of each as keywords.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import flax.linen as nn
+
+from jflow.nets.embeddings import fourier, octaves, random_fourier, sinusoidal
+from jflow.nets.mlp import MLP
+from jflow.nets.wrappers import check_independent, from_equinox, from_function, from_linen, from_nnx
+
+NETS: dict[str, Callable[..., nn.Module]] = {"mlp": MLP, "mlp_plain": MLP.plain}
+
+__all__ = [
+    "MLP",
+    "NETS",
+    "check_independent",
+    "fourier",
+    "from_equinox",
+    "from_function",
+    "from_linen",
+    "from_nnx",
+    "octaves",
+    "random_fourier",
+    "sinusoidal",
+]

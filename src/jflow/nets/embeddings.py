@@ -1,0 +1,142 @@
+r"""Features of times and of low-dimensional points.
+
+Sinusoidal features of a scalar t at frequencies f_k, in cycles per unit of t:
+
+    phi(t) = [sin(2 pi f_1 t), ..., sin(2 pi f_K t), cos(2 pi f_1 t), ..., cos(2 pi f_K t)]
+
+A flow map's network is trained through its derivatives d/ds and d/dt, and |d phi_k / dt| = 2 pi f_k:
+frequencies are kept moderate here, for a high one blows up the tangent and with it the variance of the target
+(sCM, 2410.11081, who go from a Fourier scale of 16 to one of 0.02). Features of x have the same price in the
+spatial derivative.
+
+All features are computed in float32, or in float64 if the input is float64, never lower: in bfloat16 two
+times nearer than 1/256 would be one. They are analytic in their input, so that every derivative is finite
+everywhere.
+"""
+
+from __future__ import annotations
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from jflow import checks
+
+Array = jax.Array
+
+
+def at_least_float32(name: str, value: Array | float) -> Array:
+    """The value in float64 if it is float64, else in float32; whole numbers become the default float.
+
+    Raises:
+      TypeError: when the value, called ``name`` in the message, is neither real nor whole.
+    """
+    value = jnp.asarray(value)
+    if jnp.issubdtype(value.dtype, jnp.integer):
+        return value.astype(jnp.result_type(float))
+    checks.floating(name, value)
+    return value.astype(jnp.float64 if value.dtype == jnp.float64 else jnp.float32)
+
+
+def sinusoidal(t: Array | float, features: int, *, lowest: float = 0.125, highest: float = 2.0) -> Array:
+    """Sines and cosines of a scalar at frequencies in geometric progression.
+
+        f_k = lowest (highest / lowest)^{(k-1)/(K-1)},  k = 1 .. K = features / 2   (f_1 = lowest if K = 1)
+
+    Args:
+      t: a scalar.
+      features: their number, even.
+      lowest: the lowest frequency, in cycles per unit of t; at 1/8 the sine is monotone over [-1, 1].
+      highest: the highest, in the same unit; |d phi / dt| is at most 2 pi times it.
+
+    Returns:
+      ``[features]``, first the sines, then the cosines, in float32 (float64 if t is).
+
+    Raises:
+      ValueError: when t is no scalar, ``features`` is odd or a frequency is not positive.
+    """
+    checks.scalar("t", t)
+    checks.number("lowest", lowest, low=0.0, open_low=True)
+    checks.number("highest", highest, low=lowest)
+    return _waves(at_least_float32("t", t), np.geomspace(lowest, highest, _half(features)))
+
+
+def fourier(t: Array | float, features: int, *, scale: float = 0.5, seed: int = 0) -> Array:
+    """Sines and cosines of a scalar at fixed random frequencies f_k ~ N(0, scale^2); random Fourier features.
+
+    Args:
+      t: a scalar.
+      features: their number, even.
+      scale: the standard deviation of the frequencies, in cycles per unit of t.
+      seed: which frequencies. They are constants of the network, not parameters.
+
+    Returns:
+      ``[features]``, first the sines, then the cosines, in float32 (float64 if t is).
+
+    Raises:
+      ValueError: when t is no scalar, ``features`` is odd or the scale is not positive.
+    """
+    checks.scalar("t", t)
+    return _waves(at_least_float32("t", t), _normal(seed, (_half(features),), scale))
+
+
+def octaves(x: Array, count: int) -> Array:
+    """x, and sines and cosines of every coordinate at octaves: sin(2^k pi x), cos(2^k pi x), k < count.
+
+    Args:
+      x: ``[d]``; the period of the lowest pair is 2, so data should lie about [-1, 1].
+      count: the number K of octaves; the spatial derivative grows as 2^{K-1} pi.
+
+    Returns:
+      ``[d (1 + 2 K)]``: x, then the sines of all octaves, then the cosines; float32 (float64 if x is).
+
+    Raises:
+      ValueError: when x is no vector or ``count`` is not positive.
+    """
+    checks.shape("x", x, (None,))
+    checks.integer("count", count, low=1)
+    x = at_least_float32("x", x)
+    frequencies = jnp.asarray(np.pi * 2.0 ** np.arange(count), x.dtype)
+    phases = (frequencies[:, None] * x[None, :]).reshape(-1)
+    return jnp.concatenate([x, jnp.sin(phases), jnp.cos(phases)])
+
+
+def random_fourier(x: Array, features: int, *, scale: float = 0.5, seed: int = 0) -> Array:
+    """x, and sines and cosines of 2 pi F x with fixed random frequencies F_{kj} ~ N(0, scale^2).
+
+    Args:
+      x: ``[d]``.
+      features: the number of sines and cosines, even.
+      scale: the standard deviation of the frequencies, in cycles per unit of x.
+      seed: which frequencies. They are constants of the network, not parameters.
+
+    Returns:
+      ``[d + features]``: x, then the sines, then the cosines; float32 (float64 if x is).
+
+    Raises:
+      ValueError: when x is no vector, ``features`` is odd or the scale is not positive.
+    """
+    checks.shape("x", x, (None,))
+    x = at_least_float32("x", x)
+    frequencies = jnp.asarray(_normal(seed, (_half(features), x.shape[0]), scale), x.dtype)
+    # A sum, for a matmul would be rounded to tf32 on GPUs.
+    phases = 2 * np.pi * jnp.sum(frequencies * x[None, :], axis=1)
+    return jnp.concatenate([x, jnp.sin(phases), jnp.cos(phases)])
+
+
+def _waves(t: Array, frequencies: np.ndarray) -> Array:
+    phases = jnp.asarray(2 * np.pi * frequencies, t.dtype) * t
+    return jnp.concatenate([jnp.sin(phases), jnp.cos(phases)])
+
+
+def _half(features: int) -> int:
+    checks.integer("features", features, low=2)
+    if features % 2:
+        raise ValueError(f"features: expected an even number, a sine and a cosine each, got {features}")
+    return features // 2
+
+
+def _normal(seed: int, shape: tuple[int, ...], scale: float) -> np.ndarray:
+    """Constants of a network: numpy has frozen RandomState's stream, jax's depends on its configuration."""
+    checks.number("scale", scale, low=0.0, open_low=True)
+    return scale * np.random.RandomState(checks.integer("seed", seed)).standard_normal(shape)

@@ -1,0 +1,241 @@
+r"""A multilayer perceptron of two times: net(s, t, x, cond), of one sample, shaped like x.
+
+Two presets: ``MLP()``, with embedded times that modulate every layer, for points and small images (8x8), and
+``MLP.plain()``, the network of the published two-dimensional experiments, whose cost is easily counted.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+
+from jflow import checks
+from jflow.nets import embeddings
+
+Array = jax.Array
+Dtype = Any
+
+ACTIVATIONS: dict[str, Callable[[Array], Array]] = {"gelu": jax.nn.gelu, "silu": jax.nn.silu}
+CONDITIONINGS = ("film", "concat")
+TIMES = ("sinusoidal", "raw")
+POINTS = ("raw", "octaves", "fourier")
+NORMS = (None, "rms", "layer")
+
+
+class MLP(nn.Module):
+    r"""A perceptron of ``depth`` hidden layers, of one sample.
+
+        h_1     = W_1 p(x) + b_1
+        h_{i+1} = W_{i+1} g_i(h_i) + b_{i+1}  (+ h_i if residual),     i = 1 .. depth - 1
+        net     = W_out g_depth(h_depth) + b_out
+        g_i(h)  = act( (1 + a_i(c)) norm(h) + d_i(c) )                 with ``conditioning='film'``
+        g_i(h)  = act( norm(h) ),  p(x) = [p(x), e]                    with ``conditioning='concat'``
+
+    where p(x) are features of x, e = [phi(s), phi(t - s), label, other conditions] and c = act(W_c e + b_c) a
+    trunk of width ``trunk``, kept small, for a vmapped network has a trunk per sample: the matmuls of
+    features x features dominate. The pair (s, t - s) is MeanFlow's (2505.13447): the gap, on which the map
+    depends most simply, does not have to be found as a difference of features.
+
+    W_out and b_out start at zero, so in the v-formulation a flow map starts as the identity. The first
+    gradient is then zero in all other parameters, and after one step it is so in none.
+
+    Integer leaves of ``cond`` are class labels, at most one scalar, from 0 to ``num_classes - 1``;
+    ``num_classes`` is the null label, which a missing condition (``cond=None``) means too. Outside this range
+    a concrete label is refused and a traced one gives NaN. Floating-point leaves (a guidance scale, an
+    observation) are flattened and concatenated; they are ``cond_features`` numbers together.
+
+    Parameters are kept in ``param_dtype`` and used in ``dtype`` (None: the dtype of x). The embeddings and
+    the trunk are computed in float32, or from float64 times in float64. The result has the dtype of x.
+
+    Attributes:
+      features: width of the hidden layers.
+      depth: number of hidden layers; depth - 1 of their matmuls are features x features.
+      activation: 'gelu' (tanh form) or 'silu'.
+      conditioning: 'film' (scale and shift at every layer) or 'concat' (at the input).
+      times: 'sinusoidal' (features of s and of t - s) or 'raw' (s and t themselves).
+      time_features: how many features of each, even.
+      max_frequency: their highest frequency, in cycles per unit of time; the derivatives in s and t, which
+        are trained, grow with it.
+      trunk: width of the trunk.
+      points: features of x: 'raw' (x itself), 'octaves' or 'fourier', both with x itself.
+      point_frequencies: how many octaves, or how many random frequencies.
+      point_scale: the standard deviation of the random frequencies, in cycles per unit of x.
+      residual: whether the hidden layers but the first add to their input.
+      norm: None, 'rms' or 'layer': normalisation of h before every activation, without parameters of its own.
+      num_classes: number of labels, 0 for none.
+      cond_features: size of the floating-point condition.
+      zero_init: whether the output layer starts at zero.
+      dtype: dtype of the matmuls; None for that of x.
+      param_dtype: dtype of the parameters.
+    """
+
+    features: int = 512
+    depth: int = 5
+    activation: str = "gelu"
+    conditioning: str = "film"
+    times: str = "sinusoidal"
+    time_features: int = 32
+    max_frequency: float = 2.0
+    trunk: int = 64
+    points: str = "raw"
+    point_frequencies: int = 4
+    point_scale: float = 0.5
+    residual: bool = True
+    norm: str | None = None
+    num_classes: int = 0
+    cond_features: int = 0
+    zero_init: bool = True
+    dtype: Dtype | None = None
+    param_dtype: Dtype = jnp.float32
+
+    @classmethod
+    def plain(cls, **fields: Any) -> MLP:
+        """The network of the published two-dimensional experiments (2505.18825): (s, t, x), 5 x 512, GELU.
+
+        No embedding, no residual; a forward pass costs 2 (d + 2) 512 + 8 512^2 + 2 512 d FLOPs and the
+        activations.
+
+        Args:
+          **fields: as of ``MLP``; they override the preset.
+        """
+        preset = {"conditioning": "concat", "times": "raw", "residual": False}
+        return cls(**{**preset, **fields})
+
+    def __post_init__(self) -> None:
+        """Refuses fields out of range, at construction."""
+        for name in ("features", "depth", "trunk", "time_features", "point_frequencies"):
+            checks.integer(name, getattr(self, name), low=1)
+        for name in ("num_classes", "cond_features"):
+            checks.integer(name, getattr(self, name))
+        checks.choice("activation", self.activation, ACTIVATIONS)
+        checks.choice("conditioning", self.conditioning, CONDITIONINGS)
+        checks.choice("times", self.times, TIMES)
+        checks.choice("points", self.points, POINTS)
+        checks.choice("norm", self.norm, NORMS)
+        super().__post_init__()
+
+    @nn.compact
+    def __call__(self, s: Array | float, t: Array | float, x: Array, cond: Any = None) -> Array:
+        """net(s, t, x, cond).
+
+        Args:
+          s: source time, a scalar.
+          t: target time, a scalar.
+          x: one sample, of any event shape.
+          cond: see the class.
+
+        Returns:
+          Shaped and typed like x.
+
+        Raises:
+          ValueError: when s or t has axes, or the condition does not match ``num_classes`` and
+            ``cond_features``.
+          TypeError: when x is no floating-point array.
+        """
+        x = _event(x)
+        dtype = jnp.dtype(self.dtype or x.dtype)
+        act = ACTIVATIONS[self.activation]
+        e = self._embed(s, t, cond)
+        h = self._points(x.reshape(-1))
+        if self.conditioning == "concat":
+            # In the embeddings' precision: the times must not be rounded to the compute dtype first.
+            h = jnp.concatenate([h.astype(e.dtype), e])
+            h = self._dense("input", self.features, e.dtype)(h).astype(dtype)
+            modulation = [None] * self.depth
+        else:
+            c = act(self._dense("trunk", self.trunk, e.dtype)(e)).astype(dtype)
+            h = self._dense("input", self.features, dtype)(h)
+            modulation = [self._dense(f"film_{i}", 2 * self.features, dtype)(c) for i in range(self.depth)]
+        for i in range(self.depth - 1):
+            update = self._dense(f"hidden_{i}", self.features, dtype)(
+                act(_modulate(h, modulation[i], self.norm))
+            )
+            h = h + update if self.residual else update
+        h = act(_modulate(h, modulation[-1], self.norm))
+        init = nn.initializers.zeros_init() if self.zero_init else nn.initializers.lecun_normal()
+        return self._dense("output", x.size, dtype, init)(h).reshape(x.shape).astype(x.dtype)
+
+    def _dense(self, name: str, features: int, dtype: Dtype, init: Any = None) -> nn.Dense:
+        init = init or nn.initializers.lecun_normal()
+        return nn.Dense(features, dtype=dtype, param_dtype=self.param_dtype, kernel_init=init, name=name)
+
+    def _embed(self, s: Array | float, t: Array | float, cond: Any) -> Array:
+        """[phi(s), phi(t - s), label, other conditions], in float32 or float64."""
+        checks.scalar("s", s)
+        checks.scalar("t", t)
+        s, t = embeddings.at_least_float32("s", s), embeddings.at_least_float32("t", t)
+        dtype = jnp.float64 if jnp.float64 in (s.dtype, t.dtype) else jnp.float32
+        s, t = s.astype(dtype), t.astype(dtype)
+        if self.times == "raw":
+            parts = [jnp.stack([s, t])]
+        else:
+            parts = [
+                embeddings.sinusoidal(u, self.time_features, highest=self.max_frequency) for u in (s, t - s)
+            ]
+        label, other = _split(cond, self.num_classes, self.cond_features)
+        if self.num_classes:
+            normal = nn.initializers.normal(1.0)
+            table = self.param("label", normal, (self.num_classes + 1, self.trunk), self.param_dtype)
+            parts.append(jnp.take(table.astype(dtype), label, axis=0, mode="fill", fill_value=jnp.nan))
+        parts += [leaf.reshape(-1).astype(dtype) for leaf in other]
+        return jnp.concatenate(parts)
+
+    def _points(self, x: Array) -> Array:
+        if self.points == "octaves":
+            return embeddings.octaves(x, self.point_frequencies)
+        if self.points == "fourier":
+            return embeddings.random_fourier(x, 2 * self.point_frequencies, scale=self.point_scale)
+        return x
+
+
+def _modulate(h: Array, modulation: Array | None, norm: str | None) -> Array:
+    """(1 + a) norm(h) + d with modulation = [a, d]."""
+    h = _normalise(h, norm)
+    if modulation is None:
+        return h
+    a, d = jnp.split(modulation, 2)
+    return (1 + a) * h + d
+
+
+def _normalise(h: Array, norm: str | None, epsilon: float = 1e-6) -> Array:
+    """h / rms(h), of the centred h for 'layer'; the statistics in float32 at least."""
+    if norm is None:
+        return h
+    wide = embeddings.at_least_float32("h", h)
+    if norm == "layer":
+        wide = wide - jnp.mean(wide)
+    return (wide * jax.lax.rsqrt(jnp.mean(jnp.square(wide)) + epsilon)).astype(h.dtype)
+
+
+def _event(x: Any) -> Array:
+    if not hasattr(x, "dtype") or not hasattr(x, "shape"):
+        raise TypeError(f"x: expected one floating-point array, got {type(x).__name__}")
+    checks.floating("x", x)
+    return jnp.asarray(x)
+
+
+def _split(cond: Any, num_classes: int, cond_features: int) -> tuple[Array | int, list[Array]]:
+    """The label (the null label when there is none) and the floating-point leaves of a condition."""
+    leaves = [jnp.asarray(leaf) for leaf in jax.tree.leaves(cond)]
+    labels = [leaf for leaf in leaves if jnp.issubdtype(leaf.dtype, jnp.integer)]
+    other = [leaf for leaf in leaves if not jnp.issubdtype(leaf.dtype, jnp.integer)]
+    checks.floating("cond", other)
+    size = sum(leaf.size for leaf in other)
+    if size != cond_features:
+        raise ValueError(f"cond: expected {cond_features} floating-point numbers (cond_features), got {size}")
+    if len(labels) > (1 if num_classes else 0):
+        raise ValueError(
+            f"cond: expected {'at most one label' if num_classes else 'no label (num_classes=0)'}, "
+            f"got {len(labels)} integer leaves"
+        )
+    if not labels:
+        return num_classes, other
+    checks.scalar("cond: label", labels[0])
+    value = checks.concrete(labels[0])
+    if value is not None and not 0 <= value <= num_classes:
+        raise ValueError(f"cond: expected a label from 0 to {num_classes} (the null label), got {value}")
+    return jnp.where(labels[0] < 0, num_classes + 1, labels[0]), other  # take() would wrap a negative one

@@ -1,0 +1,256 @@
+"""The one machine behind every objective: split a batch once, give each row the residual it needs, reduce, report.
+
+An objective is ``(params, key, batch, context) -> (loss [B], info)``; the caller averages. A batch is split, statically, into
+a fixed number of diagonal rows (s = t), which cost one pass and no derivative, and off-diagonal rows, which carry the
+method's own residual. The rows are chosen at random, within equal blocks of the batch, so that a batch sharded over
+devices is split evenly on each.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+from jflow import checks, couplings, identities, reductions, trees
+from jflow import times as laws
+from jflow.interpolants import Interpolant
+from jflow.types import Array, Batch, Context, Event, FlowMap, Key, Params, PyTree, Time
+
+BINS = 8
+Coupling = Callable[[Key, Event], Event]
+
+
+class Leg(NamedTuple):
+    """A map at certain parameters, with a sample's conditioning and key filled in.
+
+    Attributes:
+      v: ``(s, t, x) -> v_{s,t}(x)``.
+      velocity: ``(t, x) -> v_{t,t}(x)``.
+    """
+
+    v: identities.MeanVelocityFn
+    velocity: identities.VelocityFn
+
+
+class Row(NamedTuple):
+    """What the residual of one off-diagonal sample is made of.
+
+    Attributes:
+      own: the map being trained, through which gradients flow.
+      s, t: source and target time, scalars.
+      x: the point I_s.
+      conditional: I_s', the velocity of the sample's own pair.
+      gamma: where the middle time lies, from the objective's law (semigroup methods).
+      ema: the map at the averaged parameters, or None where the context holds none.
+      teacher: the map at the teacher's parameters, or None.
+      step: the optimizer's step, an int32 scalar.
+    """
+
+    own: Leg
+    s: Array
+    t: Array
+    x: Event
+    conditional: Event
+    gamma: Array
+    ema: Leg | None
+    teacher: Leg | None
+    step: Array
+
+
+OffDiagonal = Callable[[Row], identities.Residual]
+
+
+@dataclasses.dataclass(frozen=True)
+class Objective:
+    """An identity and the choices around it; call it as ``objective(params, key, batch, context) -> (loss [B], info)``.
+
+    Attributes:
+      name: as in ``METHODS``.
+      flow_map: the map that is trained.
+      interpolant: the path.
+      off_diagonal: the residual of a sample with s < t, or None for flow matching alone.
+      term: what that residual is called in ``info``.
+      diagonal: the share of the batch with s = t, which learns the velocity of its pair.
+      times: the law of t on the diagonal.
+      pairs: the law of (s, t) off it.
+      gammas: the law of gamma, for semigroup residuals.
+      reduction: residual to loss, off the diagonal.
+      diagonal_reduction: the same on the diagonal.
+      coupling: ``(key, x1) -> x0`` where the batch holds no x0.
+      blocks: the number of equal blocks, in batch order, that are each split alike: a multiple of the number of
+        devices that a batch is spread over.
+    """
+
+    name: str
+    flow_map: FlowMap
+    interpolant: Interpolant
+    off_diagonal: OffDiagonal | None = None
+    term: str = ""
+    diagonal: float = 0.75
+    times: laws.Law = dataclasses.field(default_factory=laws.uniform)
+    pairs: laws.PairLaw = dataclasses.field(default_factory=laws.triangle)
+    gammas: laws.Law = dataclasses.field(default_factory=lambda: laws.constant(0.5))
+    reduction: reductions.Reduction = reductions.squared
+    diagonal_reduction: reductions.Reduction = reductions.squared
+    coupling: Coupling = couplings.independent
+    blocks: int = 1
+
+    def __post_init__(self) -> None:
+        checks.number("diagonal", self.diagonal, low=0.0, high=1.0)
+        checks.integer("blocks", self.blocks, low=1)
+        if self.off_diagonal is None and self.diagonal != 1.0:
+            raise ValueError(f"diagonal: expected 1 for a method without off-diagonal rows, got {self.diagonal}")
+
+    def rows(self, size: int) -> tuple[int, int]:
+        """The numbers of diagonal and off-diagonal rows in a batch.
+
+        Raises:
+          ValueError: for a size that the blocks do not divide, or one too small for the share of either kind.
+        """
+        if size % self.blocks:
+            raise ValueError(f"batch: expected a size divisible by blocks = {self.blocks}, got {size}")
+        block = size // self.blocks
+        diagonal = round(self.diagonal * block)
+        if (self.diagonal > 0 and diagonal == 0) or (self.diagonal < 1 and diagonal == block):
+            raise ValueError(
+                f"batch: {size} rows in {self.blocks} blocks leave none for one kind at diagonal = {self.diagonal:g}; "
+                "expected a larger batch or another share"
+            )
+        return diagonal * self.blocks, (block - diagonal) * self.blocks
+
+    def __call__(
+        self, params: Params, key: Key, batch: Batch, context: Context | None = None
+    ) -> tuple[Array, dict[str, Any]]:
+        """The loss of each sample, in batch order, and what a person wants to look at.
+
+        Args:
+          params: the map's parameters.
+          key: a PRNG key; split once, every use named.
+          batch: data, ``[B, ...]``; floating point.
+          context: step, averaged and teacher parameters (``Context()`` by default).
+
+        Returns:
+          (loss [B], info). ``info["diagonal_rows"]`` is the mask [B] of the rows with s = t. For each term, "tangent" on
+          the diagonal and the method's own off it: ``TERM/raw``, the mean of |D|^2; ``TERM/loss``, the mean reduced
+          loss; ``TERM/raw_by_t`` [8] with ``TERM/count_by_t`` [8], means by equal bins of t (0 in an empty bin); off
+          the diagonal also ``TERM/raw_by_gap``, ``TERM/count_by_gap`` and ``TERM/tangent_norm``, the root mean square
+          of the derivative term.
+
+        Raises:
+          ValueError, TypeError: while tracing, for leaves of different lengths, a size that cannot be split, an x0
+            that does not match x1, or data that is not floating point.
+        """
+        context = Context() if context is None else context
+        size = _batch_size(batch)
+        diagonal, off_diagonal = self.rows(size)
+        coupling_key, split_key, time_key, pair_key, gamma_key, model_key = jax.random.split(key, 6)
+        x0 = self.coupling(coupling_key, batch.x1) if batch.x0 is None else batch.x0
+        checks.same_structure("batch.x0", x0, "batch.x1", batch.x1)
+        whole = (x0, batch.x1, batch.cond, jax.random.split(model_key, size))
+        dtype = trees.at_least_float32(batch.x1)
+
+        first, second = _split(split_key, size, self.blocks, diagonal)
+        loss, info = jnp.zeros((size,), dtype), {}
+        if diagonal:
+            t = self.times(time_key, diagonal).astype(dtype)
+            part, raw = jax.vmap(lambda *row: self._on(params, *row))(t, *_take(whole, first))
+            loss = loss.at[first].set(part.astype(dtype))
+            info.update(_report("tangent", part, raw, t=t))
+        if off_diagonal:
+            s, t = (value.astype(dtype) for value in self.pairs(pair_key, off_diagonal))
+            gamma = self.gammas(gamma_key, off_diagonal).astype(dtype)
+            rows = (s, t, gamma, *_take(whole, second))
+            part, raw, derivative = jax.vmap(lambda *row: self._off(params, context, *row))(*rows)
+            loss = loss.at[second].set(part.astype(dtype))
+            info.update(_report(self.term, part, raw, t=t, gap=t - s))
+            info[f"{self.term}/tangent_norm"] = jnp.sqrt(jnp.mean(jax.lax.stop_gradient(derivative)))
+        info["diagonal_rows"] = jnp.zeros((size,), bool).at[first].set(True)
+        return loss, info
+
+    def _on(self, params: Params, t: Array, x0: Event, x1: Event, cond: PyTree, key: Key) -> tuple[Array, Array]:
+        def v(s_: Time, t_: Time, x_: Event) -> Event:
+            del s_
+            return self.flow_map.velocity(params, t_, x_, cond, key=key)
+
+        x, velocity = self._pair(t, x0, x1)
+        difference = identities.tangent(v, t, x, velocity).difference
+        return self.diagonal_reduction(params, t, t, difference), trees.sq_norm(difference)
+
+    def _off(
+        self,
+        params: Params,
+        context: Context,
+        s: Array,
+        t: Array,
+        gamma: Array,
+        x0: Event,
+        x1: Event,
+        cond: PyTree,
+        key: Key,
+    ) -> tuple[Array, Array, Array]:
+        assert self.off_diagonal is not None
+
+        def at(weights: Params) -> Leg:
+            return Leg(
+                lambda s_, t_, x_: self.flow_map.mean_velocity(weights, s_, t_, x_, cond, key=key),
+                lambda t_, x_: self.flow_map.velocity(weights, t_, x_, cond, key=key),
+            )
+
+        x, velocity = self._pair(s, x0, x1)
+        residual = self.off_diagonal(
+            Row(
+                at(params),
+                s,
+                t,
+                x,
+                velocity,
+                gamma,
+                None if context.ema is None else at(context.ema),
+                None if context.teacher is None else at(context.teacher),
+                jnp.asarray(context.step),
+            )
+        )
+        difference = residual.difference
+        loss = self.reduction(params, s, t, difference)
+        return loss, trees.sq_norm(difference), trees.sq_norm(residual.tangent)
+
+    def _pair(self, t: Array, x0: Event, x1: Event) -> tuple[Event, Event]:
+        return self.interpolant.interpolate(t, x0, x1), self.interpolant.derivative(t, x0, x1)
+
+
+def _batch_size(batch: Batch) -> int:
+    checks.floating("batch.x1", batch.x1)
+    sizes = {jnp.shape(leaf)[:1] for leaf in jax.tree.leaves((batch.x1, batch.x0, batch.cond))}
+    if len(sizes) != 1 or () in sizes:
+        raise ValueError(f"batch: expected every leaf to have the same leading axis, got {sorted(sizes)}")
+    return int(next(iter(sizes))[0])
+
+
+def _split(key: Key, size: int, blocks: int, diagonal: int) -> tuple[Array, Array]:
+    """Indices of the diagonal and of the other rows, chosen at random within each block."""
+    if diagonal in (0, size):
+        return jnp.arange(diagonal), jnp.arange(diagonal, size)
+    order = jax.vmap(lambda k: jax.random.permutation(k, size // blocks))(jax.random.split(key, blocks))
+    order = order + (jnp.arange(blocks, dtype=order.dtype) * (size // blocks))[:, None]
+    cut = diagonal // blocks
+    return order[:, :cut].reshape(-1), order[:, cut:].reshape(-1)
+
+
+def _take(tree: PyTree, rows: Array) -> PyTree:
+    return jax.tree.map(lambda leaf: leaf[rows], tree)
+
+
+def _report(term: str, loss: Array, raw: Array, **by: Array) -> dict[str, Array]:
+    raw = jax.lax.stop_gradient(raw)
+    info = {f"{term}/raw": jnp.mean(raw), f"{term}/loss": jnp.mean(jax.lax.stop_gradient(loss))}
+    for name, value in by.items():
+        place = jnp.clip((value * BINS).astype(jnp.int32), 0, BINS - 1)
+        count = jnp.zeros((BINS,), raw.dtype).at[place].add(1.0)
+        total = jnp.zeros((BINS,), raw.dtype).at[place].add(raw)
+        info[f"{term}/raw_by_{name}"] = total / jnp.maximum(count, 1.0)
+        info[f"{term}/count_by_{name}"] = count
+    return info

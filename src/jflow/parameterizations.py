@@ -1,0 +1,152 @@
+"""Parameterizations: what a network's output means, as X_{s,t}(x) = A(s,t) x + B(s,t) net(s, t, x).
+
+A(s,s) = 1 and B(s,s) = 0, so that X_{s,s} = id by construction. The mean velocity is a x + c net with
+a = (A - 1)/(t - s) and c = B/(t - s), both finite at t = s: interpolants supply divided differences in closed form, and
+nothing divides by t - s.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable
+from typing import Any
+
+import jax.numpy as jnp
+
+from jflow import checks, trees
+from jflow.interpolants import Interpolant
+from jflow.types import FORWARD, Array, Cond, Domain, Event, FlowMap, Key, Params, Time
+
+NetworkApply = Callable[..., Any]
+
+
+@dataclasses.dataclass(frozen=True)
+class Parameterization:
+    """The coefficients of the mean velocity v = a(s,t) x + c(s,t) net.
+
+    Attributes:
+      name: as in ``PARAMETERIZATIONS``.
+      coefficients: ``(s, t) -> (a, c)``, scalars.
+      singular: the source times at which the form is singular, and its clamp in force.
+    """
+
+    name: str
+    coefficients: Callable[[Time, Time], tuple[Array, Array]]
+    singular: tuple[float, ...] = ()
+
+    def jump_coefficients(self, s: Time, t: Time) -> tuple[Array, Array]:
+        """(A, B) of X_{s,t}(x) = A x + B net, with A = 1 + (t - s) a and B = (t - s) c."""
+        a, c = self.coefficients(s, t)
+        gap = jnp.asarray(t) - jnp.asarray(s)
+        return 1.0 + gap * a, gap * c
+
+
+def mean_velocity_form(interpolant: Interpolant | None = None) -> Parameterization:
+    """A = 1, B = t - s: the network predicts v_{s,t}(x) (2505.13447, 2505.18825). The path does not enter."""
+    del interpolant
+
+    def coefficients(s: Time, t: Time) -> tuple[Array, Array]:
+        gap = jnp.asarray(t) - jnp.asarray(s)
+        return jnp.zeros_like(gap), jnp.ones_like(gap)
+
+    return Parameterization("v", coefficients)
+
+
+def data_form(interpolant: Interpolant, clamp: float = 0.05) -> Parameterization:
+    """A = alpha_t/alpha_s, B = beta_t - alpha_t beta_s/alpha_s: the network predicts the data end (DDIM, 2010.02502).
+
+    On the diagonal it is the denoiser. Singular where alpha_s = 0 (s = 1 on the linear path): there alpha_s is replaced by
+    max(alpha_s, clamp) in the denominators (2601.22158 uses 0.05), which keeps X_{s,s} = id and the value for the exact
+    network finite, but is another function of the network than the unclamped one wherever alpha_s < clamp.
+
+    Raises:
+      ValueError: for a clamp outside (0, 1]; TypeError when it is no number.
+    """
+    checks.number("clamp", clamp, low=0.0, high=1.0, open_low=True)
+
+    def coefficients(s: Time, t: Time) -> tuple[Array, Array]:
+        alpha_dd, beta_dd = interpolant.alpha_dd(s, t), interpolant.beta_dd(s, t)
+        a = alpha_dd / jnp.maximum(interpolant.alpha(s), clamp)
+        return a, beta_dd - a * interpolant.beta(s)
+
+    return Parameterization("x", coefficients, singular=(1.0,))
+
+
+def noise_form(interpolant: Interpolant, clamp: float = 0.05) -> Parameterization:
+    """A = beta_t/beta_s, B = alpha_t - beta_t alpha_s/beta_s: the network predicts the base end.
+
+    Singular where beta_s = 0 (s = 0 on the linear path): there beta_s is replaced by max(beta_s, clamp) in the
+    denominators, as in ``data_form``.
+
+    Raises:
+      ValueError: for a clamp outside (0, 1]; TypeError when it is no number.
+    """
+    checks.number("clamp", clamp, low=0.0, high=1.0, open_low=True)
+
+    def coefficients(s: Time, t: Time) -> tuple[Array, Array]:
+        alpha_dd, beta_dd = interpolant.alpha_dd(s, t), interpolant.beta_dd(s, t)
+        a = beta_dd / jnp.maximum(interpolant.beta(s), clamp)
+        return a, alpha_dd - a * interpolant.alpha(s)
+
+    return Parameterization("noise", coefficients, singular=(0.0,))
+
+
+def trigonometric_form(interpolant: Interpolant) -> Parameterization:
+    """A = cos(pi (t-s)/2), B = sin(pi (t-s)/2), on the trigonometric path (2410.11081).
+
+    The network predicts -F of that paper, for data of unit scale; the velocity is (pi/2) net.
+
+    Raises:
+      ValueError: on another path.
+    """
+    if interpolant.name != "trigonometric":
+        raise ValueError(f"interpolant: the trigonometric form needs the trigonometric path, got {interpolant.name!r}")
+    half = 0.5 * jnp.pi
+
+    def coefficients(s: Time, t: Time) -> tuple[Array, Array]:
+        gap = jnp.asarray(t) - jnp.asarray(s)
+        # cos h - 1 = -2 sin^2(h/2), with h = pi gap/2 and jnp.sinc(z) = sin(pi z)/(pi z).
+        a = -half * jnp.sin(0.5 * half * gap) * jnp.sinc(0.25 * gap)
+        return a, half * jnp.sinc(0.5 * gap)
+
+    return Parameterization("trigonometric", coefficients)
+
+
+PARAMETERIZATIONS: dict[str, Callable[..., Parameterization]] = {
+    "v": mean_velocity_form,
+    "x": data_form,
+    "noise": noise_form,
+    "trigonometric": trigonometric_form,
+}
+
+
+def flow_map(apply: NetworkApply, parameterization: Parameterization, domain: Domain = FORWARD) -> FlowMap:
+    """A FlowMap made of a network: v_{s,t}(x) = a(s,t) x + c(s,t) apply(params, s, t, x).
+
+    Args:
+      apply: ``(params, s, t, x, cond=None, *, key=None) -> net``, of one sample, shaped like x (see ``jflow.nets``).
+      parameterization: what the network predicts.
+      domain: the pairs of times on which it will be trained.
+
+    Returns:
+      The FlowMap; its params are the network's.
+
+    Raises:
+      ValueError: (when called) for a time that is no scalar, or a network whose output is not shaped like x.
+      TypeError: (when called) for an x that is not floating point.
+    """
+
+    def mean_velocity(
+        params: Params, s: Time, t: Time, x: Event, cond: Cond = None, *, key: Key | None = None
+    ) -> Event:
+        checks.scalar("s", s)
+        checks.scalar("t", t)
+        checks.floating("x", x)
+        output = apply(params, s, t, x, cond, key=key)
+        checks.same_structure("network output", output, "x", x)
+        if parameterization.name == "v":
+            return output
+        a, c = parameterization.coefficients(s, t)
+        return trees.combine(a, x, c, output)
+
+    return FlowMap(mean_velocity, domain)

@@ -1,0 +1,133 @@
+r"""Reductions: from one sample's residual D = prediction - target to its loss, a scalar.
+
+Every reduction has the signature ``(params, s, t, difference) -> loss``; only ``learned`` looks at the first three.
+|D|^2 is the sum over all leaves and axes of the event. With sg the stop-gradient:
+
+    squared            |D|^2
+    adaptive           |D|^2 / sg(|D|^2 + c)^p                       (2505.13447)
+    pseudo-Huber       sqrt(|D|^2 + c^2) - c                         (2310.14189)
+    Cauchy             (c^2/2) log(1 + |D|^2/c^2)                    (2510.24474)
+    normalised         |D|^2 / sg(|D| + c), so that the tangent is D/(|D| + c)   (2410.11081)
+    clipped            |D|^2 sg(min(1, c/|D|))
+    learned            e^{-w} |D|^2 + w, w = w(s, t)                 (2312.02696)
+
+Where the target holds a velocity from the pair (MeanFlow) only a weight that does not depend on D keeps the exact map
+stationary: all but ``squared`` and ``learned`` bias it wherever x1 given x is skewed. In the other methods the residual of
+the exact map is zero for every sample, or its target is the regression of flow matching, biased in the same way.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import jax
+import jax.numpy as jnp
+
+from jflow import checks, trees
+from jflow.types import Array, Event, Params, Time
+
+Reduction = Callable[[Params, Time, Time, Event], Array]
+
+
+def squared(params: Params, s: Time, t: Time, difference: Event) -> Array:
+    """|D|^2."""
+    del params, s, t
+    return trees.sq_norm(difference)
+
+
+def weighted(weight: Callable[[Array], Array]) -> Reduction:
+    """sg(weight(|D|^2)) |D|^2: the family of which adaptive, normalised and clipped are members."""
+
+    def reduction(params: Params, s: Time, t: Time, difference: Event) -> Array:
+        del params, s, t
+        square = trees.sq_norm(difference)
+        return jax.lax.stop_gradient(weight(square)) * square
+
+    return reduction
+
+
+def adaptive(p: float = 1.0, c: float = 0.01) -> Reduction:
+    """|D|^2 / sg(|D|^2 + c)^p.
+
+    Raises:
+      ValueError: when p is negative or c not positive; TypeError when they are no numbers.
+    """
+    checks.number("p", p, low=0.0)
+    checks.number("c", c, low=0.0, open_low=True)
+    return weighted(lambda square: (square + c) ** -p)
+
+
+def normalised(c: float = 0.1) -> Reduction:
+    """|D|^2 / sg(|D| + c): half its gradient is D/(|D| + c) times that of the prediction.
+
+    Raises:
+      ValueError: when c is not positive; TypeError when it is no number.
+    """
+    checks.number("c", c, low=0.0, open_low=True)
+    return weighted(lambda square: 1.0 / (jnp.sqrt(square) + c))
+
+
+def clipped(c: float = 1.0) -> Reduction:
+    """|D|^2 sg(min(1, c/|D|)): the gradient is that of ``squared`` with |D| cut off at c.
+
+    Raises:
+      ValueError: when c is not positive; TypeError when it is no number.
+    """
+    checks.number("c", c, low=0.0, open_low=True)
+    return weighted(lambda square: c / jnp.maximum(jnp.sqrt(square), c))
+
+
+def pseudo_huber(c: float = 0.03) -> Reduction:
+    """sqrt(|D|^2 + c^2) - c.
+
+    Raises:
+      ValueError: when c is not positive; TypeError when it is no number.
+    """
+    checks.number("c", c, low=0.0, open_low=True)
+
+    def reduction(params: Params, s: Time, t: Time, difference: Event) -> Array:
+        del params, s, t
+        square = trees.sq_norm(difference)
+        # The difference of two nearly equal numbers, without the cancellation.
+        return square / (jnp.sqrt(square + c * c) + c)
+
+    return reduction
+
+
+def cauchy(c: float = 1.0) -> Reduction:
+    """(c^2/2) log(1 + |D|^2/c^2).
+
+    Raises:
+      ValueError: when c is not positive; TypeError when it is no number.
+    """
+    checks.number("c", c, low=0.0, open_low=True)
+
+    def reduction(params: Params, s: Time, t: Time, difference: Event) -> Array:
+        del params, s, t
+        return 0.5 * c * c * jnp.log1p(trees.sq_norm(difference) / (c * c))
+
+    return reduction
+
+
+def learned(log_weight: Callable[[Params, Time, Time], Array]) -> Reduction:
+    """e^{-w} |D|^2 + w with w = log_weight(params, s, t), a scalar trained along; at its optimum e^w = E|D|^2.
+
+    Divide w by the event's size beforehand if |D|^2 should count per dimension.
+    """
+
+    def reduction(params: Params, s: Time, t: Time, difference: Event) -> Array:
+        w = log_weight(params, s, t)
+        checks.shape("log_weight's output", w, ())
+        return jnp.exp(-w) * trees.sq_norm(difference) + w
+
+    return reduction
+
+
+REDUCTIONS: dict[str, Callable[[], Reduction]] = {
+    "squared": lambda: squared,
+    "adaptive": adaptive,
+    "normalised": normalised,
+    "clipped": clipped,
+    "pseudo_huber": pseudo_huber,
+    "cauchy": cauchy,
+}

@@ -1,0 +1,483 @@
+r"""Diffrax solves of any Velocity: as a FlowMap, as a trajectory, and as an SDE with the same marginals.
+
+The mean velocity is itself the end of an ODE in rescaled time tau,
+
+    dy/dtau = b_{s + tau (t-s)}( x + (t-s) y ),   y(0) = 0,   tau in [0, 1],       v_{s,t}(x) = y(1),
+
+for s < t, s > t and s = t alike: nothing divides by t - s, and the derivatives in s, t and x are right on the diagonal.
+
+What happens when a solve does not reach its end within ``max_steps``: at an un-jitted call RuntimeError is raised; under
+``jit``, ``vmap`` or differentiation the result and all its derivatives are NaN and ``SolveStats.success`` is False, so
+that no host callback is compiled into the program and no wrong number leaves it.
+
+Diffrax is imported on first use.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from jflow import checks, trees
+from jflow.interpolants import Interpolant
+from jflow.types import BOTH, Array, Cond, Domain, Event, FlowMap, Key, Params, Time, Velocity
+
+# name -> (diffrax class, stages of one step, how many of them a step inherits from the one before)
+METHODS = {
+    "euler": ("Euler", 1, 0),
+    "heun": ("Heun", 2, 0),
+    "midpoint": ("Midpoint", 2, 0),
+    "tsit5": ("Tsit5", 7, 1),
+    "dopri8": ("Dopri8", 14, 1),
+}
+ADAPTIVE = ("tsit5", "dopri8")
+ADJOINTS = ("forward", "direct", "recursive")
+SDE_METHODS = ("euler", "heun")
+# An adaptive solve's first step in rescaled time. Diffrax's own choice spends evaluations, or starts at 0.01.
+FIRST_STEP = 0.1
+
+
+class SolveStats(NamedTuple):
+    """What one sample's solve took; scalars.
+
+    Attributes:
+      nfe: evaluations of the velocity, int32: the stages of kept and rejected steps, less those that a step inherits
+        from the one before. A vmapped batch runs as long as its slowest sample.
+      steps: steps tried, kept or not, int32.
+      rejected: steps whose error was too large, int32.
+      success: whether the end was reached within ``max_steps``, bool.
+    """
+
+    nfe: Array
+    steps: Array
+    rejected: Array
+    success: Array
+
+
+def tolerance_floor(dtype: Any) -> float:
+    """The smallest relative tolerance that a solve in this dtype can hold: 16 units of rounding."""
+    return 16.0 * float(jnp.finfo(dtype).eps)
+
+
+def solve(
+    velocity: Velocity,
+    method: str = "tsit5",
+    *,
+    steps: int | None = None,
+    rtol: float | None = None,
+    atol: float | None = None,
+    max_steps: int = 4096,
+    adjoint: str | None = None,
+    domain: Domain = BOTH,
+) -> FlowMap:
+    """The flow map of a velocity, by an ODE solve in rescaled time (see the module's formula).
+
+    The velocity is called with x in its own dtypes and with a time in the widest of them (float32 at least); sums are
+    kept in jax's default float, and the result has the dtypes of x. ``FlowMap.velocity`` is the velocity itself, which
+    a solve at s = t also returns, at the price of its steps.
+
+    Args:
+      velocity: ``(params, t, x, cond=None, *, key=None) -> b_t(x)`` of one sample. One ``key`` serves the whole solve.
+      method: "euler", "heun", "midpoint" (orders 1, 2, 2; fixed steps), "tsit5" or "dopri8" (orders 5 and 8; adaptive,
+        or fixed when ``steps`` is given).
+      steps: the number of equal steps; with it there is no tolerance.
+      rtol: relative tolerance on the mean velocity, per sample and step; by default 1e-8 for x in float64, else 1e-5.
+      atol: absolute tolerance on the mean velocity; by default as ``rtol``. The error of the jump is t - s times smaller.
+      max_steps: the most steps, kept or not, of an adaptive solve.
+      adjoint: which derivatives exist. "forward": ``jax.jvp`` only. "direct": both modes, with memory for ``max_steps``
+        steps. "recursive": ``jax.grad`` only, by checkpointing. By default "direct" for fixed steps, "forward" for
+        adaptive ones.
+      domain: the domain of the FlowMap.
+
+    Returns:
+      The FlowMap; its params are the velocity's.
+
+    Raises:
+      ValueError: for an unknown method or adjoint, missing steps, steps together with a tolerance, a tolerance that is
+        not positive (or, at a call, finer than the dtype); at a call, for s or t that are no scalars or outside [0, 1].
+      TypeError: for numbers of the wrong type; at a call, for x that is not floating-point.
+      RuntimeError: at an un-jitted call that needs more than ``max_steps``.
+    """
+    solver = _solver(velocity, method, steps, rtol, atol, max_steps, adjoint)
+
+    def mean_velocity(
+        params: Params, s: Time, t: Time, x: Event, cond: Cond = None, *, key: Key | None = None
+    ) -> Event:
+        return solver.mean_velocity(params, s, t, x, cond, key)[0]
+
+    return FlowMap(mean_velocity, domain=domain, velocity_override=velocity)
+
+
+def solve_counted(
+    velocity: Velocity,
+    method: str = "tsit5",
+    *,
+    steps: int | None = None,
+    rtol: float | None = None,
+    atol: float | None = None,
+    max_steps: int = 4096,
+    adjoint: str | None = None,
+) -> Callable[..., tuple[Event, SolveStats]]:
+    """The mean velocity of ``solve`` with the exact cost of each solve.
+
+    Args and errors: as ``solve``.
+
+    Returns:
+      ``(params, s, t, x, cond=None, *, key=None) -> (v_{s,t}(x), SolveStats)``.
+    """
+    solver = _solver(velocity, method, steps, rtol, atol, max_steps, adjoint)
+
+    def counted(
+        params: Params, s: Time, t: Time, x: Event, cond: Cond = None, *, key: Key | None = None
+    ) -> tuple[Event, SolveStats]:
+        return solver.mean_velocity(params, s, t, x, cond, key)
+
+    return counted
+
+
+def trajectory(
+    velocity: Velocity,
+    params: Params,
+    times: Array,
+    x: Event,
+    cond: Cond = None,
+    *,
+    method: str = "tsit5",
+    steps: int | None = None,
+    rtol: float | None = None,
+    atol: float | None = None,
+    max_steps: int = 4096,
+    adjoint: str | None = None,
+    key: Key | None = None,
+) -> Event:
+    """States of dx/dt = b_t(x) at many times, by one adaptive solve or by fixed steps between them.
+
+    Adaptive: the tolerances are on x. "tsit5" saves through its interpolant, whose error is that of its steps;
+    "dopri8" has an interpolant of lower order and therefore steps on to every time. (Diffrax checks the times in a host
+    callback of the compiled program.) Fixed: ``steps`` equal steps in each interval.
+
+    Args:
+      velocity, params, cond, key: as in ``solve``.
+      times: ``[N]``, strictly increasing or strictly decreasing, within [0, 1]; N >= 2.
+      x: the state at times[0].
+      method, steps, rtol, atol, max_steps, adjoint: as in ``solve``, ``steps`` per interval.
+
+    Returns:
+      Shaped like x with a leading axis N; the first entry is x.
+
+    Raises:
+      As ``solve``, and ValueError for times that are not strictly monotone in [0, 1].
+    """
+    _check_times("times", times, increasing=False)
+    checks.floating("x", x)
+    x = jax.tree.map(jnp.asarray, x)
+    solver = _solver(velocity, method, steps, rtol, atol, max_steps, adjoint)
+    if solver.steps is not None:
+        times = jnp.asarray(times, trees.at_least_float32(x))
+
+        def step(state: Event, pair: tuple[Array, Array]) -> tuple[Event, Event]:
+            v, _ = solver.mean_velocity(params, *pair, state, cond, key)
+            state = trees.axpy(pair[1] - pair[0], v, state)
+            return state, state
+
+        _, later = jax.lax.scan(step, x, (times[:-1], times[1:]))
+        return jax.tree.map(lambda first, rest: jnp.concatenate([first[None], rest]), x, later)
+    return solver.states(params, times, x, cond, key)
+
+
+def sde(
+    velocity: Velocity,
+    interpolant: Interpolant,
+    *,
+    method: str = "euler",
+    diffusion: float | Callable[[Time], Array] = 1.0,
+) -> Callable[..., Event]:
+    r"""The SDE with the marginals of the flow, for a standard normal base, on a grid of times that the caller gives.
+
+        dx = [ b_t + sigma_t^2/2 grad log rho_t ] dt + sigma_t dW,   grad log rho_t = (beta b - beta' x)/(alpha w)
+
+    With a number c the noise is sigma_t^2 = 2 c alpha_t w_t and the drift b + c (beta b - beta' x), finite everywhere:
+    nothing divides by alpha, and the noise ends at the data. A function of time is sigma_t itself, in the units of x per
+    square root of time; its drift divides by alpha w and is taken as b where sigma_t is zero.
+
+    Each step uses Diffrax's ``step`` of its Euler (the Ito-Euler scheme, which never looks at the last time) or Heun
+    (drift of weak order 2, two evaluations) with fresh normal increments, inside one ``lax.scan``: any number of steps
+    compiles once, and both modes of differentiation work.
+
+    Args:
+      velocity: b, as in ``solve``; called without a key.
+      interpolant: the path whose marginals they are.
+      method: "euler" or "heun".
+      diffusion: c >= 0, or the function t -> sigma_t.
+
+    Returns:
+      ``(params, key, grid, x0, cond=None) -> x`` at grid[-1], of one sample: ``grid`` is [N], strictly increasing within
+      [0, 1]; x is shaped like x0.
+
+    Raises:
+      ValueError: for an unknown method, c < 0 or not finite; at a call, for a grid that is not strictly increasing in
+        [0, 1].
+      TypeError: for ``diffusion`` that is neither a number nor callable; at a call, for x0 that is not floating-point.
+    """
+    checks.choice("method", method, SDE_METHODS)
+    if not callable(diffusion):
+        checks.number("diffusion", diffusion, low=0.0)
+
+    def sigma(t: Array) -> Array:
+        if callable(diffusion):
+            return jnp.asarray(diffusion(t)).astype(t.dtype)
+        c = interpolant.coefficients(t)
+        return jnp.sqrt(jnp.maximum(2.0 * diffusion * c.alpha * c.w, 0.0))
+
+    def correction(t: Array) -> Array:
+        """What multiplies (beta b - beta' x) in the drift."""
+        if not callable(diffusion):
+            return jnp.asarray(diffusion, t.dtype)
+        c = interpolant.coefficients(t)
+        squared = jnp.square(sigma(t))
+        return jnp.where(squared == 0.0, 0.0, 0.5 * squared / jnp.where(squared == 0.0, 1.0, c.alpha * c.w))
+
+    def simulate(params: Params, key: Key, grid: Array, x0: Event, cond: Cond = None) -> Event:
+        import diffrax
+        import lineax
+
+        _check_times("grid", grid, increasing=True)
+        checks.floating("x0", x0)
+        like = jax.tree.map(jnp.asarray, x0)
+        dtype = trees.at_least_float32(like)
+        grid = jnp.asarray(grid, dtype)
+        start = jax.tree.map(lambda leaf: leaf.astype(dtype), like)
+
+        def drift(t: Array, y: Event, args: Any) -> Event:
+            state = _cast_like(y, like)
+            b = _widen(velocity(params, t, state, cond), dtype)
+            c, factor = interpolant.coefficients(t), correction(t)
+            return trees.combine(1.0 + factor * c.beta, b, -factor * c.beta_dot, y)
+
+        def noise(t: Array, y: Event, args: Any) -> Any:
+            return lineax.DiagonalLinearOperator(jax.tree.map(lambda leaf: jnp.full_like(leaf, sigma(t)), y))
+
+        # "bounded" stages are differentiable in both modes; it is what Diffrax's DirectAdjoint chooses.
+        solver = diffrax.Euler() if method == "euler" else diffrax.Heun(scan_kind="bounded")
+        shapes = jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype), start)
+        terms = diffrax.MultiTerm(
+            diffrax.ODETerm(drift), diffrax.ControlTerm(noise, diffrax.UnsafeBrownianPath(shapes, key))
+        )
+
+        def step(y: Event, pair: tuple[Array, Array]) -> tuple[Event, None]:
+            # Neither solver carries a state from step to step.
+            return solver.step(terms, pair[0], pair[1], y, None, None, False)[0], None
+
+        end, _ = jax.lax.scan(step, start, (grid[:-1], grid[1:]))
+        return _cast_like(end, like)
+
+    return simulate
+
+
+@dataclasses.dataclass(frozen=True)
+class _RescaledField:
+    """b_{s + tau (t-s)}(x + (t-s) y) as Diffrax calls it; equal velocities give equal fields, which eager calls need
+    in order not to compile anew."""
+
+    velocity: Velocity
+
+    def __call__(self, tau: Array, y: Event, args: tuple) -> Event:
+        params, s, t, x, cond, key = args
+        moved = _cast_like(trees.axpy(t - s, y, _widen(x, tau.dtype)), x)
+        b = self.velocity(params, s + tau.astype(s.dtype) * (t - s), moved, cond, key=key)
+        return _widen(b, tau.dtype)
+
+
+@dataclasses.dataclass(frozen=True)
+class _StateField:
+    """(t-s) b_{s + tau (t-s)}(z): the state itself in rescaled time."""
+
+    velocity: Velocity
+
+    def __call__(self, tau: Array, z: Event, args: tuple) -> Event:
+        params, s, t, x, cond, key = args
+        b = self.velocity(params, s + tau.astype(s.dtype) * (t - s), _cast_like(z, x), cond, key=key)
+        return trees.scale(t - s, _widen(b, tau.dtype))
+
+
+@dataclasses.dataclass(frozen=True)
+class _Solver:
+    """A checked choice of method; ``steps`` is None for an adaptive solve."""
+
+    velocity: Velocity
+    method: str
+    steps: int | None
+    rtol: float | None
+    atol: float | None
+    max_steps: int
+    adjoint: str
+
+    def mean_velocity(
+        self, params: Params, s: Time, t: Time, x: Event, cond: Cond, key: Key | None
+    ) -> tuple[Event, SolveStats]:
+        """v_{s,t}(x), and what it took."""
+        _check_time("s", s)
+        _check_time("t", t)
+        checks.floating("x", x)
+        x = jax.tree.map(jnp.asarray, x)
+        dtype = trees.at_least_float32(x)
+        s, t = jnp.asarray(s).astype(dtype), jnp.asarray(t).astype(dtype)
+        start = jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, float), x)
+        ys, stats = self._run(_RescaledField(self.velocity), start, (params, s, t, x, cond, key), None)
+        return _cast_like(jax.tree.map(lambda leaf: leaf[-1], ys), x), stats
+
+    def states(self, params: Params, times: Array, x: Event, cond: Cond, key: Key | None) -> Event:
+        """The states at the times, by one adaptive solve."""
+        dtype = trees.at_least_float32(x)
+        times = jnp.asarray(times, dtype)
+        s, t = times[0], times[-1]
+        save = ((times - s) / (t - s)).astype(float)
+        ys, _ = self._run(_StateField(self.velocity), _widen(x, float), (params, s, t, x, cond, key), save)
+        return _cast_like(ys, x)
+
+    def _run(self, field: Callable, start: Event, args: tuple, save: Array | None) -> tuple[Event, SolveStats]:
+        import diffrax
+
+        name, stages, inherits = METHODS[self.method]
+        if self.steps is not None:
+            controller, first, max_steps = diffrax.ConstantStepSize(), 1.0 / self.steps, self.steps
+        else:
+            controller = _counting_controller()(*self._tolerances(args[1].dtype))
+            first, max_steps = FIRST_STEP, self.max_steps
+            if save is not None and self.method == "dopri8":
+                controller = diffrax.ClipStepSizeController(controller, step_ts=save)
+        adjoint = {
+            "forward": diffrax.ForwardMode,
+            "direct": diffrax.DirectAdjoint,
+            "recursive": diffrax.RecursiveCheckpointAdjoint,
+        }[self.adjoint]()
+        solution = diffrax.diffeqsolve(
+            diffrax.ODETerm(field),
+            getattr(diffrax, name)(),
+            # Python numbers: Diffrax checks them while tracing, and arrays in a host callback of the compiled program.
+            0.0,
+            1.0,
+            first,
+            start,
+            args,
+            saveat=diffrax.SaveAt(t1=save is None, ts=save, controller_state=True),
+            stepsize_controller=controller,
+            adjoint=adjoint,
+            max_steps=max_steps,
+            throw=False,
+        )
+        success = solution.result == diffrax.RESULTS.successful
+        tried = jnp.asarray(solution.stats["num_steps"], jnp.int32)
+        nfe = tried * (stages - inherits) + inherits
+        if self.steps is None and save is None:
+            # Until a first step is kept there is nothing to inherit.
+            nfe = nfe + inherits * solution.controller_state[1]
+        rejected = jnp.asarray(solution.stats["num_rejected_steps"], jnp.int32)
+        self._raise_if_concrete(success)
+        # A factor, not a where: it makes the derivatives NaN as well.
+        poison = jnp.where(success, 1.0, jnp.nan)
+        return trees.scale(poison, solution.ys), SolveStats(nfe, tried, rejected, success)
+
+    def _tolerances(self, dtype: Any) -> tuple[float, float]:
+        default = 1e-8 if dtype == jnp.float64 else 1e-5
+        rtol = default if self.rtol is None else self.rtol
+        atol = rtol if self.atol is None else self.atol
+        floor = tolerance_floor(dtype)
+        if max(rtol, atol) < floor:
+            raise ValueError(
+                f"rtol: expected at least {floor:.1e}, all that {dtype} can hold, got rtol={rtol:g}, atol={atol:g}; "
+                "pass x in float64 for a finer solve"
+            )
+        return rtol, atol
+
+    def _raise_if_concrete(self, success: Array) -> None:
+        value = checks.concrete(success)
+        if value is not None and not value:
+            raise RuntimeError(
+                f"{self.method}: the end was not reached within max_steps={self.max_steps}; the velocity is stiff, not "
+                f"finite, or the tolerance (rtol={self.rtol}, atol={self.atol}; None is the dtype's default) too fine"
+            )
+
+
+@functools.cache
+def _counting_controller() -> type:
+    """Diffrax's PIDController, counting the rejections before the first step that is kept."""
+    import diffrax
+
+    class CountingController(diffrax.PIDController):
+        def init(self, *args: Any) -> tuple:
+            first, state = super().init(*args)
+            return first, (state, jnp.zeros((), jnp.int32))
+
+        def adapt_step_size(self, t0: Array, *args: Any) -> tuple:
+            *others, (state, count) = args
+            keep, after, end, jump, state, result = super().adapt_step_size(t0, *others, state)
+            count = count + (jnp.logical_not(keep) & (t0 == 0.0)).astype(jnp.int32)
+            return keep, after, end, jump, (state, count), result
+
+    return CountingController
+
+
+def _solver(
+    velocity: Velocity,
+    method: str,
+    steps: int | None,
+    rtol: float | None,
+    atol: float | None,
+    max_steps: int,
+    adjoint: str | None,
+) -> _Solver:
+    if not callable(velocity):
+        raise TypeError(f"velocity: expected a function (params, t, x, cond) -> b, got {type(velocity).__name__}")
+    checks.choice("method", method, METHODS)
+    if steps is not None:
+        checks.integer("steps", steps, low=1)
+    elif method not in ADAPTIVE:
+        raise ValueError(f"steps: expected a number of steps, which method {method!r} needs, got None")
+    for name, value in (("rtol", rtol), ("atol", atol)):
+        if value is None:
+            continue
+        if steps is not None:
+            raise ValueError(f"{name}: expected None with fixed steps (steps={steps}), got {value!r}")
+        checks.number(name, value, low=0.0, high=1.0, open_low=True)
+    checks.integer("max_steps", max_steps, low=1)
+    if adjoint is None:
+        adjoint = "forward" if steps is None else "direct"
+    checks.choice("adjoint", adjoint, ADJOINTS)
+    return _Solver(velocity, method, steps, rtol, atol, max_steps, adjoint)
+
+
+def _check_time(name: str, value: Any) -> None:
+    checks.scalar(name, value)
+    number = checks.concrete(value)
+    if number is not None and not 0.0 <= float(number) <= 1.0:
+        raise ValueError(f"{name}: expected a time in [0, 1], got {float(number):g}")
+
+
+def _check_times(name: str, times: Any, *, increasing: bool) -> None:
+    shape = np.shape(times)
+    if len(shape) != 1 or shape[0] < 2:
+        raise ValueError(f"{name}: expected at least two times in one dimension, got shape {shape}")
+    values = checks.concrete(times)
+    if values is None:
+        return
+    gaps = np.diff(values)
+    if not (np.all(gaps > 0) or (not increasing and np.all(gaps < 0))):
+        order = "strictly increasing" if increasing else "strictly increasing or strictly decreasing"
+        raise ValueError(f"{name}: expected {order} times, got {values}")
+    if values.min() < 0.0 or values.max() > 1.0:
+        raise ValueError(f"{name}: expected times in [0, 1], got {values}")
+
+
+def _widen(x: Event, dtype: Any) -> Event:
+    return jax.tree.map(lambda leaf: jnp.asarray(leaf).astype(dtype), x)
+
+
+def _cast_like(x: Event, like: Event) -> Event:
+    return jax.tree.map(lambda leaf, model: leaf.astype(model.dtype), x, like)

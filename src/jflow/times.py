@@ -1,0 +1,156 @@
+"""Laws of times: ``(key, n) -> [n]`` for one time, ``(key, n) -> (s [n], t [n])`` for a pair.
+
+A law sees the whole batch, so that it can spread its samples (``stratified``); the rows of a batch are exchangeable.
+Laws of time flip between conventions: MeanFlow's logit-normal(-0.4, 1) is logit-normal(+0.4, 1) here, s the smaller.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+
+import jax
+import jax.numpy as jnp
+
+from jflow import checks
+from jflow.types import Array, Key
+
+Law = Callable[[Key, int], Array]
+PairLaw = Callable[[Key, int], tuple[Array, Array]]
+
+
+def uniform(low: float = 0.0, high: float = 1.0, *, stratified: bool = False) -> Law:
+    """Uniform on [low, high); ``stratified`` puts one sample into each of n equal cells, in random order.
+
+    Raises:
+      ValueError: when not 0 <= low < high <= 1; TypeError when they are no numbers.
+    """
+    checks.number("low", low, low=0.0, high=1.0)
+    checks.number("high", high, low=low, high=1.0, open_low=True)
+
+    def law(key: Key, n: int) -> Array:
+        position_key, order_key = jax.random.split(key)
+        u = jax.random.uniform(position_key, (n,))
+        if stratified:
+            u = jax.random.permutation(order_key, (jnp.arange(n, dtype=u.dtype) + u) / n)
+        return low + (high - low) * u
+
+    return law
+
+
+def logit_normal(mean: float = 0.0, std: float = 1.0) -> Law:
+    """sigmoid(mean + std z), z ~ N(0, 1) (2403.03206).
+
+    Raises:
+      ValueError: when std is not positive; TypeError when they are no numbers.
+    """
+    checks.number("mean", mean)
+    checks.number("std", std, low=0.0, open_low=True)
+    return lambda key, n: jax.nn.sigmoid(mean + std * jax.random.normal(key, (n,)))
+
+
+def constant(value: float) -> Law:
+    """The fixed time ``value``.
+
+    Raises:
+      ValueError: when it is outside [0, 1]; TypeError when it is no number.
+    """
+    checks.number("value", value, low=0.0, high=1.0)
+    return lambda key, n: jnp.full((n,), value)
+
+
+def triangle(*, stratified: bool = False) -> PairLaw:
+    """Uniform on the triangle 0 <= s < t <= 1; ``stratified`` spreads the gap t - s evenly over its own law.
+
+    The gap has density 2 (1 - g), so g = 1 - sqrt(1 - u), and s is uniform on [0, 1 - g].
+    """
+    position = uniform(stratified=stratified)
+
+    def law(key: Key, n: int) -> tuple[Array, Array]:
+        gap_key, start_key = jax.random.split(key)
+        gap = 1.0 - jnp.sqrt(1.0 - position(gap_key, n))
+        s = jax.random.uniform(start_key, (n,)) * (1.0 - gap)
+        return s, jnp.minimum(s + gap, 1.0)
+
+    return law
+
+
+def ordered(law: Law) -> PairLaw:
+    """Two independent draws of a law, s the smaller (2505.13447)."""
+
+    def pair(key: Key, n: int) -> tuple[Array, Array]:
+        first_key, second_key = jax.random.split(key)
+        first, second = law(first_key, n), law(second_key, n)
+        return jnp.minimum(first, second), jnp.maximum(first, second)
+
+    return pair
+
+
+def independent(source: Law, target: Law) -> PairLaw:
+    """s and t drawn each from a law of its own: a fixed end with ``constant``, both directions with two uniforms."""
+
+    def pair(key: Key, n: int) -> tuple[Array, Array]:
+        source_key, target_key = jax.random.split(key)
+        return source(source_key, n), target(target_key, n)
+
+    return pair
+
+
+def gapped(gap: Law) -> PairLaw:
+    """The gap t - s from a law, then s uniform on [0, 1 - gap]."""
+
+    def pair(key: Key, n: int) -> tuple[Array, Array]:
+        gap_key, start_key = jax.random.split(key)
+        g = gap(gap_key, n)
+        s = jax.random.uniform(start_key, (n,)) * (1.0 - g)
+        return s, jnp.minimum(s + g, 1.0)
+
+    return pair
+
+
+def mixed(laws: Sequence[PairLaw], weights: Sequence[float]) -> PairLaw:
+    """Every row from one of several pair laws, chosen with the given probabilities.
+
+    Raises:
+      ValueError: when the weights do not match the laws, are negative, or do not sum to one.
+    """
+    if len(laws) != len(weights) or not laws:
+        raise ValueError(f"weights: expected one for each of {len(laws)} laws, got {len(weights)}")
+    if min(weights) < 0 or abs(sum(weights) - 1.0) > 1e-6:
+        raise ValueError(f"weights: expected non-negative numbers that sum to one, got {tuple(weights)}")
+
+    def pair(key: Key, n: int) -> tuple[Array, Array]:
+        choice_key, *keys = jax.random.split(key, len(laws) + 1)
+        chosen = jax.random.categorical(choice_key, jnp.log(jnp.asarray(weights)), shape=(n,))
+        drawn = [law(k, n) for law, k in zip(laws, keys, strict=True)]
+        pick = lambda values: jnp.take_along_axis(jnp.stack(values), chosen[None], axis=0)[0]  # noqa: E731
+        return pick([s for s, _ in drawn]), pick([t for _, t in drawn])
+
+    return pair
+
+
+def dyadic(levels: int) -> PairLaw:
+    """The shortcut model's law (2410.12557): a gap 2^-k, k uniform on 0..levels - 1, and s uniform on its multiples.
+
+    The smallest gap that it draws is twice the smallest cell, so that the midpoint lies on the grid of 2^levels cells.
+
+    Raises:
+      ValueError: when levels is not a positive whole number; TypeError when it is no number.
+    """
+    checks.integer("levels", levels, low=1)
+
+    def pair(key: Key, n: int) -> tuple[Array, Array]:
+        level_key, start_key = jax.random.split(key)
+        cells = 2 ** jax.random.randint(level_key, (n,), 0, levels)
+        u = jax.random.uniform(start_key, (n,))
+        count = cells.astype(u.dtype)
+        start = jnp.floor(u * count)
+        return start / count, (start + 1.0) / count
+
+    return pair
+
+
+LAWS: dict[str, Callable[[], Law]] = {"uniform": uniform, "logit_normal": logit_normal}
+PAIR_LAWS: dict[str, Callable[[], PairLaw]] = {
+    "triangle": triangle,
+    "ordered_logit_normal": lambda: ordered(logit_normal(0.4, 1.0)),
+}

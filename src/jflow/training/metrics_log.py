@@ -1,0 +1,123 @@
+"""Metrics of a run: averages over steps, and a file of JSON lines that outlives the process and is continued on resume."""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import pathlib
+from collections.abc import Mapping
+from typing import Any
+
+import numpy as np
+
+
+def average(stacked: Mapping[str, Any], weights: Any) -> dict[str, Any]:
+    """Metrics of many steps, ``[K, ...]`` each, as one: means with weights ``[K]``.
+
+    ``finite`` is true when all are, ``last_loss`` the last one. A mean by bins, ``NAME/raw_by_...``, has one weight per
+    bin, ``NAME/count_by_...``, where there is one, since an empty bin says nothing. Works on numpy and on jax arrays.
+    """
+    result = {}
+    for name, values in stacked.items():
+        counts = stacked.get(name.replace("/raw_by_", "/count_by_"))
+        if name == "finite":
+            result[name] = values.all(0)
+        elif name == "last_loss":
+            result[name] = values[-1]
+        elif "/raw_by_" in name and counts is not None:
+            result[name] = _mean(values, counts.astype(values.dtype) * _column(weights, values))
+        else:
+            result[name] = _mean(values, _column(weights, values))
+    return result
+
+
+def _column(weights: Any, values: Any) -> Any:
+    return weights.reshape((-1,) + (1,) * (values.ndim - 1)).astype(values.dtype)
+
+
+def _mean(values: Any, weights: Any) -> Any:
+    total = weights.sum(0)
+    return (values * weights).sum(0) / (total + (total == 0).astype(total.dtype))
+
+
+class MetricsLog:
+    """A file of JSON lines, one row each, written through at once: a killed process loses at most the line it was in.
+
+    Every row holds ``step``, the number of steps taken. Numbers that are not finite are written as null.
+
+    Args:
+      path: the file; its directory must exist.
+      after: on resume, the step restored: rows past it, and a torn last line, are dropped, so that none comes twice.
+        None to start a new file.
+
+    Raises:
+      FileExistsError: when the file exists and ``after`` is None.
+    """
+
+    def __init__(self, path: str | os.PathLike[str], after: int | None = None) -> None:
+        self.path = pathlib.Path(path).absolute()
+        if after is None and self.path.exists():
+            raise FileExistsError(f"{self.path} exists already; resume the run or overwrite it")
+        if after is not None:
+            _drop(self.path, after)
+        self._file = self.path.open("a", encoding="utf-8")
+
+    def write(self, row: Mapping[str, Any]) -> None:
+        """Appends a row; arrays become numbers or lists."""
+        self._file.write(json.dumps({name: _plain(value) for name, value in row.items()}, allow_nan=False) + "\n")
+        self._file.flush()
+
+    def close(self) -> None:
+        """Closes the file."""
+        self._file.close()
+
+    def __enter__(self) -> MetricsLog:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+
+def read(path: str | os.PathLike[str]) -> list[dict[str, Any]]:
+    """The rows of a metrics file, oldest first; a torn last line is left out.
+
+    Raises:
+      FileNotFoundError: when there is no such file.
+      ValueError: for a line, other than a torn last one, that is no JSON.
+    """
+    rows = []
+    lines = pathlib.Path(path).read_text(encoding="utf-8").split("\n")
+    for number, line in enumerate(lines, start=1):
+        if not line:
+            continue
+        try:
+            rows.append(json.loads(line))
+        except json.JSONDecodeError as error:
+            if number == len(lines):
+                break
+            raise ValueError(f"{path}: line {number} is no JSON: {line!r}") from error
+    return rows
+
+
+def _drop(path: pathlib.Path, after: int) -> None:
+    if not path.exists():
+        return
+    kept = [json.dumps(row) + "\n" for row in read(path) if row["step"] <= after]
+    # In a new file that takes the old one's place at once: killed in between, either is whole.
+    temporary = path.with_suffix(".tmp")
+    temporary.write_text("".join(kept), encoding="utf-8")
+    os.replace(temporary, path)
+
+
+def _plain(value: Any) -> Any:
+    if isinstance(value, (str, bool)) or value is None:
+        return value
+    value = np.asarray(value).tolist()
+    return _nullify(value)
+
+
+def _nullify(value: Any) -> Any:
+    if isinstance(value, list):
+        return [_nullify(entry) for entry in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value

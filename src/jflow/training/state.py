@@ -1,0 +1,96 @@
+"""The state of a training run: everything that the next step needs, and a checkpoint keeps."""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+from jflow.training import ema as averages
+from jflow.types import Array, Key, Params, PyTree
+
+
+class Extras(NamedTuple):
+    """What a method keeps beside parameters and averages; handed to the objective in its Context.
+
+    Attributes:
+      teacher: frozen parameters of a teacher, or None.
+      reduction: a reduction's own state, or None; replaced by ``info["reduction"]`` where the objective returns one.
+    """
+
+    teacher: Params = None
+    reduction: PyTree = None
+
+
+class TrainState(NamedTuple):
+    """The state of a run, a pytree of arrays.
+
+    Attributes:
+      step: the number of optimizer steps taken, an int32 scalar; also the position in the data.
+      params: the parameters being trained.
+      opt_state: the optimizer's state.
+      ema: averages of the parameters by name ("0.999"), in at least float32.
+      key: a typed PRNG key that never changes; step n draws from ``jax.random.fold_in(key, n)``.
+      context_extras: teacher parameters and a reduction's state.
+    """
+
+    step: Array
+    params: Params
+    opt_state: PyTree
+    ema: dict[str, Params]
+    key: Key
+    context_extras: Extras = Extras()
+
+
+def init_state(
+    params: Params,
+    optimizer: Any,
+    key: Key,
+    *,
+    ema: averages.Averages = (),
+    teacher: Params = None,
+    reduction: PyTree = None,
+) -> TrainState:
+    """The state before the first step.
+
+    Every array is a copy of its own: a step donates the state's buffers, so none may be shared with the caller's
+    parameters or twice within the state.
+
+    Args:
+      params: a pytree of arrays.
+      optimizer: an optax ``GradientTransformation``.
+      key: a typed PRNG key (``jax.random.key``).
+      ema: decays, or names with schedules of ``training.ema``; give ``make_step`` the same.
+      teacher: frozen parameters, or None.
+      reduction: the initial state of a reduction, or None.
+
+    Raises:
+      TypeError: when the key is no single typed key, or ``ema`` is of another type.
+    """
+    if not _is_key(key) or key.shape != ():
+        raise TypeError(f"key: expected one typed PRNG key from jax.random.key, got {type(key).__name__} {key}")
+    params = jax.tree.map(jnp.asarray, params)
+    with jax.numpy_dtype_promotion("standard"):
+        opt_state = optimizer.init(params)
+    state = TrainState(
+        step=jnp.zeros((), jnp.int32),
+        params=params,
+        opt_state=opt_state,
+        ema={name: averages.init(params) for name in averages.resolve(ema)},
+        key=key,
+        context_extras=Extras(teacher, reduction),
+    )
+    return jax.tree.map(_private_copy, state)
+
+
+def _is_key(leaf: Any) -> bool:
+    return isinstance(leaf, jax.Array) and jnp.issubdtype(leaf.dtype, jax.dtypes.prng_key)
+
+
+def _private_copy(leaf: Any) -> Array:
+    if _is_key(leaf):
+        data = jnp.array(jax.random.key_data(leaf), copy=True)
+        return jax.random.wrap_key_data(data, impl=jax.random.key_impl(leaf))
+    # The explicit dtype also makes a weakly typed leaf strong: else the second step would trace anew.
+    return jnp.array(leaf, dtype=jnp.result_type(leaf), copy=True)

@@ -1,0 +1,171 @@
+"""One optimizer step, and many of them in one dispatch."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import optax
+from jax.sharding import NamedSharding, PartitionSpec
+
+from jflow.training import ema as averages
+from jflow.training.metrics_log import average
+from jflow.training.state import TrainState
+from jflow.types import Array, Batch, Context, Key, Params, PyTree
+
+Metrics = dict[str, Array]
+Objective = Callable[[Params, Key, Batch, Context], tuple[Array, dict[str, Any]]]
+Step = Callable[[TrainState, Batch], tuple[TrainState, Metrics]]
+BatchFn = Callable[[PyTree, Array], Batch]
+Chunk = Callable[[TrainState, PyTree, int], tuple[TrainState, Metrics]]
+
+
+def make_step(
+    objective: Objective, optimizer: Any, *, ema: averages.Averages = (), context_ema: str | None = None
+) -> Step:
+    """A pure function ``(state, batch) -> (state, metrics)``: one gradient step on the mean loss of a batch.
+
+        loss   = mean_i objective(params, fold_in(key, step), batch, context)[i]
+        params <- params + optimizer's update of grad loss,   then every average in ``ema`` follows.
+
+    Args:
+      objective: ``(params, key, batch, context) -> (loss [B], info)``. Its Context holds the step, one average cast to
+        the parameters' dtypes, the teacher and the reduction's state.
+      optimizer: an optax ``GradientTransformation``.
+      ema: as given to ``init_state``.
+      context_ema: the name of the average that the Context holds; by default the first.
+
+    Returns:
+      The step. Its metrics are ``loss``, ``grad_norm``, ``param_norm`` (before the step), ``update_norm``, all scalars;
+      ``finite``, whether loss, gradient and update are; and from ``info`` every scalar and vector. Entries with one
+      value per row (named ``..._rows``, or as long as the loss and not named ``..._by_...``) are averaged over the
+      rows; other arrays of higher rank are dropped; ``info["reduction"]`` is the next state of the reduction.
+
+    Raises:
+      ValueError: for a ``context_ema`` that is not in ``ema``. The step raises, while tracing, ValueError when the
+        state's averages are others than ``ema``, the loss is not of rank one, or the reduction's state changes its
+        structure or shapes.
+    """
+    schedules = averages.resolve(ema)
+    if context_ema is None:
+        context_ema = next(iter(schedules), None)
+    elif context_ema not in schedules:
+        raise ValueError(f"context_ema: expected one of {', '.join(map(repr, schedules))}, got {context_ema!r}")
+
+    def step(state: TrainState, batch: Batch) -> tuple[TrainState, Metrics]:
+        if set(state.ema) != set(schedules):
+            raise ValueError(f"state.ema: expected the averages {sorted(schedules)}, got {sorted(state.ema)}")
+        key = jax.random.fold_in(state.key, state.step)
+        extras = state.context_extras
+        followed = None if context_ema is None else averages.as_params(state.ema[context_ema], state.params)
+        context = Context(state.step, followed, extras.teacher, extras.reduction)
+
+        def mean_loss(params: Params) -> tuple[Array, tuple[int, dict[str, Any]]]:
+            loss, info = objective(params, key, batch, context)
+            if jnp.ndim(loss) != 1:
+                raise ValueError(f"objective: expected a loss of shape [B], got {jnp.shape(loss)}")
+            return jnp.mean(averages.widen(loss)), (loss.shape[0], info)
+
+        (loss, (rows, info)), grads = jax.value_and_grad(mean_loss, has_aux=True)(state.params)
+        # Optax's own arithmetic (decay**count) does not pass where the session promotes strictly.
+        with jax.numpy_dtype_promotion("standard"):
+            updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
+            params = optax.apply_updates(state.params, updates)
+        new = TrainState(
+            step=state.step + 1,
+            params=params,
+            opt_state=opt_state,
+            ema={
+                name: averages.update(state.ema[name], params, weight(state.step))
+                for name, weight in schedules.items()
+            },
+            key=state.key,
+            context_extras=extras._replace(reduction=_next_reduction(extras.reduction, info)),
+        )
+        norms = {"grad_norm": _norm(grads), "update_norm": _norm(updates), "param_norm": _norm(state.params)}
+        finite = jnp.isfinite(loss) & jnp.isfinite(norms["grad_norm"]) & jnp.isfinite(norms["update_norm"])
+        return new, {**_reported(info, rows), "loss": loss, **norms, "finite": finite}
+
+    return step
+
+
+def make_chunk(
+    step: Step,
+    batch_fn: BatchFn,
+    *,
+    batch_sharding: NamedSharding | None = None,
+    state_sharding: Any = None,
+    donate: bool = True,
+) -> Chunk:
+    """A jitted ``(state, data, steps) -> (state, metrics)`` that takes ``steps`` steps in one dispatch.
+
+    ``steps`` is static and each value compiles anew. The batches are ``batch_fn(data, state.step)``, so they depend on
+    the absolute step only. The state is donated: after the call the one passed in is gone.
+
+    Args:
+      step: from ``make_step``.
+      batch_fn: ``(data, step) -> batch``, pure; traced.
+      batch_sharding: how the leading axis of every leaf of a batch is spread over devices, or None.
+      state_sharding: the shardings of the state that comes out: one, or a pytree of them; replicated over the mesh of
+        ``batch_sharding`` by default.
+      donate: whether the state is donated.
+
+    Returns:
+      The chunk. Its metrics are those of the step averaged over the steps (means by bins weighted with their counts),
+      with ``finite`` true when it was in every step, and ``last_loss``, the loss of the last one.
+    """
+    if state_sharding is None and batch_sharding is not None:
+        state_sharding = NamedSharding(batch_sharding.mesh, PartitionSpec())
+
+    def chunk(state: TrainState, data: PyTree, steps: int) -> tuple[TrainState, Metrics]:
+        def body(state: TrainState, _: None) -> tuple[TrainState, Metrics]:
+            batch = batch_fn(data, state.step)
+            if batch_sharding is not None:
+                batch = jax.lax.with_sharding_constraint(batch, batch_sharding)
+            return step(state, batch)
+
+        state, stacked = jax.lax.scan(body, state, None, length=steps)
+        return state, average({**stacked, "last_loss": stacked["loss"]}, jnp.ones((steps,), jnp.float32))
+
+    return jax.jit(
+        chunk, static_argnums=2, donate_argnums=(0,) if donate else (), out_shardings=(state_sharding, None)
+    )
+
+
+def _norm(tree: PyTree) -> Array:
+    """The Euclidean norm over all leaves, accumulated in at least float32."""
+    squares = [jnp.sum(jnp.square(averages.widen(leaf))) for leaf in jax.tree.leaves(tree)]
+    dtype = max((square.dtype for square in squares), key=lambda d: d.itemsize, default=jnp.float32)
+    return jnp.sqrt(sum((square.astype(dtype) for square in squares), jnp.zeros((), dtype)))
+
+
+def _reported(info: Mapping[str, Any], rows: int) -> Metrics:
+    """What of an objective's info becomes a metric."""
+    metrics = {}
+    for name, value in info.items():
+        if name == "reduction":
+            continue
+        value = jnp.asarray(value)
+        if not jnp.issubdtype(value.dtype, jnp.inexact):
+            value = value.astype(jnp.float32)
+        per_row = name.endswith("_rows") or (value.shape[:1] == (rows,) and "_by_" not in name)
+        if per_row:
+            value = jnp.mean(value)
+        if value.ndim <= 1:
+            metrics[name] = value
+    return metrics
+
+
+def _next_reduction(state: PyTree, info: Mapping[str, Any]) -> PyTree:
+    if "reduction" not in info:
+        return state
+    new = info["reduction"]
+
+    def kind(tree: PyTree) -> Any:
+        return jax.tree.map(lambda leaf: (jnp.shape(leaf), jnp.result_type(leaf).name), tree)
+
+    if jax.tree.structure(new) != jax.tree.structure(state) or kind(new) != kind(state):
+        raise ValueError(f"info['reduction']: expected the state's own kind, {kind(state)}, got {kind(new)}")
+    return new

@@ -1,0 +1,58 @@
+"""Arithmetic on events: pytrees of arrays, of one sample.
+
+Scalars are cast to the dtype of each leaf, so that float32 times move bfloat16 states without promoting them.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+Array = jax.Array
+
+
+def scale(a: Any, x: Any) -> Any:
+    """a x."""
+    return jax.tree.map(lambda leaf: jnp.asarray(a).astype(leaf.dtype) * leaf, x)
+
+
+def add(x: Any, y: Any) -> Any:
+    """x + y."""
+    return jax.tree.map(jnp.add, x, y)
+
+
+def sub(x: Any, y: Any) -> Any:
+    """x - y."""
+    return jax.tree.map(jnp.subtract, x, y)
+
+
+def axpy(a: Any, x: Any, y: Any) -> Any:
+    """a x + y."""
+    return add(scale(a, x), y)
+
+
+def combine(a: Any, x: Any, b: Any, y: Any) -> Any:
+    """a x + b y."""
+    return add(scale(a, x), scale(b, y))
+
+
+def sq_norm(x: Any) -> Array:
+    """|x|^2, summed over all leaves and axes, accumulated in at least float32; a scalar."""
+    dtype = at_least_float32(x)
+    return sum((jnp.sum(jnp.square(leaf.astype(dtype))) for leaf in jax.tree.leaves(x)), start=jnp.zeros((), dtype))
+
+
+def at_least_float32(x: Any) -> jnp.dtype:
+    """The widest dtype of the leaves, or float32 where all are narrower: for times, sums and random draws."""
+    return max((jnp.dtype(leaf.dtype) for leaf in (*jax.tree.leaves(x), jnp.zeros((), jnp.float32))), key=_bits)
+
+
+def _bits(dtype: jnp.dtype) -> int:
+    return jnp.finfo(dtype).bits
+
+
+def zeros_like(x: Any) -> Any:
+    """Zeros, shaped and typed like x."""
+    return jax.tree.map(jnp.zeros_like, x)

@@ -1,0 +1,213 @@
+"""The two types of the library, and the time convention that everything shares.
+
+Time runs from t = 0, the base (noise), to t = 1, the data. ``s`` is the source time and ``t`` the target:
+generation has s < t, encoding s > t. All functions work on one sample: ``s`` and ``t`` are scalars, ``x`` is a
+pytree of arrays of any event shape, and callers ``jax.vmap``.
+
+    Velocity:  (params, t, x, cond=None, *, key=None)     -> b_t(x)
+    FlowMap:   (params, s, t, x, cond=None, *, key=None)  -> v_{s,t}(x),  the mean velocity
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple, Protocol
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from jflow import checks, trees
+
+Array = jax.Array
+PyTree = Any
+Params = Any
+Event = Any
+Cond = Any
+Key = Array
+Time = Any
+
+
+class Velocity(Protocol):
+    """The velocity b_t(x) of a probability-flow ODE dx/dt = b_t(x), of one sample; shaped like x."""
+
+    def __call__(
+        self, params: Params, t: Time, x: Event, cond: Cond = None, *, key: Key | None = None
+    ) -> Event: ...
+
+
+class MeanVelocity(Protocol):
+    """The mean velocity v_{s,t}(x) = (X_{s,t}(x) - x)/(t - s) of one sample; shaped like x."""
+
+    def __call__(
+        self, params: Params, s: Time, t: Time, x: Event, cond: Cond = None, *, key: Key | None = None
+    ) -> Event: ...
+
+
+@dataclasses.dataclass(frozen=True)
+class Domain:
+    """The pairs (s, t) at which a flow map is defined, all within [0, 1].
+
+    Attributes:
+      name: how error messages call it.
+      backward: whether s > t is inside (encoding, data to noise).
+      target: the one target time allowed, or None for any.
+      levels: for a dyadic grid, s and t must be multiples of 2^-levels and their gap a power of two; else None.
+    """
+
+    name: str
+    backward: bool = False
+    target: float | None = None
+    levels: int | None = None
+
+    def contains(self, s: float, t: float) -> bool:
+        """Whether the pair of concrete times (s, t) lies in the domain; the diagonal s = t always does."""
+        s, t = float(s), float(t)
+        if not (0.0 <= s <= 1.0 and 0.0 <= t <= 1.0):
+            return False
+        if s == t:
+            return True
+        if s > t and not self.backward:
+            return False
+        if self.target is not None and abs(t - self.target) > 1e-6:
+            return False
+        if self.levels is not None:
+            cells = 2**self.levels
+            # float32 grids hold a dyadic number exactly only up to rounding of the caller's own arithmetic.
+            start, gap = s * cells, abs(t - s) * cells
+            power = np.log2(max(gap, 1e-30))
+            return bool(abs(start - round(start)) < 1e-3 and abs(power - round(power)) < 1e-3 and power > -0.5)
+        return True
+
+    def check_grid(self, grid: Sequence[float] | Array | np.ndarray) -> None:
+        """Refuses a grid of times with a jump outside the domain.
+
+        Traced grids cannot be looked at and pass; check them before ``jit``.
+
+        Raises:
+          ValueError: naming the first jump outside, or a grid that is not one-dimensional with two entries or more.
+        """
+        values = checks.concrete(grid)
+        if values is None:
+            return
+        if values.ndim != 1 or values.size < 2:
+            raise ValueError(f"grid: expected at least two times in one dimension, got shape {values.shape}")
+        for s, t in zip(values[:-1], values[1:], strict=True):
+            if not self.contains(s, t):
+                raise ValueError(f"grid: the jump from {s:g} to {t:g} is outside the map's domain, {self.name}")
+
+
+FORWARD = Domain("0 <= s <= t <= 1")
+BOTH = Domain("0 <= s, t <= 1, both directions", backward=True)
+TO_DATA = Domain("t = 1 only", target=1.0)
+
+
+def dyadic(levels: int) -> Domain:
+    """The dyadic grid of the shortcut model: multiples of 2^-levels, gaps that are powers of two."""
+    if levels < 1:
+        raise ValueError(f"levels: expected a positive number of halvings, got {levels}")
+    return Domain(f"dyadic grid of {2**levels} cells, s <= t", levels=levels)
+
+
+@dataclasses.dataclass(frozen=True)
+class FlowMap:
+    """A flow map, given by its mean velocity.
+
+        jump      X_{s,t}(x) = x + (t - s) v_{s,t}(x)
+        velocity  b_t(x)     = v_{t,t}(x)
+
+    Attributes:
+      mean_velocity: ``(params, s, t, x, cond=None, *, key=None) -> v_{s,t}(x)``, of one sample.
+      domain: where the map is defined.
+      jump_override: a more accurate X_{s,t}, where one exists (an oracle's closed form).
+      velocity_override: a more accurate or cheaper v_{t,t} (a closed form, or a head of its own).
+    """
+
+    mean_velocity: MeanVelocity
+    domain: Domain = FORWARD
+    jump_override: MeanVelocity | None = None
+    velocity_override: Velocity | None = None
+
+    def jump(
+        self, params: Params, s: Time, t: Time, x: Event, cond: Cond = None, *, key: Key | None = None
+    ) -> Event:
+        """X_{s,t}(x), shaped like x."""
+        if self.jump_override is not None:
+            return self.jump_override(params, s, t, x, cond, key=key)
+        v = self.mean_velocity(params, s, t, x, cond, key=key)
+        return move(x, s, t, v)
+
+    def velocity(self, params: Params, t: Time, x: Event, cond: Cond = None, *, key: Key | None = None) -> Event:
+        """b_t(x) = v_{t,t}(x), shaped like x."""
+        if self.velocity_override is not None:
+            return self.velocity_override(params, t, x, cond, key=key)
+        return self.mean_velocity(params, t, t, x, cond, key=key)
+
+    def bind(self, params: Params) -> BoundFlowMap:
+        """The same map with its first argument filled in."""
+        return BoundFlowMap(self, params)
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class BoundFlowMap:
+    """A flow map with its parameters: the same methods without the first argument.
+
+    It is a pytree whose leaves are the parameters, so it can be passed through ``jax.jit``.
+    """
+
+    flow_map: FlowMap = dataclasses.field(metadata={"static": True})
+    params: Params
+
+    @property
+    def domain(self) -> Domain:
+        """Where the map is defined."""
+        return self.flow_map.domain
+
+    def mean_velocity(self, s: Time, t: Time, x: Event, cond: Cond = None, *, key: Key | None = None) -> Event:
+        """v_{s,t}(x), shaped like x."""
+        return self.flow_map.mean_velocity(self.params, s, t, x, cond, key=key)
+
+    def jump(self, s: Time, t: Time, x: Event, cond: Cond = None, *, key: Key | None = None) -> Event:
+        """X_{s,t}(x), shaped like x."""
+        return self.flow_map.jump(self.params, s, t, x, cond, key=key)
+
+    def velocity(self, t: Time, x: Event, cond: Cond = None, *, key: Key | None = None) -> Event:
+        """b_t(x) = v_{t,t}(x), shaped like x."""
+        return self.flow_map.velocity(self.params, t, x, cond, key=key)
+
+
+def move(x: Event, s: Time, t: Time, v: Event) -> Event:
+    """x + (t - s) v, leaf by leaf: the jump of mean velocity v."""
+    return trees.axpy(jnp.asarray(t) - jnp.asarray(s), v, x)
+
+
+class Batch(NamedTuple):
+    """What an objective learns from, with a leading batch axis everywhere.
+
+    Attributes:
+      x1: data, ``[B, ...]`` (a pytree of such).
+      x0: base points paired with it by a coupling, or None, and the objective draws them independently.
+      cond: conditioning, ``[B, ...]`` leaves, or None.
+    """
+
+    x1: Event
+    x0: Event | None = None
+    cond: Cond = None
+
+
+class Context(NamedTuple):
+    """What a method needs beside parameters and data, and a checkpoint keeps: traced pytrees only.
+
+    Attributes:
+      step: the number of optimizer steps taken, an int32 scalar (curricula).
+      ema: exponential moving average of the parameters, or None.
+      teacher: frozen parameters of the teacher, or None.
+      reduction: a reduction's own state, or None.
+    """
+
+    step: Array | int = 0
+    ema: Params = None
+    teacher: Params = None
+    reduction: PyTree = None

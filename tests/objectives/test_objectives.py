@@ -1,0 +1,213 @@
+"""What every objective does: the loss against its formula, the split of the batch, the report, and its errors."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from jax.sharding import AxisType, NamedSharding, PartitionSpec
+
+from jflow import interpolants, objectives, reductions, times, types
+
+S, T = 0.2, 0.7
+clone = jax.random.clone
+FLOW_MAP_METHODS = sorted(set(objectives.METHODS) - {"flow_matching"})
+
+
+def mean_velocity(params, s, t, x, cond=None, *, key=None):
+    """A small smooth map with two parameters, nonlinear in everything."""
+    a, b = params
+    return jnp.sin(a * x[::-1] + s * b) + b * jnp.cos(t + s * a) * x
+
+
+FLOW_MAP = types.FlowMap(mean_velocity)
+PARAMS = jnp.array([0.8, -0.6])
+
+
+def batch_of(n, seed=0):
+    first, second = jax.random.split(jax.random.key(seed))
+    return types.Batch(jax.random.normal(first, (n, 2)) + 0.5, jax.random.normal(second, (n, 2)))
+
+
+def make(name, path=None, **choices):
+    path = interpolants.linear() if path is None else path
+    if name != "flow_matching":
+        choices.setdefault("diagonal", 0.5)
+    return objectives.METHODS[name].constructor(FLOW_MAP, path, **choices)
+
+
+def central(f, z, h=1e-5):
+    return (f(z + h) - f(z - h)) / (2 * h)
+
+
+def formula(name, params, frozen, s, t, x, conditional, gamma):
+    """Each method's residual, from its docstring: ``frozen`` stands for the parameters under the stop-gradient.
+
+    Derivatives by central differences, so that nothing of the library is used.
+    """
+    v = lambda p, s_, t_, x_: mean_velocity(p, s_, t_, x_)  # noqa: E731
+    jump = lambda p, s_, t_, x_: x_ + (t_ - s_) * v(p, s_, t_, x_)  # noqa: E731
+    if name == "lsd":
+        moved = v(params, s, t, x) + (t - s) * central(lambda t_: v(params, s, t_, x), t)
+        return moved - v(frozen, t, t, jump(frozen, s, t, x))
+    if name == "esd":
+        own = v(frozen, s, s, x)
+        in_space = central(lambda h: v(frozen, s, t, x + h * own), 0.0)
+        return v(params, s, t, x) - (t - s) * central(lambda s_: v(params, s_, t, x), s) - own - (t - s) * in_space
+    if name in ("psd_m", "psd_u"):
+        u = gamma * s + (1 - gamma) * t
+        legs = (1 - gamma) * v(frozen, s, u, x) + gamma * v(frozen, u, t, jump(frozen, s, u, x))
+        return v(params, s, t, x) - legs
+    along = conditional if name == "mean_flow" else v(frozen, s, s, x)
+    total = central(lambda h: v(frozen, s + h, t, x + h * along), 0.0)
+    return v(params, s, t, x) - conditional - (t - s) * total
+
+
+@pytest.mark.parametrize("name", FLOW_MAP_METHODS)
+@pytest.mark.parametrize("path_name", ["linear", "trigonometric"])
+def test_loss_and_gradient_follow_the_formula(name, path_name, key):
+    path = interpolants.INTERPOLANTS[path_name]()
+    gamma = 0.3 if name == "psd_u" else 0.5
+    objective = make(
+        name,
+        path,
+        diagonal=0.0,
+        pairs=times.independent(times.constant(S), times.constant(T)),
+        gammas=times.constant(gamma),
+    )
+    batch = batch_of(3)
+
+    def expected(params, frozen):
+        def one(x0, x1):
+            x, conditional = path.interpolate(S, x0, x1), path.derivative(S, x0, x1)
+            return jnp.sum(formula(name, params, frozen, S, T, x, conditional, gamma) ** 2)
+
+        return jax.vmap(one)(batch.x0, batch.x1)
+
+    loss, info = objective(PARAMS, clone(key), batch)
+    np.testing.assert_allclose(loss, expected(PARAMS, PARAMS), rtol=1e-7)
+    np.testing.assert_allclose(info[f"{objective.term}/raw"], loss.mean(), rtol=1e-12)
+    gradient = jax.grad(lambda p: objective(p, clone(key), batch)[0].mean())(PARAMS)
+    for i in range(2):
+        unit = jnp.zeros(2).at[i].set(1.0)
+        slope = central(lambda h, u=unit: expected(PARAMS + h * u, PARAMS).mean(), 0.0)
+        np.testing.assert_allclose(gradient[i], slope, rtol=1e-5)
+        # The stop-gradient matters: the gradient with the target side let loose is another one.
+        loose = central(lambda h, u=unit: expected(PARAMS + h * u, PARAMS + h * u).mean(), 0.0)
+        assert abs(loose - slope) > 1e-3 * abs(slope)
+
+
+def test_flow_matching_follows_its_formula(key):
+    path = interpolants.trigonometric()
+    batch = batch_of(3)
+    objective = objectives.flow_matching(FLOW_MAP, path, times=times.constant(0.3))
+    loss, info = objective(PARAMS, clone(key), batch)
+    x = jax.vmap(lambda a, b: path.interpolate(0.3, a, b))(batch.x0, batch.x1)
+    target = jax.vmap(lambda a, b: path.derivative(0.3, a, b))(batch.x0, batch.x1)
+    v = jax.vmap(lambda x_: mean_velocity(PARAMS, 0.3, 0.3, x_))(x)
+    np.testing.assert_allclose(loss, jnp.sum((v - target) ** 2, 1), rtol=1e-12)
+    assert np.all(info["diagonal_rows"])
+    velocity = lambda p, t, x, cond=None, *, key=None: mean_velocity(p, t, t, x)  # noqa: E731
+    bare = objectives.flow_matching(velocity, path, times=times.constant(0.3))
+    np.testing.assert_array_equal(bare(PARAMS, clone(key), batch)[0], loss)
+
+
+@pytest.mark.parametrize("blocks", [1, 4])
+def test_losses_come_back_in_batch_order_with_the_mask_of_diagonal_rows(blocks, key):
+    """With v = 0 the Lagrangian residual vanishes and a diagonal row's loss is |x1 - x0|^2, which tells the row."""
+    zero = types.FlowMap(lambda p, s, t, x, cond=None, *, key=None: 0.0 * x)
+    n = 32
+    x1 = jnp.arange(1.0, n + 1)[:, None]
+    objective = objectives.lsd(zero, interpolants.linear(), diagonal=0.75, blocks=blocks)
+    loss, info = objective(None, clone(key), types.Batch(x1, jnp.zeros_like(x1)))
+    mask = np.asarray(info["diagonal_rows"])
+    np.testing.assert_allclose(loss, np.where(mask, np.asarray(x1)[:, 0] ** 2, 0.0))
+    assert np.all(mask.reshape(blocks, -1).sum(1) == 24 // blocks)
+    masks = np.stack(
+        [objective(None, k, types.Batch(x1, jnp.zeros_like(x1)))[1]["diagonal_rows"] for k in jax.random.split(clone(key), 200)]
+    )
+    # Every row is diagonal in 3/4 of the batches, not the first 24 in all of them.
+    assert np.all(np.abs(masks.mean(0) - 0.75) < 4.5 * np.sqrt(0.1875 / 200))
+
+
+@pytest.mark.parametrize("name", sorted(objectives.METHODS))
+def test_registered_methods_run_jitted_and_not_alike_once_traced_on_pytrees(name, key):
+    def tree_velocity(params, s, t, x, cond=None, *, key=None):
+        return {"a": mean_velocity(params, s, t, x["a"]) + cond, "b": jnp.tanh(params[0] * x["b"] + t - s)}
+
+    objective = objectives.METHODS[name].constructor(types.FlowMap(tree_velocity), interpolants.linear())
+    n = 16
+    x1 = {"a": batch_of(n).x1, "b": batch_of(n, 1).x1[:, :1]}
+    batch = types.Batch(x1, cond=jnp.linspace(0.0, 1.0, n)[:, None])
+    traces = []
+
+    @jax.jit
+    def jitted(params, k):
+        traces.append(1)
+        return objective(params, k, batch, types.Context(step=jnp.int32(3)))
+
+    loss, info = jitted(PARAMS, clone(key))
+    jitted(PARAMS + 1.0, clone(key))
+    assert len(traces) == 1
+    plain, plain_info = objective(PARAMS, clone(key), batch)
+    np.testing.assert_allclose(loss, plain, rtol=1e-9)
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-9), info, plain_info)
+    assert loss.shape == (n,) and np.all(np.isfinite(loss))
+    assert {"tangent/raw", "tangent/loss", "tangent/raw_by_t", "diagonal_rows"} <= set(info)
+    if name != "flow_matching":
+        term = objective.term
+        assert {f"{term}/raw_by_gap", f"{term}/count_by_t", f"{term}/tangent_norm"} <= set(info)
+        assert info[f"{term}/count_by_gap"].sum() == 4
+        weighted = (12 * info["tangent/loss"] + 4 * info[f"{term}/loss"]) / n
+        np.testing.assert_allclose(loss.mean(), weighted, rtol=1e-9)
+
+
+@pytest.mark.parametrize("name", sorted(objectives.METHODS))
+def test_one_device_and_eight_agree(name, key):
+    objective = make(name, blocks=8)
+    batch = batch_of(64)
+    step = jax.jit(jax.value_and_grad(lambda p, b: objective(p, clone(key), b)[0].mean()))
+    single = step(PARAMS, batch)
+    mesh = jax.make_mesh((8,), ("data",), axis_types=(AxisType.Auto,))
+    spread = jax.device_put(batch, NamedSharding(mesh, PartitionSpec("data")))
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-9), single, step(PARAMS, spread))
+
+
+def test_reductions_apply_off_the_diagonal_and_on_it(key):
+    batch = batch_of(8)
+    squared, info = make("lsd")(PARAMS, clone(key), batch)
+    mask = np.asarray(info["diagonal_rows"])
+    off, _ = make("lsd", reduction=reductions.adaptive(1.0, 0.01))(PARAMS, clone(key), batch)
+    np.testing.assert_allclose(off, np.where(mask, squared, squared / (squared + 0.01)), rtol=1e-9)
+    on, _ = make("lsd", diagonal_reduction=reductions.adaptive(1.0, 0.01))(PARAMS, clone(key), batch)
+    np.testing.assert_allclose(on, np.where(mask, squared / (squared + 0.01), squared), rtol=1e-9)
+
+
+def test_the_finite_difference_of_lsd_tends_to_its_derivative(key):
+    from jflow import identities
+
+    batch = batch_of(8)
+    exact, _ = make("lsd", diagonal=0.0)(PARAMS, clone(key), batch)
+    errors = [
+        np.abs(make("lsd", diagonal=0.0, derivative=identities.finite_difference(h))(PARAMS, clone(key), batch)[0] - exact).max()
+        for h in (1e-2, 1e-3)
+    ]
+    assert 8 < errors[0] / errors[1] < 12  # first order
+
+
+@pytest.mark.parametrize(
+    ("call", "error", "message"),
+    [
+        (lambda k: make("lsd", diagonal=1.5), ValueError, "diagonal"),
+        (lambda k: make("lsd", blocks=0), ValueError, "blocks"),
+        (lambda k: make("flow_matching", diagonal=0.5), TypeError, "diagonal"),
+        (lambda k: make("lsd", blocks=3)(PARAMS, k, batch_of(8)), ValueError, "blocks = 3"),
+        (lambda k: make("lsd", diagonal=0.99)(PARAMS, k, batch_of(8)), ValueError, "leave none"),
+        (lambda k: make("lsd")(PARAMS, k, types.Batch(jnp.ones((8, 2), int))), TypeError, "batch.x1"),
+        (lambda k: make("lsd")(PARAMS, k, types.Batch(jnp.ones((8, 2)), jnp.ones((8, 3)))), ValueError, "batch.x0"),
+        (lambda k: make("lsd")(PARAMS, k, types.Batch(jnp.ones((8, 2)), jnp.ones((7, 2)))), ValueError, "leading axis"),
+        (lambda k: make("lsd")(PARAMS, k, types.Batch(jnp.float32(1.0))), ValueError, "leading axis"),
+    ],
+)
+def test_bad_input(call, error, message, key):
+    with pytest.raises(error, match=message):
+        call(key)

@@ -1,0 +1,104 @@
+"""Parameterizations: the identity at s = t, the diagonal, and agreement with A x + B net for every form and path."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from jflow import interpolants, parameterizations, types
+
+FORMS = sorted(parameterizations.PARAMETERIZATIONS)
+CASES = [
+    (form, path)
+    for form in FORMS
+    for path in sorted(interpolants.INTERPOLANTS)
+    if form != "trigonometric" or path == "trigonometric"
+]
+PAIRS = [(0.2, 0.7), (0.8, 0.3), (0.4, 0.4), (0.15, 0.9)]
+
+
+def closed_form(form, path, s, t):
+    """A(s,t) and B(s,t) as the table of parameterizations writes them."""
+    a_s, a_t, b_s, b_t = path.alpha(s), path.alpha(t), path.beta(s), path.beta(t)
+    return {
+        "v": lambda: (1.0, t - s),
+        "x": lambda: (a_t / a_s, b_t - a_t * b_s / a_s),
+        "noise": lambda: (b_t / b_s, a_t - b_t * a_s / b_s),
+        "trigonometric": lambda: (jnp.cos(jnp.pi * (t - s) / 2), jnp.sin(jnp.pi * (t - s) / 2)),
+    }[form]()
+
+
+@pytest.mark.parametrize(("form", "name"), CASES)
+def test_jump_is_a_x_plus_b_net(form, name):
+    path = interpolants.INTERPOLANTS[name]()
+    make = parameterizations.PARAMETERIZATIONS[form]
+    parameterization = make(path) if form in ("v", "trigonometric") else make(path, clamp=1e-3)
+    net = lambda params, s, t, x, cond=None, *, key=None: jnp.sin(params * x) + s - 2.0 * t  # noqa: E731
+    flow_map = parameterizations.flow_map(net, parameterization)
+    x, params = jnp.array([0.7, -1.3]), jnp.float64(1.5)
+    for s, t in PAIRS:
+        big_a, big_b = closed_form(form, path, s, t)
+        expected = big_a * x + big_b * net(params, s, t, x)
+        np.testing.assert_allclose(flow_map.jump(params, s, t, x), expected, rtol=1e-9, atol=1e-10)
+        np.testing.assert_allclose(parameterization.jump_coefficients(s, t), (big_a, big_b), rtol=1e-9, atol=1e-10)
+
+
+@pytest.mark.parametrize(("form", "name"), CASES)
+def test_identity_at_s_equals_t_and_finite_derivatives_everywhere(form, name):
+    path = interpolants.INTERPOLANTS[name]()
+    parameterization = parameterizations.PARAMETERIZATIONS[form](path)
+    ends = jnp.array([0.0, 0.5, 1.0])
+    for coefficient in jax.vmap(parameterization.jump_coefficients)(ends, ends):
+        np.testing.assert_array_equal(coefficient, coefficient[0])
+    np.testing.assert_array_equal(parameterization.jump_coefficients(0.5, 0.5), (1.0, 0.0))
+    s, t = (grid.ravel() for grid in jnp.meshgrid(ends, ends))
+    slopes = jax.jit(jax.vmap(jax.jacrev(parameterization.coefficients, (0, 1))))(s, t)
+    assert np.all(np.isfinite(jax.tree.leaves(slopes)))
+
+
+def test_the_diagonal_of_each_form_is_what_it_claims():
+    """With the exact prediction of one pair the velocity is that of the pair; trigonometric: (pi/2) net."""
+    x0, x1, t = jnp.array([0.3, -1.0]), jnp.array([2.0, 0.5]), 0.4
+    for name in interpolants.INTERPOLANTS:
+        path = interpolants.INTERPOLANTS[name]()
+        x, b = path.interpolate(t, x0, x1), path.derivative(t, x0, x1)
+        for form, value in (("v", b), ("x", x1), ("noise", x0)):
+            parameterization = parameterizations.PARAMETERIZATIONS[form](path)
+            flow_map = parameterizations.flow_map(lambda p, *_, key=None: p, parameterization)
+            np.testing.assert_allclose(flow_map.velocity(value, t, x), b, rtol=1e-9)
+    path = interpolants.trigonometric()
+    flow_map = parameterizations.flow_map(
+        lambda p, *_, key=None: p, parameterizations.trigonometric_form(path)
+    )
+    np.testing.assert_allclose(flow_map.velocity(x0, t, x1), jnp.pi / 2 * x0, rtol=1e-12)
+
+
+def test_the_clamp_of_the_data_form_is_finite_at_the_data_and_right_for_the_exact_denoiser():
+    path = interpolants.linear()
+    flow_map = parameterizations.flow_map(lambda p, *_, key=None: p, parameterizations.data_form(path))
+    x = jnp.array([1.5, -0.5])
+    # At s = t = 1 the exact denoiser is x and the exact velocity E[x1 - x0 | x1 = x] = x.
+    np.testing.assert_allclose(flow_map.velocity(x, 1.0, x), x, rtol=1e-9)
+
+
+def test_bad_input():
+    flow_map = parameterizations.flow_map(
+        lambda p, s, t, x, cond, *, key: x[:1], parameterizations.mean_velocity_form()
+    )
+    with pytest.raises(ValueError, match="network output"):
+        flow_map.jump(None, 0.0, 1.0, jnp.zeros(2))
+    with pytest.raises(ValueError, match="s: expected a scalar"):
+        flow_map.jump(None, jnp.zeros(3), 1.0, jnp.zeros(2))
+    with pytest.raises(TypeError, match="x: expected floating-point"):
+        flow_map.jump(None, 0.0, 1.0, jnp.zeros(2, int))
+    with pytest.raises(ValueError, match="trigonometric path"):
+        parameterizations.trigonometric_form(interpolants.linear())
+    with pytest.raises(ValueError, match="clamp"):
+        parameterizations.data_form(interpolants.linear(), clamp=0.0)
+
+
+def test_domain_goes_with_the_map():
+    flow_map = parameterizations.flow_map(
+        lambda p, s, t, x, cond, *, key: x, parameterizations.mean_velocity_form(), types.TO_DATA
+    )
+    assert flow_map.bind(None).domain is types.TO_DATA

@@ -1,0 +1,66 @@
+"""Reductions against their formulas, and what of each is under the stop-gradient."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from jflow import reductions
+
+D = {"a": jnp.array([0.3, -0.4]), "b": jnp.array([[1.2]])}
+SQUARE = 0.09 + 0.16 + 1.44
+FORMULAS = {
+    "squared": (reductions.squared, SQUARE, 2.0),
+    "adaptive": (reductions.adaptive(0.75, 0.1), SQUARE / (SQUARE + 0.1) ** 0.75, 2 / (SQUARE + 0.1) ** 0.75),
+    "normalised": (reductions.normalised(0.1), SQUARE / (SQUARE**0.5 + 0.1), 2 / (SQUARE**0.5 + 0.1)),
+    "clipped": (reductions.clipped(0.5), SQUARE * 0.5 / SQUARE**0.5, 1.0 / SQUARE**0.5),
+    "unclipped": (reductions.clipped(5.0), SQUARE, 2.0),
+    "pseudo_huber": (reductions.pseudo_huber(0.2), (SQUARE + 0.04) ** 0.5 - 0.2, 1 / (SQUARE + 0.04) ** 0.5),
+    "cauchy": (reductions.cauchy(0.7), 0.245 * np.log1p(SQUARE / 0.49), 1 / (1 + SQUARE / 0.49)),
+}
+
+
+@pytest.mark.parametrize("name", sorted(FORMULAS))
+def test_value_and_gradient(name):
+    """Each loss is radial: its gradient is a factor times D; the factor shows the stop-gradients."""
+    reduction, value, factor = FORMULAS[name]
+    np.testing.assert_allclose(reduction(None, 0.0, 1.0, D), value, rtol=1e-12)
+    gradient = jax.grad(lambda d: reduction(None, 0.0, 1.0, d))(D)
+    for leaf, d in zip(jax.tree.leaves(gradient), jax.tree.leaves(D), strict=True):
+        np.testing.assert_allclose(leaf, factor * d, rtol=1e-12)
+
+
+@pytest.mark.parametrize("name", sorted(reductions.REDUCTIONS))
+def test_registry_is_zero_and_smooth_at_zero(name):
+    reduction = reductions.REDUCTIONS[name]()
+    zero = jax.tree.map(jnp.zeros_like, D)
+    value, gradient = jax.value_and_grad(lambda d: reduction(None, 0.0, 1.0, d))(zero)
+    assert value == 0
+    assert all(np.all(leaf == 0) for leaf in jax.tree.leaves(gradient))
+
+
+def test_learned_weight_settles_at_the_log_of_the_mean_square():
+    squares = np.array([0.5, 1.0, 4.0])
+    reduction = reductions.learned(lambda w, s, t: w)
+
+    def total(w):
+        return sum(reduction(w, 0.0, 1.0, jnp.array([q**0.5])) for q in squares) / 3
+
+    assert abs(jax.grad(total)(np.log(squares.mean()))) < 1e-12
+    assert abs(jax.grad(total)(0.0)) > 0.1
+    with pytest.raises(ValueError, match="log_weight"):
+        reductions.learned(lambda w, s, t: jnp.zeros(2))(0.0, 0.0, 1.0, D)
+
+
+def test_half_precision_residuals_are_summed_in_float32():
+    d = jnp.full((4096,), 0.5, jnp.bfloat16)
+    assert reductions.squared(None, 0.0, 1.0, d) == 1024.0
+    assert reductions.squared(None, 0.0, 1.0, d).dtype == jnp.float32
+
+
+@pytest.mark.parametrize("make", [reductions.normalised, reductions.clipped, reductions.pseudo_huber, reductions.cauchy])
+def test_bad_input(make):
+    with pytest.raises(ValueError, match="c: expected"):
+        make(0.0)
+    with pytest.raises(ValueError, match="p: expected"):
+        reductions.adaptive(p=-1.0)
