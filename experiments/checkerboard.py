@@ -10,6 +10,7 @@ and the sliced Wasserstein distance. The data are divided by their standard devi
 from __future__ import annotations
 
 import dataclasses
+from typing import Literal
 
 import jax
 import jax.numpy as jnp
@@ -22,6 +23,17 @@ from jflow import datasets, metrics
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Config(common.Config):
     """Options of the checkerboard experiment."""
+
+    parameterization: Literal["v", "x", "gaussian"] = "gaussian"
+    velocity: Literal["pair", "batch"] = "batch"
+    learning_rate: float = 3e-3
+    beta2: float = 0.99
+    diagonal: float = 0.65
+    diagonal_start: float = 0.3
+    full_jumps: float = 0.5
+    features: int = 256
+    residual: bool = False
+    octaves: int = 3
 
 
 def problem(config: common.Config) -> common.Problem:

@@ -37,8 +37,10 @@ class Config:
     """The training method (docs: jflow.objectives)."""
     path: Literal["linear", "trigonometric", "cosine", "variance_preserving", "variance_exploding"] = "linear"
     """The interpolant."""
-    parameterization: Literal["v", "x"] = "v"
-    """What the network predicts: the mean velocity, or the data end."""
+    parameterization: Literal["v", "x", "gaussian"] = "v"
+    """What the network predicts: the mean velocity, the data end, or the mean velocity beyond a Gaussian's."""
+    velocity: Literal["pair", "batch"] = "pair"
+    """The estimate of the velocity: from each pair, or its mean over the data of the batch (few dimensions)."""
     steps: int = 9000
     """Optimizer steps in all."""
     batch: int = 512
@@ -57,18 +59,20 @@ class Config:
     """Share of the off-diagonal rows that start at s = 0; the others are uniform on the triangle."""
     stratified: bool = True
     """Spread the times of a batch evenly over their law."""
-    ema: float = 0.999
-    """Decay of the average of the parameters that is evaluated."""
+    beta2: float = 0.999
+    """Adam's decay of the second moment."""
+    ema: float = 16.0
+    """Exponent of the average of the parameters that is evaluated: it reaches over about the last 1/ema of the steps."""
     features: int = 512
     """Width of the network."""
     depth: int = 5
     """Hidden layers."""
     network: Literal["plain", "embedded"] = "embedded"
     """The raw (s, t, x) into plain layers, or embedded times that modulate residual layers."""
-    points: Literal["raw", "octaves", "fourier"] = "raw"
-    """Features of x."""
-    point_frequencies: int = 4
-    """How many octaves or random frequencies."""
+    residual: bool = True
+    """Whether the embedded network's layers add to their input."""
+    octaves: int = 0
+    """Octaves of sines and cosines of x beside x itself, damped where noise would wash them out."""
     samples: int = 100_000
     """Samples per number of jumps, for scores and samples_K.npy."""
     seed: int = 0
@@ -88,7 +92,7 @@ class Config:
         Raises:
           ValueError: naming the option, what came and what was expected.
         """
-        for name in ("steps", "batch", "features", "depth", "samples", "log_every", "point_frequencies"):
+        for name in ("steps", "batch", "features", "depth", "samples", "log_every"):
             if getattr(self, name) < 1:
                 raise ValueError(f"--{_flag(name)}: expected a positive whole number, got {getattr(self, name)}")
         if self.warmup < 0 or self.warmup >= self.steps:
@@ -97,13 +101,16 @@ class Config:
             ("diagonal", 0.0, 1.0),
             ("diagonal_start", 0.0, 1.0),
             ("full_jumps", 0.0, 1.0),
-            ("ema", 0.0, 1.0),
+            ("beta2", 0.0, 1.0),
+            ("ema", 0.0, float("inf")),
         ):
             if not low <= getattr(self, name) <= high:
                 raise ValueError(f"--{_flag(name)}: expected a number from {low:g} to {high:g}, got {getattr(self, name)}")
         for name in ("learning_rate", "clip"):
             if not 0.0 < getattr(self, name) < float("inf"):
                 raise ValueError(f"--{_flag(name)}: expected a positive number, got {getattr(self, name)}")
+        if self.octaves < 0:
+            raise ValueError(f"--octaves: expected a whole number from 0, got {self.octaves}")
         if self.seed < 0:
             raise ValueError(f"--seed: expected a whole number from 0, got {self.seed}")
         if self.diagonal == 1.0:
@@ -159,9 +166,9 @@ class Model(NamedTuple):
 def build(config: Config, problem: Problem) -> Model:
     """The network of a configuration as a FlowMap."""
     fields = {"features": config.features, "depth": config.depth, "num_classes": problem.classes}
-    points = {"points": config.points, "point_frequencies": config.point_frequencies}
-    make = nets.MLP.plain if config.network == "plain" else nets.MLP
-    module = make(**fields, **points)
+    if config.octaves:
+        fields |= {"points": "octaves", "point_frequencies": config.octaves, "point_damping": 0.3}
+    module = nets.MLP.plain(**fields) if config.network == "plain" else nets.MLP(residual=config.residual, **fields)
     interpolant = interpolants.INTERPOLANTS[config.path]()
     form = parameterizations.PARAMETERIZATIONS[config.parameterization](interpolant)
 
@@ -178,13 +185,14 @@ def objective_of(config: Config, model: Model) -> Callable[..., Any]:
         from_noise = times.independent(times.constant(0.0), times.uniform(stratified=config.stratified))
         pairs = times.mixed([pairs, from_noise], [1.0 - config.full_jumps, config.full_jumps])
     single = times.uniform(stratified=config.stratified)
+    estimate = objectives.velocities.VELOCITIES[config.velocity]
     method = objectives.METHODS[config.objective].constructor(
-        model.flow_map, model.interpolant, diagonal=config.diagonal, times=single, pairs=pairs
+        model.flow_map, model.interpolant, diagonal=config.diagonal, times=single, pairs=pairs, velocity=estimate
     )
     first = round(config.diagonal_start * config.steps)
     if first == 0:
         return method
-    alone = objectives.flow_matching(model.flow_map, model.interpolant, times=single)
+    alone = objectives.flow_matching(model.flow_map, model.interpolant, times=single, velocity=estimate)
     return objectives.sequence([(0, alone), (first, method)])
 
 
@@ -195,8 +203,8 @@ def train(config: Config, problem: Problem, model: Model) -> tuple[BoundFlowMap,
       (the map at the averaged parameters, seconds that the training took, compilation included).
     """
     schedule = optax.warmup_cosine_decay_schedule(0.0, config.learning_rate, config.warmup, config.steps)
-    optimizer = optax.chain(optax.clip_by_global_norm(config.clip), optax.radam(schedule))
-    averages = {AVERAGE: training.ema.warmup(config.ema)}
+    optimizer = optax.chain(optax.clip_by_global_norm(config.clip), optax.radam(schedule, b2=config.beta2))
+    averages = {AVERAGE: training.ema.power(config.ema)}
     init_key, train_key = jax.random.split(jax.random.key(config.seed))
     state = training.init_state(model.init(init_key), optimizer, train_key, ema=averages)
     step = training.make_step(objective_of(config, model), optimizer, ema=averages)

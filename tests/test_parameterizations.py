@@ -24,6 +24,7 @@ def closed_form(form, path, s, t):
         "v": lambda: (1.0, t - s),
         "x": lambda: (a_t / a_s, b_t - a_t * b_s / a_s),
         "noise": lambda: (b_t / b_s, a_t - b_t * a_s / b_s),
+        "gaussian": lambda: (jnp.sqrt((a_t**2 + b_t**2) / (a_s**2 + b_s**2)), t - s),
         "trigonometric": lambda: (jnp.cos(jnp.pi * (t - s) / 2), jnp.sin(jnp.pi * (t - s) / 2)),
     }[form]()
 
@@ -32,7 +33,7 @@ def closed_form(form, path, s, t):
 def test_jump_is_a_x_plus_b_net(form, name):
     path = interpolants.INTERPOLANTS[name]()
     make = parameterizations.PARAMETERIZATIONS[form]
-    parameterization = make(path) if form in ("v", "trigonometric") else make(path, clamp=1e-3)
+    parameterization = make(path) if form in ("v", "gaussian", "trigonometric") else make(path, clamp=1e-3)
     net = lambda params, s, t, x, cond=None, *, key=None: jnp.sin(params * x) + s - 2.0 * t  # noqa: E731
     flow_map = parameterizations.flow_map(net, parameterization)
     x, params = jnp.array([0.7, -1.3]), jnp.float64(1.5)

@@ -108,9 +108,7 @@ def _cubic(_: None, x: Array, y: Array) -> Array:
     return (jnp.matmul(x, y.T, precision="highest") / x.shape[1] + 1) ** 3
 
 
-def _pair_means(
-    kernel: Callable, params: Params, x: Array, y: Array, chunk: int, same: bool
-) -> tuple[Array, Array]:
+def _pair_means(kernel: Callable, params: Params, x: Array, y: Array, chunk: int, same: bool) -> tuple[Array, Array]:
     """Means of k(x_i, y_j) over j, [n], and over i, [m], with no pair matrix larger than chunk by chunk.
 
     With ``same`` (y is x), the pairs i = j are left out and only half of the blocks are visited.
@@ -358,9 +356,7 @@ def bin_centres(bins: int, *, low: float = -1.0, high: float = 1.0) -> np.ndarra
     return np.stack(np.meshgrid(side, side, indexing="ij"), axis=-1)
 
 
-def _density_at_centres(
-    density: Callable | Array, bins: int, low: float, high: float, dtype: np.dtype
-) -> Array:
+def _density_at_centres(density: Callable | Array, bins: int, low: float, high: float, dtype: np.dtype) -> Array:
     if callable(density):
         centres = jnp.asarray(bin_centres(bins, low=low, high=high), dtype).reshape(-1, 2)
         density = jax.vmap(density)(centres).reshape(bins, bins)
@@ -418,9 +414,8 @@ def _histogram_kl(points: Array, rho: Array, low: float, high: float, pseudo_den
     bins = rho.shape[0]
     area = ((high - low) / bins) ** 2
     place = jnp.floor((points - low) * (bins / (high - low)))
-    place = jnp.where(points == high, bins - 1, place)
     inside = jnp.all((points >= low) & (points <= high), axis=1)
-    # Bounded before the cast: a far sample must not wrap around the integers.
+    # The upper edge belongs to the last bin; bounded before the cast, lest a far sample wrap around.
     index = jnp.clip(place, 0, bins - 1).astype(jnp.int32)
     counts = jnp.zeros((bins, bins), jnp.int32).at[index[:, 0], index[:, 1]].add(inside.astype(jnp.int32))
     estimate = counts.astype(rho.dtype) / (points.shape[0] * area) + pseudo_density

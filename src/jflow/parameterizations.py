@@ -91,6 +91,22 @@ def noise_form(interpolant: Interpolant, clamp: float = 0.05) -> Parameterizatio
     return Parameterization("noise", coefficients, singular=(0.0,))
 
 
+def gaussian_form(interpolant: Interpolant) -> Parameterization:
+    """A = sigma_t/sigma_s with sigma^2 = alpha^2 + beta^2, B = t - s: the network predicts what v is beyond that of N(0, I).
+
+    For centred data of unit scale the linear part is the exact map of the Gaussian with the same moments, so the network
+    starts from there; the preconditioning of EDM (2206.00364), for two times. sigma has no zero.
+    """
+
+    def coefficients(s: Time, t: Time) -> tuple[Array, Array]:
+        a_s, a_t, b_s, b_t = interpolant.alpha(s), interpolant.alpha(t), interpolant.beta(s), interpolant.beta(t)
+        sigma_s, sigma_t = jnp.sqrt(a_s**2 + b_s**2), jnp.sqrt(a_t**2 + b_t**2)
+        variance_dd = interpolant.alpha_dd(s, t) * (a_s + a_t) + interpolant.beta_dd(s, t) * (b_s + b_t)
+        return variance_dd / ((sigma_s + sigma_t) * sigma_s), jnp.ones_like(sigma_s)
+
+    return Parameterization("gaussian", coefficients)
+
+
 def trigonometric_form(interpolant: Interpolant) -> Parameterization:
     """A = cos(pi (t-s)/2), B = sin(pi (t-s)/2), on the trigonometric path (2410.11081).
 
@@ -116,6 +132,7 @@ PARAMETERIZATIONS: dict[str, Callable[..., Parameterization]] = {
     "v": mean_velocity_form,
     "x": data_form,
     "noise": noise_form,
+    "gaussian": gaussian_form,
     "trigonometric": trigonometric_form,
 }
 

@@ -70,9 +70,7 @@ def _indices(times: Array) -> Array:
     return jnp.arange(times.shape[0] - 1, dtype=jnp.uint32)
 
 
-def jumps_path(
-    bound: BoundFlowMap, x0: Event, grid: Grid, cond: Cond = None, *, key: Key | None = None
-) -> Event:
+def jumps_path(bound: BoundFlowMap, x0: Event, grid: Grid, cond: Cond = None, *, key: Key | None = None) -> Event:
     """All states x_0, X_{t_0,t_1}(x_0), X_{t_1,t_2}(...), ... of one sample.
 
     Args:
@@ -241,9 +239,7 @@ def renoise(
 
     Arguments and errors: as ``renoise_path``.
     """
-    states = renoise_path(
-        bound, interpolant, key, x0, grid, kappa, cond, base_std=base_std, network_key=network_key
-    )
+    states = renoise_path(bound, interpolant, key, x0, grid, kappa, cond, base_std=base_std, network_key=network_key)
     return jax.tree.map(lambda leaf: leaf[-1], states)
 
 

@@ -32,7 +32,8 @@ def flops(network, method):
         return optax.apply_updates(params, updates), state
 
     zero = jnp.zeros((), jnp.float32)
-    params = jax.eval_shape(lambda k: module.init(k, zero, zero, jnp.zeros((2,), jnp.float32)), jax.random.key(0))
+    init = lambda k: module.init(k, zero, zero, jnp.zeros((2,), jnp.float32))["params"]  # noqa: E731
+    params = jax.eval_shape(init, jax.random.key(0))
     batch = types.Batch(jax.ShapeDtypeStruct((BATCH, 2), jnp.float32))
     state = jax.eval_shape(optimizer.init, params)
     key = jax.eval_shape(lambda: jax.random.key(0))

@@ -118,13 +118,12 @@ def test_losses_come_back_in_batch_order_with_the_mask_of_diagonal_rows(blocks, 
     n = 32
     x1 = jnp.arange(1.0, n + 1)[:, None]
     objective = objectives.lsd(zero, interpolants.linear(), diagonal=0.75, blocks=blocks)
-    loss, info = objective(None, clone(key), types.Batch(x1, jnp.zeros_like(x1)))
+    run = jax.jit(lambda k: objective(None, k, types.Batch(x1, jnp.zeros_like(x1))))
+    loss, info = run(clone(key))
     mask = np.asarray(info["diagonal_rows"])
     np.testing.assert_allclose(loss, np.where(mask, np.asarray(x1)[:, 0] ** 2, 0.0))
     assert np.all(mask.reshape(blocks, -1).sum(1) == 24 // blocks)
-    masks = np.stack(
-        [objective(None, k, types.Batch(x1, jnp.zeros_like(x1)))[1]["diagonal_rows"] for k in jax.random.split(clone(key), 200)]
-    )
+    masks = np.stack([run(k)[1]["diagonal_rows"] for k in jax.random.split(key, 200)])
     # Every row is diagonal in 3/4 of the batches, not the first 24 in all of them.
     assert np.all(np.abs(masks.mean(0) - 0.75) < 4.5 * np.sqrt(0.1875 / 200))
 
@@ -211,3 +210,64 @@ def test_the_finite_difference_of_lsd_tends_to_its_derivative(key):
 def test_bad_input(call, error, message, key):
     with pytest.raises(error, match=message):
         call(key)
+
+
+def test_the_batch_velocity_is_the_posterior_mean_over_the_batch(key):
+    """Against Bayes' rule written out, on every path; the last row is near the data, where it is the pair's own."""
+    velocities = objectives.velocities
+    batch = batch_of(6)
+    t = jnp.array([0.1, 0.3, 0.5, 0.7, 0.9, 1.0])
+    for name in interpolants.INTERPOLANTS:
+        path = interpolants.INTERPOLANTS[name]()
+        got = velocities.batch(path, t, batch.x0, batch.x1, batch.x1)
+        for i in range(6):
+            c = path.coefficients(t[i])
+            x = c.alpha * batch.x0[i] + c.beta * batch.x1[i]
+            if c.alpha < 2e-2:
+                np.testing.assert_allclose(got[i], path.derivative(t[i], batch.x0[i], batch.x1[i]), rtol=1e-6)
+                continue
+            noise = (x[None] - c.beta * batch.x1) / c.alpha
+            weight = np.exp(-0.5 * np.sum(noise**2, 1))
+            each = c.alpha_dot * noise + c.beta_dot * batch.x1
+            np.testing.assert_allclose(got[i], (weight[:, None] * each).sum(0) / weight.sum(), rtol=1e-8)
+
+
+def test_the_batch_velocity_has_the_same_expected_gradient_and_less_variance(key):
+    path = interpolants.linear()
+
+    def gradients(estimate):
+        objective = objectives.flow_matching(FLOW_MAP, path, velocity=estimate)
+
+        def one(k):
+            first, second = jax.random.split(k)
+            skewed = types.Batch(jnp.exp(0.5 * jax.random.normal(first, (64, 2))))
+            return jax.grad(lambda p: objective(p, second, skewed)[0].mean())(PARAMS)
+
+        return np.asarray(jax.jit(lambda ks: jax.lax.map(one, ks, batch_size=50))(jax.random.split(clone(key), 2000)))
+
+    pair, batch = gradients(objectives.velocities.pair), gradients(objectives.velocities.batch)
+    error = np.sqrt((pair - batch).var(0) / 2000)
+    assert np.all(np.abs((pair - batch).mean(0)) < 4 * error)
+    assert np.all(batch.var(0) < 0.8 * pair.var(0))
+
+
+def test_the_batch_velocity_refuses_pairs_that_are_not_independent(key):
+    objective = objectives.flow_matching(FLOW_MAP, interpolants.linear(), velocity=objectives.velocities.batch)
+    with pytest.raises(ValueError, match="neither x0 nor cond"):
+        objective(PARAMS, key, batch_of(4))
+
+
+def test_sequence_computes_the_stage_in_force(key):
+    alone, lsd = make("flow_matching"), make("lsd")
+    both = objectives.sequence([(0, alone), (10, lsd)])
+    batch = batch_of(8)
+    for step, stage in ((9, alone), (10, lsd), (500, lsd)):
+        loss, info = jax.jit(both)(PARAMS, clone(key), batch, types.Context(step=jnp.int32(step)))
+        expected, own = stage(PARAMS, clone(key), batch)
+        np.testing.assert_allclose(loss, expected, rtol=1e-12)
+        np.testing.assert_allclose(info["tangent/raw"], own["tangent/raw"], rtol=1e-12)
+        np.testing.assert_allclose(info["lagrangian/raw"], own.get("lagrangian/raw", 0.0), rtol=1e-12)
+    assert objectives.sequence([(0, alone)]) is alone
+    for stages in ([], [(1, alone)], [(0, alone), (0, lsd)]):
+        with pytest.raises(ValueError, match="stages"):
+            objectives.sequence(stages)

@@ -12,6 +12,7 @@ from typing import Any
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from jflow import checks
 from jflow.nets import embeddings
@@ -63,6 +64,8 @@ class MLP(nn.Module):
       trunk: width of the trunk.
       points: features of x: 'raw' (x itself), 'octaves' or 'fourier', both with x itself.
       point_frequencies: how many octaves, or how many random frequencies.
+      point_damping: how much octave k is damped at source time s, by exp(-(damping pi 2^k (1 - s))^2 / 2): what the noise
+        in x, of scale 1 - s, would wash out anyway; 0 for not at all.
       point_scale: the standard deviation of the random frequencies, in cycles per unit of x.
       residual: whether the hidden layers but the first add to their input.
       norm: None, 'rms' or 'layer': normalisation of h before every activation, without parameters of its own.
@@ -83,6 +86,7 @@ class MLP(nn.Module):
     trunk: int = 64
     points: str = "raw"
     point_frequencies: int = 4
+    point_damping: float = 0.0
     point_scale: float = 0.5
     residual: bool = True
     norm: str | None = None
@@ -140,7 +144,7 @@ class MLP(nn.Module):
         dtype = jnp.dtype(self.dtype or x.dtype)
         act = ACTIVATIONS[self.activation]
         e = self._embed(s, t, cond)
-        h = self._points(x.reshape(-1))
+        h = self._points(s, x.reshape(-1))
         if self.conditioning == "concat":
             # In the embeddings' precision: the times must not be rounded to the compute dtype first.
             h = jnp.concatenate([h.astype(e.dtype), e])
@@ -184,9 +188,15 @@ class MLP(nn.Module):
         parts += [leaf.reshape(-1).astype(dtype) for leaf in other]
         return jnp.concatenate(parts)
 
-    def _points(self, x: Array) -> Array:
+    def _points(self, s: Array | float, x: Array) -> Array:
         if self.points == "octaves":
-            return embeddings.octaves(x, self.point_frequencies)
+            waves = embeddings.octaves(x, self.point_frequencies)
+            if not self.point_damping:
+                return waves
+            k = np.repeat(np.arange(self.point_frequencies), x.size)
+            rate = jnp.asarray(self.point_damping * np.pi * 2.0 ** np.concatenate([k, k]), waves.dtype)
+            damping = jnp.exp(-0.5 * (rate * (1.0 - jnp.asarray(s).astype(waves.dtype))) ** 2)
+            return jnp.concatenate([waves[: x.size], damping * waves[x.size :]])
         if self.points == "fourier":
             return embeddings.random_fourier(x, 2 * self.point_frequencies, scale=self.point_scale)
         return x

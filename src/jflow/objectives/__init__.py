@@ -1,5 +1,6 @@
 """Objectives: ``(params, key, batch, context) -> (loss [B], info)``, each method a choice of parts over the identities."""
 
+from jflow.objectives import velocities
 from jflow.objectives.compose import Leg, Objective, OffDiagonal, Row
 from jflow.objectives.curriculum import sequence
 from jflow.objectives.methods import (
@@ -29,4 +30,5 @@ __all__ = [
     "psd_m",
     "psd_u",
     "sequence",
+    "velocities",
 ]

@@ -18,6 +18,7 @@ import jax.numpy as jnp
 from jflow import checks, couplings, identities, reductions, trees
 from jflow import times as laws
 from jflow.interpolants import Interpolant
+from jflow.objectives import velocities
 from jflow.types import Array, Batch, Context, Event, FlowMap, Key, Params, PyTree, Time
 
 BINS = 8
@@ -43,7 +44,7 @@ class Row(NamedTuple):
       own: the map being trained, through which gradients flow.
       s, t: source and target time, scalars.
       x: the point I_s.
-      conditional: I_s', the velocity of the sample's own pair.
+      conditional: an estimate of b_s(x) whose mean, given x, is b_s(x): I_s' of the sample's own pair, or better.
       gamma: where the middle time lies, from the objective's law (semigroup methods).
       ema: the map at the averaged parameters, or None where the context holds none.
       teacher: the map at the teacher's parameters, or None.
@@ -80,6 +81,8 @@ class Objective:
       gammas: the law of gamma, for semigroup residuals.
       reduction: residual to loss, off the diagonal.
       diagonal_reduction: the same on the diagonal.
+      velocity: the estimate of b at the sampled points, in the tangent term and wherever the method has a conditional
+        velocity: ``velocities.pair``, or ``velocities.batch``, which needs independent pairs without conditioning.
       coupling: ``(key, x1) -> x0`` where the batch holds no x0.
       blocks: the number of equal blocks, in batch order, that are each split alike: a multiple of the number of
         devices that a batch is spread over.
@@ -96,6 +99,7 @@ class Objective:
     gammas: laws.Law = dataclasses.field(default_factory=lambda: laws.constant(0.5))
     reduction: reductions.Reduction = reductions.squared
     diagonal_reduction: reductions.Reduction = reductions.squared
+    velocity: velocities.Estimate = velocities.pair
     coupling: Coupling = couplings.independent
     blocks: int = 1
 
@@ -150,6 +154,8 @@ class Objective:
         coupling_key, split_key, time_key, pair_key, gamma_key, model_key = jax.random.split(key, 6)
         x0 = self.coupling(coupling_key, batch.x1) if batch.x0 is None else batch.x0
         checks.same_structure("batch.x0", x0, "batch.x1", batch.x1)
+        if self.velocity is velocities.batch and (batch.x0 is not None or batch.cond is not None):
+            raise ValueError("batch: expected neither x0 nor cond with the batch's velocity, which assumes independence")
         whole = (x0, batch.x1, batch.cond, jax.random.split(model_key, size))
         dtype = trees.at_least_float32(batch.x1)
 
@@ -157,13 +163,14 @@ class Objective:
         loss, info = jnp.zeros((size,), dtype), {}
         if diagonal:
             t = self.times(time_key, diagonal).astype(dtype)
-            part, raw = jax.vmap(lambda *row: self._on(params, *row))(t, *_take(whole, first))
+            rows = (t, self._estimate(t, whole, first, batch), *_take(whole, first))
+            part, raw = jax.vmap(lambda *row: self._on(params, *row))(*rows)
             loss = loss.at[first].set(part.astype(dtype))
             info.update(_report("tangent", part, raw, t=t))
         if off_diagonal:
             s, t = (value.astype(dtype) for value in self.pairs(pair_key, off_diagonal))
             gamma = self.gammas(gamma_key, off_diagonal).astype(dtype)
-            rows = (s, t, gamma, *_take(whole, second))
+            rows = (s, t, gamma, self._estimate(s, whole, second, batch), *_take(whole, second))
             part, raw, derivative = jax.vmap(lambda *row: self._off(params, context, *row))(*rows)
             loss = loss.at[second].set(part.astype(dtype))
             info.update(_report(self.term, part, raw, t=t, gap=t - s))
@@ -171,12 +178,18 @@ class Objective:
         info["diagonal_rows"] = jnp.zeros((size,), bool).at[first].set(True)
         return loss, info
 
-    def _on(self, params: Params, t: Array, x0: Event, x1: Event, cond: PyTree, key: Key) -> tuple[Array, Array]:
+    def _estimate(self, t: Array, whole: PyTree, rows: Array, batch: Batch) -> Event:
+        x0, x1, *_ = _take(whole, rows)
+        return self.velocity(self.interpolant, t, x0, x1, batch.x1)
+
+    def _on(
+        self, params: Params, t: Array, velocity: Event, x0: Event, x1: Event, cond: PyTree, key: Key
+    ) -> tuple[Array, Array]:
         def v(s_: Time, t_: Time, x_: Event) -> Event:
             del s_
             return self.flow_map.velocity(params, t_, x_, cond, key=key)
 
-        x, velocity = self._pair(t, x0, x1)
+        x = self.interpolant.interpolate(t, x0, x1)
         difference = identities.tangent(v, t, x, velocity).difference
         return self.diagonal_reduction(params, t, t, difference), trees.sq_norm(difference)
 
@@ -187,6 +200,7 @@ class Objective:
         s: Array,
         t: Array,
         gamma: Array,
+        velocity: Event,
         x0: Event,
         x1: Event,
         cond: PyTree,
@@ -200,7 +214,7 @@ class Objective:
                 lambda t_, x_: self.flow_map.velocity(weights, t_, x_, cond, key=key),
             )
 
-        x, velocity = self._pair(s, x0, x1)
+        x = self.interpolant.interpolate(s, x0, x1)
         residual = self.off_diagonal(
             Row(
                 at(params),
@@ -217,9 +231,6 @@ class Objective:
         difference = residual.difference
         loss = self.reduction(params, s, t, difference)
         return loss, trees.sq_norm(difference), trees.sq_norm(residual.tangent)
-
-    def _pair(self, t: Array, x0: Event, x1: Event) -> tuple[Event, Event]:
-        return self.interpolant.interpolate(t, x0, x1), self.interpolant.derivative(t, x0, x1)
 
 
 def _batch_size(batch: Batch) -> int:

@@ -1,0 +1,69 @@
+"""A strict session: what jax lets pass in silence raises here, and there are eight virtual devices."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+# Jax reads these when it is first imported, hence before that; the subprocesses of tests inherit them.
+os.environ.setdefault("JAX_PLATFORMS", "cpu")
+os.environ["XLA_FLAGS"] = os.environ.get("XLA_FLAGS", "") + " --xla_force_host_platform_device_count=8"
+os.environ.setdefault("MPLBACKEND", "Agg")
+
+import jax
+import numpy as np
+import pytest
+
+jax.config.update("jax_enable_x64", True)
+jax.config.update("jax_numpy_rank_promotion", "raise")
+jax.config.update("jax_numpy_dtype_promotion", "strict")
+jax.config.update("jax_debug_key_reuse", True)
+
+# Every program is kept, however quick to compile: at the default of one second nothing here would be.
+CACHE = Path(__file__).resolve().parents[1] / ".pytest_cache" / "jax"
+jax.config.update("jax_compilation_cache_dir", os.environ.get("JAX_COMPILATION_CACHE_DIR", str(CACHE)))
+jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)
+jax.config.update("jax_persistent_cache_min_entry_size_bytes", -1)
+
+
+@pytest.fixture
+def key() -> jax.Array:
+    """A new key for each test: one that an earlier test consumed would raise."""
+    return jax.random.key(0)
+
+
+@pytest.fixture
+def standard_promotion() -> Iterator[None]:
+    """For tests of flax's LayerNorm, GroupNorm and RMSNorm in float64 or bfloat16.
+
+    They multiply by float32 statistics. The whole test is under standard promotion: let it test nothing else.
+    """
+    with jax.numpy_dtype_promotion("standard"):
+        yield
+
+
+@pytest.fixture
+def unchecked_keys() -> Iterator[None]:
+    """For tests of Diffrax's VirtualBrownianTree, and of the gradient of ``jax.checkpoint`` outside ``jit``.
+
+    The tree splits a key in a while loop that throws half of it away, and rematerialising a draw repeats it.
+    Both are right, and both look like reuse to jax.
+    """
+    with jax.debug_key_reuse(False):
+        yield
+
+
+@pytest.fixture(scope="session")
+def assert_mean() -> Callable[..., None]:
+    """A comparison of a sample mean with its expectation, whose tolerance is the standard error."""
+
+    def check(samples: Any, expected: Any, *, errors: float = 4.0, floor: float = 0.0) -> None:
+        """Each entry of the mean of ``samples`` [n, ...] within ``errors`` standard errors plus ``floor``."""
+        samples = np.asarray(samples, np.float64)
+        allowed = errors * samples.std(axis=0, ddof=1) / np.sqrt(len(samples)) + floor
+        off = np.abs(samples.mean(axis=0) - np.asarray(expected, np.float64))
+        assert np.all(off <= allowed), f"off by up to {np.max(off / allowed) * errors:.1f} standard errors"
+
+    return check

@@ -1,0 +1,318 @@
+"""Wrapped networks against direct calls, their randomness, and what they refuse."""
+
+from __future__ import annotations
+
+import equinox as eqx
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax import nnx
+
+from jflow.nets import MLP, check_independent, from_equinox, from_function, from_linen, from_nnx
+
+X = np.asarray([[0.3, -0.8], [1.1, 0.2], [-0.4, 0.9]], np.float32)
+S = np.asarray([0.0, 0.3, 0.6], np.float32)
+T = np.asarray([1.0, 0.3, 0.9], np.float32)
+KEY = jax.random.key(7)
+
+
+class Linen(nn.Module):
+    """One sample (s, t, x) or a batch of them; told apart by the axes."""
+
+    rate: float = 0.0
+
+    @nn.compact
+    def __call__(self, s, t, x, deterministic=True):
+        h = jnp.concatenate([jnp.stack([s, t], -1), x], -1)
+        h = nn.Dropout(self.rate)(jnp.tanh(nn.Dense(8)(h)), deterministic=deterministic)
+        return nn.Dense(2)(h)
+
+
+class Nnx(nnx.Module):
+    def __init__(self, rate=0.0):
+        rngs = nnx.Rngs(params=0, dropout=1)
+        self.layers = nnx.List([nnx.Linear(4, 8, rngs=rngs), nnx.Linear(8, 2, rngs=rngs)])
+        self.dropout = nnx.List([nnx.Dropout(rate, rngs=rngs) for _ in range(2)])
+        self.offset = nnx.Variable(jnp.full((2,), 0.25, jnp.float32))
+
+    def __call__(self, s, t, x):
+        h = jnp.concatenate([jnp.stack([s, t], -1), x], -1)
+        h = self.dropout[1](self.dropout[0](jnp.tanh(self.layers[0](h))))
+        out = self.layers[1](h)
+        return out + jnp.broadcast_to(self.offset[...], out.shape)
+
+
+class Eqx(eqx.Module):
+    layers: list
+    dropout: eqx.nn.Dropout
+
+    def __init__(self, rate=0.0):
+        a, b = jax.random.split(jax.random.key(0))
+        self.layers = [
+            eqx.nn.Linear(4, 8, key=a, dtype=jnp.float32),
+            eqx.nn.Linear(8, 2, key=b, dtype=jnp.float32),
+        ]
+        self.dropout = eqx.nn.Dropout(rate)
+
+    def __call__(self, s, t, x, *, key=None):
+        h = jnp.tanh(self.layers[0](jnp.concatenate([jnp.stack([s, t]), x])))
+        return self.layers[1](self.dropout(h, key=key))
+
+
+def function(params, s, t, x):
+    return jnp.tanh(jnp.concatenate([jnp.stack([s, t], -1), x], -1) @ params["w"])
+
+
+WEIGHTS = {"w": jnp.asarray(np.random.RandomState(0).normal(size=(4, 2)), jnp.float32)}
+
+
+def make(kind, batched=False, rate=0.0):
+    """(wrapped, params, the network called directly with params)."""
+    if kind == "linen":
+        module = Linen(rate)
+        params = jax.jit(module.init)(jax.random.key(0), S[0], T[0], X[0])["params"]
+        return from_linen(module, batched=batched), params, lambda p, *a: module.apply({"params": p}, *a)
+    if kind == "nnx":
+        module = Nnx(rate)
+        apply, params = from_nnx(module, batched=batched)
+        module.eval()
+        return apply, params, lambda p, *a: module(*a)
+    if kind == "equinox":
+        module = Eqx(rate)
+        apply, params = from_equinox(module, batched=batched)
+        return apply, params, lambda p, *a: eqx.nn.inference_mode(module)(*a)
+    return from_function(function, batched=batched), WEIGHTS, function
+
+
+@pytest.mark.parametrize("kind", ["linen", "nnx", "equinox", "function"])
+def test_agrees_with_the_direct_call(kind):
+    apply, params, direct = make(kind)
+    expected = direct(params, S[0], T[0], X[0])
+    np.testing.assert_allclose(apply(params, S[0], T[0], X[0]), expected, rtol=1e-6)
+    f = jax.jit(apply)
+    np.testing.assert_allclose(f(params, S[0], T[0], X[0]), expected, rtol=1e-5)
+    # It depends on the parameters that it is given, not on those that it was made with.
+    zero = jax.tree.map(jnp.zeros_like, params)
+    np.testing.assert_allclose(f(zero, S[0], T[0], X[0]), 0.25 if kind == "nnx" else 0.0)
+
+
+@pytest.mark.parametrize("kind", ["linen", "nnx", "function"])
+def test_batched_agrees_with_the_direct_call_and_its_gradient(kind):
+    apply, params, direct = make(kind, batched=True)
+    many = jax.vmap(apply, (None, 0, 0, 0))
+    np.testing.assert_allclose(jax.jit(many)(params, S, T, X), direct(params, S, T, X), rtol=1e-5)
+    if kind == "nnx":
+        return  # its direct call has no params to differentiate
+
+    def gradient(f):
+        return jax.jit(jax.grad(lambda p: jnp.sum(f(p, S, T, X) ** 2)))(params)
+
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=2e-5), gradient(many), gradient(direct))
+
+
+@pytest.mark.parametrize("kind", ["linen", "nnx", "equinox", "function"])
+def test_forward_and_reverse_derivatives(kind):
+    apply, params, _ = make(kind)
+    tangents = (np.float32(0.7), np.float32(-1.1), X[1])
+
+    def along(p, s, t, x):
+        return jax.jvp(lambda s, t, x: apply(p, s, t, x), (s, t, x), tangents)[1]
+
+    h = 1e-2
+    f = jax.jit(apply)
+    up, down = (
+        f(params, *(a + i * h * d for a, d in zip((S[1], T[1], X[0]), tangents, strict=True)))
+        for i in (1, -1)
+    )
+    # float32: rounding 1e-7/h, truncation h^2.
+    np.testing.assert_allclose(jax.jit(along)(params, S[1], T[1], X[0]), (up - down) / (2 * h), atol=1e-3)
+    gradient = jax.jit(jax.grad(lambda p: jnp.sum(along(p, S[1], T[1], X[0]) ** 2)))(params)
+    assert all(np.all(np.isfinite(leaf)) for leaf in jax.tree.leaves(gradient))
+    assert any(np.abs(leaf).max() > 0 for leaf in jax.tree.leaves(gradient))
+
+
+@pytest.mark.parametrize("kind", ["linen", "nnx", "equinox"])
+def test_dropout_follows_the_key(kind):
+    apply, params, _ = make(kind, rate=0.5)
+    f = jax.jit(lambda key: apply(params, S[0], T[0], X[0], key=key))
+    first, second = jax.random.split(jax.random.key(1))
+    again = jax.random.split(jax.random.key(1))[0]
+    out = f(first)
+    assert np.abs(out - f(second)).max() > 1e-4
+    np.testing.assert_array_equal(out, f(again))
+    np.testing.assert_allclose(f(None), make(kind)[0](params, S[0], T[0], X[0]), rtol=1e-4)
+    keys = jax.random.split(jax.random.key(2), 64)
+    many = jax.jit(jax.vmap(lambda k: apply(params, S[0], T[0], X[0], key=k)))(keys)
+    assert len(np.unique(np.round(many[:, 0], 5))) > 8
+
+
+def test_dropout_layers_of_nnx_draw_different_masks():
+    class Two(nnx.Module):
+        def __init__(self):
+            rngs = nnx.Rngs(dropout=0)
+            self.a, self.b = nnx.Dropout(0.5, rngs=rngs), nnx.Dropout(0.5, rngs=rngs)
+
+        def __call__(self, s, t, x):
+            return self.a(x) - self.b(x)
+
+    apply, params = from_nnx(Two())
+    assert np.abs(apply(params, 0.1, 0.2, jnp.ones(64), key=jax.random.key(0))).max() > 0
+
+
+def test_several_streams_of_linen():
+    class Two(nn.Module):
+        @nn.compact
+        def __call__(self, s, t, x):
+            return jax.random.normal(self.make_rng("a"), (2,)) - jax.random.normal(self.make_rng("b"), (2,))
+
+    apply = from_linen(Two(), rngs=("a", "b"))
+    assert np.abs(apply({}, 0.1, 0.2, jnp.ones(2), key=jax.random.key(0))).min() > 0
+    with pytest.raises(ValueError, match="key: the network draws random numbers"):
+        apply({}, 0.1, 0.2, jnp.ones(2))
+
+
+def test_signatures():
+    got = {}
+
+    def net(params, *args, **kwargs):
+        got["args"], got["kwargs"] = args, kwargs
+        return args[0]
+
+    x = jnp.ones(2)
+    apply = from_function(net, signature="x t s y=cond")
+    apply(None, 0.1, 0.2, x, 5)
+    assert [np.shape(a) for a in got["args"]] == [(2,), (), ()]
+    assert (float(got["args"][1]), float(got["args"][2])) == (0.2, 0.1) and got["kwargs"] == {"y": 5}
+    apply(None, 0.1, 0.2, x)
+    assert got["kwargs"] == {}
+    from_function(lambda p, c, x, t, s: x, signature="cond x t s")(None, 0.1, 0.2, x)
+    velocity = from_function(net, signature="x t")
+    np.testing.assert_array_equal(velocity(None, 0.3, x), x)
+    assert float(got["args"][1]) == 0.3 and len(got["args"]) == 2
+    with pytest.raises(TypeError):
+        velocity(None, 0.1, 0.3, x, None)
+    for bad in ("s x", "s t x z", "t t x", "y=cond x t", "x t 1=s", ""):
+        with pytest.raises(ValueError, match="signature"):
+            from_function(net, signature=bad)
+
+
+def test_conditions_of_a_batched_network():
+    def net(params, s, t, x, cond):
+        assert s.shape == t.shape == (1,) and cond["label"].shape == (1,) and cond["y"].shape == (1, 3)
+        return x + cond["y"][:, :2] + cond["label"][:, None].astype(x.dtype)
+
+    out = from_function(net, batched=True)(None, 0.1, 0.2, jnp.zeros(2), {"label": 4, "y": jnp.arange(3.0)})
+    np.testing.assert_allclose(out, [4.0, 5.0])
+
+
+def test_keys_reach_functions():
+    apply = from_function(lambda params, s, t, x, key=None: x + jax.random.normal(key, (2,)))
+    assert np.abs(apply(None, 0.1, 0.2, jnp.zeros(2), key=jax.random.key(0))).min() > 0
+
+
+def test_pytree_events_and_dtypes():
+    apply = from_function(lambda p, s, t, x: (x[0].astype(jnp.float32), x[1] * t))
+    x = (jnp.ones(2, jnp.bfloat16), jnp.float32(2.0))
+    out = apply(None, jnp.float32(0), jnp.float32(1), x)
+    assert out[0].dtype == jnp.bfloat16 and out[1].dtype == jnp.float32 and out[1] == 2.0
+    assert from_function(lambda p, s, t, x: x * t)(None, 0, 1, jnp.ones(2)).dtype == jnp.float64
+
+
+def test_params_of_nnx_are_plain_and_the_module_is_untouched():
+    module = Nnx(rate=0.5)
+    before = jax.tree.map(jnp.copy, nnx.to_pure_dict(nnx.state(module, nnx.Param)))
+    apply, params = from_nnx(module)
+    assert list(params["layers"]) == ["0", "1"] and set(params) == {"layers"}
+    apply(params, 0.1, 0.2, jnp.ones(2, jnp.float32))
+    assert not module.dropout[0].deterministic
+    jax.tree.map(np.testing.assert_array_equal, before, nnx.to_pure_dict(nnx.state(module, nnx.Param)))
+
+
+def test_our_own_net_wrapped():
+    net = MLP(features=8, depth=2, num_classes=3, zero_init=False)
+    like = jax.eval_shape(net.init, jax.random.key(0), 0.5, 0.5, jnp.ones(2))["params"]
+    rng = np.random.RandomState(0)
+    params = jax.tree.map(lambda leaf: jnp.asarray(rng.normal(size=leaf.shape), leaf.dtype), like)
+    apply = from_linen(net)
+
+    @jax.jit
+    def both(label):
+        args = 0.2, 0.7, jnp.ones(2)
+        pairs = [(apply(params, *args, c), net.apply({"params": params}, *args, c)) for c in (label, None)]
+        return jnp.asarray(pairs)
+
+    (a, direct_a), (b, direct_b) = both(1)
+    np.testing.assert_allclose(a, direct_a, rtol=1e-6)
+    np.testing.assert_allclose(b, direct_b, rtol=1e-6)
+    assert np.abs(a - b).max() > 1e-4
+
+
+class LinenNorm(nn.Module):
+    @nn.compact
+    def __call__(self, s, t, x):
+        return nn.BatchNorm(use_running_average=False, name="norm")(x)
+
+
+def test_batch_normalisation_is_refused():
+    x = jnp.ones(2, jnp.float32)
+    with pytest.raises(TypeError, match="norm is a BatchNorm, which mixes the samples"):
+        from_linen(LinenNorm(), batched=True)({}, 0.1, 0.2, x)
+    with pytest.raises(TypeError, match="params: holds 'batch_stats'"):
+        from_linen(LinenNorm())({"params": {}, "batch_stats": {}}, 0.1, 0.2, x)
+    with pytest.raises(TypeError, match="constants: holds 'batch_stats'"):
+        from_linen(LinenNorm(), constants={"batch_stats": {}})
+
+    class NnxNorm(nnx.Module):
+        def __init__(self):
+            self.inner = nnx.List([nnx.BatchNorm(2, rngs=nnx.Rngs(0))])
+
+    with pytest.raises(TypeError, match="inner/0 is a BatchNorm"):
+        from_nnx(NnxNorm())
+
+    class EqxNorm(eqx.Module):
+        norm: eqx.Module
+
+    with pytest.raises(TypeError, match="equinox BatchNorm"):
+        from_equinox(EqxNorm(eqx.nn.BatchNorm(2, "batch", mode="batch", dtype=jnp.float32)))
+
+
+def test_check_independent():
+    batch = (jnp.asarray(S), jnp.asarray(T), jnp.asarray(X))
+    check_independent(lambda *a: function(WEIGHTS, *a), *batch)
+    with pytest.raises(ValueError, match="mixes the samples"):
+        check_independent(
+            lambda *a: function(WEIGHTS, *a) + 1e-3 * jnp.mean(a[2], axis=0, keepdims=True), *batch
+        )
+    with pytest.raises(ValueError, match="does not depend on its input"):
+        check_independent(lambda s, t, x: jnp.zeros_like(x), *batch)
+    with pytest.raises(ValueError, match="B of 2 or more"):
+        check_independent(lambda x: x, jnp.ones((1, 2)))
+
+
+def test_refusals():
+    x = jnp.ones(2)
+    identity = from_function(lambda p, s, t, x: x)
+    with pytest.raises(ValueError, match=r"net: expected output shaped like x, \(2,\), got \(3,\)"):
+        from_function(lambda p, s, t, x: jnp.ones(3))(None, 0.1, 0.2, x)
+    with pytest.raises(
+        ValueError, match=r"net: expected output shaped like x, \(2,\), got \(\(2,\), \(2,\)\)"
+    ):
+        from_function(lambda p, s, t, x: (x, x))(None, 0.1, 0.2, x)
+    with pytest.raises(ValueError, match=r"net: .*with a batch axis, \(1, 2\), got \(2,\)"):
+        from_function(lambda p, s, t, x: x[0], batched=True)(None, 0.1, 0.2, x)
+    with pytest.raises(TypeError, match="x: expected floating-point"):
+        identity(None, 0.1, 0.2, jnp.ones(2, jnp.int32))
+    with pytest.raises(ValueError, match=r"s: expected a scalar .*jax.vmap"):
+        identity(None, jnp.ones(3), 0.2, x)
+    with pytest.raises(ValueError, match=r"t: expected a scalar"):
+        jax.eval_shape(identity, None, 0.1, jnp.ones(3), x)
+    with pytest.raises(
+        TypeError, match=r"signature: the network takes \(s, t, x\), not 's t x cond': too many"
+    ):
+        identity(None, 0.1, 0.2, x, 1)
+    with pytest.raises(ValueError, match="cond: the network was wrapped with signature 's t x'"):
+        from_function(lambda p, s, t, x: x, signature="s t x")(None, 0.1, 0.2, x, 1)
+    with pytest.raises(ValueError, match="params: expected the collection"):
+        from_linen(Linen())({"params": {}}, 0.1, 0.2, x)

@@ -1,0 +1,179 @@
+"""Batches as functions of (seed, step): every row once an epoch; samples and densities of what is made up."""
+
+from __future__ import annotations
+
+import builtins
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from jflow import datasets
+from jflow.datasets import ArrayDataset, SampledDataset
+from jflow.types import Batch
+
+
+@functools.cache
+def compiled(size, batch_size, seed):
+    return jax.jit(jax.vmap(ArrayDataset(Batch(np.zeros((size, 1), np.float32)), batch_size, seed).rows))
+
+
+def rows(size, batch_size, steps, seed=0, first=0):
+    return np.asarray(compiled(size, batch_size, seed)(np.arange(first, first + steps, dtype=np.int32)))
+
+
+@pytest.mark.parametrize(("size", "batch_size"), [(50, 16), (101, 101), (5, 32), (1, 3)])
+def test_an_epoch_holds_every_row_once(size, batch_size):
+    steps = -(-4 * size // batch_size)
+    taken = rows(size, batch_size, steps).reshape(-1)[: 4 * size].reshape(4, size)
+    np.testing.assert_array_equal(np.sort(taken, axis=1), np.tile(np.arange(size), (4, 1)))
+    if size > 20:
+        assert len(np.unique(taken, axis=0)) == 4, "every epoch has its own order"
+
+
+def test_rows_depend_on_seed_and_step_only():
+    np.testing.assert_array_equal(rows(50, 16, 13)[4:], rows(50, 16, 13, first=4)[:9])
+    assert not np.array_equal(rows(50, 16, 13), rows(50, 16, 13, seed=2**32 - 1))
+    with jax.enable_x64(False):
+        narrow = rows(50, 16, 13, seed=2**32 - 1)
+    np.testing.assert_array_equal(narrow, rows(50, 16, 13, seed=2**32 - 1))
+
+
+def test_orders_are_uniform():
+    """Chi-squared over the ordered pair of the first two rows of 8,000 epochs: 110 degrees of freedom."""
+    first = rows(11, 11, 8000)[:, :2]
+    count = np.bincount(first[:, 0] * 11 + first[:, 1], minlength=121).reshape(11, 11)
+    assert count.trace() == 0
+    expected = 8000 / 110
+    statistic = ((count[~np.eye(11, dtype=bool)] - expected) ** 2 / expected).sum()
+    # Mean 109, standard deviation sqrt(218) = 15: five of them.
+    assert abs(statistic - 109) < 5 * 15
+
+
+def test_neighbouring_epochs_are_unrelated():
+    order = rows(101, 101, 400)
+    ranks = np.array([np.corrcoef(a, b)[0, 1] for a, b in zip(order[:-1], order[1:], strict=True)])
+    # Independent orders: mean 0, standard deviation 1/sqrt(100), over 399 pairs.
+    assert abs(ranks.mean()) < 5 * 0.1 / np.sqrt(399)
+    assert 0.08 < ranks.std() < 0.12
+
+
+@pytest.mark.parametrize(("batch_size", "size"), [(7, 3), (99_991, 1_000_003), (100_000, 2**28 - 1), (2**28 - 1, 5)])
+def test_positions_do_not_overflow(batch_size, size):
+    steps = np.array([0, 1, 12_345, 999_999, 2**31 - 1])
+    with jax.enable_x64(False):
+        epoch, place = jax.vmap(lambda step: datasets._position(step, batch_size, size))(
+            jnp.asarray(steps.astype(np.int32))
+        )
+    exact = [int(step) * batch_size for step in steps]
+    assert place.tolist() == [value % size for value in exact]
+    assert epoch.tolist() == [value // size % 2**32 for value in exact]
+
+
+def test_batches_are_taken_from_the_data_passed_in():
+    data = Batch(x1=np.arange(20.0)[:, None] * np.ones((1, 3)), cond=np.arange(20))
+    dataset = ArrayDataset(data, 6, seed=5)
+    take = jax.jit(dataset.batch)
+    batch = take(dataset.data, np.int32(3))
+    assert batch.x1.shape == (6, 3) and batch.x0 is None
+    np.testing.assert_array_equal(batch.x1[:, 2], batch.cond)
+    np.testing.assert_array_equal(batch.cond, rows(20, 6, 4, seed=5)[3])
+    other = take(jax.tree.map(np.negative, data), np.int32(3))
+    np.testing.assert_array_equal(other.x1, -batch.x1)
+
+
+def test_sampled_batches_are_functions_of_seed_and_step():
+    dataset = SampledDataset(datasets.checkerboard, 5, seed=2)
+    assert dataset.data is None
+    take = jax.jit(dataset.batch)
+    one = take(None, np.int32(7))
+    assert isinstance(one, Batch) and one.x1.shape == (5, 2)
+    np.testing.assert_array_equal(one.x1, take(None, np.int32(7)).x1)
+    assert not np.array_equal(one.x1, take(None, np.int32(8)).x1)
+    other = SampledDataset(datasets.checkerboard, 5, seed=3)
+    assert not np.array_equal(one.x1, jax.jit(other.batch)(None, np.int32(7)).x1)
+    paired = SampledDataset(lambda key, n: Batch(jnp.zeros((n, 1)), cond=jnp.arange(n)), 4)
+    assert paired.batch(None, jnp.int32(0)).cond.tolist() == [0, 1, 2, 3]
+
+
+draw = jax.jit(datasets.checkerboard, static_argnums=1)
+
+
+def test_checkerboard_samples():
+    n = 40_000
+    x = np.asarray(draw(jax.random.key(0), n))
+    assert x.dtype == np.float32 and np.abs(x).max() < 1
+    cells = np.floor((x + 1) / 0.5).astype(int)
+    assert (cells.sum(axis=1) % 2 == 0).all()
+    count = np.bincount(cells[:, 0] * 4 + cells[:, 1], minlength=16)
+    assert (count > 0).sum() == 8
+    # Eight cells of probability 1/8, to five standard errors.
+    assert np.abs(count[count > 0] - n / 8).max() < 5 * np.sqrt(n * 7 / 64)
+    inside = (x + 1) / 0.5 - cells
+    assert np.abs(inside.mean(axis=0) - 0.5).max() < 5 / np.sqrt(12 * n)
+    # Of x^2, uniform x: variance 4/45. Of xy: at most 1/9.
+    variance = datasets.CHECKERBOARD_STD**2
+    assert np.abs((x**2).mean(axis=0) - variance).max() < 5 * np.sqrt(4 / 45 / n)
+    assert abs((x[:, 0] * x[:, 1]).mean() - 1 / 16) < 5 / np.sqrt(9 * n)
+
+
+def test_checkerboard_density():
+    log_density = jax.jit(jax.vmap(datasets.checkerboard_log_density))
+    # 32 points per unit length: no edge of a cell falls on one.
+    centres = (np.arange(96) + 0.5) / 32 - 1.5
+    grid = np.stack(np.meshgrid(centres, centres, indexing="ij"), axis=-1).reshape(-1, 2)
+    density = np.exp(np.asarray(log_density(grid)))
+    assert density.sum() / 32**2 == pytest.approx(1.0, abs=1e-12)
+    assert (density[np.abs(grid).max(axis=1) > 1] == 0).all() and set(np.round(density, 12)) == {0.0, 0.5}
+    np.testing.assert_allclose(log_density(draw(jax.random.key(1), 9216)), np.log(0.5), rtol=1e-6)
+    points = np.full((9216, 2), -0.75)
+    points[:5] = [[-0.75, -0.75], [-0.75, -0.25], [1.0, 1.0], [1.0, 0.25], [1.01, 0.75]]
+    np.testing.assert_array_equal(np.isfinite(log_density(points))[:5], [True, False, True, False, False])
+
+
+def test_digits():
+    train, held_out = datasets.digits()
+    assert train.x1.shape == (1438, 8, 8, 1) and held_out.x1.shape == (359, 8, 8, 1)
+    assert train.x1.dtype == np.float32 and train.cond.dtype == np.int32
+    everything = np.concatenate([train.x1, held_out.x1])
+    assert everything.min() == -1 and everything.max() == 1
+    np.testing.assert_array_equal(everything * 8, np.round(everything * 8))
+    whole = np.bincount(np.concatenate([train.cond, held_out.cond]))
+    np.testing.assert_array_equal(np.bincount(held_out.cond), np.round(0.2 * whole))
+    again, other = datasets.digits(), datasets.digits(seed=1)
+    np.testing.assert_array_equal(again.held_out.x1, held_out.x1)
+    assert not np.array_equal(other.held_out.x1[:50], held_out.x1[:50])
+    # No image is in both: the split is of rows, so the two together hold as many different images as the source.
+    assert len(np.unique(everything.reshape(1797, -1), axis=0)) == len(everything)
+
+
+def test_digits_says_what_is_missing(monkeypatch):
+    real = builtins.__import__
+
+    def without(name, *args, **kwargs):
+        if name.startswith("sklearn"):
+            raise ImportError(name)
+        return real(name, *args, **kwargs)
+
+    monkeypatch.setattr(builtins, "__import__", without)
+    with pytest.raises(ImportError, match="pip install scikit-learn"):
+        datasets.digits()
+
+
+@pytest.mark.parametrize(
+    ("call", "message"),
+    [
+        (lambda: ArrayDataset(Batch(np.zeros((3, 1)), cond=np.zeros(4)), 2), "data: expected arrays with one common"),
+        (lambda: ArrayDataset(Batch(np.zeros((0, 1))), 2), "data"),
+        (lambda: ArrayDataset(Batch(np.zeros((3, 1))), 0), "batch_size"),
+        (lambda: ArrayDataset(Batch(np.zeros((3, 1))), 2, seed=-1), "seed"),
+        (lambda: SampledDataset(datasets.checkerboard, 0), "batch_size"),
+        (lambda: datasets.digits(held_out=1.5), "held_out"),
+        (lambda: datasets.checkerboard_log_density(jnp.zeros((4, 2))), "x"),
+    ],
+)
+def test_refusals_name_the_argument(call, message):
+    with pytest.raises(ValueError, match=message):
+        call()

@@ -1,0 +1,87 @@
+"""Averages against the closed form of their weights."""
+
+from __future__ import annotations
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from jflow.training import ema
+
+ROWS = np.random.default_rng(0).normal(size=(12, 3))
+
+
+def run(schedule, first, rows):
+    average = first
+    for n, row in enumerate(rows):
+        average = ema.update(average, {"w": jnp.asarray(row)}, schedule(jnp.int32(n)))
+    return np.asarray(average["w"])
+
+
+def test_constant_decay_is_the_geometric_sum():
+    first = np.array([1.0, -2.0, 0.5])
+    expected = 0.8**12 * first + sum(0.2 * 0.8 ** (11 - k) * ROWS[k] for k in range(12))
+    got = run(ema.constant(0.8), ema.init({"w": jnp.asarray(first)}), ROWS)
+    np.testing.assert_allclose(got, expected, rtol=1e-6)
+
+
+def test_unbiased_decay_is_the_normalised_sum_and_forgets_the_start():
+    weights = 0.8 ** np.arange(11, -1, -1)
+    expected = (weights[:, None] * ROWS).sum(0) / weights.sum()
+    got = run(ema.unbiased(0.8), ema.init({"w": jnp.full(3, 1e3)}), ROWS)
+    # The weights are computed in float32, and the first, 1 to rounding, has to remove the start of 1e3.
+    np.testing.assert_allclose(got, expected, rtol=1e-5, atol=1e-4)
+
+
+def test_warmup_follows_its_formula_and_then_the_decay():
+    n = jnp.arange(20000)
+    expected = 1 - np.minimum(0.999, (1 + np.arange(20000)) / (10 + np.arange(20000)))
+    np.testing.assert_allclose(ema.warmup(0.999)(n), expected, rtol=1e-6, atol=1e-9)
+    assert float(ema.warmup(0.999)(jnp.int32(0))) == pytest.approx(0.9)
+
+
+def test_weights_keep_their_digits_near_one():
+    # 1 - float32(0.99999) would be wrong by 1e-3 of its value.
+    assert float(ema.constant(0.99999)(jnp.int32(5))) == pytest.approx(1e-5, rel=1e-6)
+    assert float(ema.unbiased(0.99999)(jnp.int32(10**7))) == pytest.approx(1e-5, rel=1e-6)
+    assert float(ema.unbiased(0.99999)(jnp.int32(1))) == pytest.approx(1e-5 / (1 - 0.99999**2), rel=1e-6)
+
+
+def test_bfloat16_parameters_are_averaged_in_float32():
+    params = {"w": jnp.ones(2, jnp.bfloat16), "n": jnp.int32(3)}
+    average = ema.init(params)
+    assert average["w"].dtype == jnp.float32
+    moved = ema.update(average, {"w": 2 * params["w"], "n": jnp.int32(4)}, 0.001)
+    np.testing.assert_allclose(moved["w"], 1.001, rtol=1e-6)
+    assert int(moved["n"]) == 4
+    assert ema.as_params(moved, params)["w"].dtype == jnp.bfloat16
+
+
+def test_half_life():
+    decay = ema.decay_of_half_life(5000.0, 100)
+    assert decay**50 == pytest.approx(0.5)
+    assert ema.half_life_of_decay(decay, 100) == pytest.approx(5000.0)
+
+
+def test_names():
+    assert list(ema.resolve((0.999, 0.9999))) == ["0.999", "0.9999"]
+    assert list(ema.resolve({"slow": ema.warmup(0.9)})) == ["slow"]
+    assert jax.tree.leaves(ema.resolve(())) == []
+
+
+@pytest.mark.parametrize(
+    ("call", "message"),
+    [
+        (lambda: ema.constant(1.5), "decay"),
+        (lambda: ema.unbiased(1.0), "decay"),
+        (lambda: ema.resolve(0.9), "ema"),
+        (lambda: ema.resolve({"a/b": ema.constant(0.9)}), "ema"),
+        (lambda: ema.decay_of_half_life(0.0, 1), "half_life"),
+        (lambda: ema.half_life_of_decay(1.0, 1), "decay"),
+        (lambda: ema.update({"w": jnp.ones(2)}, {"v": jnp.ones(2)}, 0.1), "average"),
+    ],
+)
+def test_refusals_name_the_argument(call, message):
+    with pytest.raises((ValueError, TypeError), match=message):
+        call()

@@ -1,0 +1,227 @@
+"""The loop: resumed bit for bit, at most two compilations, rows that come once, and an end to what is not finite."""
+
+from __future__ import annotations
+
+import json
+import shutil
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from jflow.training import Checkpoints, NonFiniteError, fit, restore_params
+from jflow.training.loop import Plan
+from jflow.training.metrics_log import MetricsLog, read
+
+TIMES = ("seconds", "steps_per_second")
+
+
+def rows_of(directory):
+    return [{k: v for k, v in row.items() if k not in TIMES} for row in read(directory / "metrics.jsonl")]
+
+
+def run(problem, out_dir, total_steps, **kwargs):
+    kwargs = {"log_every": 8, "chunk_steps": 4, "checkpoint_every": 8, "show_progress": False, **kwargs}
+    config = {"learning_rate": 1e-2}
+    return fit(
+        kwargs.pop("state", problem.state()),
+        kwargs.pop("chunk", problem.chunk),
+        kwargs.pop("data", problem.dataset.data),
+        total_steps=total_steps,
+        out_dir=out_dir,
+        config=config,
+        **kwargs,
+    )
+
+
+@pytest.fixture(scope="module")
+def unbroken(problem, tmp_path_factory):
+    directory = tmp_path_factory.mktemp("unbroken")
+    return run(problem, directory, 32), directory
+
+
+def test_resumed_runs_are_the_same_bit_for_bit(problem, unbroken, tmp_path, assert_same):
+    state, directory = unbroken
+    run(problem, tmp_path, 16)
+    resumed = run(problem, tmp_path, 32, resume=True)
+    assert int(resumed.step) == 32
+    assert_same(resumed, state)
+    assert rows_of(tmp_path) == rows_of(directory)
+    assert [row["step"] for row in rows_of(directory)] == [8, 16, 24, 32]
+    # What was trained is what is loaded.
+    assert_same(restore_params(tmp_path)[0], state.params)
+    assert_same(restore_params(tmp_path, "0.99")[0], state.ema["0.99"])
+
+
+def test_killed_after_a_checkpoint_no_row_comes_twice(problem, unbroken, tmp_path, assert_same):
+    state, directory = unbroken
+    shutil.copytree(directory, tmp_path, dirs_exist_ok=True)
+    # As if killed past step 24, in the middle of a line, with its later checkpoints unwritten.
+    shutil.rmtree(tmp_path / "checkpoints" / "32")
+    shutil.rmtree(tmp_path / "checkpoints" / "24")
+    with (tmp_path / "metrics.jsonl").open("a") as file:
+        file.write('{"kind": "train", "st')
+    assert_same(run(problem, tmp_path, 32, resume=True), state)
+    assert rows_of(tmp_path) == rows_of(directory)
+
+
+def test_killed_while_saving_the_checkpoint_before_is_used(problem, unbroken, tmp_path, caplog, assert_same):
+    state, directory = unbroken
+    shutil.copytree(directory, tmp_path, dirs_exist_ok=True)
+    largest = max((tmp_path / "checkpoints" / "32" / "state").rglob("*"), key=lambda path: path.stat().st_size)
+    largest.write_bytes(b"")
+    assert_same(run(problem, tmp_path, 32, resume=True), state)
+    assert "step 32 is damaged" in caplog.text
+    assert rows_of(tmp_path) == rows_of(directory)
+    assert_same(restore_params(tmp_path, step=32)[0], state.params)
+
+
+def test_two_lengths_are_compiled_at_most(problem, tmp_path):
+    before = problem.chunk._cache_size()
+    lengths = []
+
+    def chunk(state, data, steps):
+        lengths.append(steps)
+        return problem.chunk(state, data, steps)
+
+    state = run(problem, None, 11, chunk=chunk, checkpoint_every=None)
+    state = run(problem, None, 18, chunk=chunk, checkpoint_every=None, state=state)
+    assert int(state.step) == 18
+    assert lengths == [4, 4, 1, 1, 1, 1, 4, 1, 1]
+    assert problem.chunk._cache_size() <= before + 2
+
+
+def test_rows(problem, tmp_path, unbroken):
+    seen = []
+    run(
+        problem,
+        tmp_path,
+        20,
+        eval_every=16,
+        eval_fn=lambda state: {"bias": jnp.sum(state.params["out"]["bias"]), "at": int(state.step)},
+        callbacks=[seen.append],
+        checkpoint_every=None,
+    )
+    kinds = [(row["kind"], row["step"]) for row in rows_of(tmp_path)]
+    assert kinds == [("train", 8), ("train", 16), ("eval", 16), ("train", 20), ("eval", 20)]
+    assert [(row["kind"], row["step"]) for row in seen] == kinds
+    train, evaluated = rows_of(tmp_path)[1:3]
+    assert train == rows_of(unbroken[1])[1], "checkpoints and evaluation do not touch the training"
+    assert train["steps"] == 8 and train["finite"] is True and len(train["fit/raw_by_t"]) == 2
+    assert evaluated["at"] == 16
+    assert not (tmp_path / "checkpoints").exists()
+
+
+def test_rows_are_means_over_the_steps(problem, unbroken):
+    state, losses = problem.state(), []
+    for _ in range(8):
+        state, metrics = problem.chunk(state, problem.dataset.data, 1)
+        losses.append(float(metrics["loss"]))
+    row = rows_of(unbroken[1])[0]
+    assert row["loss"] == pytest.approx(np.mean(losses), rel=1e-5)
+    assert row["last_loss"] == pytest.approx(losses[-1], rel=1e-4)
+
+
+@pytest.mark.parametrize("checkpoint_every", [8, None])
+def test_what_is_not_finite_stops_the_run(problem, tmp_path, checkpoint_every):
+    def chunk(state, data, steps):
+        state, metrics = problem.chunk(state, data, steps)
+        # Broken from step 21 on, so within the fifth and sixth chunk.
+        return state, {**metrics, "finite": state.step <= 20, "loss": jnp.where(state.step <= 20, 1.0, jnp.nan)}
+
+    with pytest.raises(NonFiniteError, match="not finite within steps 21 to 24") as error:
+        run(problem, tmp_path, 48, chunk=chunk, checkpoint_every=checkpoint_every)
+    assert (error.value.first_step, error.value.last_step) == (21, 24)
+    last = rows_of(tmp_path)[-1]
+    assert last["step"] == 24 and last["finite"] is False and last["loss"] is None
+    if checkpoint_every is None:
+        assert error.value.checkpoint is None and "there is no checkpoint" in str(error.value)
+        return
+    assert error.value.checkpoint == 16 and "checkpoint is of step 16" in str(error.value)
+    with Checkpoints(tmp_path / "checkpoints", resume=True) as checkpoints:
+        assert checkpoints.steps() == [8, 16]
+
+
+def test_a_run_is_not_written_over(problem, unbroken, tmp_path, assert_same):
+    state, directory = unbroken
+    with pytest.raises(FileExistsError, match="holds a run already"):
+        run(problem, directory, 32)
+    with pytest.raises(FileNotFoundError, match="there is no checkpoint"):
+        run(problem, tmp_path, 32, resume=True)
+    (tmp_path / "config.json").write_text("{}")
+    run(problem, tmp_path, 8)
+    assert_same(run(problem, tmp_path, 32, overwrite=True), state)
+    assert rows_of(tmp_path) == rows_of(directory)
+    assert (tmp_path / "config.json").exists()
+
+
+def test_a_finished_run_resumes_to_its_end(problem, unbroken, tmp_path, assert_same):
+    state, directory = unbroken
+    shutil.copytree(directory, tmp_path, dirs_exist_ok=True)
+    assert_same(run(problem, tmp_path, 32, resume=True), state)
+    assert rows_of(tmp_path) == rows_of(directory)
+    with pytest.raises(ValueError, match="total_steps: the state has taken 32 steps already, got 24"):
+        run(problem, tmp_path, 24, resume=True)
+
+
+def test_lines_where_there_is_no_terminal(problem, capsys):
+    run(problem, None, 16, show_progress=True, checkpoint_every=None)
+    lines = capsys.readouterr().out.splitlines()
+    assert len(lines) == 2
+    assert lines[1].startswith("step 16/16  loss ") and lines[1].endswith("left")
+
+
+def test_the_bar_in_a_terminal(problem, capsys, monkeypatch):
+    monkeypatch.setenv("FORCE_COLOR", "1")
+    monkeypatch.setenv("COLUMNS", "120")
+    run(problem, None, 16, show_progress=True, checkpoint_every=None)
+    shown = capsys.readouterr().out
+    assert "16/16" in shown and "steps/s" in shown
+
+
+def test_the_log_refuses_and_drops(tmp_path):
+    path = tmp_path / "metrics.jsonl"
+    with MetricsLog(path) as log:
+        for step in (1, 2, 3):
+            log.write({"step": step, "value": jnp.float32(step), "bins": np.array([1.0, np.inf])})
+    with pytest.raises(FileExistsError):
+        MetricsLog(path)
+    with MetricsLog(path, after=2) as log:
+        log.write({"step": 3, "value": np.float64("nan"), "ok": np.bool_(True)})
+    rows = read(path)
+    assert rows[:2] == [{"step": n, "value": float(n), "bins": [1.0, None]} for n in (1, 2)]
+    assert rows[2] == {"step": 3, "value": None, "ok": True} and len(rows) == 3
+    path.write_text('{"step": 1}\nnonsense\n{"step": 2}\n')
+    with pytest.raises(ValueError, match="line 2"):
+        read(path)
+
+
+@pytest.mark.parametrize(
+    ("numbers", "message"),
+    [
+        ({"total_steps": 0}, "total_steps"),
+        ({"chunk_steps": 3}, "log_every: expected a multiple of chunk_steps = 3, got 8"),
+        ({"checkpoint_every": 12}, "checkpoint_every: expected a multiple of log_every = 8, got 12"),
+        ({"eval_every": 9}, "eval_every"),
+    ],
+)
+def test_plans_are_checked(numbers, message):
+    with pytest.raises(ValueError, match=message):
+        Plan(**{"total_steps": 10, "chunk_steps": 4, "log_every": 8, **numbers})
+
+
+def test_refusals(problem, tmp_path):
+    state, data = problem.state(), problem.dataset.data
+    with pytest.raises(ValueError, match="eval_fn, eval_every"):
+        fit(state, problem.chunk, data, total_steps=1, eval_every=100)
+    with pytest.raises(ValueError, match="out_dir"):
+        fit(state, problem.chunk, data, total_steps=1, checkpoint_every=100)
+    with pytest.raises(ValueError, match="at most one"):
+        fit(state, problem.chunk, data, total_steps=1, out_dir=tmp_path, resume=True, overwrite=True)
+
+
+def test_the_metrics_file_is_plain_json_lines(unbroken):
+    for line in (unbroken[1] / "metrics.jsonl").read_text().splitlines():
+        assert isinstance(json.loads(line, parse_constant=lambda name: pytest.fail(name)), dict)
+    assert jax.device_count() >= 1

@@ -1,0 +1,187 @@
+"""The step against optax by hand; chunks against steps; one trace; one device against eight."""
+
+from __future__ import annotations
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+from jax.sharding import AxisType, NamedSharding, PartitionSpec
+
+from jflow.training import Extras, init_state, make_chunk, make_step
+from jflow.types import Batch, Context
+
+
+def test_a_step_is_one_optimizer_step_on_the_mean_loss(problem64):
+    state = problem64.state()
+    batch = problem64.dataset.batch(problem64.dataset.data, jnp.int32(0))
+    new, metrics = jax.jit(problem64.step)(state, batch)
+
+    key = jax.random.fold_in(jax.random.key(1), 0)
+    context = Context(jnp.int32(0), state.ema["0.9"])
+    loss, grads = jax.value_and_grad(
+        lambda params: problem64.objective(params, key, batch, context)[0].mean(), has_aux=False
+    )(state.params)
+    with jax.numpy_dtype_promotion("standard"):
+        updates, _ = problem64.optimizer.update(grads, state.opt_state, state.params)
+    params = optax.apply_updates(state.params, updates)
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-10, atol=1e-14), new.params, params)
+    for name, decay in (("0.9", 0.9), ("0.99", 0.99)):
+        expected = jax.tree.map(lambda old, p, d=decay: d * old + (1 - d) * p, state.params, params)
+        # The weight of an average is a float32.
+        jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-6, atol=1e-9), new.ema[name], expected)
+    np.testing.assert_allclose(metrics["loss"], loss, rtol=1e-12)
+    np.testing.assert_allclose(metrics["grad_norm"], optax.tree.norm(grads), rtol=1e-10)
+    np.testing.assert_allclose(metrics["update_norm"], optax.tree.norm(updates), rtol=1e-8)
+    np.testing.assert_allclose(metrics["param_norm"], optax.tree.norm(new.params), rtol=1e-10)
+    assert int(new.step) == 1 and bool(metrics["finite"])
+
+
+def test_info_becomes_metrics(problem):
+    state, data = problem.state(), problem.dataset.data
+    batch = problem.dataset.batch(data, state.step)
+    _, metrics = jax.jit(problem.step)(state, batch)
+    assert metrics["fit/raw_by_t"].shape == (2,)
+    assert metrics["diagonal_rows"] == np.mean(np.asarray(batch.x1)[:, 1] > 0)
+    assert metrics["unnamed"] == np.mean(np.arange(16))
+    assert "matrix" not in metrics
+
+
+def test_chunks_equal_steps(problem, assert_same):
+    step = jax.jit(problem.step)
+    state, rows = problem.state(), []
+    for n in range(6):
+        state, metrics = step(state, problem.dataset.batch(problem.dataset.data, jnp.int32(n)))
+        rows.append(metrics)
+    # Fused otherwise than one step, a chunk may round otherwise.
+    chunked, metrics = problem.chunk(problem.state(), problem.dataset.data, 6)
+    assert int(chunked.step) == 6
+    for a, b in zip(jax.tree.leaves(chunked.params), jax.tree.leaves(state.params), strict=True):
+        np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-6)
+    for name in ("loss", "grad_norm", "diagonal_rows", "fit/raw"):
+        np.testing.assert_allclose(metrics[name], np.mean([row[name] for row in rows]), rtol=1e-5)
+    for name, last in (("last_loss", "loss"), ("param_norm", "param_norm")):
+        np.testing.assert_allclose(metrics[name], rows[-1][last], rtol=1e-5)
+    count = np.stack([row["fit/count_by_t"] for row in rows])
+    raw = np.stack([row["fit/raw_by_t"] for row in rows])
+    np.testing.assert_allclose(metrics["fit/raw_by_t"], (raw * count).sum(0) / count.sum(0), rtol=1e-5)
+    # Chunks of chunks are the same to the bit.
+    twice = problem.chunk(problem.chunk(problem.state(), problem.dataset.data, 6)[0], problem.dataset.data, 6)[0]
+    again = problem.chunk(chunked, problem.dataset.data, 6)[0]
+    assert_same(twice, again)
+
+
+def test_one_trace_for_repeated_calls(problem):
+    traces = []
+
+    def counted(*args):
+        traces.append(1)
+        return problem.objective(*args)
+
+    # Weakly typed parameters, which an update makes strong, would trace anew at the second call.
+    params = {**problem.params, "out": {"kernel": problem.params["out"]["kernel"], "bias": jnp.asarray(0.5)}}
+    params["out"]["bias"] = jnp.broadcast_to(jnp.asarray(0.5), (2,)).astype(jnp.float32)
+    optimizer = optax.adam(1e-3)
+    chunk = make_chunk(make_step(counted, optimizer), problem.dataset.batch)
+    state = init_state(params, optimizer, jax.random.key(0))
+    for _ in range(3):
+        state, _ = chunk(state, problem.dataset.data, 2)
+    one = len(traces)
+    state, _ = chunk(state, problem.dataset.data, 2)
+    assert len(traces) == one and chunk._cache_size() == 1
+    assert int(state.step) == 8
+
+
+def test_weak_types_become_strong():
+    state = init_state({"a": jnp.asarray(0.5)}, optax.sgd(0.1), jax.random.key(0), ema=(0.9,))
+    assert not any(leaf.weak_type for leaf in jax.tree.leaves((state.params, state.ema)))
+
+
+def test_the_caller_keeps_parameters_and_key(problem):
+    key = jax.random.key(3)
+    # Schedule-free keeps the parameters themselves in its state: the same buffer must not be donated twice.
+    optimizer = optax.contrib.schedule_free_sgd(1e-2)
+    state = init_state(problem.params, optimizer, key, ema=(0.9,), teacher=problem.params)
+    chunk = make_chunk(make_step(problem.objective, optimizer, ema=(0.9,)), problem.dataset.batch)
+    chunk(state, problem.dataset.data, 2)
+    assert not any(leaf.is_deleted() for leaf in jax.tree.leaves(problem.params)) and not key.is_deleted()
+
+
+def test_key_and_step_decide_the_noise(problem):
+    batch = problem.dataset.batch(problem.dataset.data, jnp.int32(0))
+    step = jax.jit(problem.step)
+    loss = lambda state: float(step(state, batch)[1]["loss"])  # noqa: E731
+    assert loss(problem.state(1)) == loss(problem.state(1))
+    assert loss(problem.state(1)) != loss(problem.state(2))
+    assert loss(problem.state(1)) != loss(problem.state(1)._replace(step=jnp.int32(1)))
+
+
+def test_the_context_holds_teacher_ema_and_reduction():
+    seen = []
+
+    def objective(params, key, batch, context):
+        seen.append(context)
+        loss = jnp.sum((batch.x1 * params["w"] - context.teacher["w"]) ** 2, axis=1)
+        return loss, {"reduction": {"mean": 0.5 * context.reduction["mean"] + 0.5 * jnp.mean(loss)}}
+
+    optimizer = optax.sgd(0.1)
+    state = init_state(
+        {"w": jnp.ones(())},
+        optimizer,
+        jax.random.key(0),
+        ema={"fast": lambda n: jnp.float32(0.5), "slow": lambda n: jnp.float32(0.1)},
+        teacher={"w": jnp.full((), 2.0)},
+        reduction={"mean": jnp.zeros(())},
+    )
+    assert state.context_extras == Extras(state.context_extras.teacher, state.context_extras.reduction)
+    ema = {"fast": lambda n: jnp.float32(0.5), "slow": lambda n: jnp.float32(0.1)}
+    step = make_step(objective, optimizer, ema=ema, context_ema="slow")
+    state, metrics = step(state, Batch(jnp.full((4, 1), 3.0)))
+    # loss (3 - 2)^2 = 1, gradient 2 * 3 * (3 - 2) = 6
+    assert float(state.params["w"]) == pytest.approx(1 - 0.6)
+    assert float(state.ema["fast"]["w"]) == pytest.approx(0.7)
+    assert float(state.context_extras.reduction["mean"]) == pytest.approx(0.5)
+    assert "reduction" not in metrics
+    step(state, Batch(jnp.full((4, 1), 3.0)))
+    assert float(seen[1].ema["w"]) == pytest.approx(0.94) and int(seen[1].step) == 1
+
+
+def test_non_finite_is_flagged_and_stays(problem):
+    broken = Batch(problem.dataset.data.x1.at[7].set(jnp.nan), problem.dataset.data.x0, problem.dataset.data.cond)
+    _, metrics = problem.chunk(problem.state(), broken, 6)
+    assert not metrics["finite"] and np.isnan(metrics["loss"])
+    _, metrics = problem.chunk(problem.state(), problem.dataset.data, 6)
+    assert metrics["finite"]
+
+
+@pytest.mark.skipif(jax.device_count() < 8, reason="needs 8 (virtual) devices")
+def test_eight_devices_agree_with_one(problem64):
+    mesh = jax.make_mesh((8,), ("data",), axis_types=(AxisType.Auto,))
+    sharding = NamedSharding(mesh, PartitionSpec("data"))
+    spread = make_chunk(problem64.step, problem64.dataset.batch, batch_sharding=sharding)
+    many, metrics8 = spread(problem64.state(), problem64.dataset.data, 5)
+    one, metrics1 = problem64.chunk(problem64.state(), problem64.dataset.data, 5)
+    assert all(len(leaf.sharding.device_set) == 8 for leaf in jax.tree.leaves(many.params))
+    close = lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-9, atol=1e-12)  # noqa: E731
+    jax.tree.map(close, (many.params, many.ema, many.opt_state), (one.params, one.ema, one.opt_state))
+    jax.tree.map(close, metrics8, metrics1)
+    # The state that came out goes in again.
+    traces = spread._cache_size()
+    many, _ = spread(many, problem64.dataset.data, 5)
+    many, _ = spread(many, problem64.dataset.data, 5)
+    assert int(many.step) == 15 and spread._cache_size() <= traces + 1
+
+
+def test_refusals(problem):
+    step = make_step(problem.objective, problem.optimizer, ema=(0.5,))
+    batch = problem.dataset.batch(problem.dataset.data, jnp.int32(0))
+    with pytest.raises(ValueError, match=r"state.ema: expected the averages \['0.5'\]"):
+        step(problem.state(), batch)
+    with pytest.raises(ValueError, match="context_ema"):
+        make_step(problem.objective, problem.optimizer, ema=(0.5,), context_ema="0.9")
+    with pytest.raises(TypeError, match="key: expected one typed PRNG key"):
+        init_state(problem.params, problem.optimizer, jnp.zeros(2, jnp.uint32))
+    scalar = make_step(lambda params, *_: (jnp.sum(params["out"]["bias"]), {}), problem.optimizer, ema=(0.9, 0.99))
+    with pytest.raises(ValueError, match=r"loss of shape \[B\]"):
+        scalar(problem.state(), batch)
