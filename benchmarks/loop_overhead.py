@@ -11,7 +11,8 @@ such a machine distorts less); medians over the rounds:
     fit     the same chunk in ``fit``, with its file of metrics
     saves   the same with a checkpoint every 5 chunks
 
-The loop's overhead is fit/plain - 1 (goal: 5 % at most), the median of the ratios within a round. Takes about two minutes on two CPU cores.
+The loop's overhead is fit/plain - 1 (goal: 5 % at most), the median of the ratios within a round. Takes about three
+minutes on two CPU cores.
 """
 
 from __future__ import annotations

@@ -188,7 +188,12 @@ def run(config: Config) -> None:
     (config.out / "table.md").write_text(text + "\n")
     common.write_json(
         config.out / "results.json",
-        {"table": table, "reference": f"{method}, tolerance {tolerance:g}", "batch": config.batch, **common.environment()},
+        {
+            "table": table,
+            "reference": f"{method}, tolerance {tolerance:g}",
+            "batch": config.batch,
+            **common.environment(),
+        },
     )
     _figure(config, table)
     print(text)
@@ -205,7 +210,7 @@ def _in_blocks(run: Any, params: Any, x0: jax.Array, labels: Any) -> tuple[jax.A
 def _times(compiled: dict[str, Any], arguments: tuple, repeats: int) -> dict[str, float]:
     """Median seconds of a call of each, interleaved, so that a slow moment of the machine falls on all."""
     seconds: dict[str, list[float]] = {name: [] for name in compiled}
-    for name, function in compiled.items():
+    for function in compiled.values():
         jax.block_until_ready(function(*arguments))
     for _ in range(repeats):
         for name, function in compiled.items():

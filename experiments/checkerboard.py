@@ -24,13 +24,8 @@ from jflow import datasets, metrics
 class Config(common.Config):
     """Options of the checkerboard experiment."""
 
-    parameterization: Literal["v", "x", "gaussian"] = "gaussian"
     velocity: Literal["pair", "batch"] = "batch"
     learning_rate: float = 3e-3
-    beta2: float = 0.99
-    diagonal: float = 0.65
-    diagonal_start: float = 0.3
-    full_jumps: float = 0.5
     features: int = 256
     residual: bool = False
     octaves: int = 3
@@ -69,7 +64,7 @@ def scores(samples: np.ndarray, exact: np.ndarray) -> dict[str, float]:
 def run(config: Config) -> None:
     """Trains, scores and writes everything to ``config.out``."""
     if config.quick:
-        config = dataclasses.replace(config, steps=200, features=64, warmup=20, samples=2000)
+        config = dataclasses.replace(config, **common.QUICK)
     this = problem(config)
     model = common.build(config, this)
     bound, seconds = common.train(config, this, model)
@@ -77,9 +72,7 @@ def run(config: Config) -> None:
     exact = this.reference(jax.random.key(config.seed + 3), config.samples)
     table = {str(jumps): scores(points, exact) for jumps, points in drawn.items()}
     table["exact samples"] = scores(this.reference(jax.random.key(config.seed + 4), config.samples), exact)
-    text = common.markdown(
-        ["jumps", *table["1"]], [[name, *row.values()] for name, row in table.items()]
-    )
+    text = common.markdown(["jumps", *table["1"]], [[name, *row.values()] for name, row in table.items()])
     print(text)
     common.write_json(
         config.out / "results.json",

@@ -23,6 +23,7 @@ from jflow.types import BoundFlowMap, FlowMap, Key
 
 JUMPS = (1, 2, 4, 8, 16)
 AVERAGE = "ema"
+QUICK = {"steps": 40, "log_every": 20, "warmup": 10, "batch": 64, "features": 32, "depth": 2, "samples": 300}
 # What may differ between a run and the one that resumes it, and does not belong to the model.
 NOT_KEPT = ("out", "quick", "resume", "overwrite", "samples")
 
@@ -37,7 +38,7 @@ class Config:
     """The training method (docs: jflow.objectives)."""
     path: Literal["linear", "trigonometric", "cosine", "variance_preserving", "variance_exploding"] = "linear"
     """The interpolant."""
-    parameterization: Literal["v", "x", "gaussian"] = "v"
+    parameterization: Literal["v", "x", "gaussian"] = "gaussian"
     """What the network predicts: the mean velocity, the data end, or the mean velocity beyond a Gaussian's."""
     velocity: Literal["pair", "batch"] = "pair"
     """The estimate of the velocity: from each pair, or its mean over the data of the batch (few dimensions)."""
@@ -45,21 +46,21 @@ class Config:
     """Optimizer steps in all."""
     batch: int = 512
     """Samples per step, diagonal and off-diagonal together."""
-    learning_rate: float = 1e-3
+    learning_rate: float = 2e-3
     """Peak of the learning rate, after a linear warm-up; it falls to zero along a cosine."""
     warmup: int = 200
     """Steps of the warm-up."""
     clip: float = 10.0
     """Largest norm of a gradient."""
-    diagonal: float = 0.75
+    diagonal: float = 0.65
     """Share of each batch with s = t."""
-    diagonal_start: float = 0.0
+    diagonal_start: float = 0.3
     """Share of the steps, at the beginning, in which the diagonal alone is trained."""
-    full_jumps: float = 0.0
+    full_jumps: float = 0.5
     """Share of the off-diagonal rows that start at s = 0; the others are uniform on the triangle."""
     stratified: bool = True
     """Spread the times of a batch evenly over their law."""
-    beta2: float = 0.999
+    beta2: float = 0.99
     """Adam's decay of the second moment."""
     ema: float = 16.0
     """Exponent of the average of the parameters that is evaluated: it reaches over about the last 1/ema of the steps."""
@@ -105,7 +106,9 @@ class Config:
             ("ema", 0.0, float("inf")),
         ):
             if not low <= getattr(self, name) <= high:
-                raise ValueError(f"--{_flag(name)}: expected a number from {low:g} to {high:g}, got {getattr(self, name)}")
+                raise ValueError(
+                    f"--{_flag(name)}: expected a number from {low:g} to {high:g}, got {getattr(self, name)}"
+                )
         for name in ("learning_rate", "clip"):
             if not 0.0 < getattr(self, name) < float("inf"):
                 raise ValueError(f"--{_flag(name)}: expected a positive number, got {getattr(self, name)}")
@@ -226,7 +229,9 @@ def train(config: Config, problem: Problem, model: Model) -> tuple[BoundFlowMap,
     return model.flow_map.bind(training.ema.as_params(state.ema[AVERAGE], state.params)), time.perf_counter() - began
 
 
-def draw(bound: BoundFlowMap, x0: jax.Array, steps: int, labels: jax.Array | None = None, chunk: int = 4096) -> jax.Array:
+def draw(
+    bound: BoundFlowMap, x0: jax.Array, steps: int, labels: jax.Array | None = None, chunk: int = 4096
+) -> jax.Array:
     """``steps`` equal jumps of a batch of base points [N, *event], in blocks of ``chunk`` samples."""
     grid = samplers.uniform_grid(steps)
 
@@ -265,7 +270,7 @@ def environment() -> dict[str, Any]:
     return {
         "command": " ".join(["python", "-m", _module(), *sys.argv[1:]]),
         "commit": revision,
-        "date": datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
+        "date": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
         "device": f"{device.platform}, {device.device_kind}, {len(jax.devices())} device(s)",
         "versions": {
             "python": platform.python_version(),

@@ -29,7 +29,6 @@ class Config(common.Config):
 
     steps: int = 9000
     batch: int = 256
-    diagonal_start: float = 0.25
     samples: int = 2000
 
 
@@ -50,9 +49,7 @@ def problem(config: common.Config) -> common.Problem:
     """The data and how samples are compared."""
     split = datasets.digits()
     classes = jnp.asarray(split.train.cond)
-    dataset = datasets.ArrayDataset(
-        Batch(jnp.asarray(split.train.x1), cond=classes), config.batch, config.seed
-    )
+    dataset = datasets.ArrayDataset(Batch(jnp.asarray(split.train.x1), cond=classes), config.batch, config.seed)
     return common.Problem(
         dataset=dataset,
         event=(8, 8, 1),
@@ -69,7 +66,7 @@ def run(config: Config) -> None:
     from benchmarks import solver_vs_map
 
     if config.quick:
-        config = dataclasses.replace(config, steps=200, features=64, warmup=20, samples=256)
+        config = dataclasses.replace(config, **common.QUICK)
     this = problem(config)
     model = common.build(config, this)
     bound, seconds = common.train(config, this, model)
@@ -103,7 +100,9 @@ def run(config: Config) -> None:
     _figure(config, drawn, solved, np.asarray(labels))
     print(text)
     solver_vs_map.run(
-        solver_vs_map.Config(checkpoint=config.out, out=config.out / "solver_vs_map", quick=config.quick, overwrite=True)
+        solver_vs_map.Config(
+            checkpoint=config.out, out=config.out / "solver_vs_map", quick=config.quick, overwrite=True
+        )
     )
     print(f"pictures: {config.out / 'digits.png'}, {config.out / 'solver_vs_map' / 'solver_vs_map.png'}")
 

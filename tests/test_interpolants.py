@@ -119,9 +119,7 @@ def test_conversions_are_finite_at_the_ends():
         (lambda: interpolants.linear().interpolate(jnp.zeros(3), 1.0, 1.0), ValueError, "t: expected a scalar"),
         (lambda: interpolants.linear().interpolate(0.5, jnp.zeros(3), jnp.zeros(2)), ValueError, "x0"),
         (
-            lambda: interpolants.convert(
-                interpolants.linear(), 0.5, jnp.zeros(2), jnp.zeros(2), "velocity", "energy"
-            ),
+            lambda: interpolants.convert(interpolants.linear(), 0.5, jnp.zeros(2), jnp.zeros(2), "velocity", "energy"),
             ValueError,
             "target",
         ),

@@ -68,9 +68,7 @@ def test_the_diagonal_of_each_form_is_what_it_claims():
             flow_map = parameterizations.flow_map(lambda p, *_, key=None: p, parameterization)
             np.testing.assert_allclose(flow_map.velocity(value, t, x), b, rtol=1e-9)
     path = interpolants.trigonometric()
-    flow_map = parameterizations.flow_map(
-        lambda p, *_, key=None: p, parameterizations.trigonometric_form(path)
-    )
+    flow_map = parameterizations.flow_map(lambda p, *_, key=None: p, parameterizations.trigonometric_form(path))
     np.testing.assert_allclose(flow_map.velocity(x0, t, x1), jnp.pi / 2 * x0, rtol=1e-12)
 
 

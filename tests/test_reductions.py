@@ -58,7 +58,9 @@ def test_half_precision_residuals_are_summed_in_float32():
     assert reductions.squared(None, 0.0, 1.0, d).dtype == jnp.float32
 
 
-@pytest.mark.parametrize("make", [reductions.normalised, reductions.clipped, reductions.pseudo_huber, reductions.cauchy])
+@pytest.mark.parametrize(
+    "make", [reductions.normalised, reductions.clipped, reductions.pseudo_huber, reductions.cauchy]
+)
 def test_bad_input(make):
     with pytest.raises(ValueError, match="c: expected"):
         make(0.0)

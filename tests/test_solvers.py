@@ -177,6 +177,7 @@ def test_too_few_steps_raise_when_eager_and_are_nan_with_a_flag_when_traced():
     counted = solvers.solve_counted(velocity, "tsit5", rtol=1e-10, atol=1e-10, max_steps=3)
     with pytest.raises(RuntimeError, match="max_steps=3"):
         counted(p, s, t, x)
+
     def value_and_tangent(p, x):
         (v, stats), (tangent, _) = jax.jvp(lambda x: counted(p, s, t, x), (x,), (jnp.ones_like(x),))
         return v, tangent, stats
@@ -230,7 +231,9 @@ def test_no_host_callback_is_compiled_in():
             "grid: expected strictly increasing",
         ),
         (
-            lambda: solvers.sde(velocity, interpolants.linear())(P, jax.random.key(0), np.array([0, 1.0]), np.arange(2)),
+            lambda: solvers.sde(velocity, interpolants.linear())(
+                P, jax.random.key(0), np.array([0, 1.0]), np.arange(2)
+            ),
             TypeError,
             "x0: ",
         ),
@@ -285,7 +288,9 @@ def test_x_may_be_a_pytree_of_dtypes_and_cond_and_key_reach_the_velocity():
     tree = {"a": x, "b": (x[:1].astype(jnp.bfloat16), x[2])}
     cond, key = jnp.asarray(1.5, jnp.float32), jax.random.key(0)
     v = jax.jit(lambda tree, key: flow.mean_velocity(p, s, t, tree, cond, key=key))(tree, key)
-    assert jax.tree.map(lambda leaf: (leaf.shape, leaf.dtype), v) == jax.tree.map(lambda leaf: (leaf.shape, leaf.dtype), tree)
+    assert jax.tree.map(lambda leaf: (leaf.shape, leaf.dtype), v) == jax.tree.map(
+        lambda leaf: (leaf.shape, leaf.dtype), tree
+    )
     assert set(seen) == {tuple(map(jnp.dtype, (jnp.float32, jnp.float32, jnp.bfloat16, jnp.float32)))}
     want = exact_mean(1.5 * P, 0.1, 0.8, jnp.asarray(X))
     np.testing.assert_allclose(v["a"], want, rtol=1e-4)

@@ -3,9 +3,9 @@ r"""Data: arrays in memory and synthetic distributions, whose batches are pure f
 There is no iterator to save: ``dataset.batch(data, step)`` is traced inside the training step, and a run resumed at any
 step sees the batches it would have seen. The arrays are passed as ``data``, never baked into the compiled code.
 
-An epoch visits every row exactly once, and nothing is dropped: positions p = step * B, ..., step * B + B - 1 run on across
-epochs, epoch p // N and place p % N, and row = permutation_epoch(place). The permutation is a swap-or-not shuffle
-(Hoang, Morris and Rogaway, 2012), computed place by place without a table: in round r, with random k_r,
+An epoch visits every row exactly once, and nothing is dropped: positions p = step * B, ..., step * B + B - 1 run on
+across epochs, epoch p // N and place p % N, and row = permutation_epoch(place). The permutation is a swap-or-not
+shuffle (Hoang, Morris and Rogaway, 2012), computed place by place without a table: in round r, with random k_r,
 
     x  <-  either x or (k_r - x) mod N,   by one bit hashed from the larger of the two,
 
@@ -134,7 +134,9 @@ def digits(held_out: float = 0.2, seed: int = 0) -> Split:
     try:
         from sklearn.datasets import load_digits
     except ImportError as error:
-        raise ImportError("digits: the images come with scikit-learn, which is missing: pip install scikit-learn") from error
+        raise ImportError(
+            "digits: the images come with scikit-learn, which is missing: pip install scikit-learn"
+        ) from error
     source = load_digits()
     images = (source.images[..., None] / 8.0 - 1.0).astype(np.float32)
     labels = source.target.astype(np.int32)

@@ -68,9 +68,7 @@ def finite_difference(step: float) -> Derivative:
     if step == 0.0:
         raise ValueError("step: expected a number other than zero, got 0")
 
-    def derivative(
-        function: Callable[..., Event], primals: tuple, *tangents: tuple
-    ) -> tuple[Event, tuple[Event, ...]]:
+    def derivative(function: Callable[..., Event], primals: tuple, *tangents: tuple) -> tuple[Event, tuple[Event, ...]]:
         value = function(*primals)
         moved = (function(*(trees.axpy(step, d, p) for p, d in zip(primals, t, strict=True))) for t in tangents)
         return value, tuple(trees.scale(1.0 / step, trees.sub(there, value)) for there in moved)

@@ -283,7 +283,8 @@ def sde(
 @dataclasses.dataclass(frozen=True)
 class _RescaledField:
     """b_{s + tau (t-s)}(x + (t-s) y) as Diffrax calls it; equal velocities give equal fields, which eager calls need
-    in order not to compile anew."""
+    in order not to compile anew.
+    """
 
     velocity: Velocity
 

@@ -11,7 +11,8 @@ pytree of arrays of any event shape, and callers ``jax.vmap``.
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Sequence
+import itertools
+from collections.abc import Sequence
 from typing import Any, NamedTuple, Protocol
 
 import jax
@@ -32,9 +33,7 @@ Time = Any
 class Velocity(Protocol):
     """The velocity b_t(x) of a probability-flow ODE dx/dt = b_t(x), of one sample; shaped like x."""
 
-    def __call__(
-        self, params: Params, t: Time, x: Event, cond: Cond = None, *, key: Key | None = None
-    ) -> Event: ...
+    def __call__(self, params: Params, t: Time, x: Event, cond: Cond = None, *, key: Key | None = None) -> Event: ...
 
 
 class MeanVelocity(Protocol):
@@ -93,7 +92,7 @@ class Domain:
             return
         if values.ndim != 1 or values.size < 2:
             raise ValueError(f"grid: expected at least two times in one dimension, got shape {values.shape}")
-        for s, t in zip(values[:-1], values[1:], strict=True):
+        for s, t in itertools.pairwise(values):
             if not self.contains(s, t):
                 raise ValueError(f"grid: the jump from {s:g} to {t:g} is outside the map's domain, {self.name}")
 
@@ -129,9 +128,7 @@ class FlowMap:
     jump_override: MeanVelocity | None = None
     velocity_override: Velocity | None = None
 
-    def jump(
-        self, params: Params, s: Time, t: Time, x: Event, cond: Cond = None, *, key: Key | None = None
-    ) -> Event:
+    def jump(self, params: Params, s: Time, t: Time, x: Event, cond: Cond = None, *, key: Key | None = None) -> Event:
         """X_{s,t}(x), shaped like x."""
         if self.jump_override is not None:
             return self.jump_override(params, s, t, x, cond, key=key)

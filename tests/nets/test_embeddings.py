@@ -33,9 +33,7 @@ def test_fourier_frequencies_are_constants():
     # The stream is frozen: these numbers are part of every checkpoint made with them.
     first = np.random.RandomState(0).standard_normal(1)[0]
     np.testing.assert_allclose(first, 1.764052345967664)
-    np.testing.assert_allclose(
-        embeddings.fourier(0.3, 2, scale=0.5)[0], np.sin(2 * np.pi * 0.5 * first * 0.3)
-    )
+    np.testing.assert_allclose(embeddings.fourier(0.3, 2, scale=0.5)[0], np.sin(2 * np.pi * 0.5 * first * 0.3))
 
 
 def test_octaves_formula():

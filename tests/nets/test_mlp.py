@@ -213,9 +213,7 @@ def test_floating_conditions():
 
 
 def flops(net, transform=lambda f: f):
-    params = jax.eval_shape(
-        net.init, jax.random.key(0), jnp.float32(0), jnp.float32(0), jnp.zeros(2, jnp.float32)
-    )
+    params = jax.eval_shape(net.init, jax.random.key(0), jnp.float32(0), jnp.float32(0), jnp.zeros(2, jnp.float32))
     f = jax.vmap(transform(net.apply), (None, 0, 0, 0))
     time, x = jax.ShapeDtypeStruct((64,), jnp.float32), jax.ShapeDtypeStruct((64, 2), jnp.float32)
     return jax.jit(f).lower(params, time, time, x).compile().cost_analysis()["flops"] / 64

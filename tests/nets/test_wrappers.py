@@ -122,10 +122,7 @@ def test_forward_and_reverse_derivatives(kind):
 
     h = 1e-2
     f = jax.jit(apply)
-    up, down = (
-        f(params, *(a + i * h * d for a, d in zip((S[1], T[1], X[0]), tangents, strict=True)))
-        for i in (1, -1)
-    )
+    up, down = (f(params, *(a + i * h * d for a, d in zip((S[1], T[1], X[0]), tangents, strict=True))) for i in (1, -1))
     # float32: rounding 1e-7/h, truncation h^2.
     np.testing.assert_allclose(jax.jit(along)(params, S[1], T[1], X[0]), (up - down) / (2 * h), atol=1e-3)
     gradient = jax.jit(jax.grad(lambda p: jnp.sum(along(p, S[1], T[1], X[0]) ** 2)))(params)
@@ -282,9 +279,7 @@ def test_check_independent():
     batch = (jnp.asarray(S), jnp.asarray(T), jnp.asarray(X))
     check_independent(lambda *a: function(WEIGHTS, *a), *batch)
     with pytest.raises(ValueError, match="mixes the samples"):
-        check_independent(
-            lambda *a: function(WEIGHTS, *a) + 1e-3 * jnp.mean(a[2], axis=0, keepdims=True), *batch
-        )
+        check_independent(lambda *a: function(WEIGHTS, *a) + 1e-3 * jnp.mean(a[2], axis=0, keepdims=True), *batch)
     with pytest.raises(ValueError, match="does not depend on its input"):
         check_independent(lambda s, t, x: jnp.zeros_like(x), *batch)
     with pytest.raises(ValueError, match="B of 2 or more"):
@@ -296,9 +291,7 @@ def test_refusals():
     identity = from_function(lambda p, s, t, x: x)
     with pytest.raises(ValueError, match=r"net: expected output shaped like x, \(2,\), got \(3,\)"):
         from_function(lambda p, s, t, x: jnp.ones(3))(None, 0.1, 0.2, x)
-    with pytest.raises(
-        ValueError, match=r"net: expected output shaped like x, \(2,\), got \(\(2,\), \(2,\)\)"
-    ):
+    with pytest.raises(ValueError, match=r"net: expected output shaped like x, \(2,\), got \(\(2,\), \(2,\)\)"):
         from_function(lambda p, s, t, x: (x, x))(None, 0.1, 0.2, x)
     with pytest.raises(ValueError, match=r"net: .*with a batch axis, \(1, 2\), got \(2,\)"):
         from_function(lambda p, s, t, x: x[0], batched=True)(None, 0.1, 0.2, x)
@@ -308,9 +301,7 @@ def test_refusals():
         identity(None, jnp.ones(3), 0.2, x)
     with pytest.raises(ValueError, match=r"t: expected a scalar"):
         jax.eval_shape(identity, None, 0.1, jnp.ones(3), x)
-    with pytest.raises(
-        TypeError, match=r"signature: the network takes \(s, t, x\), not 's t x cond': too many"
-    ):
+    with pytest.raises(TypeError, match=r"signature: the network takes \(s, t, x\), not 's t x cond': too many"):
         identity(None, 0.1, 0.2, x, 1)
     with pytest.raises(ValueError, match="cond: the network was wrapped with signature 's t x'"):
         from_function(lambda p, s, t, x: x, signature="s t x")(None, 0.1, 0.2, x, 1)

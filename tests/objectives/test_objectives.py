@@ -187,7 +187,9 @@ def test_the_finite_difference_of_lsd_tends_to_its_derivative(key):
     batch = batch_of(8)
     exact, _ = make("lsd", diagonal=0.0)(PARAMS, clone(key), batch)
     errors = [
-        np.abs(make("lsd", diagonal=0.0, derivative=identities.finite_difference(h))(PARAMS, clone(key), batch)[0] - exact).max()
+        np.abs(
+            make("lsd", diagonal=0.0, derivative=identities.finite_difference(h))(PARAMS, clone(key), batch)[0] - exact
+        ).max()
         for h in (1e-2, 1e-3)
     ]
     assert 8 < errors[0] / errors[1] < 12  # first order

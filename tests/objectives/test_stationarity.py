@@ -102,7 +102,9 @@ def test_the_off_diagonal_residual_of_the_self_methods_vanishes_sample_by_sample
     make, make_params, _ = TARGETS["quantile"]
     oracle, params = make(path), make_params()
     objective = objectives.METHODS[method].constructor(student(oracle, params, 1), path, diagonal=0.0)
-    batch = types.Batch(oracle.sample(params, key, 64), couplings.independent(jax.random.fold_in(key, 1), jnp.zeros((64, 1))))
+    batch = types.Batch(
+        oracle.sample(params, key, 64), couplings.independent(jax.random.fold_in(key, 1), jnp.zeros((64, 1)))
+    )
     loss, _ = objective(jnp.zeros(FEATURES), key, batch)
     assert np.max(loss) < 1e-16
     loss, _ = objective(jnp.full(FEATURES, 0.1), key, batch)

@@ -1,4 +1,4 @@
-"""A small regression problem: an MLP in plain jax, noisy targets, and an objective with something of everything in info."""
+"""A small regression problem: an MLP in plain jax, noisy targets, and something of everything in the info."""
 
 from __future__ import annotations
 

@@ -224,7 +224,7 @@ def test_parameters_alone(written, assert_same):
     average, _ = restore_params(written, "0.9", step=10)
     assert_same(average, state_of(10, 10.0).ema["0.9"])
     assert average["half"].dtype == jnp.float32
-    with pytest.raises(ValueError, match="which: expected one of 'params', '0.9', got '0.5'"):
+    with pytest.raises(ValueError, match=r"which: expected one of 'params', '0\.9', got '0\.5'"):
         restore_params(written, "0.5")
     assert sorted(str(path) for path in written.rglob("*")) == before
     with jax.enable_x64(False), pytest.raises(ValueError, match="params/wide: expected jax_enable_x64"):

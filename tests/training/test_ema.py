@@ -34,6 +34,15 @@ def test_unbiased_decay_is_the_normalised_sum_and_forgets_the_start():
     np.testing.assert_allclose(got, expected, rtol=1e-5, atol=1e-4)
 
 
+def test_power_is_the_sum_with_its_weights_and_forgets_the_start():
+    k = np.arange(1, 13)
+    weights = (k / 12) ** 5 - ((k - 1) / 12) ** 5
+    got = run(ema.power(4.0), ema.init({"w": jnp.full(3, 1e3)}), ROWS)
+    np.testing.assert_allclose(got, (weights[:, None] * ROWS).sum(0), rtol=1e-5, atol=1e-6)
+    # After many steps the weights are still right: n/(n + 1) alone would have lost them in float32.
+    assert float(ema.power(16.0)(jnp.int32(10**7))) == pytest.approx(17e-7, rel=1e-6)
+
+
 def test_warmup_follows_its_formula_and_then_the_decay():
     n = jnp.arange(20000)
     expected = 1 - np.minimum(0.999, (1 + np.arange(20000)) / (10 + np.arange(20000)))

@@ -155,9 +155,7 @@ class MLP(nn.Module):
             h = self._dense("input", self.features, dtype)(h)
             modulation = [self._dense(f"film_{i}", 2 * self.features, dtype)(c) for i in range(self.depth)]
         for i in range(self.depth - 1):
-            update = self._dense(f"hidden_{i}", self.features, dtype)(
-                act(_modulate(h, modulation[i], self.norm))
-            )
+            update = self._dense(f"hidden_{i}", self.features, dtype)(act(_modulate(h, modulation[i], self.norm)))
             h = h + update if self.residual else update
         h = act(_modulate(h, modulation[-1], self.norm))
         init = nn.initializers.zeros_init() if self.zero_init else nn.initializers.lecun_normal()
@@ -177,9 +175,7 @@ class MLP(nn.Module):
         if self.times == "raw":
             parts = [jnp.stack([s, t])]
         else:
-            parts = [
-                embeddings.sinusoidal(u, self.time_features, highest=self.max_frequency) for u in (s, t - s)
-            ]
+            parts = [embeddings.sinusoidal(u, self.time_features, highest=self.max_frequency) for u in (s, t - s)]
         label, other = _split(cond, self.num_classes, self.cond_features)
         if self.num_classes:
             normal = nn.initializers.normal(1.0)

@@ -88,9 +88,7 @@ def from_linen(
             with nn.intercept_methods(refuse):
                 return module.apply({"params": params, **constants}, *args, rngs=keys, **kwargs)
         except flax.errors.InvalidRngError as error:
-            raise ValueError(
-                f"key: the network draws random numbers that no key was given for: {error}"
-            ) from error
+            raise ValueError(f"key: the network draws random numbers that no key was given for: {error}") from error
 
     return _wrap(run, inspect.signature(module.__call__), signature, batched)
 
@@ -124,9 +122,7 @@ def from_nnx(
             raise TypeError(f"net: {'/'.join(map(str, path)) or 'the module'} is a BatchNorm, which {MIXES}")
     graph, state, rest = nnx.split(module, nnx.Param, ...)
     abstract = jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype), state)
-    tags = sorted(
-        {v.tag for v in jax.tree.leaves(rest, is_leaf=_is(nnx.RngKey)) if isinstance(v, nnx.RngKey)}
-    )
+    tags = sorted({v.tag for v in jax.tree.leaves(rest, is_leaf=_is(nnx.RngKey)) if isinstance(v, nnx.RngKey)})
 
     def run(params: Params, args: tuple, kwargs: dict, key: Any) -> PyTree:
         # Mapping the states copies their variables into the present trace, where they may be changed.
@@ -226,9 +222,7 @@ def check_independent(function: Callable[..., PyTree], *batch: PyTree, rtol: flo
     """
     for leaf in jax.tree.leaves(batch):
         if np.ndim(leaf) == 0 or np.shape(leaf)[0] < 2:
-            raise ValueError(
-                f"batch: expected arrays [B, ...] with B of 2 or more, got shape {np.shape(leaf)}"
-            )
+            raise ValueError(f"batch: expected arrays [B, ...] with B of 2 or more, got shape {np.shape(leaf)}")
 
     def change(leaf: Any) -> Any:
         leaf = jnp.asarray(leaf)
@@ -258,9 +252,7 @@ class _Call(NamedTuple):
         positional = self.positional
         if values["cond"] is None and positional[-1:] == ("cond",):
             positional = positional[:-1]
-        keywords = {
-            k: name for k, name in self.keywords.items() if not (name == "cond" and values["cond"] is None)
-        }
+        keywords = {k: name for k, name in self.keywords.items() if not (name == "cond" and values["cond"] is None)}
         return tuple(values[name] for name in positional), {k: values[name] for k, name in keywords.items()}
 
 
@@ -278,9 +270,7 @@ def _read(signature: str) -> _Call:
             keywords[keyword] = name
     names = [*positional, *keywords.values()]
     if not set(names) <= set(NAMES) or len(set(names)) != len(names) or not {"t", "x"} <= set(names):
-        raise ValueError(
-            f"signature: expected each of s, t, x, cond at most once, with t and x, got {signature!r}"
-        )
+        raise ValueError(f"signature: expected each of s, t, x, cond at most once, with t and x, got {signature!r}")
     return _Call(tuple(positional), keywords)
 
 
@@ -294,9 +284,7 @@ def _wrap(
     def evaluate(params: Params, s: Any, t: Any, x: PyTree, cond: Any, key: Any) -> PyTree:
         checks.floating("x", x)
         if cond is not None and "cond" not in names:
-            raise ValueError(
-                f"cond: the network was wrapped with signature {signature!r}, without cond, and got one"
-            )
+            raise ValueError(f"cond: the network was wrapped with signature {signature!r}, without cond, and got one")
         values = {"s": _time("s", s), "t": _time("t", t), "x": x, "cond": cond}
         if batched:
             values = jax.tree.map(lambda leaf: jnp.asarray(leaf)[None], values)

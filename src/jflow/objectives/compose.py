@@ -155,7 +155,9 @@ class Objective:
         x0 = self.coupling(coupling_key, batch.x1) if batch.x0 is None else batch.x0
         checks.same_structure("batch.x0", x0, "batch.x1", batch.x1)
         if self.velocity is velocities.batch and (batch.x0 is not None or batch.cond is not None):
-            raise ValueError("batch: expected neither x0 nor cond with the batch's velocity, which assumes independence")
+            raise ValueError(
+                "batch: expected neither x0 nor cond with the batch's velocity, which assumes independence"
+            )
         whole = (x0, batch.x1, batch.cond, jax.random.split(model_key, size))
         dtype = trees.at_least_float32(batch.x1)
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -25,7 +26,7 @@ def sequence(stages: Sequence[tuple[int, ObjectiveFn]]) -> ObjectiveFn:
       TypeError: when a start is no whole number.
     """
     starts = [checks.integer("stages: first step", start) for start, _ in stages]
-    if not starts or starts[0] != 0 or any(b <= a for a, b in zip(starts[:-1], starts[1:], strict=True)):
+    if not starts or starts[0] != 0 or any(b <= a for a, b in itertools.pairwise(starts)):
         raise ValueError(f"stages: expected first steps that increase from 0, got {starts}")
     if len(stages) == 1:
         return stages[0][1]

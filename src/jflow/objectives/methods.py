@@ -174,9 +174,7 @@ class Method:
 
 METHODS: dict[str, Method] = {
     "flow_matching": Method(flow_matching, "2210.02747, 2209.03003", "tangent", "conditional", "-", "-"),
-    "lsd": Method(
-        lsd, "2505.18825", "Lagrangian + tangent", "self", "velocity leg", "jvp", off_diagonal_passes=7
-    ),
+    "lsd": Method(lsd, "2505.18825", "Lagrangian + tangent", "self", "velocity leg", "jvp", off_diagonal_passes=7),
     "esd": Method(
         esd,
         "2505.18825",

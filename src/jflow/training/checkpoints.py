@@ -184,7 +184,9 @@ def as_json(name: str, value: Any) -> Any:
     try:
         return json.loads(json.dumps(value, allow_nan=False))
     except (TypeError, ValueError) as error:
-        raise TypeError(f"{name}: expected dictionaries, lists, strings, finite numbers and None only: {error}") from None
+        raise TypeError(
+            f"{name}: expected dictionaries, lists, strings, finite numbers and None only: {error}"
+        ) from None
 
 
 def difference(before: Any, now: Any, name: str = "") -> dict[str, tuple[Any, Any]]:

@@ -9,7 +9,7 @@ schedule returns w rather than the decay because 1 - 0.9999 in float32 has lost 
 
     constant(d)    w_n = 1 - d
     warmup(d)      w_n = 1 - min(d, (1 + n)/(10 + n))
-    power(g)       w_n = 1 - (1 - 1/(n + 1))^{g + 1}        the weights k^g of p_1, ..., p_n, normalised (2312.02696)
+    power(g)       w_n = 1 - (1 - 1/(n + 1))^{g + 1}        weights near k^g of p_1, ..., p_n, normalised (2312.02696)
     unbiased(d)    w_n = (1 - d)/(1 - d^{n+1})      the weights d^{n-k} of p_1, ..., p_n, normalised; forgets p_0
 """
 
@@ -49,7 +49,7 @@ def warmup(decay: float) -> Schedule:
 
 
 def unbiased(decay: float) -> Schedule:
-    """w_n = (1 - decay)/(1 - decay^{n+1}): Adam's bias correction, so that the start is a plain mean and p_0 is forgotten.
+    """w_n = (1 - decay)/(1 - decay^{n+1}): Adam's bias correction; the start is a plain mean, and p_0 is forgotten.
 
     Raises:
       ValueError: when the decay is outside (0, 1); TypeError when it is no number.
@@ -67,9 +67,10 @@ def unbiased(decay: float) -> Schedule:
 
 
 def power(gamma: float) -> Schedule:
-    """w_n = 1 - (n/(n + 1))^{gamma + 1}: a profile that keeps its shape as the run grows; its relative width is about 1/gamma.
+    """w_n = 1 - (n/(n + 1))^{gamma + 1}: a profile that keeps its shape as the run grows; relative width about 1/gamma.
 
-    With gamma = 16 the average reaches back over about the last 6 % of the steps, however many they are (2312.02696).
+    Of n parameters p_k has the weight (k/n)^{gamma + 1} - ((k - 1)/n)^{gamma + 1}, and p_0 none. With gamma = 16 the
+    average reaches back over about the last 6 % of the steps, however many they are (2312.02696).
 
     Raises:
       ValueError: when gamma is negative; TypeError when it is no number.

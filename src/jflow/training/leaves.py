@@ -1,8 +1,8 @@
 """A pytree as named arrays on the host and back, with a record of each that shows damage and refuses silent casts.
 
-The record of a leaf is ``{"dtype", "shape", "crc32", "prng", "path"}``: the checksum is over its bytes in C order, ``prng``
-the implementation of a typed PRNG key (stored as its key data) or None, ``path`` its keys from the root down where all
-of them below the first are those of dictionaries, or None.
+The record of a leaf is ``{"dtype", "shape", "crc32", "prng", "path"}``: the checksum is over its bytes in C order,
+``prng`` the implementation of a typed PRNG key (stored as its key data) or None, ``path`` its keys from the root down
+where all of them below the first are those of dictionaries, or None.
 """
 
 from __future__ import annotations
@@ -98,7 +98,9 @@ def to_tree(
             wrong.append(f"{name} is {has}, expected {expected}")
     if wrong:
         raise ValueError("the checkpoint's leaves are of another kind (nothing is cast): " + "; ".join(wrong))
-    return jax.tree.unflatten(structure, [_place(name, arrays[name], records[name], leaf) for name, leaf in wanted.items()])
+    return jax.tree.unflatten(
+        structure, [_place(name, arrays[name], records[name], leaf) for name, leaf in wanted.items()]
+    )
 
 
 def to_dict(arrays: Mapping[str, np.ndarray], records: Mapping[str, Mapping[str, Any]], depth: int) -> Any:

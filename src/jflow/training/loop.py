@@ -129,13 +129,13 @@ def fit(
     and flags): state, and rows but for their times.
 
     Args:
-      state: from ``init_state``; donated, so gone after the call. With ``resume``, what the restored one must look like.
+      state: from ``init_state``; donated, so gone after the call. With ``resume``, what the restored one looks like.
       chunk: from ``make_chunk``.
       data: its second argument: arrays on the device.
       total_steps: the step at which to end; not counted from the restored one.
       log_every: steps per row of metrics, averaged over them.
       chunk_steps: steps per dispatch, a divisor of ``log_every``, which is the default.
-      checkpoint_every: steps per checkpoint, a multiple of ``log_every``, or None for none. The last state is saved too.
+      checkpoint_every: steps per checkpoint, a multiple of ``log_every``, or None for none; also at the end.
       eval_every: steps per call of ``eval_fn``, a multiple of ``log_every``; also at the end.
       eval_fn: ``state -> {name: number}``; must not keep the state, which the next step donates.
       out_dir: where ``metrics.jsonl`` and ``checkpoints`` go; None to write nothing.

@@ -1,4 +1,4 @@
-"""Metrics of a run: averages over steps, and a file of JSON lines that outlives the process and is continued on resume."""
+"""Metrics of a run: averages over steps, and a file of JSON lines that outlives the process and is resumed."""
 
 from __future__ import annotations
 

@@ -79,8 +79,7 @@ def make_step(
             params=params,
             opt_state=opt_state,
             ema={
-                name: averages.update(state.ema[name], params, weight(state.step))
-                for name, weight in schedules.items()
+                name: averages.update(state.ema[name], params, weight(state.step)) for name, weight in schedules.items()
             },
             key=state.key,
             context_extras=extras._replace(reduction=_next_reduction(extras.reduction, info)),
@@ -136,9 +135,7 @@ def make_chunk(
         metrics = average({**stacked, "last_loss": stacked["loss"]}, jnp.ones((steps,), jnp.float32))
         return state, {**metrics, "param_norm": _norm(state.params)}
 
-    return jax.jit(
-        chunk, static_argnums=2, donate_argnums=(0,) if donate else (), out_shardings=(state_sharding, None)
-    )
+    return jax.jit(chunk, static_argnums=2, donate_argnums=(0,) if donate else (), out_shardings=(state_sharding, None))
 
 
 def _norm(tree: PyTree) -> Array:

@@ -1,0 +1,70 @@
+"""Every experiment runs from its command line, writes what it promises, resumes, and refuses mistakes in words."""
+
+import json
+import os
+import pathlib
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+
+ROOT = pathlib.Path(__file__).resolve().parents[1]
+FILES = {
+    "mixture": ["mixture.png", "table.md"],
+    "checkerboard": ["checkerboard.png", "table.md"],
+    "digits": ["digits.png", "table.md", "labels.npy", "solver_vs_map/solver_vs_map.png", "solver_vs_map/table.md"],
+}
+
+
+def run(*arguments):
+    environment = {**os.environ, "PYTHONPATH": f"{ROOT / 'src'}", "XLA_FLAGS": ""}
+    command = [sys.executable, "-m", *map(str, arguments)]
+    return subprocess.run(command, capture_output=True, text=True, env=environment, cwd=ROOT, timeout=600)
+
+
+@pytest.fixture(scope="module")
+def out(tmp_path_factory):
+    return tmp_path_factory.mktemp("experiments")
+
+
+@pytest.mark.parametrize("name", sorted(FILES))
+def test_quick_run(name, out):
+    done = run(f"experiments.{name}", "--quick", "--out", out / name)
+    assert done.returncode == 0, done.stderr
+    assert all((out / name / file).stat().st_size > 0 for file in [*FILES[name], "metrics.jsonl"])
+    results = json.loads((out / name / "results.json").read_text())
+    assert {"command", "commit", "date", "device", "versions", "config"} <= set(results)
+    for jumps in (1, 2, 4, 8, 16):
+        samples = np.load(out / name / f"samples_{jumps}.npy")
+        assert samples.dtype == np.float32 and samples.shape[0] == 300
+        assert np.all(np.isfinite(samples))
+    if name == "digits":
+        assert "map, 1 jump" in done.stdout and "digits.png" in done.stdout
+
+
+def test_an_earlier_run_is_not_overwritten_and_the_benchmark_reads_its_checkpoint(out):
+    """After the quick run of the mixture."""
+    again = run("experiments.mixture", "--quick", "--out", out / "mixture")
+    assert again.returncode == 2 and "holds a run already" in again.stderr and "Traceback" not in again.stderr
+    checkpoint, bench = out / "mixture", out / "bench"
+    done = run("benchmarks.solver_vs_map", "--checkpoint", checkpoint, "--out", bench, "--quick")
+    assert done.returncode == 0, done.stderr
+    table = json.loads((bench / "results.json").read_text())["table"]
+    assert table["map, 1 jump"]["nfe"] == 1 and table["euler, 8 steps"]["nfe"] == 8
+    assert table["euler, 100 steps"]["rmse"] < 0.1 * table["euler, 1 step"]["rmse"]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["experiments.digits", "--out", "unused", "--steps", "0"], "--steps: expected a positive"),
+        (["experiments.checkerboard", "--out", "unused", "--objective", "magic"], "magic"),
+        (["experiments.mixture", "--out", "unused", "--diagonal", "1"], "--diagonal"),
+        (["benchmarks.solver_vs_map", "--checkpoint", "nowhere", "--out", "unused"], "nowhere: no such directory"),
+    ],
+)
+def test_mistakes_end_in_a_message(arguments, message):
+    done = run(*arguments)
+    assert done.returncode == 2
+    assert message in done.stderr and "Traceback" not in done.stderr
