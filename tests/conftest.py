@@ -9,7 +9,10 @@ from typing import Any
 
 # Jax reads these when it is first imported, hence before that; the subprocesses of tests inherit them.
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
-os.environ["XLA_FLAGS"] = os.environ.get("XLA_FLAGS", "") + " --xla_force_host_platform_device_count=8"
+# Compiling is most of the time: the programs are small, and run once or twice.
+os.environ["XLA_FLAGS"] = (
+    f"{os.environ.get('XLA_FLAGS', '')} --xla_force_host_platform_device_count=8 --xla_backend_optimization_level=0"
+).strip()
 os.environ.setdefault("MPLBACKEND", "Agg")
 
 import jax

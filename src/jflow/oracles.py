@@ -22,6 +22,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.scipy.linalg import solve_triangular
 
 from jflow import checks, solvers
 from jflow.interpolants import Interpolant
@@ -29,6 +30,7 @@ from jflow.types import BOTH, Array, Cond, FlowMap, Key, Time
 
 # Contractions decide how exact an oracle is; accelerators would round their inputs to half precision.
 _EXACT = jax.lax.Precision.HIGHEST
+_HALF_LOG_TAU = 0.5 * float(np.log(2.0 * np.pi))
 
 
 class MixtureParams(NamedTuple):
@@ -69,7 +71,7 @@ def mixture_params(weights: Any, means: Any, covs: Any) -> MixtureParams:
         bases, variances = jnp.broadcast_to(jnp.eye(dim), (count, dim, dim)), covs
     else:
         checks.shape("covs", covs, (count, dim, dim))
-        _check("covs", covs, lambda c: np.allclose(c, np.swapaxes(c, 1, 2), rtol=1e-5, atol=0.0), "symmetric matrices")
+        _check("covs", covs, _symmetric, "symmetric matrices")
         variances, bases = jnp.linalg.eigh(covs)
     _check("weights", weights, lambda w: np.all(w > 0) and abs(w.sum() - 1) < 1e-5, "positive numbers of sum 1")
     _check("means", means, lambda m: np.all(np.isfinite(m)), "finite numbers")
@@ -208,8 +210,8 @@ def quantile(interpolant: Interpolant) -> Oracle:
         a_k[s,t] = (N[s,t] sigma_s - N_s sigma[s,t])/(sigma_s sigma_t),  N_s = x - beta_s m_k,  N[s,t] = y - beta[s,t] m_k
 
     in which nothing divides by t - s. The sum grows with y and changes sign between the components' own mean velocities;
-    the positive weights w_k Phi[.,.] are normalised in logarithms, so that tails do not underflow. Bisection finds y, and
-    two Newton steps make it a differentiable function, to second order, in both modes.
+    the positive weights w_k Phi[.,.] are normalised in logarithms, so that tails do not underflow. Bisection finds y to
+    rounding; its derivatives, of any order and in both modes, are those of this equation's implicit function.
 
     Raises:
       ValueError: at a call, for params or x of more than one dimension.
@@ -266,7 +268,7 @@ def tilt(params: MixtureParams, a: Any, precision: Any | None = None) -> tuple[M
     else:
         p = jnp.asarray(precision, dtype)
         checks.shape("precision", p, (dim, dim))
-        _check("precision", p, lambda v: np.allclose(v, v.T, rtol=1e-5, atol=1e-8), "a symmetric matrix")
+        _check("precision", p, _symmetric, "a symmetric matrix")
         pm = jnp.einsum("ij,kj->ki", p, params.means, precision=_EXACT)
         m = jnp.eye(dim, dtype=dtype)[None] + jnp.einsum("kia,ij,kjb->kab", root, p, root, precision=_EXACT)
         # M = U diag(mu) U': C* = R R' with R = S U mu^{-1/2}, whose singular vectors are the new basis.
@@ -304,15 +306,15 @@ def posterior(params: MixtureParams, matrix: Any, observation: Any, noise_cov: A
     size = matrix.shape[0]
     checks.shape("observation", y, (size,))
     checks.shape("noise_cov", noise, (size, size))
-    _check("noise_cov", noise, lambda r: np.allclose(r, r.T, rtol=1e-5, atol=0.0), "a symmetric matrix")
+    _check("noise_cov", noise, _symmetric, "a symmetric matrix")
     root = jnp.linalg.cholesky(noise)
     _check("noise_cov", root, lambda r: np.all(np.isfinite(r)), "a positive definite matrix")
-    white = jax.scipy.linalg.solve_triangular(root, jnp.concatenate([matrix, y[:, None]], axis=1), lower=True)
+    white = solve_triangular(root, jnp.concatenate([matrix, y[:, None]], axis=1), lower=True)
     white, y = white[:, :-1], white[:, -1]
     precision = jnp.einsum("mi,mj->ij", white, white, precision=_EXACT)
     tilted, log_z = tilt(params, jnp.einsum("mi,m->i", white, y, precision=_EXACT), precision)
     log_det = 2.0 * jnp.sum(jnp.log(jnp.diagonal(root)))
-    return tilted, log_z - 0.5 * (jnp.sum(y * y) + log_det + size * np.log(2.0 * np.pi))
+    return tilted, log_z - 0.5 * (jnp.sum(y * y) + log_det + 2.0 * size * _HALF_LOG_TAU)
 
 
 def _at(interpolant: Interpolant, params: MixtureParams, t: Time, x: Array) -> tuple[MixtureParams, Array]:
@@ -335,7 +337,7 @@ def _marginal(interpolant: Interpolant, params: MixtureParams, t: Time) -> Mixtu
 def _log_joint(law: MixtureParams, x: Array) -> Array:
     """log w_k + log N(x; m_k, C_k), [K]."""
     z = _mv(jnp.swapaxes(law.bases, 1, 2), x[None] - law.means)
-    terms = z * z / law.variances + jnp.log(law.variances) + float(np.log(2.0 * np.pi))
+    terms = z * z / law.variances + jnp.log(law.variances) + 2.0 * _HALF_LOG_TAU
     return law.log_weights - 0.5 * jnp.sum(terms, axis=1)
 
 
@@ -372,31 +374,27 @@ def _match_quantiles(
     sigma_dd: Array,
 ) -> Array:
     """The y of ``quantile``; all but the gap are [K]: log w, N_s, beta[s,t] m, sigma_s, sigma_t, sigma[s,t]."""
+    own = jax.lax.stop_gradient(offset_dd + offset * sigma_dd / sigma_s)
 
-    def balance(y: Array, inputs: tuple) -> Array:
-        log_weights, gap, offset, offset_dd, sigma_s, sigma_t, sigma_dd = inputs
+    def balance(y: Array) -> Array:
         slope = ((y - offset_dd) * sigma_s - offset * sigma_dd) / (sigma_s * sigma_t)
-        start = offset / sigma_s
-        weight = jax.nn.softmax(log_weights + _log_normal_dd(start, gap * slope))
+        weight = jax.nn.softmax(log_weights + _log_normal_dd(offset / sigma_s, gap * slope))
         return jnp.sum(weight * slope)
 
-    inputs = (log_weights, gap, offset, offset_dd, sigma_s, sigma_t, sigma_dd)
-    fixed = jax.lax.stop_gradient(inputs)
-    own = fixed[3] + fixed[2] * fixed[6] / fixed[4]
-    low, high = jnp.min(own), jnp.max(own)
+    def bisect(function: Callable[[Array], Array], middle: Array) -> Array:
+        def halve(_: Any, bracket: tuple[Array, Array]) -> tuple[Array, Array]:
+            middle = 0.5 * (bracket[0] + bracket[1])
+            above = function(middle) > 0.0
+            return jnp.where(above, bracket[0], middle), jnp.where(above, middle, bracket[1])
 
-    def halve(_: Any, bracket: tuple[Array, Array]) -> tuple[Array, Array]:
-        middle = 0.5 * (bracket[0] + bracket[1])
-        above = balance(middle, fixed) > 0.0
-        return jnp.where(above, bracket[0], middle), jnp.where(above, middle, bracket[1])
+        steps = jnp.finfo(middle.dtype).nmant + 8
+        low, high = jax.lax.fori_loop(0, steps, halve, (jnp.min(own), jnp.max(own)))
+        return 0.5 * (low + high)
 
-    left, right = jax.lax.fori_loop(0, jnp.finfo(offset.dtype).nmant + 8, halve, (low, high))
-    y = 0.5 * (left + right)
-    for _ in range(2):
-        value, slope = jax.jvp(lambda y: balance(y, inputs), (y,), (jnp.ones_like(y),))
-        y = y - value / slope
-    # Where quantiles say little (a gap between far components) a Newton step may leave the bracket by rounding.
-    return y + jax.lax.stop_gradient(jnp.clip(y, low, high) - y)
+    def tangent(linear: Callable[[Array], Array], value: Array) -> Array:
+        return value / linear(jnp.ones_like(value))
+
+    return jax.lax.custom_root(balance, jnp.mean(own), bisect, tangent)
 
 
 # Nodes and weights on [0, 1]: exact to rounding for the widths that _log_normal_dd gives it.
@@ -412,28 +410,42 @@ def _log_normal_dd(a: Array, width: Array) -> Array:
     start = jnp.where(near, a, 0.0)
     along = w[:, None] * jnp.asarray(_NODES, a.dtype)[None]
     mean = jnp.sum(jnp.asarray(_WEIGHTS, a.dtype)[None] * jnp.exp(-along * (start[:, None] + 0.5 * along)), axis=1)
-    inside = jnp.log(mean) - 0.5 * start**2 - 0.5 * float(np.log(2.0 * np.pi))
+    inside = jnp.log(mean) - 0.5 * start**2 - _HALF_LOG_TAU
     # Far: Phi(high) - Phi(low), turned over into the tail where the difference keeps its digits.
     turned = jnp.where(a + b > 0.0, -1.0, 1.0)
     low = jnp.where(near, -3.0, jnp.minimum(turned * a, turned * b))
     high = jnp.where(near, 0.0, jnp.maximum(turned * a, turned * b))
-    top = _log_normal_cdf(high)
-    outside = top + jnp.log(-jnp.expm1(_log_normal_cdf(low) - top)) - jnp.log(high - low)
+    bottom, top = _log_normal_cdf(jnp.stack([low, high]))
+    outside = top + jnp.log(-jnp.expm1(bottom - top)) - jnp.log(high - low)
     return jnp.where(near, inside, outside)
 
 
+@jax.custom_jvp
 def _log_normal_cdf(z: Array) -> Array:
     """log Phi(z), to rounding in the lower tail, where jax's own is good to single precision only."""
-    # The body's third derivative divides by the cube of erfc, which must not underflow.
+    tail, far, series = _tail(z)
+    body = jnp.log(0.5 * jax.lax.erfc(-jnp.where(tail, 0.0, z) * float(np.sqrt(0.5))))
+    return jnp.where(tail, jnp.log(series) - jnp.log(-far) - 0.5 * far**2 - _HALF_LOG_TAU, body)
+
+
+@_log_normal_cdf.defjvp
+def _log_normal_cdf_jvp(primals: tuple[Array], tangents: tuple[Array]) -> tuple[Array, Array]:
+    """phi/Phi: a much smaller program than the derivative of erfc, and without its underflow."""
+    (z,), (dz,) = primals, tangents
+    value, (tail, far, series) = _log_normal_cdf(z), _tail(z)
+    ratio = jnp.exp(-0.5 * jnp.where(tail, 0.0, z) ** 2 - _HALF_LOG_TAU - jnp.where(tail, 0.0, value))
+    return value, jnp.where(tail, -far / series, ratio) * dz
+
+
+def _tail(z: Array) -> tuple[Array, Array, Array]:
+    """Whether z is in the lower tail, z there, and its series: Phi(z) = phi(z) series / (-z)."""
     edge = -7.0 if z.dtype == jnp.float32 else -16.0
     tail = z < edge
-    body = jnp.log(0.5 * jax.lax.erfc(-jnp.where(tail, 0.0, z) * float(np.sqrt(0.5))))
     far = jnp.where(tail, z, edge)
-    series, term = jnp.ones_like(z), jnp.ones_like(z)
-    for k in range(1, 11):
-        term = -term * (2 * k - 1) / far**2
-        series = series + term
-    return jnp.where(tail, jnp.log(series) - 0.5 * far**2 - jnp.log(-far) - 0.5 * float(np.log(2.0 * np.pi)), body)
+    inverse, series = 1.0 / far**2, jnp.ones_like(z)
+    for k in range(10, 0, -1):
+        series = 1.0 - (2 * k - 1) * inverse * series
+    return tail, far, series
 
 
 def _mv(matrices: Array, vectors: Array) -> Array:
@@ -459,6 +471,11 @@ def _check(name: str, value: Array, test: Callable[[np.ndarray], Any], expected:
     concrete = checks.concrete(value)
     if concrete is not None and not test(concrete):
         raise ValueError(f"{name}: expected {expected}, got {np.array2string(concrete, threshold=20)}")
+
+
+def _symmetric(matrices: np.ndarray) -> bool:
+    """Symmetric up to rounding of the largest entry."""
+    return bool(np.max(np.abs(matrices - np.swapaxes(matrices, -1, -2))) <= 1e-5 * np.max(np.abs(matrices)))
 
 
 ORACLES: dict[str, Callable[[Interpolant], Oracle]] = {"gaussian": gaussian, "mixture": mixture, "quantile": quantile}

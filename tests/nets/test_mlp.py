@@ -252,3 +252,16 @@ def test_refusals():
         apply(params, 0.1, 0.2, x, 1)
     with pytest.raises(ValueError, match="got 2"):
         apply(params, 0.1, 0.2, x, jnp.ones(2))
+
+
+def test_damped_octaves_vanish_where_noise_washes_them_out():
+    """Octave k carries exp(-(0.3 pi 2^k (1 - s))^2 / 2): all of it at the data, little at the noise, x itself untouched."""
+    module = MLP(points="octaves", point_frequencies=2, point_damping=0.3)
+    x = jnp.array([0.2, -0.7])
+    for s in (0.0, 0.6, 1.0):
+        got = module._points(s, x)
+        np.testing.assert_allclose(got[:2], x)
+        for k in range(2):
+            factor = np.exp(-0.5 * (0.3 * np.pi * 2**k * (1 - s)) ** 2)
+            np.testing.assert_allclose(got[2 + 2 * k : 4 + 2 * k], factor * np.sin(2**k * np.pi * x), rtol=1e-12)
+            np.testing.assert_allclose(got[6 + 2 * k : 8 + 2 * k], factor * np.cos(2**k * np.pi * x), rtol=1e-12)

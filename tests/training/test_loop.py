@@ -66,6 +66,7 @@ def test_killed_after_a_checkpoint_no_row_comes_twice(problem, unbroken, tmp_pat
     assert rows_of(tmp_path) == rows_of(directory)
 
 
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
 def test_killed_while_saving_the_checkpoint_before_is_used(problem, unbroken, tmp_path, caplog, assert_same):
     state, directory = unbroken
     shutil.copytree(directory, tmp_path, dirs_exist_ok=True)

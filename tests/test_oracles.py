@@ -1,0 +1,369 @@
+"""The oracles against mathematics: densities, transport, the flow's identities, samples, tilts."""
+
+from __future__ import annotations
+
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from scipy.special import logsumexp
+from scipy.stats import multivariate_normal
+
+from jflow import interpolants, oracles, solvers
+
+WEIGHTS = np.array([0.6, 0.4])
+MEANS = np.array([[-1.0, 0.5], [1.2, -0.3]])
+COVS = np.array([[[0.5, 0.2], [0.2, 0.3]], [[0.15, -0.05], [-0.05, 0.4]]])
+MEAN, COV = np.array([0.7, -1.1]), np.array([[0.6, 0.25], [0.25, 0.3]])
+LINE = ([0.5, 0.3, 0.2], [[-1.3], [0.4], [2.1]], [[0.2], [0.05], [0.4]])
+
+# Residuals that are rounding, or the tolerance of the solve times what differentiation makes of it.
+TOLERANCE = {"gaussian": 1e-8, "quantile": 1e-7, "mixture": 1e-6}
+# The closed form goes through every path; the others share its coefficients and are dear to compile.
+CASES = [("gaussian", path) for path in interpolants.INTERPOLANTS]
+CASES += [("quantile", path) for path in ("linear", "trigonometric", "variance_exploding")]
+CASES += [("mixture", path) for path in ("linear", "cosine", "variance_preserving")]
+
+
+@functools.cache
+def params(name):
+    if name == "gaussian":
+        return oracles.gaussian_params(MEAN, COV)
+    return oracles.mixture_params(*(LINE if name == "quantile" else (WEIGHTS, MEANS, COVS)))
+
+
+@functools.cache
+def make(name, path):
+    interpolant = interpolants.INTERPOLANTS[path]()
+    options = {"rtol": 1e-11, "atol": 1e-11} if name == "mixture" else {}
+    return oracles.ORACLES[name](interpolant, **options)
+
+
+def draw(name, path, s, seed):
+    """One point of the marginal at each time s, in numpy."""
+    rng, p = np.random.default_rng(seed), jax.tree.map(np.asarray, params(name))
+    k = rng.choice(len(p.log_weights), size=len(s), p=np.exp(p.log_weights))
+    x1 = p.means[k] + np.einsum("nij,nj->ni", p.bases[k], np.sqrt(p.variances)[k] * rng.normal(size=p.means[k].shape))
+    c = make(name, path).interpolant
+    alpha, beta = (np.array([float(f(u)) for u in s]) for f in (c.alpha, c.beta))
+    return alpha[:, None] * rng.normal(size=x1.shape) + beta[:, None] * x1
+
+
+# --- density, score, velocity, denoiser -------------------------------------------------------------------------------
+
+TIMES = np.array([0.0, 0.0, 0.1, 0.3, 0.3, 0.5, 0.7, 0.9, 1.0, 1.0])
+
+
+@functools.cache
+def pointwise(path):
+    """log rho, its gradient, the score, the denoiser, b, and the terms of the continuity equation."""
+    oracle = make("mixture", path)
+
+    def at(p, t, x):
+        log_rho, gradient = jax.value_and_grad(lambda x: oracle.log_density(p, t, x))(x)
+        in_time = jax.jvp(lambda t: oracle.log_density(p, t, x), (t,), (jnp.ones_like(t),))[1]
+        b = oracle.velocity(p, t, x)
+        divergence = jnp.trace(jax.jacfwd(lambda x: oracle.velocity(p, t, x))(x))
+        terms = jnp.stack([in_time, divergence, jnp.dot(gradient, b)])
+        return log_rho, gradient, oracle.score(p, t, x), oracle.denoiser(p, t, x), b, terms
+
+    return jax.jit(jax.vmap(at, (None, 0, 0)))
+
+
+@pytest.mark.parametrize("path", interpolants.INTERPOLANTS)
+def test_density_score_and_transport(path):
+    x = draw("mixture", path, TIMES, 0)
+    log_rho, gradient, score, denoiser, b, terms = map(np.asarray, pointwise(path)(params("mixture"), TIMES, x))
+    interpolant = make("mixture", path).interpolant
+    for i, t in enumerate(TIMES):
+        alpha, beta = float(interpolant.alpha(t)), float(interpolant.beta(t))
+        joint = [
+            np.log(w) + multivariate_normal(beta * m, alpha**2 * np.eye(2) + beta**2 * c).logpdf(x[i])
+            for w, m, c in zip(WEIGHTS, MEANS, COVS, strict=True)
+        ]
+        np.testing.assert_allclose(log_rho[i], logsumexp(joint), rtol=1e-10, atol=1e-10)
+    np.testing.assert_allclose(score, gradient, rtol=1e-9, atol=1e-9)
+    # d/dt log rho + div b + b . grad log rho = 0, both ends included.
+    assert np.all(np.abs(terms.sum(axis=1)) <= 1e-9 * (1.0 + np.abs(terms).sum(axis=1)))
+    assert all(np.all(np.isfinite(value)) for value in (log_rho, score, denoiser, b, terms))
+    # Tweedie: alpha noise + beta data = x with noise = -alpha score; and b is what the path makes of the two.
+    c = jax.vmap(interpolant.coefficients)(jnp.asarray(TIMES))
+    alpha, beta, alpha_dot, beta_dot = (np.asarray(value)[:, None] for value in c[:4])
+    np.testing.assert_allclose(beta * denoiser - alpha**2 * score, x, rtol=1e-9, atol=1e-9)
+    np.testing.assert_allclose(beta_dot * denoiser - alpha_dot * alpha * score, b, rtol=1e-8, atol=1e-8)
+
+
+@functools.cache
+def line_density():
+    oracle = make("quantile", "linear")
+    return jax.jit(jax.vmap(oracle.log_density, (None, None, 0)))
+
+
+GRID = np.linspace(-9.0, 9.0, 3001)
+
+
+def integral(values):
+    return np.sum(values) * (GRID[1] - GRID[0])
+
+
+@pytest.mark.parametrize("t", [0.0, 0.4, 1.0])
+def test_the_density_integrates_to_one(t):
+    rho = np.exp(line_density()(params("quantile"), t, GRID[:, None]))
+    np.testing.assert_allclose(integral(rho), 1.0, atol=1e-10)
+
+
+# --- flow maps --------------------------------------------------------------------------------------------------------
+
+PAIRS = [(0.0, 1.0), (1.0, 0.0), (0.2, 0.9), (0.7, 0.1), (0.0, 0.0), (1.0, 1.0), (0.45, 0.45), (0.3, 0.3001)]
+ROWS = np.repeat(np.array([*PAIRS, (0.0, 0.5), (1.0, 0.6)]), 3, axis=0)
+
+
+@functools.cache
+def flow(name, path):
+    """v_{s,t}(x) with its derivative along (ds, dt, dx), and b, of many rows."""
+    oracle = make(name, path)
+
+    def along(p, s, t, x, ds, dt, dx):
+        return jax.jvp(lambda *a: oracle.flow_map.mean_velocity(p, *a), (s, t, x), (ds, dt, dx))
+
+    rows = jax.jit(jax.vmap(along, (None, 0, 0, 0, 0, 0, 0)))
+    velocity = jax.jit(jax.vmap(oracle.velocity, (None, 0, 0)))
+    p = params(name)
+    return (lambda *a: tuple(map(np.asarray, rows(p, *a)))), (lambda t, x: np.asarray(velocity(p, t, x)))
+
+
+def with_error(along, epsilon):
+    """The same map with epsilon sin(x + 2s - 3t) added, which is no flow's."""
+
+    def wrong(s, t, x, ds, dt, dx):
+        v, dv = along(s, t, x, ds, dt, dx)
+        phase = x + (2 * s - 3 * t)[:, None]
+        return v + epsilon * np.sin(phase), dv + epsilon * np.cos(phase) * (dx + (2 * ds - 3 * dt)[:, None])
+
+    return wrong
+
+
+def residuals(along, velocity, s, t, x):
+    """Tangent, Eulerian, Lagrangian and semigroup residuals as in the notation, relative to the sizes in them."""
+    zero, one, still = np.zeros_like(s), np.ones_like(s), np.zeros_like(x)
+    gap = (t - s)[:, None]
+
+    def value(s, t, x):
+        return along(s, t, x, zero, zero, still)[0]
+
+    b = velocity(s, x)
+    v, material = along(s, t, x, one, zero, b)
+    in_time = along(s, t, x, zero, one, still)[1]
+    u = 0.3 * s + 0.7 * t
+    first = value(s, u, x)
+    legs = 0.7 * first + 0.3 * value(u, t, x + (u - s)[:, None] * first)
+    scale = 1.0 + np.abs(b) + np.abs(v) + np.abs(gap * material) + np.abs(gap * in_time)
+    return {
+        "tangent": (value(t, t, x) - velocity(t, x)) / scale,
+        "Eulerian": (v - b - gap * material) / scale,
+        "Lagrangian": (v + gap * in_time - velocity(t, x + gap * v)) / scale,
+        "semigroup": (v - legs) / scale,
+    }
+
+
+@pytest.mark.parametrize(("name", "path"), CASES)
+def test_the_identities_hold_and_do_not_for_a_map_with_an_error(name, path):
+    along, velocity = flow(name, path)
+    s, t = ROWS.T
+    x = draw(name, path, s, 1)
+    for identity, residual in residuals(along, velocity, s, t, x).items():
+        assert np.max(np.abs(residual)) < TOLERANCE[name], identity
+    for identity, residual in residuals(with_error(along, 1e-3), velocity, s, t, x).items():
+        assert np.max(np.abs(residual)) > 20 * TOLERANCE[name], identity
+
+
+@pytest.mark.parametrize(("name", "path"), CASES)
+def test_the_map_back_is_the_inverse(name, path):
+    along, _ = flow(name, path)
+    s, t = ROWS.T
+    x = draw(name, path, s, 2)
+    zero, still = np.zeros_like(s), np.zeros_like(x)
+    image = x + (t - s)[:, None] * along(s, t, x, zero, zero, still)[0]
+    back = image + (s - t)[:, None] * along(t, s, image, zero, zero, still)[0]
+    np.testing.assert_allclose(back, x, rtol=1e-7, atol=1e-7)
+
+
+@pytest.mark.parametrize(
+    ("name", "path"),
+    [
+        ("gaussian", "linear"),
+        ("gaussian", "variance_exploding"),
+        ("quantile", "linear"),
+        ("quantile", "variance_exploding"),
+    ],
+)
+def test_closed_forms_agree_with_a_fine_solve(name, path):
+    along, _ = flow(name, path)
+    s, t = ROWS.T
+    x = draw(name, path, s, 3)
+    solved = solvers.solve(make(name, path).velocity, "dopri8", rtol=1e-12, atol=1e-12)
+    want = jax.jit(jax.vmap(solved.mean_velocity, (None, 0, 0, 0)))(params(name), s, t, x)
+    zero = np.zeros_like(s)
+    np.testing.assert_allclose(along(s, t, x, zero, zero, np.zeros_like(x))[0], want, rtol=1e-9, atol=1e-9)
+
+
+def test_quantiles_are_twice_differentiable_in_both_modes():
+    """The gradient in x of the derivative along t, against central differences of that derivative."""
+    along, _ = flow("quantile", "linear")
+    oracle, p = make("quantile", "linear"), params("quantile")
+
+    def in_time(s, t, x):
+        return jax.jvp(lambda t: oracle.flow_map.mean_velocity(p, s, t, x)[0], (t,), (jnp.ones_like(t),))[1]
+
+    s, t = ROWS.T
+    x, h = draw("quantile", "linear", s, 4), 1e-5
+    zero, one, still = np.zeros_like(s), np.ones_like(s), np.zeros_like(x)
+    got = jax.jit(jax.vmap(jax.grad(in_time, argnums=2)))(s, t, x)
+    above, below = (along(s, t, x + sign * h, zero, one, still)[1] for sign in (1.0, -1.0))
+    np.testing.assert_allclose(got, (above - below) / (2 * h), rtol=1e-4, atol=1e-5)
+
+
+def test_quantiles_hold_in_tails_gaps_and_float32():
+    """Components thirty deviations apart, points far outside: finite, monotone, and the same in float32."""
+    oracle = make("quantile", "linear")
+    far = oracles.mixture_params([0.9, 0.1], [[-6.0], [6.0]], [[0.04], [0.09]])
+    x = np.array([-40.0, -12.0, -6.0, -1.0, 0.0, 1.3, 5.0, 12.0, 40.0])[:, None]
+    run = jax.jit(jax.vmap(oracle.flow_map.mean_velocity, (None, None, None, 0)))
+    for s, t in ((0.0, 1.0), (1.0, 0.0), (0.5, 0.5), (0.2, 0.9)):
+        v = np.asarray(run(far, s, t, x))
+        assert np.all(np.isfinite(v))
+        # Not strictly: in the gap the distribution function is flat to rounding, and so is the map to the base.
+        assert np.all(np.diff((x + (t - s) * v)[:, 0]) >= -1e-9)
+        single = run(far, np.float32(s), np.float32(t), x.astype(np.float32))
+        assert single.dtype == jnp.float32
+        np.testing.assert_allclose(single.astype(jnp.float64), v, rtol=2e-5, atol=2e-5)
+
+
+def test_a_narrow_event_comes_back_in_its_dtype():
+    oracle, p = make("gaussian", "linear"), params("gaussian")
+    x = np.array([0.3, -0.8])
+    run = jax.jit(lambda x: (oracle.velocity(p, 0.4, x), oracle.flow_map.mean_velocity(p, 0.1, 0.8, x)))
+    for narrow, wide in zip(run(jnp.asarray(x, jnp.bfloat16)), run(jnp.asarray(x)), strict=True):
+        assert narrow.dtype == jnp.bfloat16
+        np.testing.assert_allclose(narrow.astype(jnp.float64), wide, rtol=3e-2, atol=3e-2)
+
+
+# --- samples ----------------------------------------------------------------------------------------------------------
+
+
+def test_samples_of_a_marginal_have_its_moments():
+    oracle, n = make("mixture", "linear"), 20_000
+    for t in (0.6, 1.0):
+        law = oracle.marginal(params("mixture"), t)
+        x = np.asarray(oracle.sample(law, jax.random.key(3), n))
+        assert x.shape == (n, 2)
+        means = t * MEANS
+        covs = (1 - t) ** 2 * np.eye(2) + t**2 * COVS
+        second = np.einsum("k,kij->ij", WEIGHTS, covs + means[:, :, None] * means[:, None, :])
+        for rows, want in ((x, WEIGHTS @ means), (x[:, :, None] * x[:, None, :], second)):
+            error = rows.std(axis=0) / np.sqrt(n)
+            assert np.all(np.abs(rows.mean(axis=0) - want) < 4.5 * error)
+
+
+# --- tilts ------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("precision", [None, 0.5, -0.5], ids=["linear", "narrowing", "widening"])
+def test_a_tilt_in_one_dimension_against_quadrature(precision):
+    p, a = params("quantile"), 0.8
+    tilted, log_z = oracles.tilt(p, [a], None if precision is None else [[precision]])
+    reward = a * GRID - 0.5 * (precision or 0.0) * GRID**2
+    log_rho = np.asarray(line_density()(p, 1.0, GRID[:, None]))
+    np.testing.assert_allclose(log_z, np.log(integral(np.exp(log_rho + reward))), rtol=1e-9)
+    got = np.exp(line_density()(tilted, 1.0, GRID[:, None]))
+    np.testing.assert_allclose(got, np.exp(log_rho + reward - float(log_z)), rtol=1e-8, atol=1e-12)
+    np.testing.assert_allclose(np.sum(np.exp(tilted.log_weights)), 1.0, rtol=1e-12)
+
+
+A, PRECISION = np.array([0.7, -0.4]), np.array([[0.9, 0.3], [0.3, 0.5]])
+
+
+def log_density(p, x):
+    return np.asarray(pointwise("linear")(p, np.ones(len(x)), x)[0])
+
+
+@pytest.mark.parametrize("precision", [None, PRECISION], ids=["linear", "quadratic"])
+def test_a_tilt_in_two_dimensions_pointwise_and_against_importance_weights(precision):
+    p = params("mixture")
+    tilted, log_z = oracles.tilt(p, A, precision)
+
+    def reward(x):
+        return x @ A - (0.0 if precision is None else 0.5 * np.einsum("ni,ij,nj->n", x, precision, x))
+
+    x = draw("mixture", "linear", np.ones(len(TIMES)), 5)
+    want = log_density(p, x) + reward(x) - float(log_z)
+    np.testing.assert_allclose(log_density(tilted, x), want, rtol=1e-9, atol=1e-9)
+    x = np.asarray(make("mixture", "linear").sample(p, jax.random.key(4), 40_000))
+    w = np.exp(reward(x) - float(log_z))
+    assert abs(w.mean() - 1.0) < 4.5 * w.std() / np.sqrt(len(w))
+    mean = np.exp(tilted.log_weights) @ np.asarray(tilted.means)
+    # The error of a self-normalised mean is that of w (x - mean).
+    rows = w[:, None] * (x - mean)
+    assert np.all(np.abs(rows.mean(axis=0)) < 4.5 * rows.std(axis=0) / np.sqrt(len(w)))
+
+
+def test_the_posterior_is_bayes_rule_and_its_evidence_the_density_of_the_observation():
+    p, matrix, y, noise = params("mixture"), np.array([[0.8, -0.5]]), np.array([0.6]), np.array([[0.2]])
+    post, evidence = oracles.posterior(p, matrix, y, noise)
+    terms = [
+        np.log(w) + multivariate_normal(matrix @ m, matrix @ c @ matrix.T + noise).logpdf(y)
+        for w, m, c in zip(WEIGHTS, MEANS, COVS, strict=True)
+    ]
+    np.testing.assert_allclose(evidence, logsumexp(terms), rtol=1e-10)
+    x = draw("mixture", "linear", np.ones(len(TIMES)), 6)
+    likelihood = np.array([multivariate_normal(matrix @ row, noise).logpdf(y) for row in x])
+    want = log_density(p, x) + likelihood - float(evidence)
+    np.testing.assert_allclose(log_density(post, x), want, rtol=1e-9, atol=1e-9)
+
+
+# --- wrong arguments --------------------------------------------------------------------------------------------------
+
+SKEW = np.array([[1.0, 0.5], [0.0, 1.0]])
+
+
+@pytest.mark.parametrize(
+    ("call", "error", "message"),
+    [
+        (lambda: oracles.mixture_params([0.5, 0.6], MEANS, COVS), ValueError, "weights: .*sum 1"),
+        (lambda: oracles.mixture_params([1.5, -0.5], MEANS, COVS), ValueError, "weights: .*positive"),
+        (lambda: oracles.mixture_params(WEIGHTS, MEANS[0], COVS), ValueError, r"means: .*shape \(2, any\)"),
+        (lambda: oracles.mixture_params(WEIGHTS, np.inf * MEANS, COVS), ValueError, "means: .*finite"),
+        (lambda: oracles.mixture_params(WEIGHTS, MEANS, COVS[:1]), ValueError, "covs: .*shape"),
+        (lambda: oracles.mixture_params(WEIGHTS, MEANS, -COVS), ValueError, "covs: .*positive eigenvalues"),
+        (lambda: oracles.gaussian_params(MEAN, SKEW), ValueError, "covs: .*symmetric"),
+        (lambda: oracles.gaussian_params(0.0, SKEW), ValueError, "mean: .*shape"),
+        (
+            lambda: make("gaussian", "linear").flow_map.mean_velocity(params("mixture"), 0.0, 1.0, MEAN),
+            ValueError,
+            r"params.log_weights: .*shape \(1\), got \(2,\)",
+        ),
+        (
+            lambda: make("quantile", "linear").flow_map.mean_velocity(params("mixture"), 0.0, 1.0, MEAN),
+            ValueError,
+            r"x: .*shape \(1\), got \(2,\)",
+        ),
+        (lambda: make("mixture", "linear").score(params("mixture"), 0.5, np.ones(3)), ValueError, "x: .*shape"),
+        (lambda: make("mixture", "linear").score(params("mixture"), np.ones(2), MEAN), ValueError, "t: .*scalar"),
+        (lambda: make("mixture", "linear").score(params("mixture"), 0.5, np.arange(2)), TypeError, "x: .*floating"),
+        (lambda: make("mixture", "linear").sample(params("mixture"), jax.random.key(0), 0), ValueError, "n: "),
+        (lambda: oracles.tilt(params("mixture"), [1.0]), ValueError, "a: .*shape"),
+        (lambda: oracles.tilt(params("mixture"), A, SKEW), ValueError, "precision: .*symmetric"),
+        (lambda: oracles.tilt(params("mixture"), A, -9.0 * np.eye(2)), ValueError, "precision: .*finite integral"),
+        (lambda: oracles.posterior(params("mixture"), A[None], A, np.eye(1)), ValueError, "observation: .*shape"),
+        (
+            lambda: oracles.posterior(params("mixture"), A[None], A[:1], -np.eye(1)),
+            ValueError,
+            "noise_cov: .*positive definite",
+        ),
+    ],
+)
+def test_wrong_arguments_are_named(call, error, message):
+    with pytest.raises(error, match=message):
+        call()
