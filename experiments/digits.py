@@ -27,7 +27,7 @@ from jflow.types import Batch
 class Config(common.Config):
     """Options of the digits experiment."""
 
-    steps: int = 6000
+    steps: int = 5000
     batch: int = 256
     samples: int = 2000
 
