@@ -23,8 +23,9 @@ help:
 run: $(VENV)/.installed-experiments
 	$(BIN)/python -m experiments.digits --out runs/digits $(ARGS)
 
+# Two processes, whole files each: within a file tests share what they compile.
 test: $(VENV)/.installed-test
-	$(BIN)/python -m pytest $(ARGS)
+	$(BIN)/python -m pytest -n 2 --dist loadfile $(ARGS)
 
 lint: $(VENV)/.installed-ruff
 	$(BIN)/ruff check .

@@ -310,13 +310,9 @@ def main(config_type: type, run: Callable[[Any], None]) -> None:
     try:
         config.check()
         run(config)
-    except (ValueError, TypeError, OSError) as error:
-        sys.exit(_fail(error))
-
-
-def _fail(error: Exception) -> int:
-    print(f"error: {error}", file=sys.stderr)
-    return 2
+    except (ValueError, TypeError, OSError, training.NonFiniteError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        sys.exit(2)
 
 
 def _flag(name: str) -> str:

@@ -80,12 +80,8 @@ def gradients(target, path_name, method):
     return np.stack([run(jnp.zeros(FEATURES)), run(off)])
 
 
-CASES = [
-    (target, path, method)
-    for target in TARGETS
-    for path in (("linear", "trigonometric") if target == "quantile" else ("linear",))
-    for method in sorted(objectives.METHODS)
-]
+CASES = [(target, "linear", method) for target in TARGETS for method in sorted(objectives.METHODS)]
+CASES += [("quantile", "trigonometric", method) for method in ("flow_matching", "lsd", "mean_flow")]
 
 
 @pytest.mark.parametrize(("target", "path", "method"), CASES)
