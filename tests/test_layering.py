@@ -178,7 +178,7 @@ def test_no_private_names_outside_the_library(folder):
     ("source", "module", "expected"),
     [
         ("from jflow.objectives import Objective", "jflow.samplers.grids", None),
-        ("from jflow.samplers import sample", "jflow.objectives.methods", "is below objectives"),
+        ("from jflow.samplers import sample", "jflow.objectives.registry", "is below objectives"),
         ("from jflow import training", "jflow.types", "is below types"),
         ("import jflow.training.loop", "jflow.types", "is below types"),
         ("from . import training", "jflow.types", "is below types"),

@@ -5,7 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from jflow import interpolants, parameterizations, types
+from jflow import interpolants, oracles, parameterizations, types
 
 FORMS = sorted(parameterizations.PARAMETERIZATIONS)
 CASES = [
@@ -101,3 +101,80 @@ def test_domain_goes_with_the_map():
         lambda p, s, t, x, cond, *, key: x, parameterizations.mean_velocity_form(), types.TO_DATA
     )
     assert flow_map.bind(None).domain is types.TO_DATA
+
+
+def velocity(params, t, x, cond=None, *, key=None):
+    return jnp.sin(params["a"] * x + t)
+
+
+def correction(params, s, t, x, cond=None, *, key=None):
+    return params["c"] * jnp.cos(x * t - s)
+
+
+STARTED = parameterizations.Started({"a": jnp.float64(1.5)}, {"c": jnp.float64(0.8)})
+X = jnp.array([0.7, -1.3])
+
+
+@pytest.mark.parametrize("frozen", [False, True])
+def test_a_map_that_starts_from_a_velocity(frozen):
+    flow_map = parameterizations.from_velocity(velocity, correction, frozen=frozen)
+    for s, t in PAIRS:
+        expected = velocity(STARTED.velocity, s, X) + (t - s) * correction(STARTED.correction, s, t, X)
+        np.testing.assert_allclose(flow_map.mean_velocity(STARTED, s, t, X), expected, rtol=1e-14)
+        # The diagonal is the velocity to the bit, by the override and without it.
+        np.testing.assert_array_equal(flow_map.velocity(STARTED, t, X), velocity(STARTED.velocity, t, X))
+        np.testing.assert_array_equal(flow_map.mean_velocity(STARTED, t, t, X), velocity(STARTED.velocity, t, X))
+
+    def loss(params, s, t):
+        return jnp.sum(flow_map.mean_velocity(params, s, t, X) ** 2) + jnp.sum(flow_map.velocity(params, t, X) ** 2)
+
+    gradient = jax.grad(loss)(STARTED, 0.2, 0.7)
+    assert (gradient.velocity["a"] == 0) == frozen and gradient.correction["c"] != 0
+    h, at, along = 1e-6, (0.2, 0.7, X), (0.5, -1.0, jnp.array([0.3, 1.1]))
+    move = lambda h: flow_map.mean_velocity(STARTED, *(a + h * d for a, d in zip(at, along, strict=True)))  # noqa: E731
+    _, tangent = jax.jvp(lambda *a: flow_map.mean_velocity(STARTED, *a), at, along)
+    np.testing.assert_allclose(tangent, (move(h) - move(-h)) / (2 * h), rtol=1e-7)
+
+
+def test_a_started_map_of_exact_velocity_needs_half_its_derivative_along_the_flow():
+    """The network's target at t = s, from the exact map of a Gaussian."""
+    oracle, params = oracles.gaussian(interpolants.linear()), oracles.gaussian_params([0.5, -1.0], [0.3, 2.0])
+    exact, s = oracle.flow_map, 0.4
+    b = exact.velocity(params, s, X)
+    _, along = jax.jvp(lambda s, x: exact.velocity(params, s, x), (s, X), (1.0, b))
+    t = s + 1e-5
+    np.testing.assert_allclose((exact.mean_velocity(params, s, t, X) - b) / (t - s), along / 2, rtol=1e-4)
+    flow_map = parameterizations.from_velocity(exact, lambda p, s, t, x, cond=None, *, key=None: jnp.zeros_like(x))
+    started = parameterizations.Started(params, None)
+    np.testing.assert_allclose(flow_map.jump(started, s, 0.5, X), X + 0.1 * b, rtol=1e-14)  # one Euler step
+
+
+@pytest.mark.parametrize("frozen", [False, True])
+def test_on_the_diagonal_a_started_map_calls_the_velocity_alone(frozen):
+    def never(*_, **__):
+        pytest.fail("called")
+
+    flow_map = parameterizations.from_velocity(velocity, never, frozen=frozen, domain=types.BOTH)
+    assert flow_map.domain is types.BOTH
+    np.testing.assert_array_equal(flow_map.velocity(STARTED, 0.3, X), velocity(STARTED.velocity, 0.3, X))
+    # The derivative in t does not pass through the velocity.
+    whole = parameterizations.from_velocity(velocity, correction, frozen=frozen)
+    jaxpr = jax.make_jaxpr(lambda t: jax.jvp(lambda t: whole.mean_velocity(STARTED, 0.2, t, X), (t,), (1.0,)))(0.7)
+    assert str(jaxpr).count("= sin") == 2  # of b, and the derivative of the network's cosine
+
+
+def test_refusals_of_a_started_map():
+    with pytest.raises(TypeError, match="velocity: expected a Velocity or a FlowMap, got dict"):
+        parameterizations.from_velocity({}, correction)
+    flow_map = parameterizations.from_velocity(velocity, correction)
+    with pytest.raises(TypeError, match=r"params: expected Started\(velocity, correction\), got tuple"):
+        flow_map.jump(({}, {}), 0.0, 1.0, X)
+    with pytest.raises(ValueError, match="t: expected a scalar"):
+        flow_map.jump(STARTED, 0.0, jnp.ones(2), X)
+    with pytest.raises(TypeError, match="x: expected floating-point"):
+        flow_map.velocity(STARTED, 0.0, jnp.zeros(2, int))
+    short = lambda *args, key=None: X[:1]  # noqa: E731
+    with pytest.raises(ValueError, match="network output"):
+        parameterizations.from_velocity(velocity, short).jump(STARTED, 0.0, 1.0, X)
+    with pytest.raises(ValueError, match="velocity's output"):
+        parameterizations.from_velocity(short, correction).jump(STARTED, 0.0, 1.0, X)

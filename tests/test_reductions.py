@@ -12,8 +12,8 @@ SQUARE = 0.09 + 0.16 + 1.44
 FORMULAS = {
     "squared": (reductions.squared, SQUARE, 2.0),
     "adaptive": (reductions.adaptive(0.75, 0.1), SQUARE / (SQUARE + 0.1) ** 0.75, 2 / (SQUARE + 0.1) ** 0.75),
-    "normalised": (reductions.normalised(0.1), SQUARE / (SQUARE**0.5 + 0.1), 2 / (SQUARE**0.5 + 0.1)),
-    "clipped": (reductions.clipped(0.5), SQUARE * 0.5 / SQUARE**0.5, 1.0 / SQUARE**0.5),
+    "normalised": (reductions.normalised(0.1), SQUARE / (SQUARE**0.5 + 0.1) ** 2, 2 / (SQUARE**0.5 + 0.1)),
+    "clipped": (reductions.clipped(0.5), 0.25, 1.0 / SQUARE**0.5),
     "unclipped": (reductions.clipped(5.0), SQUARE, 2.0),
     "pseudo_huber": (reductions.pseudo_huber(0.2), (SQUARE + 0.04) ** 0.5 - 0.2, 1 / (SQUARE + 0.04) ** 0.5),
     "cauchy": (reductions.cauchy(0.7), 0.245 * np.log1p(SQUARE / 0.49), 1 / (1 + SQUARE / 0.49)),
@@ -28,6 +28,25 @@ def test_value_and_gradient(name):
     gradient = jax.grad(lambda d: reduction(None, 0.0, 1.0, d))(D)
     for leaf, d in zip(jax.tree.leaves(gradient), jax.tree.leaves(D), strict=True):
         np.testing.assert_allclose(leaf, factor * d, rtol=1e-12)
+
+
+def test_clamped_cuts_every_entry_and_keeps_the_derivative():
+    reduction = reductions.clamped(0.35)
+    np.testing.assert_allclose(reduction(None, 0.0, 1.0, D), 0.09 + 2 * 0.35**2, rtol=1e-12)
+    gradient = jax.grad(lambda d: reduction(None, 0.0, 1.0, d))(D)
+    np.testing.assert_allclose(gradient["a"], [0.6, -0.7], rtol=1e-12)
+    np.testing.assert_allclose(gradient["b"], [[0.7]], rtol=1e-12)
+
+
+def test_a_value_is_shaped_before_the_reduction_that_follows():
+    """The value of pseudo-Huber at D/(|D| + c); the gradient is its factor there times that value."""
+    norm = SQUARE**0.5
+    k, c = 1 / (norm + 0.1), 0.2
+    reduction = reductions.normalised(0.1, then=reductions.pseudo_huber(c))
+    root = ((k * norm) ** 2 + c**2) ** 0.5
+    np.testing.assert_allclose(reduction(None, 0.0, 1.0, D), root - c, rtol=1e-12)
+    gradient = jax.grad(lambda d: reduction(None, 0.0, 1.0, d))(D)
+    np.testing.assert_allclose(gradient["a"], k * D["a"] / root, rtol=1e-12)
 
 
 @pytest.mark.parametrize("name", sorted(reductions.REDUCTIONS))
@@ -50,6 +69,18 @@ def test_learned_weight_settles_at_the_log_of_the_mean_square():
     assert abs(jax.grad(total)(0.0)) > 0.1
     with pytest.raises(ValueError, match="log_weight"):
         reductions.learned(lambda w, s, t: jnp.zeros(2))(0.0, 0.0, 1.0, D)
+
+
+def test_a_learned_weight_of_another_reduction_and_the_learned_cauchy_scale():
+    weight = lambda w, s, t: w * t  # noqa: E731
+    of = reductions.learned(weight, of=reductions.normalised(0.1))
+    k = 1 / (SQUARE**0.5 + 0.1)
+    np.testing.assert_allclose(of(0.4, 0.0, 0.5, D), np.exp(-0.2) * k**2 * SQUARE + 0.2, rtol=1e-12)
+    cauchy = reductions.learned_cauchy(weight)
+    np.testing.assert_allclose(cauchy(0.4, 0.0, 0.5, D), np.log1p(np.exp(-0.2) * SQUARE) + 0.1, rtol=1e-12)
+    # The scale settles where half of e^{-w} |D|^2 / (1 + e^{-w} |D|^2) is left: at |D| for a single residual.
+    slope = jax.grad(lambda w: cauchy(w, 0.0, 1.0, D))
+    assert abs(slope(np.log(SQUARE))) < 1e-12 < abs(slope(0.0))
 
 
 def test_half_precision_residuals_are_summed_in_float32():

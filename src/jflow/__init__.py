@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 from jflow import (
     conventions,
     couplings,
+    guidance,
     identities,
     interpolants,
     objectives,
@@ -45,6 +46,7 @@ __all__ = [
     "datasets",
     "diagnostics",
     "flow_map",
+    "guidance",
     "identities",
     "interpolants",
     "metrics",

@@ -1,19 +1,47 @@
-"""Couplings: the joint law of base and data points, as ``(key, x1) -> x0`` on a batch.
+r"""Couplings: the joint law pi of base points x0 and data x1, whose marginals are N(0, I) and the data.
 
-A coupling made in the input pipeline (minibatch optimal transport, pairs from a solve) puts its x0 into the ``Batch``
-instead, and the objective draws none.
+    independent   x0 ~ N(0, I), whatever x1 is
+    sinkhorn      entropic optimal transport between the B rows of a batch, on the device; needs ott-jax
+    assignment    exact optimal transport between the B rows of a batch, on the host
+    reflow        x1 = X_{0,1}(x0), the pairs of a map (2209.03003)
+
+The first two are device couplings, ``(key, x1, cond=None) -> x0`` on a batch, which an objective calls within the training
+step. The last two belong to the input pipeline: they put x0 into the ``Batch``, and the objective draws none.
+
+Minibatch optimal transport (2302.00482, 2304.14772) draws B points of each law and pairs them at the least cost
+
+    min over permutations p of  (1/B) sum_i |x1_i - x0_p(i)|^2.
+
+Its law of a pair is the mean of such pairings over all minibatches. The marginals are exact, since each minibatch keeps its
+points; the law itself is not the optimal plan of base and data: its cost is higher, and falls to the optimum only as B grows.
+
+With conditioning, x0 must be N(0, I) *given cond*: generation starts there, whatever the cond. Pairing rows of different
+labels breaks that, and the permutations are therefore confined to rows of equal labels.
 """
 
 from __future__ import annotations
 
+import functools
+from collections.abc import Callable
+from typing import NamedTuple
+
 import jax
+import jax.numpy as jnp
+import numpy as np
 
-from jflow import trees
-from jflow.types import Event, Key
+from jflow import checks, trees
+from jflow.types import Array, Batch, BoundFlowMap, Cond, Event, Key, PyTree
+
+# (key, x1, cond=None) -> x0, on a batch: leaves [B, ...], x0 shaped and typed like x1.
+Coupling = Callable[[Key, Event, Cond], Event]
+
+# Sinkhorn stops once the marginal of x0 is off by this much in sum; rounding the plan makes up for the rest.
+_MARGINAL_ERROR = 1e-3
 
 
-def independent(key: Key, x1: Event) -> Event:
-    """x0 ~ N(0, I), independent of x1, shaped and typed like it (drawn in at least float32)."""
+def independent(key: Key, x1: Event, cond: Cond = None) -> Event:
+    """x0 ~ N(0, I), independent of x1 and of cond, shaped and typed like x1 (drawn in at least float32)."""
+    del cond
     leaves, structure = jax.tree.flatten(x1)
     keys = jax.random.split(key, len(leaves))
     drawn = [
@@ -21,3 +49,285 @@ def independent(key: Key, x1: Event) -> Event:
         for k, leaf in zip(keys, leaves, strict=True)
     ]
     return jax.tree.unflatten(structure, drawn)
+
+
+def sinkhorn(epsilon: float = 0.05, iterations: int = 2000, labels: bool = True) -> Coupling:
+    r"""Entropic optimal transport within a batch, by ott-jax: under ``jit``, without a host callback.
+
+    With x0_j ~ N(0, I), j = 1..B, and C_ij = |x1_i - x0_j|^2 over its mean (of all B^2 pairs), both less their means over the
+    batch, which changes no plan and makes epsilon independent of where the data lie, the plan
+
+        P = argmin  sum_ij P_ij C_ij + epsilon sum_ij P_ij log P_ij,    row and column sums 1/B,
+
+    and each x1_i gets one x0_j, drawn with probability B P_ij: an x0 may serve twice, another not at all. What the
+    iterations leave of the column sums' error is removed by rounding P onto its marginals (1705.09634, Algorithm 2), so
+    that each x0_j is used once in expectation, and x0 ~ N(0, I) holds for any epsilon and any number of iterations; too
+    few only cost more. As epsilon -> 0 the pairs tend to those of ``assignment``, as epsilon -> infinity to independence.
+
+    Args:
+      epsilon: strength of the entropy, in units of the batch's mean squared distance, centred; the iterations that are
+        needed grow about as 1/epsilon.
+      iterations: the most iterations, in tens; each reads the B x B costs.
+      labels: where cond is given, pair rows of equal cond alone (a finite cost keeps the others apart, and what it lets
+        through is dropped). False ignores cond, and x0 given cond is then no longer N(0, I).
+
+    Returns:
+      ``(key, x1, cond=None) -> x0``; cond's leaves are whole numbers or booleans ``[B, ...]``, x0 is shaped like x1.
+
+    Raises:
+      ImportError: when ott-jax is missing.
+      ValueError, TypeError: for numbers out of range or of the wrong type; at a call, for leading axes that differ, x1
+        that is not floating-point, or cond that is (with ``labels``).
+    """
+    checks.number("epsilon", epsilon, low=0.0, open_low=True)
+    checks.integer("iterations", iterations, low=1)
+    try:
+        import ott  # noqa: F401
+    except ImportError as error:
+        raise ImportError("sinkhorn: needs ott-jax, which is missing: pip install 'jflow[ott]'") from error
+
+    def couple(key: Key, x1: Event, cond: Cond = None) -> Event:
+        checks.floating("x1", x1)
+        size = _rows("x1", x1)
+        same = _same(cond, size) if labels else jnp.ones((size, size), bool)
+        base_key, row_key = jax.random.split(key)
+        x0 = independent(base_key, x1)
+        plan = jax.lax.stop_gradient(_plan(_points(x0), _points(x1), same, epsilon, iterations))
+        chosen = jax.random.categorical(row_key, jnp.log(plan), axis=1)
+        return jax.tree.map(lambda leaf: leaf[chosen], x0)
+
+    return couple
+
+
+def transport_cost(x0: Event, x1: Event) -> Array:
+    """(1/B) sum_i |x1_i - x0_i|^2, the cost of the pairs, a scalar: in squared units of the data, not per dimension.
+
+    For the independent coupling its mean is d + E|x1|^2 in d dimensions. Summed in at least float32; works under ``jit``.
+
+    Raises:
+      ValueError: for other shapes of x0 than of x1, or leading axes that differ.
+      TypeError: for arrays that are not floating-point.
+    """
+    size = _pair_rows(x0, x1)
+    return jnp.sum(jnp.square(_points(x1) - _points(x0))) / size
+
+
+class Assignment(NamedTuple):
+    """An exact pairing of a minibatch.
+
+    Attributes:
+      x0: the base points, permuted: row i is the partner of row i of x1; numpy arrays, typed as they came.
+      cost: (1/B) sum_i |x1_i - x0_i|^2 of these pairs, in squared units of the data, not per dimension.
+      independent_cost: the same of the pairs that came in; for x0 drawn independently an unbiased estimate of the
+        independent coupling's.
+    """
+
+    x0: Event
+    cost: float
+    independent_cost: float
+
+
+def assignment(x0: Event, x1: Event, labels: PyTree = None) -> Assignment:
+    """The permutation of x0 with the least mean squared distance to x1, by scipy's ``linear_sum_assignment``.
+
+    For the input pipeline: numpy in, numpy out, in float64, and not under ``jit``. About B^3: 256 rows take some
+    10 ms, 1024 rows about a second. ``datasets.coupled`` brings the pairs into training.
+
+    Args:
+      x0: base points, leaves ``[B, ...]``.
+      x1: data, of the same structure and shapes.
+      labels: whole numbers or booleans, leaves ``[B, ...]``, or None. Rows are exchanged only where the labels are equal
+        in every entry, so that the law of x0 given the labels is kept.
+
+    Returns:
+      Assignment. Its cost is never above that of the pairs that came in, up to rounding.
+
+    Raises:
+      ImportError: when scipy is missing.
+      ValueError: for structures or shapes that differ, or points that are not finite.
+      TypeError: for points that are not floating-point, labels that are, or traced arrays.
+    """
+    try:
+        from scipy.optimize import linear_sum_assignment
+    except ImportError as error:
+        raise ImportError("assignment: needs scipy, which is missing: pip install scipy") from error
+    size = _pair_rows(x0, x1)
+    x0 = jax.tree.map(functools.partial(_on_host, "x0"), x0)
+    base, data = _host_points("x0", x0), _host_points("x1", x1)
+    groups = [np.arange(size)] if labels is None else _groups(labels, size)
+    order = np.arange(size)
+    for rows in groups:
+        # |x1 - x0|^2 and -x1.x0 differ by sums over rows and columns, as do points and their differences from a mean.
+        gain = (data[rows] - data[rows].mean(axis=0)) @ (base[rows] - base[rows].mean(axis=0)).T
+        order[rows] = rows[linear_sum_assignment(gain, maximize=True)[1]]
+    return Assignment(
+        jax.tree.map(lambda leaf: leaf[order], x0),
+        float(np.mean(np.sum((data - base[order]) ** 2, axis=1))),
+        float(np.mean(np.sum((data - base) ** 2, axis=1))),
+    )
+
+
+def reflow(bound: BoundFlowMap, key: Key, like: Event, n: int, cond: Cond = None, chunk: int = 1024) -> Batch:
+    """Pairs of a map (2209.03003): z ~ N(0, I) and x1 = X_{0,1}(z), for ``ArrayDataset`` to train on.
+
+    The map is a solve of any velocity, ``solvers.solve(...).bind(params)``, or a learned map. x0 keeps its law; x1 has
+    that of the map, errors included, not that of the data. Jitted, in blocks of ``chunk`` samples.
+
+    Args:
+      bound: the map with its parameters, called without a key.
+      key: of the base points.
+      like: one event, without a batch axis: arrays, or ``jax.ShapeDtypeStruct``.
+      n: the number of pairs.
+      cond: conditioning, leaves ``[n, ...]``, or None.
+      chunk: samples that are mapped at once.
+
+    Returns:
+      Batch(x1, x0 = z, cond), leaves ``[n, ...]``.
+
+    Raises:
+      ValueError: when (0, 1) lies outside the map's domain, or for a cond of other length; TypeError for ``like`` that is
+        not floating-point; either for numbers out of range or of the wrong type.
+      RuntimeError: when pairs are not finite: a solve did not reach its end, or the map diverges.
+    """
+    checks.integer("n", n, low=1)
+    checks.integer("chunk", chunk, low=1)
+    if not bound.domain.contains(0.0, 1.0):
+        raise ValueError(
+            f"bound: expected a map defined at (s, t) = (0, 1), got one whose domain is {bound.domain.name}"
+        )
+    checks.floating("like", like)
+    if cond is not None and _rows("cond", cond) != n:
+        raise ValueError(f"cond: expected leaves with a leading axis of n = {n}, got {_rows('cond', cond)}")
+    z = independent(key, jax.tree.map(lambda leaf: jax.ShapeDtypeStruct((n, *leaf.shape), leaf.dtype), like))
+    x1 = _ends(bound, z, cond, chunk)
+    bad = checks.concrete(_not_finite(x1))
+    if bad is not None and bad > 0:
+        raise RuntimeError(f"bound: X_(0,1) is not finite at {int(bad)} of {n} base points")
+    return Batch(x1=x1, x0=z, cond=cond)
+
+
+@functools.partial(jax.jit, static_argnames="chunk")
+def _ends(bound: BoundFlowMap, z: Event, cond: Cond, chunk: int) -> Event:
+    dtype = trees.at_least_float32(z)
+    start, end = jnp.zeros((), dtype), jnp.ones((), dtype)
+    return jax.lax.map(lambda row: bound.jump(start, end, row[0], row[1]), (z, cond), batch_size=chunk)
+
+
+@jax.jit
+def _not_finite(x: Event) -> Array:
+    """The number of rows that hold a number that is not finite."""
+    finite = [jnp.all(jnp.isfinite(leaf), axis=tuple(range(1, leaf.ndim))) for leaf in jax.tree.leaves(x)]
+    return jnp.sum(~jnp.all(jnp.stack(finite), axis=0))
+
+
+def _plan(x0: Array, x1: Array, same: Array, epsilon: float, iterations: int) -> Array:
+    """The entropic plan ``[B, B]``, zero where not ``same``, with exact marginals; row i belongs to x1_i."""
+    from ott.geometry.geometry import Geometry
+    from ott.problems.linear.linear_problem import LinearProblem
+    from ott.solvers.linear.sinkhorn import Sinkhorn
+
+    x0, x1 = x0 - jnp.mean(x0, axis=0, keepdims=True), x1 - jnp.mean(x1, axis=0, keepdims=True)
+    # Accelerators would round the factors to half precision, and the costs are small differences of their products.
+    products = jnp.matmul(x1, x0.T, precision=jax.lax.Precision.HIGHEST)
+    squares = jnp.sum(x1 * x1, axis=1)[:, None] + jnp.sum(x0 * x0, axis=1)[None, :]
+    cost = jnp.maximum(squares - 2.0 * products, 0.0)
+    mean = jnp.mean(cost)
+    # One row, less its mean, has no spread.
+    cost = cost / jnp.where(mean > 0.0, mean, 1.0)
+    # Potentials are bounded by the largest cost: across labels there is less than e^-100 of the mass.
+    apart = 2.0 * jnp.max(cost) + 100.0 * epsilon
+    # Ott relies on the promotions that a strict session refuses.
+    with jax.numpy_rank_promotion("allow"), jax.numpy_dtype_promotion("standard"):
+        geometry = Geometry(cost_matrix=jnp.where(same, cost, cost + apart), epsilon=epsilon)
+        solver = Sinkhorn(threshold=_MARGINAL_ERROR, max_iterations=iterations)
+        solved = solver(LinearProblem(geometry))
+    # The other potential only makes the rows sum to 1/B.
+    potential = solved.g.astype(cost.dtype)[None, :]
+    plan = jax.nn.softmax(jnp.where(same, (potential - cost) / epsilon, -jnp.inf), axis=1) / x1.shape[0]
+    return _round(plan, same)
+
+
+def _round(plan: Array, same: Array) -> Array:
+    """The plan ``[B, B]``, whose row sums are 1/B at most, moved onto marginals 1/B, rows to columns of equal labels.
+
+    Columns that hold too much are scaled down, and what the rows lack then goes to the columns that lack it.
+    """
+    share = 1.0 / plan.shape[0]
+    plan = plan * jnp.minimum(share / jnp.maximum(jnp.sum(plan, axis=0), share), 1.0)[None, :]
+    lacking = jnp.maximum(share - jnp.sum(plan, axis=1), 0.0)
+    room = jnp.where(same, jnp.maximum(share - jnp.sum(plan, axis=0), 0.0)[None, :], 0.0)
+    total = jnp.sum(room, axis=1, keepdims=True)
+    return plan + lacking[:, None] * room / jnp.where(total > 0.0, total, 1.0)
+
+
+def _points(x: Event) -> Array:
+    """The rows as vectors ``[B, d]``, in the widest dtype of the leaves or float32."""
+    dtype = trees.at_least_float32(x)
+    return jnp.concatenate([jnp.reshape(leaf, (len(leaf), -1)).astype(dtype) for leaf in jax.tree.leaves(x)], axis=1)
+
+
+def _host_points(name: str, x: Event) -> np.ndarray:
+    """The rows as vectors ``[B, d]`` in float64, which must be finite."""
+    leaves = [_on_host(name, leaf) for leaf in jax.tree.leaves(x)]
+    points = np.concatenate([leaf.reshape(len(leaf), -1).astype(np.float64) for leaf in leaves], axis=1)
+    bad = np.count_nonzero(~np.isfinite(points).all(axis=1))
+    if bad:
+        raise ValueError(f"{name}: expected finite points, got {bad} of {len(points)} rows that are not")
+    return points
+
+
+def _on_host(name: str, leaf: Array) -> np.ndarray:
+    values = checks.concrete(leaf)
+    if values is None:
+        raise TypeError(f"{name}: expected arrays of known values, got a traced one: this is not for use under jax.jit")
+    return values
+
+
+def _rows(name: str, x: PyTree) -> int:
+    """B, the leading axis that all leaves share."""
+    sizes = {np.shape(leaf)[:1] for leaf in jax.tree.leaves(x)}
+    if len(sizes) != 1 or sizes & {(), (0,)}:
+        raise ValueError(f"{name}: expected arrays with one common leading axis of rows, got {sorted(sizes)}")
+    return next(iter(sizes))[0]
+
+
+def _pair_rows(x0: Event, x1: Event) -> int:
+    """B of two batches of points that fit each other."""
+    checks.floating("x0", x0)
+    checks.floating("x1", x1)
+    checks.same_structure("x0", x0, "x1", x1)
+    return _rows("x1", x1)
+
+
+def _discrete(name: str, labels: PyTree, size: int) -> list[Array]:
+    """The labels' leaves, checked."""
+    leaves = jax.tree.leaves(labels)
+    for leaf in leaves:
+        dtype = jax.dtypes.result_type(leaf)
+        if not (jnp.issubdtype(dtype, jnp.integer) or dtype == jnp.bool_):
+            raise TypeError(
+                f"{name}: expected whole numbers or booleans, got dtype {dtype}; conditioning that is continuous leaves no "
+                "rows that may be exchanged"
+            )
+    if _rows(name, labels) != size:
+        raise ValueError(f"{name}: expected a leading axis of {size} rows as in x1, got {_rows(name, labels)}")
+    return leaves
+
+
+def _same(cond: Cond, size: int) -> Array:
+    """Whether two rows have the same cond, ``[B, B]``; all do where there is none."""
+    same = jnp.ones((size, size), bool)
+    for leaf in [] if cond is None else _discrete("cond", cond, size):
+        flat = jnp.reshape(leaf, (size, -1))
+        same = same & jnp.all(flat[:, None, :] == flat[None, :, :], axis=2)
+    return same
+
+
+def _groups(labels: PyTree, size: int) -> list[np.ndarray]:
+    """The rows of each label."""
+    leaves = [_on_host("labels", leaf).reshape(size, -1) for leaf in _discrete("labels", labels, size)]
+    # One leaf after the other: concatenated, unlike dtypes would be promoted.
+    names = np.stack([np.unique(leaf, axis=0, return_inverse=True)[1].reshape(size) for leaf in leaves], axis=1)
+    _, group = np.unique(names, axis=0, return_inverse=True)
+    group = group.reshape(size)
+    return [np.flatnonzero(group == k) for k in range(group.max() + 1)]

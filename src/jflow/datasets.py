@@ -22,7 +22,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jflow import checks
+from jflow import checks, couplings
 from jflow.types import Array, Batch, Key, PyTree
 
 ROUNDS = 24
@@ -113,6 +113,93 @@ class SampledDataset:
         key = jax.random.fold_in(jax.random.key(self.seed, impl="threefry2x32"), step)
         drawn = self.sampler(key, self.batch_size)
         return drawn if isinstance(drawn, Batch) else Batch(x1=drawn)
+
+
+class CoupledDataset(ArrayDataset):
+    """Pairs (x0, x1) made before training: an ArrayDataset of them, with what the coupling cost. See ``coupled``.
+
+    Args:
+      pairs: a Batch with x0.
+      batch_size, seed: as in ArrayDataset.
+      cost: mean |x1 - x0|^2 of the pairs, in squared units of the data.
+      independent_cost: the same of the points before they were paired.
+
+    Raises:
+      ValueError: as ArrayDataset.
+    """
+
+    def __init__(self, pairs: Batch, batch_size: int, seed: int, *, cost: float, independent_cost: float) -> None:
+        super().__init__(pairs, batch_size, seed)
+        self.cost, self.independent_cost = cost, independent_cost
+
+
+def coupled(
+    dataset: ArrayDataset | SampledDataset,
+    batches: int,
+    *,
+    batch_size: int | None = None,
+    seed: int = 0,
+    couple: Callable[[PyTree, PyTree, PyTree], couplings.Assignment] = couplings.assignment,
+) -> CoupledDataset:
+    """Minibatches of a dataset, each paired with base points on the host, once, as a pool of rows to train on.
+
+        pool = coupled(SampledDataset(checkerboard, batch_size=512), batches=100)
+        chunk = make_chunk(step, pool.batch)
+        fit(state, chunk, pool.data, ...)
+
+    Minibatch k is ``dataset.batch(dataset.data, k)``, k = 0, ..., batches - 1, with x0 ~ N(0, I) from (seed, k), paired by
+    ``couple(x0, x1, cond)``. The rows of the pool are then shuffled together, every epoch anew. A row's law is the same
+    as if the minibatches were kept (the mean of their pairings), whereas the batches of training change from epoch to
+    epoch, and may be smaller than the minibatches of the coupling, which pair the better the larger they are.
+
+    Beside the bias of minibatch optimal transport (``jflow.couplings``), the noise of the pool is fixed: in N steps each
+    pair is seen N * batch_size / size times, so let the pool hold several times the rows of the data, or exchange it: the
+    data of a pool of another seed fit the same compiled chunk. Of an ArrayDataset some rows are in the pool once more
+    than others, unless it is a whole number of epochs.
+
+    Args:
+      dataset: of unpaired batches; its batch size is that of the coupling.
+      batches: how many of its batches make the pool.
+      batch_size: rows per batch of training; by default the dataset's.
+      seed: of the base points and of the order.
+      couple: ``(x0, x1, cond) -> Assignment``, of numpy arrays. By default the exact assignment, with cond, where there
+        is any, as the labels within which rows are exchanged; for cond that is not discrete pass a function that makes
+        labels of it, or that ignores it, with the consequence that ``jflow.couplings`` states.
+
+    Returns:
+      CoupledDataset of batches * dataset.batch_size rows, Batch(x1, x0, cond).
+
+    Raises:
+      ValueError, TypeError: for numbers out of range or of the wrong type, batches that are paired already, and as
+        ``couple``.
+      ImportError: as ``couple``.
+    """
+    checks.integer("batches", batches, low=1, high=2**31 - 1)
+    checks.integer("seed", seed, high=2**32 - 1)
+    # No step has this number: the keys differ from those of a SampledDataset of the same seed.
+    key = jax.random.fold_in(jax.random.key(seed, impl="threefry2x32"), 2**32 - 1)
+
+    @jax.jit
+    def draw(data: PyTree, step: Array) -> tuple[Batch, PyTree]:
+        batch = dataset.batch(data, step)
+        if not isinstance(batch, Batch) or batch.x0 is not None:
+            raise ValueError("dataset: expected batches that are a Batch without x0")
+        return batch, couplings.independent(jax.random.fold_in(key, step), batch.x1)
+
+    pairs, costs = [], []
+    for step in range(batches):
+        batch, x0 = jax.device_get(draw(dataset.data, np.int32(step)))
+        found = couple(x0, batch.x1, batch.cond)
+        pairs.append(batch._replace(x0=found.x0))
+        costs.append((found.cost, found.independent_cost))
+    cost, independent_cost = np.mean(costs, axis=0)
+    return CoupledDataset(
+        jax.tree.map(lambda *leaves: np.concatenate(leaves), *pairs),
+        dataset.batch_size if batch_size is None else batch_size,
+        seed,
+        cost=float(cost),
+        independent_cost=float(independent_cost),
+    )
 
 
 def digits(held_out: float = 0.2, seed: int = 0) -> Split:

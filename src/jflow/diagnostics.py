@@ -67,7 +67,8 @@ def defined(domain: Domain, identity: str, s: float, t: float, gamma: float = 0.
     if identity == "semigroup":
         u = gamma * s + (1.0 - gamma) * t
         return domain.contains(s, u) and domain.contains(u, t)
-    return domain.levels is None and not (identity == "lagrangian" and domain.target is not None)
+    fixed = domain.target if identity == "lagrangian" else domain.source
+    return domain.levels is None and fixed is None
 
 
 class _Squares(NamedTuple):
@@ -260,6 +261,8 @@ def _law_of(domain: Domain) -> PairLaw:
         return times.dyadic(domain.levels)
     if domain.target is not None:
         return times.independent(times.uniform(), times.constant(domain.target))
+    if domain.source is not None:
+        return times.independent(times.constant(domain.source), times.uniform())
     return times.independent(times.uniform(), times.uniform()) if domain.backward else times.triangle()
 
 

@@ -35,18 +35,29 @@ class Residual(NamedTuple):
     Attributes:
       prediction: the side that is trained, shaped like x.
       target: the other side, shaped like x.
-      tangent: the derivative term without its factor t - s, shaped like x (zeros where there is none): its norm shows
-        a tangent that explodes.
+      tangent: the derivative term without its factor t - s, or its finite difference, shaped like x (zeros where there
+        is none): its norm shows a tangent that explodes.
+      weight: what the reduced loss is multiplied with, a scalar; it gets no gradient.
     """
 
     prediction: Event
     target: Event
     tangent: Event
+    weight: Array | float = 1.0
 
     @property
     def difference(self) -> Event:
         """prediction - target."""
         return trees.sub(self.prediction, self.target)
+
+    def rescaled(self, *, prediction: Array | float, difference: Array | float) -> Residual:
+        """The residual of ``prediction`` times this prediction whose value is ``difference`` times this difference.
+
+        Only for a target that gets no gradient: the two factors then act on the gradient and on the value alone.
+        """
+        scaled = trees.scale(prediction, self.prediction)
+        away = trees.scale(difference, self.difference)
+        return self._replace(prediction=scaled, target=jax.lax.stop_gradient(trees.sub(scaled, away)))
 
 
 def forward_mode(function: Callable[..., Event], primals: tuple, *tangents: tuple) -> tuple[Event, tuple[Event, ...]]:
@@ -58,15 +69,19 @@ def forward_mode(function: Callable[..., Event], primals: tuple, *tangents: tupl
     return value, tuple(linear(*tangent) for tangent in tangents)
 
 
-def finite_difference(step: float) -> Derivative:
+def finite_difference(step: Array | float) -> Derivative:
     """Directional derivatives as (f(p + h d) - f(p))/h, without forward-mode differentiation; an error of order h.
+
+    Args:
+      step: h, a number, or a traced scalar that is not zero; negative to look back.
 
     Raises:
       ValueError: for a step of zero; TypeError when it is no number.
     """
-    checks.number("step", step)
-    if step == 0.0:
-        raise ValueError("step: expected a number other than zero, got 0")
+    if not isinstance(step, jax.Array):
+        checks.number("step", step)
+        if step == 0.0:
+            raise ValueError("step: expected a number other than zero, got 0")
 
     def derivative(function: Callable[..., Event], primals: tuple, *tangents: tuple) -> tuple[Event, tuple[Event, ...]]:
         value = function(*primals)
@@ -74,6 +89,16 @@ def finite_difference(step: float) -> Derivative:
         return value, tuple(trees.scale(1.0 / step, trees.sub(there, value)) for there in moved)
 
     return derivative
+
+
+def scaled(derivative: Derivative, factor: Array | float) -> Derivative:
+    """Derivatives times a factor: r from 0 to 1 is the tangent warm-up (2410.11081, 2506.14603)."""
+
+    def of(function: Callable[..., Event], primals: tuple, *tangents: tuple) -> tuple[Event, tuple[Event, ...]]:
+        value, out = derivative(function, primals, *tangents)
+        return value, tuple(trees.scale(factor, one) for one in out)
+
+    return of
 
 
 def tangent(v: MeanVelocityFn, t: Time, x: Event, velocity: Event) -> Residual:
@@ -179,11 +204,14 @@ def semigroup(
     gamma: Array | float,
     *,
     legs: MeanVelocityFn | None = None,
+    first: Event | None = None,
     stop: str = "target",
 ) -> Residual:
     """v_{s,t}(x) - (1-gamma) v_{s,u}(x) - gamma v_{u,t}( X_{s,u}(x) ), u = gamma s + (1-gamma) t: two jumps are one.
 
-    The residual of X is (t-s) times this one.
+    The residual of X is t - s times this one. Divided by 1 - gamma it is that of the map's source moved by u - s:
+
+        (X_{s,t}(x) - X_{u,t}(x'))/(u - s),   x' = x + (u-s) first
 
     Args:
       v: the mean velocity, ``(s, t, x) -> v``.
@@ -192,10 +220,11 @@ def semigroup(
       x: the point at time s.
       gamma: where u lies: 1 at s, 0 at t, 1/2 the midpoint.
       legs: the mean velocity of the two legs; by default v (2505.18825), or an average's or a teacher's (2202.00512).
+      first: the mean velocity of the first leg where it is another than ``legs``': the pair's, a solver's step.
       stop: what gets no gradient: "target", both legs; "none".
 
     Returns:
-      The Residual.
+      The Residual; its tangent is ( v_{u,t}(x') - v_{s,t}(x) )/(u - s), zero at u = s.
 
     Raises:
       ValueError: for an unknown ``stop``.
@@ -205,8 +234,12 @@ def semigroup(
     gamma = jnp.asarray(gamma, jnp.result_type(t))
     u = gamma * s + (1.0 - gamma) * t
     value = v(s, t, x)
-    first = legs(s, u, x)
+    first = legs(s, u, x) if first is None else first
     second = legs(u, t, move(x, s, u, first))
     target = trees.combine(1.0 - gamma, first, gamma, second)
     target = jax.lax.stop_gradient(target) if stop == "target" else target
-    return Residual(value, target, trees.zeros_like(value))
+    gap = u - s
+    moved = jax.lax.stop_gradient(trees.sub(second, value))
+    return Residual(
+        value, target, trees.scale(jnp.where(gap == 0.0, 0.0, 1.0 / jnp.where(gap == 0.0, 1.0, gap)), moved)
+    )

@@ -96,6 +96,15 @@ class Interpolant:
         c = self.coefficients(t)
         return trees.combine(c.alpha_dot, x0, c.beta_dot, x1)
 
+    def mean_derivative(self, s: Time, t: Time, x0: Event, x1: Event) -> Event:
+        """(I_t - I_s)/(t - s) = alpha[s,t] x0 + beta[s,t] x1: the mean velocity of the pair's own path; I_t' at s = t.
+
+        Raises:
+          ValueError: when x0 and x1 differ in structure or shape.
+        """
+        checks.same_structure("x0", x0, "x1", x1)
+        return trees.combine(self.alpha_dd(s, t), x0, self.beta_dd(s, t), x1)
+
 
 def convert(
     interpolant: Interpolant, t: Time, x: Event, value: Event, source: str, target: str, *, floor: float = 1e-6

@@ -2,20 +2,21 @@
 
 A(s,s) = 1 and B(s,s) = 0, so that X_{s,s} = id by construction. The mean velocity is a x + c net with
 a = (A - 1)/(t - s) and c = B/(t - s), both finite at t = s: interpolants supply divided differences in closed form, and
-nothing divides by t - s.
+nothing divides by t - s. ``flow_map`` makes a FlowMap of a network, ``from_velocity`` one that starts from a velocity.
 """
 
 from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable
-from typing import Any
+from typing import Any, NamedTuple
 
+import jax
 import jax.numpy as jnp
 
 from jflow import checks, trees
 from jflow.interpolants import Interpolant
-from jflow.types import FORWARD, Array, Cond, Domain, Event, FlowMap, Key, Params, Time
+from jflow.types import FORWARD, Array, Cond, Domain, Event, FlowMap, Key, Params, Time, Velocity
 
 NetworkApply = Callable[..., Any]
 
@@ -166,4 +167,71 @@ def flow_map(apply: NetworkApply, parameterization: Parameterization, domain: Do
         a, c = parameterization.coefficients(s, t)
         return trees.combine(a, x, c, output)
 
-    return FlowMap(mean_velocity, domain)
+    return FlowMap(mean_velocity, domain, form=parameterization.name)
+
+
+class Started(NamedTuple):
+    """The parameters of a map made by ``from_velocity``.
+
+    Attributes:
+      velocity: those of the velocity that it starts from, b.
+      correction: those of the network that learns the rest.
+    """
+
+    velocity: Params
+    correction: Params
+
+
+def from_velocity(
+    velocity: Velocity | FlowMap, apply: NetworkApply, *, frozen: bool = False, domain: Domain = FORWARD
+) -> FlowMap:
+    r"""A FlowMap that starts from a velocity, and whose diagonal is exactly that velocity, before and after training.
+
+        v_{s,t}(x) = b_s(x) + (t - s) net(s, t, x),     v_{t,t} = b_t
+
+    The velocity is taken at the source, since x is a point of time s; what is left for the network is then finite, by
+    Taylor's formula (d/ds b + grad b b)/2 as t -> s. With an output layer that starts at zero (that of ``nets.MLP``) the
+    map starts as one Euler step of b. Where b has been learned, the objective needs few diagonal rows, or none if frozen.
+
+    Cost: a pass of each network, on the diagonal of the velocity alone. The derivative in t is the network's alone, so that
+    Lagrangian methods pay least here. To go on from the weights of a velocity network in one pass: ``nets.MLP.decoupled``.
+
+    Args:
+      velocity: b, or a FlowMap, of which the velocity v_{t,t} is taken.
+      apply: ``(params, s, t, x, cond=None, *, key=None) -> net``, of one sample, shaped like x (see ``jflow.nets``).
+      frozen: whether the velocity's parameters get no gradient. An optimizer's weight decay must be masked as well.
+      domain: the pairs of times on which it will be trained.
+
+    Returns:
+      The FlowMap; its params are ``Started(velocity, correction)``. Both networks see the same condition and key.
+
+    Raises:
+      TypeError: for a velocity that cannot be called; when called, for params that are not ``Started``, or an x that is
+        not floating point.
+      ValueError: (when called) for a time that is no scalar, or outputs that are not shaped like x.
+    """
+    if not callable(velocity) and not isinstance(velocity, FlowMap):
+        raise TypeError(f"velocity: expected a Velocity or a FlowMap, got {type(velocity).__name__}")
+    b = velocity.velocity if isinstance(velocity, FlowMap) else velocity
+
+    def diagonal(params: Started, t: Time, x: Event, cond: Cond = None, *, key: Key | None = None) -> Event:
+        if not isinstance(params, Started):
+            raise TypeError(f"params: expected Started(velocity, correction), got {type(params).__name__}")
+        checks.scalar("t", t)
+        checks.floating("x", x)
+        weights = jax.lax.stop_gradient(params.velocity) if frozen else params.velocity
+        output = b(weights, t, x, cond, key=key)
+        checks.same_structure("velocity's output", output, "x", x)
+        return output
+
+    def mean_velocity(
+        params: Started, s: Time, t: Time, x: Event, cond: Cond = None, *, key: Key | None = None
+    ) -> Event:
+        checks.scalar("s", s)
+        checks.scalar("t", t)
+        start = diagonal(params, s, x, cond, key=key)
+        output = apply(params.correction, s, t, x, cond, key=key)
+        checks.same_structure("network output", output, "x", x)
+        return trees.axpy(jnp.asarray(t) - jnp.asarray(s), output, start)
+
+    return FlowMap(mean_velocity, domain, velocity_override=diagonal)

@@ -1,15 +1,22 @@
 r"""Reductions: from one sample's residual D = prediction - target to its loss, a scalar.
 
-Every reduction has the signature ``(params, s, t, difference) -> loss``; only ``learned`` looks at the first three.
+Every reduction has the signature ``(params, s, t, difference) -> loss``; only the learned ones look at the first three.
 |D|^2 is the sum over all leaves and axes of the event. With sg the stop-gradient:
 
     squared            |D|^2
     adaptive           |D|^2 / sg(|D|^2 + c)^p                       (2505.13447)
     pseudo-Huber       sqrt(|D|^2 + c^2) - c                         (2310.14189)
     Cauchy             (c^2/2) log(1 + |D|^2/c^2)                    (2510.24474)
-    normalised         |D|^2 / sg(|D| + c), so that the tangent is D/(|D| + c)   (2410.11081)
-    clipped            |D|^2 sg(min(1, c/|D|))
     learned            e^{-w} |D|^2 + w, w = w(s, t)                 (2312.02696)
+    learned Cauchy     log(1 + e^{-w} |D|^2) + w/2                   (2510.24474)
+
+and three that put another value in the place of D, keep its derivative, and go on with any of the above (``then``):
+
+    normalised         D/(|D| + c): the tangent normalisation of 2410.11081 and 2506.14603
+    clipped            D min(1, c/|D|)
+    clamped            every entry of D cut off at +-c               (2507.03738)
+
+A warm-up of the tangent is a choice of the method's derivative (``identities.scaled``), since it concerns one term of D.
 
 Where the target holds a velocity from the pair (MeanFlow) only a weight that does not depend on D keeps the exact map
 stationary: all but ``squared`` and ``learned`` bias it wherever x1 given x is skewed. In the other methods the residual of
@@ -36,7 +43,7 @@ def squared(params: Params, s: Time, t: Time, difference: Event) -> Array:
 
 
 def weighted(weight: Callable[[Array], Array]) -> Reduction:
-    """sg(weight(|D|^2)) |D|^2: the family of which adaptive, normalised and clipped are members."""
+    """sg(weight(|D|^2)) |D|^2: the family of which ``adaptive`` is a member."""
 
     def reduction(params: Params, s: Time, t: Time, difference: Event) -> Array:
         del params, s, t
@@ -57,24 +64,47 @@ def adaptive(p: float = 1.0, c: float = 0.01) -> Reduction:
     return weighted(lambda square: (square + c) ** -p)
 
 
-def normalised(c: float = 0.1) -> Reduction:
-    """|D|^2 / sg(|D| + c): half its gradient is D/(|D| + c) times that of the prediction.
+def shaped(shape: Callable[[Event], Event], then: Reduction = squared) -> Reduction:
+    """``then`` of D + sg(shape(D) - D): the value is that of shape(D), the derivative that of D.
+
+    With ``then`` squared, half the gradient is shape(D) times that of the prediction.
+    """
+
+    def reduction(params: Params, s: Time, t: Time, difference: Event) -> Array:
+        moved = jax.lax.stop_gradient(trees.sub(shape(difference), difference))
+        return then(params, s, t, trees.add(difference, moved))
+
+    return reduction
+
+
+def normalised(c: float = 0.1, then: Reduction = squared) -> Reduction:
+    """``then`` of D/(|D| + c), with the derivative of D.
 
     Raises:
       ValueError: when c is not positive; TypeError when it is no number.
     """
     checks.number("c", c, low=0.0, open_low=True)
-    return weighted(lambda square: 1.0 / (jnp.sqrt(square) + c))
+    return shaped(lambda d: trees.scale(1.0 / (jnp.sqrt(trees.sq_norm(d)) + c), d), then)
 
 
-def clipped(c: float = 1.0) -> Reduction:
-    """|D|^2 sg(min(1, c/|D|)): the gradient is that of ``squared`` with |D| cut off at c.
+def clipped(c: float = 1.0, then: Reduction = squared) -> Reduction:
+    """``then`` of D min(1, c/|D|), with the derivative of D.
 
     Raises:
       ValueError: when c is not positive; TypeError when it is no number.
     """
     checks.number("c", c, low=0.0, open_low=True)
-    return weighted(lambda square: c / jnp.maximum(jnp.sqrt(square), c))
+    return shaped(lambda d: trees.scale(c / jnp.maximum(jnp.sqrt(trees.sq_norm(d)), c), d), then)
+
+
+def clamped(c: float = 1.0, then: Reduction = squared) -> Reduction:
+    """``then`` of D with every entry cut off at +-c, with the derivative of D.
+
+    Raises:
+      ValueError: when c is not positive; TypeError when it is no number.
+    """
+    checks.number("c", c, low=0.0, open_low=True)
+    return shaped(lambda d: jax.tree.map(lambda leaf: jnp.clip(leaf, -c, c), d), then)
 
 
 def pseudo_huber(c: float = 0.03) -> Reduction:
@@ -109,8 +139,8 @@ def cauchy(c: float = 1.0) -> Reduction:
     return reduction
 
 
-def learned(log_weight: Callable[[Params, Time, Time], Array]) -> Reduction:
-    """e^{-w} |D|^2 + w with w = log_weight(params, s, t), a scalar trained along; at its optimum e^w = E|D|^2.
+def learned(log_weight: Callable[[Params, Time, Time], Array], of: Reduction = squared) -> Reduction:
+    """e^{-w} of(D) + w with w = log_weight(params, s, t), a scalar trained along; at its optimum e^w = E[of(D)].
 
     Divide w by the event's size beforehand if |D|^2 should count per dimension.
     """
@@ -118,7 +148,18 @@ def learned(log_weight: Callable[[Params, Time, Time], Array]) -> Reduction:
     def reduction(params: Params, s: Time, t: Time, difference: Event) -> Array:
         w = log_weight(params, s, t)
         checks.shape("log_weight's output", w, ())
-        return jnp.exp(-w) * trees.sq_norm(difference) + w
+        return jnp.exp(-w) * of(params, s, t, difference) + w
+
+    return reduction
+
+
+def learned_cauchy(log_weight: Callable[[Params, Time, Time], Array]) -> Reduction:
+    """log(1 + e^{-w} |D|^2) + w/2 with w = log_weight(params, s, t): a Cauchy density's, of scale e^{w/2} trained along."""
+
+    def reduction(params: Params, s: Time, t: Time, difference: Event) -> Array:
+        w = log_weight(params, s, t)
+        checks.shape("log_weight's output", w, ())
+        return jnp.log1p(jnp.exp(-w) * trees.sq_norm(difference)) + 0.5 * w
 
     return reduction
 
@@ -128,6 +169,7 @@ REDUCTIONS: dict[str, Callable[[], Reduction]] = {
     "adaptive": adaptive,
     "normalised": normalised,
     "clipped": clipped,
+    "clamped": clamped,
     "pseudo_huber": pseudo_huber,
     "cauchy": cauchy,
 }

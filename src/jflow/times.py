@@ -6,7 +6,9 @@ Laws of time flip between conventions: MeanFlow's logit-normal(-0.4, 1) is logit
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Callable, Sequence
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -16,6 +18,21 @@ from jflow.types import Array, Key
 
 Law = Callable[[Key, int], Array]
 PairLaw = Callable[[Key, int], tuple[Array, Array]]
+
+
+@dataclasses.dataclass(frozen=True)
+class ByStep:
+    """A law that changes with the optimizer's step: ``law(step)`` is the one in force, for a traced step.
+
+    An objective takes it wherever it takes a law: ``ByStep(lambda step: cells(2 ** (step // 1000)))``.
+    """
+
+    law: Callable[[Array], Any]
+
+
+def at_step(law: Any, step: Array | int) -> Any:
+    """The law in force at a step: ``law`` itself unless it is ``ByStep``."""
+    return law.law(jnp.asarray(step)) if isinstance(law, ByStep) else law
 
 
 def uniform(low: float = 0.0, high: float = 1.0, *, stratified: bool = False) -> Law:
@@ -124,6 +141,29 @@ def mixed(laws: Sequence[PairLaw], weights: Sequence[float]) -> PairLaw:
         drawn = [law(k, n) for law, k in zip(laws, keys, strict=True)]
         pick = lambda values: jnp.take_along_axis(jnp.stack(values), chosen[None], axis=0)[0]  # noqa: E731
         return pick([s for s, _ in drawn]), pick([t for _, t in drawn])
+
+    return pair
+
+
+def to_data(source: Law | None = None) -> PairLaw:
+    """t = 1 always, s from a law (uniform by default): the pairs of consistency models (2303.01469)."""
+    return independent(uniform() if source is None else source, constant(1.0))
+
+
+def cells(count: Array | int) -> PairLaw:
+    """A uniformly chosen cell [s, t] of a grid of ``count`` equal cells (2202.00512); the count may be traced.
+
+    Raises:
+      ValueError: when a concrete count is not positive; TypeError when it is no whole number.
+    """
+    if not isinstance(count, jax.Array):
+        checks.integer("count", count, low=1)
+
+    def pair(key: Key, n: int) -> tuple[Array, Array]:
+        u = jax.random.uniform(key, (n,))
+        of = jnp.asarray(count).astype(u.dtype)
+        start = jnp.minimum(jnp.floor(u * of), of - 1.0)
+        return start / of, (start + 1.0) / of
 
     return pair
 

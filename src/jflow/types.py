@@ -52,6 +52,7 @@ class Domain:
       name: how error messages call it.
       backward: whether s > t is inside (encoding, data to noise).
       target: the one target time allowed, or None for any.
+      source: the one source time allowed, or None for any.
       levels: for a dyadic grid, s and t must be multiples of 2^-levels and their gap a power of two; else None.
     """
 
@@ -59,6 +60,7 @@ class Domain:
     backward: bool = False
     target: float | None = None
     levels: int | None = None
+    source: float | None = None
 
     def contains(self, s: float, t: float) -> bool:
         """Whether the pair of concrete times (s, t) lies in the domain; the diagonal s = t always does."""
@@ -70,6 +72,8 @@ class Domain:
         if s > t and not self.backward:
             return False
         if self.target is not None and abs(t - self.target) > 1e-6:
+            return False
+        if self.source is not None and abs(s - self.source) > 1e-6:
             return False
         if self.levels is not None:
             cells = 2**self.levels
@@ -100,6 +104,7 @@ class Domain:
 FORWARD = Domain("0 <= s <= t <= 1")
 BOTH = Domain("0 <= s, t <= 1, both directions", backward=True)
 TO_DATA = Domain("t = 1 only", target=1.0)
+FROM_NOISE = Domain("s = 0 only", source=0.0)
 
 
 def dyadic(levels: int) -> Domain:
@@ -121,12 +126,14 @@ class FlowMap:
       domain: where the map is defined.
       jump_override: a more accurate X_{s,t}, where one exists (an oracle's closed form).
       velocity_override: a more accurate or cheaper v_{t,t} (a closed form, or a head of its own).
+      form: the name of the parameterization that it was made with, "" where there is none: some methods need one.
     """
 
     mean_velocity: MeanVelocity
     domain: Domain = FORWARD
     jump_override: MeanVelocity | None = None
     velocity_override: Velocity | None = None
+    form: str = ""
 
     def jump(self, params: Params, s: Time, t: Time, x: Event, cond: Cond = None, *, key: Key | None = None) -> Event:
         """X_{s,t}(x), shaped like x."""

@@ -7,6 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from jflow import nets, parameterizations
 from jflow.nets import MLP, NETS
 
 SMALL = {"features": 8, "depth": 2, "time_features": 4, "trunk": 4}
@@ -14,6 +15,7 @@ VARIANTS = {
     "silu-rms-octaves": {"activation": "silu", "norm": "rms", "points": "octaves", "point_frequencies": 2},
     "layer-fourier": {"norm": "layer", "residual": False, "points": "fourier", "times": "raw"},
     "concat": {"conditioning": "concat"},
+    "decoupled": {"decoupled": 1},
 }
 CASES = {name: (maker, {}) for name, maker in NETS.items()} | {
     f"mlp-{name}": (MLP, fields) for name, fields in VARIANTS.items()
@@ -63,7 +65,7 @@ def test_jvp_against_finite_differences(name):
     assert np.abs(tangent).max(axis=1).min() > 1e-3
 
 
-@pytest.mark.parametrize("name", [*NETS, "mlp-silu-rms-octaves"])
+@pytest.mark.parametrize("name", [*NETS, "mlp-silu-rms-octaves", "mlp-decoupled"])
 def test_finite_at_the_edges(name):
     apply, params, x = build(name, dtype="float32")
 
@@ -181,6 +183,52 @@ def test_formula_of_default():
     np.testing.assert_allclose(apply(params, 0.2, 0.7, x), dense("output", g(1, h)), rtol=1e-10)
 
 
+def test_formula_of_decoupled():
+    apply, params, x = build("mlp-decoupled", depth=3, decoupled=2)
+
+    def dense(name, h):
+        return h @ params[name]["kernel"] + params[name]["bias"]
+
+    def waves(t):
+        return [f(2 * np.pi * w * t) for f in (np.sin, np.cos) for w in 0.125 * (2.0 / 0.125) ** np.arange(2)]
+
+    def g(i, time, h):
+        c = jax.nn.gelu(dense("trunk", np.array([*waves(time), *waves(0.0)])))
+        a, d = jnp.split(dense(f"film_{i}", c), 2)
+        return jax.nn.gelu((1 + a) * h + d)
+
+    h = dense("input", x)
+    for i, time in ((0, 0.2), (1, 0.7)):
+        h = h + dense(f"hidden_{i}", g(i, time, h))
+    np.testing.assert_allclose(apply(params, 0.2, 0.7, x), dense("output", g(2, 0.7, h)), rtol=1e-10)
+
+
+@pytest.mark.parametrize("fields", [{}, {"times": "raw", "norm": "rms", "num_classes": 3}], ids=["default", "raw"])
+def test_decoupled_a_velocity_network_loads_unchanged_and_is_the_diagonal(fields):
+    """Whatever ``decoupled`` it was trained with: parameters and diagonal are the same, off the diagonal it is a map."""
+    x, times = jnp.asarray([0.3, -1.2]), jnp.asarray([0.0, 0.35, 1.0])
+    modules = [MLP(**{**SMALL, **fields, "depth": 3, "decoupled": k}) for k in range(3)]
+    like = [jax.eval_shape(module.init, jax.random.key(0), 0.0, 0.0, x) for module in modules]
+    assert like[0] == like[1] == like[2]
+    params = jax.tree.map(lambda leaf: leaf.astype(jnp.float64), random_params(modules[0], 0.0, 0.0, x))
+    plain, *decoupled = (
+        parameterizations.flow_map(nets.from_linen(module), parameterizations.mean_velocity_form())
+        for module in modules
+    )
+    expected = jax.jit(jax.vmap(lambda t: plain.velocity(params, t, x)))(times)
+    assert np.abs(expected).min() > 1e-3
+    maps = []
+    for flow_map in decoupled:
+        velocity = jax.jit(jax.vmap(lambda t, f=flow_map: f.velocity(params, t, x)))
+        np.testing.assert_allclose(velocity(times), expected, rtol=1e-14, atol=1e-15)
+        along = lambda t, f=flow_map: jax.jvp(lambda t: f.mean_velocity(params, 0.2, t, x), (t,), (1.0,))  # noqa: E731
+        v, slope = jax.jit(along)(0.7)
+        assert np.abs(v[None] - velocity(jnp.array([0.2, 0.7]))).max(axis=1).min() > 1e-3
+        assert np.abs(slope).max() > 1e-3
+        maps.append(v)
+    assert np.abs(maps[0] - maps[1]).max() > 1e-3
+
+
 @pytest.mark.parametrize("name", NETS)
 def test_labels(name):
     apply, params, x = build(name, num_classes=3)
@@ -225,6 +273,7 @@ def test_cost():
     assert matmuls <= plain < 1.05 * matmuls
     # The scales and shifts of 5 layers from a trunk of 64: 5 x 64 x 1024 beside 4 x 512 x 512.
     assert 1.25 < default / plain < 1.40
+    assert flops(MLP(decoupled=2)) < 1.01 * default  # another pass of the trunk
 
     def jvp(f):
         return lambda p, s, t, x: jax.jvp(lambda s, t, x: f(p, s, t, x), (s, t, x), (s, t, x))
@@ -239,6 +288,10 @@ def test_refusals():
         MLP(features=0)
     with pytest.raises(ValueError, match="norm"):
         MLP(norm="batch")
+    with pytest.raises(ValueError, match="decoupled: expected a whole number of at least 0 and at most 4, got 5"):
+        MLP(decoupled=5)
+    with pytest.raises(ValueError, match="decoupled: expected 0 with conditioning='concat', got 1"):
+        MLP.plain(decoupled=1)
     apply, params, x = build("mlp")
     with pytest.raises(ValueError, match=r"s: expected a scalar .*jax.vmap"):
         apply(params, jnp.zeros(2), 0.1, x)

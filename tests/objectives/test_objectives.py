@@ -10,7 +10,7 @@ from jflow import interpolants, objectives, reductions, times, types
 
 S, T = 0.2, 0.7
 clone = jax.random.clone
-FLOW_MAP_METHODS = sorted(set(objectives.METHODS) - {"flow_matching"})
+FLOW_MAP_METHODS = ["esd", "improved_mean_flow", "lsd", "mean_flow", "psd_m", "psd_u"]
 
 
 def mean_velocity(params, s, t, x, cond=None, *, key=None):
@@ -19,7 +19,7 @@ def mean_velocity(params, s, t, x, cond=None, *, key=None):
     return jnp.sin(a * x[::-1] + s * b) + b * jnp.cos(t + s * a) * x
 
 
-FLOW_MAP = types.FlowMap(mean_velocity)
+FLOW_MAP = types.FlowMap(mean_velocity, types.BOTH)
 PARAMS = jnp.array([0.8, -0.6])
 
 
@@ -30,16 +30,18 @@ def batch_of(n, seed=0):
 
 def make(name, path=None, **choices):
     path = interpolants.linear() if path is None else path
-    if name != "flow_matching":
+    method = objectives.METHODS[name]
+    if method.cost:
         choices.setdefault("diagonal", 0.5)
-    return objectives.METHODS[name].constructor(FLOW_MAP, path, **choices)
+    path = interpolants.INTERPOLANTS[method.paths[0]]() if method.paths else path
+    return method.constructor(FLOW_MAP, path, **choices)
 
 
 def central(f, z, h=1e-5):
     return (f(z + h) - f(z - h)) / (2 * h)
 
 
-def formula(name, params, frozen, s, t, x, conditional, gamma):
+def formula(name, params, frozen, s, t, x, conditional, gamma, pair):
     """Each method's residual, from its docstring: ``frozen`` stands for the parameters under the stop-gradient.
 
     Derivatives by central differences, so that nothing of the library is used.
@@ -57,22 +59,82 @@ def formula(name, params, frozen, s, t, x, conditional, gamma):
         u = gamma * s + (1 - gamma) * t
         legs = (1 - gamma) * v(frozen, s, u, x) + gamma * v(frozen, u, t, jump(frozen, s, u, x))
         return v(params, s, t, x) - legs
-    along = conditional if name == "mean_flow" else v(frozen, s, s, x)
+    teacher = lambda t_, x_: v(TEACHER, t_, t_, x_)  # noqa: E731
+    if name in ("lmd", "ayf_lmd"):
+        moving = params if name == "lmd" else frozen
+        moved = (t - s) * central(lambda t_: v(moving, s, t_, x), t)
+        return v(params, s, t, x) + moved - teacher(t, jump(moving, s, t, x))
+    if name in ("emd", "ayf_emd"):
+        moving, own = params if name == "emd" else frozen, teacher(s, x)
+        total = central(lambda h: v(moving, s + h, t, x + h * own), 0.0)
+        return v(params, s, t, x) - own - (t - s) * total
+    if name == "tvm":
+        moved = v(params, s, t, x) + (t - s) * central(lambda t_: v(params, s, t_, x), t)
+        return moved - v(EMA, t, t, jump(frozen, s, t, x))
+    if name in ("pid", "free_flow"):
+        moving = params if name == "pid" else frozen
+        back = (v(moving, s, t, x) - v(moving, s, t - H, x)) / H
+        return v(params, s, t, x) + (t - s) * back - teacher(t, jump(frozen, s, t, x))
+    if name in ("alpha_flow", "soflow"):
+        u = s + H * (t - s)
+        difference = v(frozen, s, t, x) - H * conditional - (1 - H) * v(frozen, u, t, x + (u - s) * conditional)
+        return v(params, s, t, x) - v(frozen, s, t, x) + difference / H
+    if name in ("consistency_training", "consistency_distillation", "ect"):
+        u = s + H * (t - s)
+        there = x + (u - s) * teacher(s, x) if name == "consistency_distillation" else pair(u)
+        return (jump(params, s, t, x) - jump(frozen, u, t, there)) / np.sqrt(u - s)
+    if name == "ctm":
+        u = gamma * s + (1 - gamma) * t
+        two = jump(frozen, u, t, x + (u - s) * teacher(s, x))
+        return jump(frozen, t, 1.0, jump(params, s, t, x)) - jump(frozen, t, 1.0, two)
+    if name == "fmm":
+        there = jump(params, s, t, x)
+        velocity = central(lambda s_: jump(params, t, s_, there), s)
+        return jnp.concatenate([velocity - conditional, jump(params, t, s, there) - x])
+    if name == "sct":
+        tau = 0.5 * np.pi * (t - s)
+        total = central(lambda h: v(frozen, s + h, t, x + h * conditional), 0.0)
+        tangent = np.cos(tau) * (2 / np.pi) * (v(frozen, s, t, x) - conditional - (t - s) * total)
+        return (t - s) / np.sin(tau) * (v(params, s, t, x) - v(frozen, s, t, x)) + tangent
+    along = conditional if name in ("mean_flow", "facm") else v(frozen, s, s, x)
     total = central(lambda h: v(frozen, s + h, t, x + h * along), 0.0)
     return v(params, s, t, x) - conditional - (t - s) * total
 
 
-@pytest.mark.parametrize("name", FLOW_MAP_METHODS)
+H = 0.1
+EMA, TEACHER = jnp.array([0.5, -0.2]), jnp.array([0.7, -0.5])
+# What makes the formulas' choices of the constructors.
+CHOICES = {
+    "pid": {"step": H},
+    "free_flow": {"step": H},
+    "alpha_flow": {"alpha": H},
+    "soflow": {"fraction": H},
+    "consistency_training": {"fraction": H},
+    "ect": {"fraction": H},
+    "consistency_distillation": {"fraction": H, "solver": "euler"},
+    "ctm": {"solver": "euler"},
+}
+WRITTEN = [
+    *FLOW_MAP_METHODS, "lmd", "ayf_lmd", "emd", "ayf_emd", "tvm", "pid", "free_flow", "alpha_flow", "soflow",
+    "consistency_training", "consistency_distillation", "ect", "ctm", "fmm", "facm", "sct",
+]  # fmt: skip
+NOTHING_STOPPED = ("lmd", "emd", "fmm")
+
+
+@pytest.mark.parametrize("name", WRITTEN)
 @pytest.mark.parametrize("path_name", ["linear", "trigonometric"])
 def test_loss_and_gradient_follow_the_formula(name, path_name, key):
+    if name == "sct" and path_name == "linear":
+        pytest.skip("the trigonometric path only")
     path = interpolants.INTERPOLANTS[path_name]()
-    gamma = 0.3 if name == "psd_u" else 0.5
+    gamma = 0.3 if name in ("psd_u", "ctm") else 0.5
     objective = make(
         name,
         path,
         diagonal=0.0,
         pairs=times.independent(times.constant(S), times.constant(T)),
         gammas=times.constant(gamma),
+        **CHOICES.get(name, {}),
     )
     batch = batch_of(3)
 
@@ -80,24 +142,26 @@ def test_loss_and_gradient_follow_the_formula(name, path_name, key):
     def expected(params, frozen):
         def one(x0, x1):
             x, conditional = path.interpolate(S, x0, x1), path.derivative(S, x0, x1)
-            return jnp.sum(formula(name, params, frozen, S, T, x, conditional, gamma) ** 2)
+            pair = lambda u: path.interpolate(u, x0, x1)  # noqa: E731
+            return jnp.sum(formula(name, params, frozen, S, T, x, conditional, gamma, pair) ** 2)
 
         return jax.vmap(one)(batch.x0, batch.x1)
 
     def mean_loss(params):
-        loss, info = objective(params, key, batch)
+        loss, info = objective(params, key, batch, types.Context(ema=EMA, teacher=TEACHER))
         return loss.mean(), (loss, info)
 
     gradient, (loss, info) = jax.jit(jax.grad(mean_loss, has_aux=True))(PARAMS)
     np.testing.assert_allclose(loss, expected(PARAMS, PARAMS), rtol=1e-7)
-    np.testing.assert_allclose(info[f"{objective.term}/raw"], loss.mean(), rtol=1e-12)
+    weight = H * (T - S) if objective.term == "consistency" else 1.0
+    np.testing.assert_allclose(info[f"{objective.term}/raw"], weight * loss.mean(), rtol=1e-12)
     for i in range(2):
         unit = jnp.zeros(2).at[i].set(1.0)
         slope = central(lambda h, u=unit: expected(PARAMS + h * u, PARAMS).mean(), 0.0)
         np.testing.assert_allclose(gradient[i], slope, rtol=1e-5)
         # The stop-gradient matters: the gradient with the target side let loose is another one.
         loose = central(lambda h, u=unit: expected(PARAMS + h * u, PARAMS + h * u).mean(), 0.0)
-        assert abs(loose - slope) > 1e-3 * abs(slope)
+        assert name in NOTHING_STOPPED or abs(loose - slope) > 1e-3 * abs(slope)
 
 
 def test_flow_matching_follows_its_formula(key):
@@ -132,12 +196,14 @@ def test_losses_come_back_in_batch_order_with_the_mask_of_diagonal_rows(blocks, 
     assert np.all(np.abs(masks.mean(0) - 0.75) < 4.5 * np.sqrt(0.1875 / 200))
 
 
-@pytest.mark.parametrize("name", sorted(objectives.METHODS))
-def test_registered_methods_run_jitted_and_not_alike_once_traced_on_pytrees(name, key):
+@pytest.mark.parametrize("name", ["flow_matching", *FLOW_MAP_METHODS, "fmm", "ctm", "consistency_distillation"])
+def test_methods_run_jitted_and_not_alike_once_traced_on_pytrees(name, key):
     def tree_velocity(params, s, t, x, cond=None, *, key=None):
         return {"a": mean_velocity(params, s, t, x["a"]) + cond, "b": jnp.tanh(params[0] * x["b"] + t - s)}
 
-    objective = objectives.METHODS[name].constructor(types.FlowMap(tree_velocity), interpolants.linear())
+    flow_map = types.FlowMap(tree_velocity, types.BOTH)
+    choices = {} if name == "flow_matching" else {"diagonal": 0.75}
+    objective = objectives.METHODS[name].constructor(flow_map, interpolants.linear(), **choices)
     n = 16
     x1 = {"a": batch_of(n).x1, "b": batch_of(n, 1).x1[:, :1]}
     batch = types.Batch(x1, cond=jnp.linspace(0.0, 1.0, n)[:, None])
@@ -146,7 +212,7 @@ def test_registered_methods_run_jitted_and_not_alike_once_traced_on_pytrees(name
     @jax.jit
     def jitted(params, k):
         traces.append(1)
-        return objective(params, k, batch, types.Context(step=jnp.int32(3)))
+        return objective(params, k, batch, types.Context(step=jnp.int32(3), teacher=TEACHER))
 
     loss, info = jitted(PARAMS, clone(key))
     jitted(PARAMS + 1.0, clone(key))
@@ -168,8 +234,8 @@ def test_registered_methods_run_jitted_and_not_alike_once_traced_on_pytrees(name
 @pytest.mark.parametrize("name", sorted(objectives.METHODS))
 def test_one_device_and_eight_agree(name, key):
     objective = make(name, blocks=8)
-    batch = batch_of(64)
-    step = jax.jit(jax.value_and_grad(lambda p, b: objective(p, clone(key), b)[0].mean()))
+    batch, context = batch_of(64), types.Context(ema=EMA, teacher=TEACHER)
+    step = jax.jit(jax.value_and_grad(lambda p, b: objective(p, clone(key), b, context)[0].mean()))
     single = step(PARAMS, batch)
     mesh = jax.make_mesh((8,), ("data",), axis_types=(AxisType.Auto,))
     spread = jax.device_put(batch, NamedSharding(mesh, PartitionSpec("data")))
@@ -227,7 +293,7 @@ def test_the_batch_velocity_is_the_posterior_mean_over_the_batch(key):
     t = jnp.array([0.1, 0.3, 0.5, 0.7, 0.9, 1.0])
     for name in interpolants.INTERPOLANTS:
         path = interpolants.INTERPOLANTS[name]()
-        got = velocities.batch(path, t, batch.x0, batch.x1, batch.x1)
+        got = velocities.batch(velocities.Points(path, t, batch.x0, batch.x1, batch.x1))
         for i in range(6):
             c = path.coefficients(t[i])
             x = c.alpha * batch.x0[i] + c.beta * batch.x1[i]

@@ -10,7 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from jflow.training import Checkpoints, NonFiniteError, fit, restore_params
+from jflow.training import Checkpoints, NonFiniteError, fit, make_chunk, make_step, restore_params
 from jflow.training.loop import Plan
 from jflow.training.metrics_log import MetricsLog, read
 
@@ -52,6 +52,24 @@ def test_resumed_runs_are_the_same_bit_for_bit(problem, unbroken, tmp_path, asse
     # What was trained is what is loaded.
     assert_same(restore_params(tmp_path)[0], state.params)
     assert_same(restore_params(tmp_path, "0.99")[0], state.ema["0.99"])
+
+
+def test_resumed_runs_are_the_same_where_the_teacher_changes(problem, tmp_path, assert_same):
+    def objective(params, key, batch, context):
+        loss, info = problem.objective(params, key, batch, context)
+        apart = jax.tree.map(lambda a, b: jnp.sum((a - b) ** 2), params, context.teacher)
+        return loss + sum(jax.tree.leaves(apart)), info
+
+    step = make_step(objective, problem.optimizer, ema=(0.9, 0.99), teacher_updates=(5, 16, 21))
+    chunk = make_chunk(step, problem.dataset.batch)
+    start = lambda: problem.state(teacher=problem.params)  # noqa: E731
+    unbroken = run(problem, tmp_path / "unbroken", 24, chunk=chunk, state=start())
+    run(problem, tmp_path / "broken", 16, chunk=chunk, state=start())
+    resumed = run(problem, tmp_path / "broken", 24, chunk=chunk, state=start(), resume=True)
+    assert_same(resumed, unbroken)
+    assert rows_of(tmp_path / "broken") == rows_of(tmp_path / "unbroken")
+    taught = jax.tree.leaves(unbroken.context_extras.teacher)
+    assert any(np.any(a != b) for a, b in zip(taught, jax.tree.leaves(problem.params), strict=True))
 
 
 def test_killed_after_a_checkpoint_no_row_comes_twice(problem, unbroken, tmp_path, assert_same):

@@ -149,6 +149,78 @@ def test_the_context_holds_teacher_ema_and_reduction():
     assert float(seen[1].ema["w"]) == pytest.approx(0.94) and int(seen[1].step) == 1
 
 
+def teaching(params, key, batch, context):
+    """A loss that is 1/2 (w - teacher - 1)^2 in every row; what it saw in its info."""
+    loss = 0.5 * (params["w"] - context.teacher["w"] - 1.0) ** 2
+    return jnp.broadcast_to(loss, batch.x1.shape[:1]), {"teacher": context.teacher["w"], "w": params["w"]}
+
+
+def taught(steps, **kwargs):
+    """The teacher and the weight before each step, the average after each, and the last state."""
+    optimizer, ema = optax.sgd(0.5), kwargs.get("ema", ())
+    step = make_step(teaching, optimizer, **kwargs)
+    one = jnp.ones((), jnp.float32)
+    state = init_state({"w": one}, optimizer, jax.random.key(0), ema=ema, teacher={"w": 10 * one})
+
+    def body(state, _):
+        state, metrics = step(state, Batch(jnp.ones((2, 1), jnp.float32)))
+        return state, (metrics["teacher"], metrics["w"], {name: value["w"] for name, value in state.ema.items()})
+
+    state, rows = jax.jit(lambda state: jax.lax.scan(body, state, None, length=steps))(state)
+    return [np.asarray(row) for row in rows[:2]], rows[2], state
+
+
+def test_the_teacher_becomes_the_parameters_at_its_steps_and_is_seen_from_then_on():
+    (teacher, w), _, state = taught(6, teacher_updates=(2, 5))
+    np.testing.assert_array_equal(teacher, [10, 10, w[2], w[2], w[2], w[5]])
+    assert len(set(w)) == 6 and float(state.context_extras.teacher["w"]) == w[5]
+    # The loss is towards that teacher from that step on: by hand, one step of size 1/2.
+    np.testing.assert_allclose(w[1:], (w - 0.5 * (w - teacher - 1.0))[:-1], rtol=1e-6)
+    (never, _), _, _ = taught(6)
+    np.testing.assert_array_equal(never, np.full(6, 10.0))
+
+
+def test_the_teacher_becomes_the_average_that_the_context_holds():
+    ema = {"fast": lambda n: jnp.float32(0.5), "slow": lambda n: jnp.float32(0.1)}
+    (teacher, _), averages, _ = taught(4, ema=ema, context_ema="slow", teacher_updates=[0, 3])
+    # The average after three steps is the one before the fourth; at first it is the parameters.
+    np.testing.assert_array_equal(teacher, [1.0, 1.0, 1.0, averages["slow"][2]])
+    (first, _), averages, _ = taught(4, ema=ema, teacher_updates=lambda step: step == 3)
+    np.testing.assert_array_equal(first, [10.0, 10.0, 10.0, averages["fast"][2]])
+
+
+def test_the_update_of_the_teacher_is_a_branch():
+    """So that the other steps pay nothing; and without updates there is none."""
+    optimizer, weights = optax.sgd(0.5), {"w": jnp.ones(())}
+    state, batch = init_state(weights, optimizer, jax.random.key(0), teacher=weights), Batch(jnp.ones((2, 1)))
+    for updates, branches in (((2, 5), 1), ((), 0)):
+        jaxpr = jax.make_jaxpr(make_step(teaching, optimizer, teacher_updates=updates))(state, batch)
+        assert str(jaxpr).count("cond[") == branches
+
+
+def test_refusals_of_teacher_updates(problem):
+    optimizer = optax.sgd(0.1)
+    batch = jax.jit(problem.dataset.batch)(problem.dataset.data, jnp.int32(0))
+    for updates, error in (((-1,), ValueError), ((0.5,), TypeError), ("12", TypeError)):
+        with pytest.raises(error, match="teacher_updates: expected a whole number"):
+            make_step(problem.objective, optimizer, teacher_updates=updates)
+    step = make_step(problem.objective, optimizer, teacher_updates=(1,))
+    state = init_state(problem.params, optimizer, jax.random.key(0))
+    with pytest.raises(ValueError, match="teacher_updates: expected a teacher in the state"):
+        step(state, batch)
+    with_teacher = lambda teacher: state._replace(context_extras=Extras(teacher))  # noqa: E731
+    for teacher, message in (
+        ({"w": jnp.ones(2)}, "the pytree structure of the parameters"),
+        (jax.tree.map(lambda leaf: leaf[:1], problem.params), "the shape of the parameters"),
+        (jax.tree.map(lambda leaf: leaf.astype(jnp.float16), problem.params), "the parameters' dtypes"),
+    ):
+        with pytest.raises(ValueError, match=rf"state\.context_extras\.teacher: expected {message}"):
+            step(with_teacher(teacher), batch)
+    number = make_step(problem.objective, optimizer, teacher_updates=lambda step: step)
+    with pytest.raises(TypeError, match="teacher_updates: expected a function step -> scalar bool"):
+        number(with_teacher(problem.params), batch)
+
+
 def test_non_finite_is_flagged_and_stays(problem):
     broken = Batch(problem.dataset.data.x1.at[7].set(jnp.nan), problem.dataset.data.x0, problem.dataset.data.cond)
     _, metrics = problem.chunk(problem.state(), broken, 6)

@@ -10,6 +10,7 @@ from collections.abc import Callable
 import flax.linen as nn
 
 from jflow.nets.embeddings import fourier, octaves, random_fourier, sinusoidal
+from jflow.nets.log_weight import LogWeight, Weighted, with_log_weight
 from jflow.nets.mlp import MLP
 from jflow.nets.wrappers import check_independent, from_equinox, from_function, from_linen, from_nnx
 
@@ -18,6 +19,8 @@ NETS: dict[str, Callable[..., nn.Module]] = {"mlp": MLP, "mlp_plain": MLP.plain}
 __all__ = [
     "MLP",
     "NETS",
+    "LogWeight",
+    "Weighted",
     "check_independent",
     "fourier",
     "from_equinox",
@@ -27,4 +30,5 @@ __all__ = [
     "octaves",
     "random_fourier",
     "sinusoidal",
+    "with_log_weight",
 ]

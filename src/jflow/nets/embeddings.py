@@ -38,6 +38,20 @@ def at_least_float32(name: str, value: Array | float) -> Array:
     return value.astype(jnp.float64 if value.dtype == jnp.float64 else jnp.float32)
 
 
+def times(s: Array | float, t: Array | float) -> tuple[Array, Array]:
+    """Both times in float32, or in float64 if either is.
+
+    Raises:
+      ValueError: when a time has axes.
+      TypeError: when a time is neither real nor whole.
+    """
+    checks.scalar("s", s)
+    checks.scalar("t", t)
+    s, t = at_least_float32("s", s), at_least_float32("t", t)
+    dtype = jnp.float64 if jnp.float64 in (s.dtype, t.dtype) else jnp.float32
+    return s.astype(dtype), t.astype(dtype)
+
+
 def sinusoidal(t: Array | float, features: int, *, lowest: float = 0.125, highest: float = 2.0) -> Array:
     """Sines and cosines of a scalar at frequencies in geometric progression.
 

@@ -44,6 +44,11 @@ class MLP(nn.Module):
     W_out and b_out start at zero, so in the v-formulation a flow map starts as the identity. The first
     gradient is then zero in all other parameters, and after one step it is so in none.
 
+    Decoupled, the first layers see the source time alone and the last ones, from i > depth - decoupled on, the target
+    time alone (2510.24474): c = c(s, s) there and c(t, t) here, in place of c(s, t). The parameters are those of any other
+    ``decoupled``, 0 among them, and on the diagonal so is the network: a velocity trained with s = t loads unchanged, and
+    is the map's diagonal. The derivative in t passes the last layers only.
+
     Integer leaves of ``cond`` are class labels, at most one scalar, from 0 to ``num_classes - 1``;
     ``num_classes`` is the null label, which a missing condition (``cond=None``) means too. Outside this range
     a concrete label is refused and a traced one gives NaN. Floating-point leaves (a guidance scale, an
@@ -62,6 +67,8 @@ class MLP(nn.Module):
       max_frequency: their highest frequency, in cycles per unit of time; the derivatives in s and t, which
         are trained, grow with it.
       trunk: width of the trunk.
+      decoupled: how many of the hidden layers, the last ones, see t; 0 for all to see both times. Less than depth, and
+        with ``conditioning='film'``.
       points: features of x: 'raw' (x itself), 'octaves' or 'fourier', both with x itself.
       point_frequencies: how many octaves, or how many random frequencies.
       point_damping: how much octave k is damped at source time s, by exp(-(damping pi 2^k (1 - s))^2 / 2): what the noise
@@ -84,6 +91,7 @@ class MLP(nn.Module):
     time_features: int = 32
     max_frequency: float = 2.0
     trunk: int = 64
+    decoupled: int = 0
     points: str = "raw"
     point_frequencies: int = 4
     point_damping: float = 0.0
@@ -120,6 +128,10 @@ class MLP(nn.Module):
         checks.choice("times", self.times, TIMES)
         checks.choice("points", self.points, POINTS)
         checks.choice("norm", self.norm, NORMS)
+        # The first layer is always the source's: else nothing but the point would know of s.
+        checks.integer("decoupled", self.decoupled, high=self.depth - 1)
+        if self.decoupled and self.conditioning != "film":
+            raise ValueError(f"decoupled: expected 0 with conditioning={self.conditioning!r}, got {self.decoupled}")
         super().__post_init__()
 
     @nn.compact
@@ -143,17 +155,21 @@ class MLP(nn.Module):
         x = _event(x)
         dtype = jnp.dtype(self.dtype or x.dtype)
         act = ACTIVATIONS[self.activation]
-        e = self._embed(s, t, cond)
+        s, t = embeddings.times(s, t)
+        conditions = self._conditions(cond, s.dtype)
         h = self._points(s, x.reshape(-1))
         if self.conditioning == "concat":
             # In the embeddings' precision: the times must not be rounded to the compute dtype first.
-            h = jnp.concatenate([h.astype(e.dtype), e])
-            h = self._dense("input", self.features, e.dtype)(h).astype(dtype)
+            h = jnp.concatenate([h.astype(s.dtype), *self._embed(s, t), *conditions])
+            h = self._dense("input", self.features, s.dtype)(h).astype(dtype)
             modulation = [None] * self.depth
         else:
-            c = act(self._dense("trunk", self.trunk, e.dtype)(e)).astype(dtype)
+            trunk = self._dense("trunk", self.trunk, s.dtype)
+            pairs = [(s, s), (t, t)] if self.decoupled else [(s, t)]
+            trunks = [act(trunk(jnp.concatenate([*self._embed(*pair), *conditions]))).astype(dtype) for pair in pairs]
             h = self._dense("input", self.features, dtype)(h)
-            modulation = [self._dense(f"film_{i}", 2 * self.features, dtype)(c) for i in range(self.depth)]
+            layers = [trunks[0]] * (self.depth - self.decoupled) + [trunks[-1]] * self.decoupled
+            modulation = [self._dense(f"film_{i}", 2 * self.features, dtype)(c) for i, c in enumerate(layers)]
         for i in range(self.depth - 1):
             update = self._dense(f"hidden_{i}", self.features, dtype)(act(_modulate(h, modulation[i], self.norm)))
             h = h + update if self.residual else update
@@ -165,24 +181,21 @@ class MLP(nn.Module):
         init = init or nn.initializers.lecun_normal()
         return nn.Dense(features, dtype=dtype, param_dtype=self.param_dtype, kernel_init=init, name=name)
 
-    def _embed(self, s: Array | float, t: Array | float, cond: Any) -> Array:
-        """[phi(s), phi(t - s), label, other conditions], in float32 or float64."""
-        checks.scalar("s", s)
-        checks.scalar("t", t)
-        s, t = embeddings.at_least_float32("s", s), embeddings.at_least_float32("t", t)
-        dtype = jnp.float64 if jnp.float64 in (s.dtype, t.dtype) else jnp.float32
-        s, t = s.astype(dtype), t.astype(dtype)
+    def _embed(self, s: Array, t: Array) -> list[Array]:
+        """[phi(s), phi(t - s)]."""
         if self.times == "raw":
-            parts = [jnp.stack([s, t])]
-        else:
-            parts = [embeddings.sinusoidal(u, self.time_features, highest=self.max_frequency) for u in (s, t - s)]
+            return [jnp.stack([s, t])]
+        return [embeddings.sinusoidal(u, self.time_features, highest=self.max_frequency) for u in (s, t - s)]
+
+    def _conditions(self, cond: Any, dtype: Dtype) -> list[Array]:
+        """[label, other conditions], in the embeddings' precision."""
         label, other = _split(cond, self.num_classes, self.cond_features)
-        if self.num_classes:
-            normal = nn.initializers.normal(1.0)
-            table = self.param("label", normal, (self.num_classes + 1, self.trunk), self.param_dtype)
-            parts.append(jnp.take(table.astype(dtype), label, axis=0, mode="fill", fill_value=jnp.nan))
-        parts += [leaf.reshape(-1).astype(dtype) for leaf in other]
-        return jnp.concatenate(parts)
+        parts = [leaf.reshape(-1).astype(dtype) for leaf in other]
+        if not self.num_classes:
+            return parts
+        normal = nn.initializers.normal(1.0)
+        table = self.param("label", normal, (self.num_classes + 1, self.trunk), self.param_dtype)
+        return [jnp.take(table.astype(dtype), label, axis=0, mode="fill", fill_value=jnp.nan), *parts]
 
     def _points(self, s: Array | float, x: Array) -> Array:
         if self.points == "octaves":

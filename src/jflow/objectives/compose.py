@@ -19,10 +19,9 @@ from jflow import checks, couplings, identities, reductions, trees
 from jflow import times as laws
 from jflow.interpolants import Interpolant
 from jflow.objectives import velocities
-from jflow.types import Array, Batch, Context, Event, FlowMap, Key, Params, PyTree, Time
+from jflow.types import Array, Batch, Cond, Context, Domain, Event, FlowMap, Key, Params, PyTree, Time, Velocity
 
 BINS = 8
-Coupling = Callable[[Key, Event], Event]
 
 
 class Leg(NamedTuple):
@@ -42,24 +41,43 @@ class Row(NamedTuple):
 
     Attributes:
       own: the map being trained, through which gradients flow.
+      frozen: the same map, with gradients to its points but not to its parameters.
       s, t: source and target time, scalars.
       x: the point I_s.
       conditional: an estimate of b_s(x) whose mean, given x, is b_s(x): I_s' of the sample's own pair, or better.
+      pair: ``(s, u) -> (I_u - I_s)/(u - s)``, the mean velocity of the sample's own pair.
       gamma: where the middle time lies, from the objective's law (semigroup methods).
       ema: the map at the averaged parameters, or None where the context holds none.
-      teacher: the map at the teacher's parameters, or None.
+      teacher: the teacher, or None.
       step: the optimizer's step, an int32 scalar.
     """
 
     own: Leg
+    frozen: Leg
     s: Array
     t: Array
     x: Event
     conditional: Event
+    pair: Callable[[Array, Array], Event]
     gamma: Array
     ema: Leg | None
     teacher: Leg | None
     step: Array
+
+    def leg(self, which: str) -> Leg:
+        """The map "own", "ema" or "teacher".
+
+        Raises:
+          ValueError: for another name, or one that the context does not hold.
+        """
+        checks.choice("leg", which, ("own", "ema", "teacher"))
+        found = getattr(self, which)
+        if found is None:
+            raise ValueError(
+                f"context.{which}: expected parameters, got None: the method needs "
+                + ("an average of its own (make_step's ema)" if which == "ema" else "a teacher (init_state's teacher)")
+            )
+        return found
 
 
 OffDiagonal = Callable[[Row], identities.Residual]
@@ -82,10 +100,15 @@ class Objective:
       reduction: residual to loss, off the diagonal.
       diagonal_reduction: the same on the diagonal.
       velocity: the estimate of b at the sampled points, in the tangent term and wherever the method has a conditional
-        velocity: ``velocities.pair``, or ``velocities.batch``, which needs independent pairs without conditioning.
-      coupling: ``(key, x1) -> x0`` where the batch holds no x0.
+        velocity: ``velocities.pair``; ``velocities.batch``, which needs independent pairs without conditioning; or
+        ``velocities.teacher``, the default where ``teacher`` is given.
+      teacher: any Velocity, or a FlowMap, at the parameters ``context.teacher``; by default ``flow_map``, at these
+        parameters, where there are any.
+      coupling: ``(key, x1, cond) -> x0`` where the batch holds no x0.
       blocks: the number of equal blocks, in batch order, that are each split alike: a multiple of the number of
         devices that a batch is spread over.
+      domain: where the map is trained, if it is less than the map's own domain.
+      needs: what else the method needs: "x0", pairs made beforehand; "no data", whose x1 may be None.
     """
 
     name: str
@@ -99,11 +122,21 @@ class Objective:
     gammas: laws.Law = dataclasses.field(default_factory=lambda: laws.constant(0.5))
     reduction: reductions.Reduction = reductions.squared
     diagonal_reduction: reductions.Reduction = reductions.squared
-    velocity: velocities.Estimate = velocities.pair
-    coupling: Coupling = couplings.independent
+    velocity: velocities.Estimate | None = None
+    teacher: FlowMap | Velocity | None = None
+    coupling: couplings.Coupling = couplings.independent
     blocks: int = 1
+    domain: Domain | None = None
+    needs: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
+        if self.velocity is None:
+            estimate = velocities.pair if self.teacher is None else velocities.teacher
+            object.__setattr__(self, "velocity", estimate)
+        if self.domain is None:
+            object.__setattr__(self, "domain", self.flow_map.domain)
+        if self.velocity is velocities.batch and self.coupling is not couplings.independent:
+            raise ValueError("velocity: expected an independent coupling with the batch's velocity, which assumes it")
         checks.number("diagonal", self.diagonal, low=0.0, high=1.0)
         checks.integer("blocks", self.blocks, low=1)
         if self.off_diagonal is None and self.diagonal != 1.0:
@@ -134,7 +167,7 @@ class Objective:
         Args:
           params: the map's parameters.
           key: a PRNG key; split once, every use named.
-          batch: data, ``[B, ...]``; floating point.
+          batch: data, ``[B, ...]``; floating point. x1 may be None beside an x0 where the method needs no data.
           context: step, averaged and teacher parameters (``Context()`` by default).
 
         Returns:
@@ -149,10 +182,11 @@ class Objective:
             that does not match x1, or data that is not floating point.
         """
         context = Context() if context is None else context
+        batch = self._complete(batch)
         size = _batch_size(batch)
         diagonal, off_diagonal = self.rows(size)
         coupling_key, split_key, time_key, pair_key, gamma_key, model_key = jax.random.split(key, 6)
-        x0 = self.coupling(coupling_key, batch.x1) if batch.x0 is None else batch.x0
+        x0 = self.coupling(coupling_key, batch.x1, batch.cond) if batch.x0 is None else batch.x0
         checks.same_structure("batch.x0", x0, "batch.x1", batch.x1)
         if self.velocity is velocities.batch and (batch.x0 is not None or batch.cond is not None):
             raise ValueError(
@@ -161,28 +195,62 @@ class Objective:
         whole = (x0, batch.x1, batch.cond, jax.random.split(model_key, size))
         dtype = trees.at_least_float32(batch.x1)
 
+        def drawn(law: Any, law_key: Key, rows: int) -> Any:
+            return jax.tree.map(lambda t: t.astype(dtype), laws.at_step(law, context.step)(law_key, rows))
+
         first, second = _split(split_key, size, self.blocks, diagonal)
         loss, info = jnp.zeros((size,), dtype), {}
         if diagonal:
-            t = self.times(time_key, diagonal).astype(dtype)
-            rows = (t, self._estimate(t, whole, first, batch), *_take(whole, first))
-            part, raw = jax.vmap(lambda *row: self._on(params, *row))(*rows)
+            t = drawn(self.times, time_key, diagonal)
+            rows = _take(whole, first)
+            estimate = self._estimate(context, t, rows, batch)
+            part, raw = jax.vmap(lambda *row: self._on(params, *row))(t, estimate, *rows)
             loss = loss.at[first].set(part.astype(dtype))
             info.update(_report("tangent", part, raw, t=t))
         if off_diagonal:
-            s, t = (value.astype(dtype) for value in self.pairs(pair_key, off_diagonal))
-            gamma = self.gammas(gamma_key, off_diagonal).astype(dtype)
-            rows = (s, t, gamma, self._estimate(s, whole, second, batch), *_take(whole, second))
-            part, raw, derivative = jax.vmap(lambda *row: self._off(params, context, *row))(*rows)
+            s, t = drawn(self.pairs, pair_key, off_diagonal)
+            gamma = drawn(self.gammas, gamma_key, off_diagonal)
+            rows = _take(whole, second)
+            estimate = self._estimate(context, s, rows, batch)
+            part, raw, derivative = jax.vmap(lambda *row: self._off(params, context, *row))(
+                s, t, gamma, estimate, *rows
+            )
             loss = loss.at[second].set(part.astype(dtype))
-            info.update(_report(self.term, part, raw, t=t, gap=t - s))
+            info.update(_report(self.term, part, raw, t=t, gap=jnp.abs(t - s)))
             info[f"{self.term}/tangent_norm"] = jnp.sqrt(jnp.mean(jax.lax.stop_gradient(derivative)))
         info["diagonal_rows"] = jnp.zeros((size,), bool).at[first].set(True)
         return loss, info
 
-    def _estimate(self, t: Array, whole: PyTree, rows: Array, batch: Batch) -> Event:
-        x0, x1, *_ = _take(whole, rows)
-        return self.velocity(self.interpolant, t, x0, x1, batch.x1)
+    def _complete(self, batch: Batch) -> Batch:
+        if "x0" in self.needs and batch.x0 is None:
+            raise ValueError(f"batch.x0: expected pairs for {self.name} (couplings.reflow makes them), got None")
+        if batch.x1 is None:
+            if "no data" not in self.needs or self.diagonal > 0:
+                raise ValueError(f"batch.x1: expected data for {self.name}, got None")
+            # I_0 is x0 whatever x1 is: the constructor has made sure that the path starts at the base.
+            return batch._replace(x1=batch.x0)
+        return batch
+
+    def _estimate(self, context: Context, t: Array, rows: tuple, batch: Batch) -> Event:
+        x0, x1, cond, keys = rows
+
+        def taught(t_: Array, x_: Event) -> Event:
+            return jax.vmap(lambda *row: self._teacher(context, *row[2:]).velocity(*row[:2]))(t_, x_, cond, keys)
+
+        has_one = self.teacher is not None or context.teacher is not None
+        return self.velocity(velocities.Points(self.interpolant, t, x0, x1, batch.x1, taught if has_one else None))
+
+    def _teacher(self, context: Context, cond: Cond, key: Key) -> Leg | None:
+        if self.teacher is None and context.teacher is None:
+            return None
+        teacher = self.flow_map if self.teacher is None else self.teacher
+        if isinstance(teacher, FlowMap):
+            return _leg(teacher, context.teacher, cond, key)
+
+        def refuse(s: Array, t: Array, x: Event) -> Event:
+            raise ValueError("teacher: expected a FlowMap, whose jumps the method needs, got a Velocity")
+
+        return Leg(refuse, lambda t_, x_: teacher(context.teacher, t_, x_, cond, key=key))
 
     def _on(
         self, params: Params, t: Array, velocity: Event, x0: Event, x1: Event, cond: PyTree, key: Key
@@ -209,30 +277,33 @@ class Objective:
         key: Key,
     ) -> tuple[Array, Array, Array]:
         assert self.off_diagonal is not None
-
-        def at(weights: Params) -> Leg:
-            return Leg(
-                lambda s_, t_, x_: self.flow_map.mean_velocity(weights, s_, t_, x_, cond, key=key),
-                lambda t_, x_: self.flow_map.velocity(weights, t_, x_, cond, key=key),
-            )
-
-        x = self.interpolant.interpolate(s, x0, x1)
         residual = self.off_diagonal(
             Row(
-                at(params),
-                s,
-                t,
-                x,
-                velocity,
-                gamma,
-                None if context.ema is None else at(context.ema),
-                None if context.teacher is None else at(context.teacher),
-                jnp.asarray(context.step),
+                own=_leg(self.flow_map, params, cond, key),
+                frozen=_leg(self.flow_map, jax.lax.stop_gradient(params), cond, key),
+                s=s,
+                t=t,
+                x=self.interpolant.interpolate(s, x0, x1),
+                conditional=velocity,
+                pair=lambda s_, u_: self.interpolant.mean_derivative(s_, u_, x0, x1),
+                gamma=gamma,
+                ema=None if context.ema is None else _leg(self.flow_map, context.ema, cond, key),
+                teacher=self._teacher(context, cond, key),
+                step=jnp.asarray(context.step),
             )
         )
         difference = residual.difference
         loss = self.reduction(params, s, t, difference)
+        if not isinstance(residual.weight, float) or residual.weight != 1.0:
+            loss = loss * jax.lax.stop_gradient(jnp.asarray(residual.weight).astype(loss.dtype))
         return loss, trees.sq_norm(difference), trees.sq_norm(residual.tangent)
+
+
+def _leg(flow_map: FlowMap, params: Params, cond: Cond, key: Key) -> Leg:
+    return Leg(
+        lambda s, t, x: flow_map.mean_velocity(params, s, t, x, cond, key=key),
+        lambda t, x: flow_map.velocity(params, t, x, cond, key=key),
+    )
 
 
 def _batch_size(batch: Batch) -> int:

@@ -2,6 +2,7 @@ r"""Velocity estimates at the sampled points I_t of a batch, all with the condit
 
     pair    I_t', the velocity of the sample's own pair
     batch   E[ I_t' | I_t = x, the data of the batch ]: the mean over which of the batch's data points made x
+    teacher b_t(x) of a teacher: a checkpoint, someone's function, an oracle, a guided pair of networks
 
 The second averages the first over an unknown that the network does not see either: the same expectation, hence the same
 expected gradient, with a smaller variance. In few dimensions it is much smaller; on images each point is its own only
@@ -11,6 +12,7 @@ neighbour and the two agree. (A Rao-Blackwell form of the stable target field, 2
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -19,36 +21,56 @@ from jflow import trees
 from jflow.interpolants import Interpolant
 from jflow.types import Array, Event
 
-Estimate = Callable[[Interpolant, Array, Event, Event, Event], Event]
 
+class Points(NamedTuple):
+    """Where velocities are asked for.
 
-def pair(interpolant: Interpolant, t: Array, x0: Event, x1: Event, data: Event) -> Event:
-    """I_t' of each pair.
-
-    Args:
+    Attributes:
       interpolant: the path.
       t: times [n].
       x0: base points [n, ...].
       x1: data points [n, ...].
-      data: all data points of the batch [B, ...]; not looked at.
-
-    Returns:
-      Velocities, [n, ...] like x0.
+      data: all data points of the batch [B, ...].
+      teacher: ``(t [n], x [n, ...]) -> b [n, ...]``, or None.
     """
-    del data
-    return jax.vmap(interpolant.derivative)(t, x0, x1)
+
+    interpolant: Interpolant
+    t: Array
+    x0: Event
+    x1: Event
+    data: Event
+    teacher: Callable[[Array, Event], Event] | None = None
 
 
-def batch(interpolant: Interpolant, t: Array, x0: Event, x1: Event, data: Event) -> Event:
+Estimate = Callable[[Points], Event]
+
+
+def pair(points: Points) -> Event:
+    """I_t' of each pair, [n, ...] like x0."""
+    return jax.vmap(points.interpolant.derivative)(points.t, points.x0, points.x1)
+
+
+def teacher(points: Points) -> Event:
+    """b_t(I_t) of the teacher, [n, ...] like x0.
+
+    Raises:
+      ValueError: when there is none.
+    """
+    if points.teacher is None:
+        raise ValueError("velocity: expected a teacher (the objective's teacher, or context.teacher), got none")
+    x = jax.vmap(points.interpolant.interpolate)(points.t, points.x0, points.x1)
+    return points.teacher(points.t, x)
+
+
+def batch(points: Points) -> Event:
     """The mean of I_t' over the data points of the batch, given the point: with x = alpha x0 + beta x1,
 
         p_j ~ exp( -|x - beta x1_j|^2 / (2 alpha^2) ),   I_t' + (w/alpha) ( sum_j p_j x1_j - x1 ).
 
     For independent standard normal base points and no conditioning: a coupling, or data that differ in kind, would change
     the probabilities. Where alpha < 1e-3 it is ``pair``, to which it tends.
-
-    Args and result: as ``pair``.
     """
+    interpolant, t, x0, x1, data, _ = points
 
     def one(t_: Array, x0_: Event, x1_: Event) -> Event:
         c = interpolant.coefficients(t_)
@@ -67,4 +89,4 @@ def batch(interpolant: Interpolant, t: Array, x0: Event, x1: Event, data: Event)
     return jax.vmap(one)(t, x0, x1)
 
 
-VELOCITIES: dict[str, Estimate] = {"pair": pair, "batch": batch}
+VELOCITIES: dict[str, Estimate] = {"pair": pair, "batch": batch, "teacher": teacher}

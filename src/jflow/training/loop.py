@@ -16,7 +16,8 @@ import numpy as np
 
 from jflow import checks
 from jflow.training.checkpoints import Checkpoints
-from jflow.training.metrics_log import MetricsLog, average
+from jflow.training.divergence import Watch
+from jflow.training.metrics_log import MetricsLog, average, read
 from jflow.training.progress import Report, progress
 from jflow.training.state import TrainState
 from jflow.training.step import Chunk, Metrics
@@ -149,7 +150,8 @@ def fit(
 
     Returns:
       The state after ``total_steps`` steps. Rows have ``kind`` ("train" or "eval"), ``step``, the metrics, and in those
-      of training ``steps`` (averaged over), ``steps_per_second`` and ``seconds`` since the call.
+      of training ``steps`` (averaged over), ``steps_per_second`` and ``seconds`` since the call, and ``warning``, a
+      sentence that is shown as well, where a tangent or a residual has exploded (``training.divergence``).
 
     Raises:
       NonFiniteError: when a loss, gradient or update is not finite; nothing is saved after it.
@@ -165,7 +167,7 @@ def fit(
 
     with contextlib.ExitStack() as stack:
         # Where to start: the newest whole checkpoint, with the rows of metrics up to it.
-        checkpoints = log = None
+        checkpoints, log, watch = None, None, Watch()
         if out_dir is not None:
             out = _open(out_dir, resume, overwrite)
             if resume or checkpoint_every is not None:
@@ -175,11 +177,13 @@ def fit(
             if resume:
                 state = checkpoints.restore_latest(state, ignore=ignore)
             log = stack.enter_context(MetricsLog(out / "metrics.jsonl", int(state.step) if resume else None))
+            if resume:
+                watch = Watch(read(log.path))
         step = int(state.step)
         if step > total_steps:
             raise ValueError(f"total_steps: the state has taken {step} steps already, got {total_steps}")
         report = stack.enter_context(progress(total_steps, step, show_progress))
-        recorder = Recorder(checkpoints, log, callbacks, report)
+        recorder = Recorder(checkpoints, log, watch, callbacks, report)
 
         interval: Interval = []
         done: Interval = []
@@ -216,10 +220,12 @@ class Recorder:
         self,
         checkpoints: Checkpoints | None,
         log: MetricsLog | None,
+        watch: Watch,
         callbacks: Sequence[Callable[[Row], None]],
         report: Report,
     ) -> None:
-        self._checkpoints, self._log, self._callbacks, self._report = checkpoints, log, callbacks, report
+        self._checkpoints, self._log, self._watch = checkpoints, log, watch
+        self._callbacks, self._report = callbacks, report
         self._began = self._last = time.perf_counter()
 
     def train(self, interval: Interval) -> None:
@@ -241,8 +247,9 @@ class Recorder:
             "seconds": now - self._began,
         }
         self._last = now
-        self._write(row)
-        self._report(last, rate, float(row["loss"]))
+        warning = self._watch(row)
+        self._write(row if warning is None else {**row, "warning": warning})
+        self._report(last, rate, float(row["loss"]), warning)
         for (start, stop, _), metrics in zip(interval, chunks, strict=True):
             if not metrics["finite"]:
                 raise NonFiniteError(start + 1, stop, self._last_good(), metrics)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -10,6 +10,7 @@ import jax.numpy as jnp
 import optax
 from jax.sharding import NamedSharding, PartitionSpec
 
+from jflow import checks
 from jflow.training import ema as averages
 from jflow.training.metrics_log import average
 from jflow.training.state import TrainState
@@ -20,10 +21,17 @@ Objective = Callable[[Params, Key, Batch, Context], tuple[Array, dict[str, Any]]
 Step = Callable[[TrainState, Batch], tuple[TrainState, Metrics]]
 BatchFn = Callable[[PyTree, Array], Batch]
 Chunk = Callable[[TrainState, PyTree, int], tuple[TrainState, Metrics]]
+# Steps, or a traced function of the step.
+When = Sequence[int] | Callable[[Array], Array]
 
 
 def make_step(
-    objective: Objective, optimizer: Any, *, ema: averages.Averages = (), context_ema: str | None = None
+    objective: Objective,
+    optimizer: Any,
+    *,
+    ema: averages.Averages = (),
+    context_ema: str | None = None,
+    teacher_updates: When = (),
 ) -> Step:
     """A pure function ``(state, batch) -> (state, metrics)``: one gradient step on the mean loss of a batch.
 
@@ -36,6 +44,11 @@ def make_step(
       optimizer: an optax ``GradientTransformation``.
       ema: as given to ``init_state``.
       context_ema: the name of the average that the Context holds; by default the first.
+      teacher_updates: when the teacher becomes the average that the Context holds, or, without one, the parameters: a
+        sequence of steps, or a traced ``step -> bool``. A step is named by the number taken before it, ``state.step``, and
+        the objective sees the new teacher from that very step on: the rounds of progressive distillation (2202.00512),
+        in each of which the student of the last one teaches. Nothing else is reset: the optimizer's state, the
+        averages and the reduction's state go on.
 
     Returns:
       The step. Its metrics are ``loss``, ``grad_norm``, ``update_norm`` (of the parameters' change), ``param_norm``
@@ -45,11 +58,13 @@ def make_step(
       next state of the reduction.
 
     Raises:
-      ValueError: for a ``context_ema`` that is not in ``ema``. The step raises, while tracing, ValueError when the
-        state's averages are others than ``ema``, the loss is not of rank one, or the reduction's state changes its
-        structure or shapes.
+      ValueError: for a ``context_ema`` that is not in ``ema``, or a negative step in ``teacher_updates``; TypeError for one
+        that is no whole number. The step raises, while tracing, ValueError when the state's averages are others than
+        ``ema``, its teacher is to be updated and not like the parameters, the loss is not of rank one, or the
+        reduction's state changes its structure or shapes; TypeError when ``teacher_updates`` returns no scalar bool.
     """
     schedules = averages.resolve(ema)
+    due = _when(teacher_updates)
     if context_ema is None:
         context_ema = next(iter(schedules), None)
     elif context_ema not in schedules:
@@ -61,6 +76,8 @@ def make_step(
         key = jax.random.fold_in(state.key, state.step)
         extras = state.context_extras
         followed = None if context_ema is None else averages.as_params(state.ema[context_ema], state.params)
+        if due is not None:
+            extras = extras._replace(teacher=_next_teacher(due(state.step), extras.teacher, followed, state.params))
         context = Context(state.step, followed, extras.teacher, extras.reduction)
 
         def mean_loss(params: Params) -> tuple[Array, tuple[int, dict[str, Any]]]:
@@ -162,6 +179,34 @@ def _reported(info: Mapping[str, Any], rows: int) -> Metrics:
         if value.ndim <= 1:
             metrics[name] = value
     return metrics
+
+
+def _when(steps: When) -> Callable[[Array], Array] | None:
+    """Whether it is time, as a function of the traced step; None for never."""
+    if callable(steps):
+
+        def due(step: Array) -> Array:
+            now = steps(step)
+            if jnp.shape(now) != () or jnp.result_type(now) != jnp.bool_:
+                raise TypeError(f"teacher_updates: expected a function step -> scalar bool, it returned {now}")
+            return jnp.asarray(now)
+
+        return due
+    values = [checks.integer("teacher_updates", value) for value in steps]
+    if not values:
+        return None
+    return lambda step: jnp.any(step == jnp.asarray(values, step.dtype))
+
+
+def _next_teacher(due: Array, teacher: Params, followed: Params, params: Params) -> Params:
+    new = params if followed is None else followed
+    if teacher is None:
+        raise ValueError("teacher_updates: expected a teacher in the state (init_state(..., teacher=...)), got None")
+    checks.same_structure("state.context_extras.teacher", teacher, "the parameters", params)
+    got, expected = (jax.tree.map(lambda leaf: jnp.result_type(leaf).name, tree) for tree in (teacher, params))
+    if got != expected:
+        raise ValueError(f"state.context_extras.teacher: expected the parameters' dtypes, {expected}, got {got}")
+    return jax.lax.cond(due, lambda: new, lambda: teacher)
 
 
 def _next_reduction(state: PyTree, info: Mapping[str, Any]) -> PyTree:

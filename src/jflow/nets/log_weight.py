@@ -1,0 +1,122 @@
+"""The log weight w(s, t) of a learned reduction, and a map whose parameters hold it."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+
+from jflow import checks
+from jflow.nets import embeddings
+from jflow.types import Array, Cond, Event, FlowMap, Key, Params, Time
+
+
+class LogWeight(nn.Module):
+    """w(s, t) = W_out silu(W e + b) + b_out with e = [phi(s), phi(t - s)], a scalar (2312.02696, for two times).
+
+    For ``reductions.learned``, whose loss e^{-w} |D|^2 + w it balances over the times. W_out and b_out start at zero, so
+    that w = 0 and training starts with the loss itself.
+
+    Attributes:
+      features: width of the hidden layer.
+      time_features: how many sines and cosines of each time, even.
+      max_frequency: their highest frequency, in cycles per unit of time.
+      param_dtype: dtype of the parameters.
+    """
+
+    features: int = 64
+    time_features: int = 32
+    max_frequency: float = 2.0
+    param_dtype: Any = jnp.float32
+
+    def __post_init__(self) -> None:
+        """Refuses fields out of range, at construction."""
+        checks.integer("features", self.features, low=1)
+        checks.integer("time_features", self.time_features, low=2)
+        super().__post_init__()
+
+    @nn.compact
+    def __call__(self, s: Array | float, t: Array | float) -> Array:
+        """w(s, t).
+
+        Args:
+          s: source time, a scalar.
+          t: target time, a scalar.
+
+        Returns:
+          A scalar in float32, or in float64 if either time is.
+
+        Raises:
+          ValueError: when a time has axes, or ``time_features`` is odd.
+        """
+        s, t = embeddings.times(s, t)
+        e = [embeddings.sinusoidal(u, self.time_features, highest=self.max_frequency) for u in (s, t - s)]
+        dtypes = {"dtype": s.dtype, "param_dtype": self.param_dtype}
+        h = jax.nn.silu(nn.Dense(self.features, **dtypes, name="hidden")(jnp.concatenate(e)))
+        zero = nn.initializers.zeros_init()
+        return nn.Dense(1, **dtypes, kernel_init=zero, name="output")(h)[0]
+
+
+class Weighted(NamedTuple):
+    """The parameters of a map and of the log weight that is trained with it.
+
+    Attributes:
+      map: those of the map; what is left of the pair after training.
+      log_weight: those of the log weight.
+    """
+
+    map: Params
+    log_weight: Params
+
+
+def with_log_weight(flow_map: FlowMap, module: LogWeight) -> tuple[FlowMap, Callable[[Weighted, Time, Time], Array]]:
+    """The map and the log weight as functions of one pair of parameters, to be trained together.
+
+        flow, log_weight = nets.with_log_weight(flow_map, module)
+        objective = objectives.lsd(flow, path, reduction=reductions.learned(log_weight))
+        params = nets.Weighted(map_params, module.init(key, 0.0, 0.0)["params"])
+
+    A teacher's or an average's parameters are then such a pair as well.
+
+    Args:
+      flow_map: the map.
+      module: the log weight, or any linen module called with (s, t).
+
+    Returns:
+      (flow_map, log_weight): a FlowMap whose params are ``Weighted``, else the same; and ``(params, s, t) -> w(s, t)``.
+
+    Raises:
+      TypeError: (when called) for params that are not ``Weighted``.
+    """
+
+    def part(params: Weighted) -> Weighted:
+        if not isinstance(params, Weighted):
+            raise TypeError(f"params: expected Weighted(map, log_weight), got {type(params).__name__}")
+        return params
+
+    def mean_velocity(
+        params: Weighted, s: Time, t: Time, x: Event, cond: Cond = None, *, key: Key | None = None
+    ) -> Event:
+        return flow_map.mean_velocity(part(params).map, s, t, x, cond, key=key)
+
+    def jump(params: Weighted, s: Time, t: Time, x: Event, cond: Cond = None, *, key: Key | None = None) -> Event:
+        return flow_map.jump(part(params).map, s, t, x, cond, key=key)
+
+    def velocity(params: Weighted, t: Time, x: Event, cond: Cond = None, *, key: Key | None = None) -> Event:
+        return flow_map.velocity(part(params).map, t, x, cond, key=key)
+
+    def log_weight(params: Weighted, s: Time, t: Time) -> Array:
+        return module.apply({"params": part(params).log_weight}, s, t)
+
+    # Whatever else the map says of itself, its domain for one, stays.
+    paired = dataclasses.replace(
+        flow_map,
+        mean_velocity=mean_velocity,
+        jump_override=None if flow_map.jump_override is None else jump,
+        velocity_override=None if flow_map.velocity_override is None else velocity,
+    )
+    return paired, log_weight

@@ -1,0 +1,355 @@
+"""Every method of the catalogue, and one made up, through the same properties; the equalities between methods; refusals."""
+
+import dataclasses
+import importlib.util
+import pathlib
+import sys
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from jflow import identities, interpolants, objectives, parameterizations, reductions, times, types
+
+_spec = importlib.util.spec_from_file_location("properties", pathlib.Path(__file__).with_name("properties.py"))
+properties = sys.modules["properties"] = importlib.util.module_from_spec(_spec)
+_spec.loader.exec_module(properties)
+
+METHODS = objectives.METHODS
+STATIONARY = [(n, path) for n in sorted(METHODS) for path in properties.PATHS if path in (METHODS[n].paths or [path])]
+
+
+@pytest.mark.parametrize(("name", "path"), STATIONARY)
+def test_the_exact_map_is_stationary_as_declared(name, path):
+    properties.check_stationary(METHODS[name], path)
+
+
+@pytest.mark.parametrize("name", sorted(METHODS))
+def test_report(name):
+    properties.check_report(METHODS[name])
+
+
+# --- Adding a method: one function and one row -----------------------------------------------------------------------
+
+
+def backward_semigroup(flow_map, interpolant, **choices):
+    """Made up: as PSD, but the jump that is trained is the second leg's complement, with the middle at a third."""
+
+    def residual(row):
+        return identities.semigroup(row.own.v, row.s, row.t, row.x, jnp.full_like(row.t, 1.0 / 3.0))
+
+    return objectives.Objective("made_up", flow_map, interpolant, residual, "semigroup", **choices)
+
+
+MADE_UP = objectives.Method(
+    backward_semigroup, "made up", "-", "semigroup", "self", "both", "-", "tests", {"forward": 3, "backward": 1}
+)
+
+
+@pytest.mark.parametrize("check", properties.CHECKS)
+def test_a_made_up_method_gets_every_property_from_its_row(check):
+    check(MADE_UP)
+
+
+def test_the_properties_fail_for_a_method_that_declares_too_much():
+    """Consistency training at a finite step is not exact, and the Lagrangian identity with the pair's velocity is wrong."""
+    wrong = dataclasses.replace(
+        METHODS["consistency_training"],
+        stationary="exact",
+        at=None,
+        constructor=METHODS["consistency_training"].constructor,
+    )
+    with pytest.raises(AssertionError):
+        properties.check_stationary(wrong, "linear")
+
+    def conditional_lagrangian(flow_map, interpolant, **choices):
+        def residual(row):
+            return identities.lagrangian(row.own.v, row.s, row.t, row.x, lambda t, x: row.conditional)
+
+        return objectives.Objective("wrong", flow_map, interpolant, residual, "lagrangian", **choices)
+
+    with pytest.raises(AssertionError):
+        properties.check_stationary(dataclasses.replace(METHODS["lsd"], constructor=conditional_lagrangian), "linear")
+
+
+# --- Equalities ------------------------------------------------------------------------------------------------------
+
+
+def gradient(method, pair=(0.2, 0.7), theta=properties.OFF, on_diagonal=True, **choices):
+    """The exact expected gradient of a method's own term at one pair of times, on the linear path."""
+    method = METHODS[method] if isinstance(method, str) else method
+
+    def run(theta):
+        return properties.expected_gradient(method, "linear", theta, pair, on_diagonal=on_diagonal, **choices)[0]
+
+    return np.asarray(jax.jit(run)(jnp.asarray(theta)))
+
+
+def method_of(residual, term="own"):
+    def constructor(flow_map, interpolant, **choices):
+        return objectives.Objective("ad hoc", flow_map, interpolant, residual, term, **choices)
+
+    return dataclasses.replace(MADE_UP, constructor=constructor)
+
+
+def eulerian_self(row):
+    own = row.own.velocity(row.s, row.x)
+    return identities.eulerian(row.own.v, row.s, row.t, row.x, own, stop="target")
+
+
+def test_mean_flow_has_the_expected_gradient_of_eulerian_distillation_from_the_exact_velocity():
+    """And it is the Eulerian residual with the pair's velocity and the whole target stopped."""
+    conditional = method_of(
+        lambda row: identities.eulerian(row.own.v, row.s, row.t, row.x, row.conditional, stop="target")
+    )
+    np.testing.assert_array_equal(gradient("mean_flow"), gradient(conditional))
+    np.testing.assert_allclose(gradient("mean_flow"), gradient("ayf_emd"), rtol=1e-5)
+    np.testing.assert_array_equal(gradient("mean_flow"), gradient("decoupled_mean_flow"))
+    np.testing.assert_array_equal(
+        gradient("ayf_emd"), gradient("mean_flow", teacher=properties.independent_pairs("linear").exact)
+    )
+
+
+def test_improved_mean_flow_differs_from_mean_flow_in_the_tangent_alone():
+    """Where the map's diagonal is the exact velocity the two agree in expectation; elsewhere they do not."""
+    same = [gradient(name, on_diagonal=False) for name in ("mean_flow", "improved_mean_flow")]
+    np.testing.assert_allclose(*same, rtol=1e-5)
+    other = [gradient(name) for name in ("mean_flow", "improved_mean_flow")]
+    assert np.abs(other[0] - other[1]).max() > 1e-2 * np.abs(other[0]).max()
+    np.testing.assert_array_equal(gradient("improved_mean_flow"), gradient("pixel_mean_flow"))
+
+
+def test_consistency_training_tends_to_the_eulerian_identity_at_one():
+    """Its gradient over 1 - s, less MeanFlow's at t = 1, is of the order of the step."""
+    limit = gradient("mean_flow", pair=(0.2, 1.0))
+    steps = np.array([0.04, 0.02, 0.01])
+    errors = [np.abs(gradient("consistency_training", pair=(0.2, 1.0), fraction=h) / 0.8 - limit).max() for h in steps]
+    assert abs(np.polyfit(np.log(steps), np.log(errors), 1)[0] - 1.0) < 0.1
+    assert errors[-1] < 0.05 * np.abs(limit).max()
+
+
+def test_alpha_flow_goes_from_the_pairs_velocity_to_mean_flow():
+    """At alpha = 1 it regresses v_{s,t} on I_s' for every t; as alpha falls its gradient tends to MeanFlow's."""
+    regression = method_of(
+        lambda row: identities.Residual(row.own.v(row.s, row.t, row.x), row.conditional, row.conditional)
+    )
+    np.testing.assert_allclose(gradient("alpha_flow", alpha=1.0), gradient(regression), rtol=1e-12)
+    alphas = np.array([0.04, 0.02, 0.01])
+    errors = [np.abs(gradient("alpha_flow", alpha=a) - gradient("mean_flow")).max() for a in alphas]
+    assert abs(np.polyfit(np.log(alphas), np.log(errors), 1)[0] - 1.0) < 0.1
+    np.testing.assert_array_equal(gradient("alpha_flow", alpha=0.04), gradient("soflow", fraction=0.04))
+
+
+def test_the_semigroup_gradient_tends_to_eulerian_self_distillation():
+    """Over 1 - gamma, as u -> s; and to MeanFlow's in expectation where v_{s,s} is the exact velocity."""
+    limit = gradient(method_of(eulerian_self))
+    mean_flow = gradient("mean_flow", on_diagonal=False)
+    shares = np.array([0.04, 0.02, 0.01])
+    errors, exact = [], []
+    for share in shares:
+        gammas = times.constant(1.0 - share)
+        errors.append(np.abs(gradient("psd_m", gammas=gammas) / share - limit).max())
+        exact.append(np.abs(gradient("psd_m", gammas=gammas, on_diagonal=False) / share - mean_flow).max())
+    for found in (errors, exact):
+        assert abs(np.polyfit(np.log(shares), np.log(found), 1)[0] - 1.0) < 0.15
+
+
+def test_shortcut_is_midpoint_self_distillation_on_a_dyadic_grid(key):
+    this = properties.independent_pairs("linear")
+    flow_map = properties.student(this, "linear", False)
+    theta, path = jnp.asarray(properties.OFF), interpolants.linear()
+    batch = types.Batch(this.batch.x1[:64], this.batch.x0[:64])
+    one = objectives.shortcut(flow_map, path, levels=5, leg="own")
+    two = objectives.psd_m(flow_map, path, pairs=times.dyadic(5), diagonal=0.875)
+    averaged = objectives.shortcut(flow_map, path, levels=5)
+    run = jax.jit(
+        lambda k: [o(theta, jax.random.clone(k), batch, types.Context(ema=theta))[0] for o in (one, two, averaged)]
+    )
+    first, second, third = run(key)
+    np.testing.assert_array_equal(first, second)
+    np.testing.assert_allclose(first, third, rtol=1e-12)
+    s, t = times.dyadic(5)(jax.random.key(1), 1000)
+    assert all(one.domain.contains(a, b) for a, b in zip(np.asarray(s), np.asarray(t), strict=True))
+
+
+def test_terminal_velocity_matching_with_its_own_velocity_is_lagrangian_self_distillation():
+    np.testing.assert_array_equal(gradient("tvm", leg="own"), gradient("lsd"))
+    np.testing.assert_allclose(gradient("tvm"), gradient("lsd"), rtol=1e-12)
+
+
+def test_the_noise_of_mean_flow_is_that_of_improved_mean_flow_times_the_maps_jacobian():
+    """At the exact map MeanFlow's gradient is grad X_{s,t} times improved MeanFlow's, for every pair: the latter has less
+    variance where the map expands and more where it contracts. The ratios are in docs/catalogue.md."""
+    ratios = {}
+    for scale in (1.0, 2.0):
+        this = properties.independent_pairs("linear", scale)
+        flow_map = properties.student(this, "linear", False)
+        middle = slice(len(this.weights) // 4, 3 * len(this.weights) // 4)
+
+        def gradients(name, this=this, flow_map=flow_map):
+            law = times.independent(times.constant(0.2), times.constant(0.9))
+            objective = METHODS[name].constructor(flow_map, interpolants.linear(), diagonal=0.0, pairs=law)
+
+            def one(row):
+                batch = types.Batch(row.x1[None], row.x0[None])
+                key = jax.random.key(0)
+                return jax.grad(lambda th: objective(th, key, batch)[0][0])(jnp.zeros(properties.FEATURES))
+
+            return np.asarray(jax.jit(jax.vmap(one))(this.batch))
+
+        x = 0.8 * this.batch.x0 + 0.2 * this.batch.x1
+        jump = lambda z, this=this: this.exact.jump(this.truth, 0.2, 0.9, z)[0]  # noqa: E731
+        slope = np.asarray(jax.jit(jax.vmap(jax.grad(jump)))(x))
+        plain, improved = gradients("mean_flow"), gradients("improved_mean_flow")
+        np.testing.assert_allclose(plain[middle], (slope * improved)[middle], rtol=1e-4, atol=1e-6)
+        ratios[scale] = [np.sum(this.weights[:, None] * g**2) for g in (improved, plain)]
+    contracting, expanding = (a / b for a, b in ratios.values())
+    assert expanding < 0.5 < contracting, (contracting, expanding)
+
+
+# --- What a reduction does to the exact map --------------------------------------------------------------------------
+
+
+BIASED = {
+    "adaptive": reductions.adaptive(1.0, 0.01),
+    "pseudo_huber": reductions.pseudo_huber(0.03),
+    "cauchy": reductions.cauchy(1.0),
+    "normalised": reductions.normalised(0.1),
+    "clamped": reductions.clamped(1.0),
+}
+
+
+@pytest.mark.parametrize("name", sorted(BIASED))
+def test_a_weight_that_depends_on_the_residual_biases_a_conditional_target(name):
+    """At the exact map the gradient of MeanFlow does not vanish; that of LSD and AYF, whose residuals do, does."""
+    zero = np.zeros(properties.FEATURES)
+    biased = np.abs(gradient("mean_flow", theta=zero, reduction=BIASED[name])).max()
+    assert biased > 1e-2 * np.abs(gradient("mean_flow", reduction=BIASED[name])).max()
+    for other in ("lsd", "ayf_emd"):
+        assert np.abs(gradient(other, theta=zero, reduction=BIASED[name])).max() < 1e-6
+
+
+# --- Reductions, and refusals, with every method ----------------------------------------------------------------------
+
+
+def small_map(params, s, t, x, cond=None, *, key=None):
+    return jnp.sin(params["a"] * x + s * params["b"]) + params["b"] * jnp.cos(t + s) * x
+
+
+def every_reduction(params, s, t, difference):
+    """The sum of all of them: one gradient through each."""
+    log_weight = lambda p, s_, t_: p["w"] * (t_ + s_ + 0.5)  # noqa: E731
+    chosen = [make() for make in reductions.REDUCTIONS.values()]
+    chosen += [
+        reductions.learned(log_weight),
+        reductions.learned(log_weight, of=reductions.normalised(0.1)),
+        reductions.learned_cauchy(log_weight),
+        reductions.clamped(1.0, then=reductions.pseudo_huber(0.1)),
+    ]
+    return sum(reduction(params, s, t, difference) for reduction in chosen)
+
+
+@pytest.mark.parametrize("name", sorted(METHODS))
+def test_every_method_takes_every_reduction_and_a_teacher(name, key):
+    method = METHODS[name]
+    path = interpolants.INTERPOLANTS[method.paths[0] if method.paths else "linear"]()
+    flow_map = types.FlowMap(small_map, types.BOTH)
+    params = {"a": jnp.array(0.7), "b": jnp.array(-0.4), "w": jnp.array(0.3)}
+    choices = {"reduction": every_reduction} if method.cost else {"diagonal_reduction": every_reduction}
+    objective = (
+        method.constructor(flow_map, path, teacher=lambda p, t, x, cond=None, *, key=None: p * x, **choices)
+        if "map teacher" not in method.needs
+        else method.constructor(flow_map, path, teacher=flow_map, **choices)
+    )
+    first, second = jax.random.split(jax.random.key(4))
+    batch = types.Batch(jax.random.normal(first, (16, 2)) + 0.5, jax.random.normal(second, (16, 2)))
+    teacher = params if "map teacher" in method.needs else jnp.array(0.3)
+    context = types.Context(ema=params, teacher=teacher)
+    value, slope = jax.jit(jax.value_and_grad(lambda p: objective(p, key, batch, context)[0].mean()))(params)
+    assert np.isfinite(value) and all(np.isfinite(leaf) for leaf in jax.tree.leaves(slope))
+    assert slope["w"] != 0 and slope["a"] != 0
+
+
+def x_form(path):
+    return parameterizations.flow_map(lambda p, s, t, x, cond=None, *, key=None: x, parameterizations.data_form(path))
+
+
+@pytest.mark.parametrize(
+    ("call", "message"),
+    [
+        (lambda: objectives.sct(types.FlowMap(small_map), interpolants.linear()), "trigonometric path"),
+        (lambda: objectives.scd(types.FlowMap(small_map), interpolants.linear()), "trigonometric path"),
+        (lambda: objectives.fmm(types.FlowMap(small_map), interpolants.linear()), "both directions"),
+        (lambda: objectives.pid(types.FlowMap(small_map), interpolants.variance_preserving()), "starts at the base"),
+        (lambda: objectives.free_flow(types.FlowMap(small_map), interpolants.cosine()), "starts at the base"),
+        (
+            lambda: objectives.pid(types.FlowMap(small_map, form="noise"), interpolants.linear()),
+            "noise form is singular",
+        ),
+        (
+            lambda: objectives.pixel_mean_flow(types.FlowMap(small_map, form="v"), interpolants.linear()),
+            "predicts the data",
+        ),
+        (lambda: objectives.shortcut(types.FlowMap(small_map), interpolants.linear(), levels=0), "levels"),
+    ],
+)
+def test_combinations_that_are_not_allowed_say_why(call, message):
+    with pytest.raises(ValueError, match=message):
+        call()
+    assert objectives.pixel_mean_flow(x_form(interpolants.linear()), interpolants.linear()).term == "eulerian"
+
+
+def test_what_a_method_lacks_is_named(key):
+    path, flow_map = interpolants.linear(), types.FlowMap(small_map)
+    params = {"a": jnp.array(0.7), "b": jnp.array(-0.4)}
+    batch = types.Batch(jnp.ones((8, 2)))
+    run = lambda objective, b=batch: objective(params, jax.random.clone(key), b)  # noqa: E731
+    for name in ("lmd", "emd", "ayf_emd", "pid", "progressive_distillation", "consistency_distillation"):
+        with pytest.raises(ValueError, match="teacher"):
+            run(METHODS[name].constructor(flow_map, path))
+    for name in ("tvm", "shortcut"):
+        with pytest.raises(ValueError, match=r"context\.ema"):
+            run(METHODS[name].constructor(flow_map, path))
+    with pytest.raises(ValueError, match=r"couplings\.reflow"):
+        run(objectives.reflow(flow_map, path))
+    with pytest.raises(ValueError, match="expected data for lsd"):
+        run(objectives.lsd(flow_map, path), types.Batch(None, jnp.ones((8, 2))))
+    velocity = lambda p, t, x, cond=None, *, key=None: x  # noqa: E731
+    with pytest.raises(ValueError, match="whose jumps"):
+        run(objectives.progressive_distillation(flow_map, path, teacher=velocity))
+
+
+def test_data_free_methods_need_no_data(key):
+    params = {"a": jnp.array(0.7), "b": jnp.array(-0.4)}
+    objective = objectives.pid(
+        types.FlowMap(small_map), interpolants.linear(), teacher=lambda p, t, x, c=None, *, key=None: x
+    )
+    x0 = jax.random.normal(jax.random.clone(key), (8, 2))
+    run = jax.jit(lambda x1, k: objective(params, k, types.Batch(x1, x0))[0])
+    without = run(None, jax.random.clone(key))
+    np.testing.assert_array_equal(without, run(jnp.full((8, 2), 9.0), jax.random.clone(key)))
+
+
+def test_a_velocity_as_the_first_teacher_of_progressive_distillation(key):
+    """Euler's legs of the exact velocity: the student's target is two Euler steps over the cell."""
+    flow_map = types.FlowMap(small_map)
+    params = {"a": jnp.array(0.7), "b": jnp.array(-0.4)}
+    velocity = lambda p, t, x, cond=None, *, key=None: p * x * (1 + t)  # noqa: E731
+    objective = objectives.progressive_distillation(
+        flow_map, interpolants.linear(), cells=lambda step: 4 // (step + 1), solver="euler", teacher=velocity
+    )
+    x0 = jnp.linspace(-1.0, 1.0, 8)[:, None]
+    batch = types.Batch(x0 + 1.0, x0)
+    for step, cell in ((0, 0.25), (1, 0.5), (3, 1.0)):
+        context = types.Context(step=jnp.int32(step), teacher=jnp.array(0.5))
+        loss, info = jax.jit(lambda c: objective(params, jax.random.clone(key), batch, c))(context)
+        assert np.isfinite(loss).all()
+        gap = np.flatnonzero(np.asarray(info["semigroup/count_by_gap"]))
+        assert set(gap) == {min(int(cell * 8), 7)}
+    s, t, b = 0.0, 1.0, 0.5
+    half = x0 + 0.5 * b * x0 * (1 + s)
+    two = half + 0.5 * b * half * (1.5)
+    target = (two - x0) / (t - s)
+    expected = jnp.sum((jax.vmap(lambda x: small_map(params, s, t, x))(x0) - target) ** 2, 1)
+    np.testing.assert_allclose(loss, expected, rtol=1e-10)
