@@ -10,7 +10,7 @@ import platform
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Literal, NamedTuple
 
 import jax
@@ -19,7 +19,7 @@ import numpy as np
 import optax
 
 from jflow import interpolants, nets, objectives, parameterizations, reductions, samplers, times, training
-from jflow.types import BoundFlowMap, FlowMap, Key
+from jflow.types import FORWARD, BoundFlowMap, Domain, FlowMap, Key
 
 JUMPS = (1, 2, 4, 8, 16)
 AVERAGE = "ema"
@@ -29,21 +29,17 @@ NOT_KEPT = ("out", "quick", "resume", "overwrite", "samples")
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class Config:
-    """The choices of an experiment; each subclass sets its own defaults."""
+class Training:
+    """The choices of a network and its training; each subclass sets its own defaults."""
 
     out: pathlib.Path
     """Directory for results.json, figures, samples, metrics and checkpoints."""
-    objective: Literal["lsd", "esd", "psd_m", "psd_u", "mean_flow", "improved_mean_flow"] = "lsd"
-    """The training method (docs: jflow.objectives)."""
     path: Literal["linear", "trigonometric", "cosine", "variance_preserving", "variance_exploding"] = "linear"
     """The interpolant."""
     parameterization: Literal["v", "x", "gaussian"] = "gaussian"
     """What the network predicts: the mean velocity, the data end, or the mean velocity beyond a Gaussian's."""
     velocity: Literal["pair", "batch"] = "pair"
     """The estimate of the velocity: from each pair, or its mean over the data of the batch (few dimensions)."""
-    reduction: Literal["squared", "adaptive"] = "squared"
-    """Residual to loss off the diagonal; with the squared one MeanFlow diverged here (see docs/results.md)."""
     steps: int = 9000
     """Optimizer steps in all."""
     batch: int = 512
@@ -54,14 +50,6 @@ class Config:
     """Steps of the warm-up."""
     clip: float = 10.0
     """Largest norm of a gradient."""
-    diagonal: float = 0.65
-    """Share of each batch with s = t."""
-    diagonal_start: float = 0.3
-    """Share of the steps, at the beginning, in which the diagonal alone is trained."""
-    full_jumps: float = 0.5
-    """Share of the off-diagonal rows that start at s = 0; the others are uniform on the triangle."""
-    stratified: bool = True
-    """Spread the times of a batch evenly over their law."""
     beta2: float = 0.99
     """Adam's decay of the second moment."""
     ema: float = 16.0
@@ -100,17 +88,8 @@ class Config:
                 raise ValueError(f"--{_flag(name)}: expected a positive whole number, got {getattr(self, name)}")
         if self.warmup < 0 or self.warmup >= self.steps:
             raise ValueError(f"--warmup: expected at least 0 and less than --steps {self.steps}, got {self.warmup}")
-        for name, low, high in (
-            ("diagonal", 0.0, 1.0),
-            ("diagonal_start", 0.0, 1.0),
-            ("full_jumps", 0.0, 1.0),
-            ("beta2", 0.0, 1.0),
-            ("ema", 0.0, float("inf")),
-        ):
-            if not low <= getattr(self, name) <= high:
-                raise ValueError(
-                    f"--{_flag(name)}: expected a number from {low:g} to {high:g}, got {getattr(self, name)}"
-                )
+        _between(self, "beta2", 0.0, 1.0)
+        _between(self, "ema", 0.0, float("inf"))
         for name in ("learning_rate", "clip"):
             if not 0.0 < getattr(self, name) < float("inf"):
                 raise ValueError(f"--{_flag(name)}: expected a positive number, got {getattr(self, name)}")
@@ -118,8 +97,6 @@ class Config:
             raise ValueError(f"--octaves: expected a whole number from 0, got {self.octaves}")
         if self.seed < 0:
             raise ValueError(f"--seed: expected a whole number from 0, got {self.seed}")
-        if self.diagonal == 1.0:
-            raise ValueError("--diagonal: expected less than 1: a flow map is learned on the off-diagonal rows")
         if self.resume and self.overwrite:
             raise ValueError("--resume, --overwrite: expected at most one of them")
 
@@ -130,6 +107,38 @@ class Config:
             name = pathlib.Path(sys.modules["__main__"].__file__ or "").stem
         values = {f.name: getattr(self, f.name) for f in dataclasses.fields(self) if f.name not in NOT_KEPT}
         return {"experiment": name, **values}
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Config(Training):
+    """The choices of an experiment with one objective."""
+
+    objective: Literal["lsd", "esd", "psd_m", "psd_u", "mean_flow", "improved_mean_flow"] = "lsd"
+    """The training method (docs: jflow.objectives)."""
+    reduction: Literal["squared", "adaptive"] = "squared"
+    """Residual to loss off the diagonal; with the squared one MeanFlow diverged here (see docs/results.md)."""
+    diagonal: float = 0.65
+    """Share of each batch with s = t."""
+    diagonal_start: float = 0.3
+    """Share of the steps, at the beginning, in which the diagonal alone is trained."""
+    full_jumps: float = 0.5
+    """Share of the off-diagonal rows that start at s = 0; the others are uniform on the triangle."""
+    stratified: bool = True
+    """Spread the times of a batch evenly over their law."""
+
+    def check(self) -> None:
+        """As ``Training.check``."""
+        super().check()
+        for name in ("diagonal", "diagonal_start", "full_jumps"):
+            _between(self, name, 0.0, 1.0)
+        if self.diagonal == 1.0:
+            raise ValueError("--diagonal: expected less than 1: a flow map is learned on the off-diagonal rows")
+
+
+def _between(config: Training, name: str, low: float, high: float) -> None:
+    value = getattr(config, name)
+    if not low <= value <= high:
+        raise ValueError(f"--{_flag(name)}: expected a number from {low:g} to {high:g}, got {value}")
 
 
 class Problem(NamedTuple):
@@ -168,7 +177,7 @@ class Model(NamedTuple):
     interpolant: interpolants.Interpolant
 
 
-def build(config: Config, problem: Problem) -> Model:
+def build(config: Training, problem: Problem, domain: Domain = FORWARD) -> Model:
     """The network of a configuration as a FlowMap."""
     fields = {"features": config.features, "depth": config.depth, "num_classes": problem.classes}
     if config.octaves:
@@ -180,7 +189,7 @@ def build(config: Config, problem: Problem) -> Model:
     def init(key: Key) -> Any:
         return module.init(key, jnp.float32(0.0), jnp.float32(1.0), jnp.zeros(problem.event, jnp.float32))["params"]
 
-    return Model(parameterizations.flow_map(nets.from_linen(module), form), jax.jit(init), interpolant)
+    return Model(parameterizations.flow_map(nets.from_linen(module), form, domain), jax.jit(init), interpolant)
 
 
 def objective_of(config: Config, model: Model) -> Callable[..., Any]:
@@ -207,24 +216,53 @@ def objective_of(config: Config, model: Model) -> Callable[..., Any]:
     return objectives.sequence([(0, alone), (first, method)])
 
 
-def train(config: Config, problem: Problem, model: Model) -> tuple[BoundFlowMap, float]:
-    """Trains, writing metrics and checkpoints to ``config.out``.
+class Trainer(NamedTuple):
+    """A training that has not begun.
 
-    Returns:
-      (the map at the averaged parameters, seconds that the training took, compilation included).
+    Attributes:
+      state: the first state.
+      step: ``(state, batch) -> (state, metrics)``, not jitted.
+      chunk: many of them.
     """
+
+    state: training.TrainState
+    step: Callable[..., Any]
+    chunk: Callable[..., Any]
+
+
+def trainer(
+    config: Training,
+    problem: Problem,
+    model: Model,
+    objective: Callable[..., Any],
+    *,
+    params: Any = None,
+    teacher: Any = None,
+    teacher_updates: Sequence[int] = (),
+) -> Trainer:
+    """The optimizer, the average and the state of a configuration; from ``params`` where they are given."""
     schedule = optax.warmup_cosine_decay_schedule(0.0, config.learning_rate, config.warmup, config.steps)
     optimizer = optax.chain(optax.clip_by_global_norm(config.clip), optax.radam(schedule, b2=config.beta2))
     averages = {AVERAGE: training.ema.power(config.ema)}
     init_key, train_key = jax.random.split(jax.random.key(config.seed))
-    state = training.init_state(model.init(init_key), optimizer, train_key, ema=averages)
-    step = training.make_step(objective_of(config, model), optimizer, ema=averages)
-    chunk = training.make_chunk(step, problem.dataset.batch)
+    params = model.init(init_key) if params is None else params
+    state = training.init_state(params, optimizer, train_key, ema=averages, teacher=teacher)
+    step = training.make_step(objective, optimizer, ema=averages, teacher_updates=teacher_updates)
+    return Trainer(state, step, training.make_chunk(step, problem.dataset.batch))
+
+
+def train(config: Training, problem: Problem, model: Model, this: Trainer | None = None) -> tuple[BoundFlowMap, float]:
+    """Trains, writing metrics and checkpoints to ``config.out``; ``this`` is by default that of ``objective_of``.
+
+    Returns:
+      (the map at the averaged parameters, seconds that the training took, compilation included).
+    """
+    this = trainer(config, problem, model, objective_of(config, model)) if this is None else this
     log_every = min(config.log_every, config.steps)
     began = time.perf_counter()
     state = training.fit(
-        state,
-        chunk,
+        this.state,
+        this.chunk,
         problem.dataset.data,
         total_steps=config.steps,
         log_every=log_every,

@@ -1,5 +1,8 @@
-"""Every row pays only for what it needs: XLA FLOPs of a training step over those of a flow-matching step."""
+"""Every row pays only for what it needs: XLA FLOPs of a method's gradient over those of its parts, compiled apart, and
+of a training step over those of a flow-matching step.
+"""
 
+import collections
 import functools
 
 import jax
@@ -7,16 +10,32 @@ import jax.numpy as jnp
 import optax
 import pytest
 
-from jflow import interpolants, nets, objectives, parameterizations, training, types
+from jflow import interpolants, nets, objectives, parameterizations, solvers, training, types
 
 # Passes: 0.75 x 3 + 0.25 x (7, 5, 5, 8, 4, 5) over 3; the derivative's own elementwise work is the rest.
 PLAIN = {"lsd": 1.34, "psd_m": 1.17, "psd_u": 1.17, "esd": 1.43, "mean_flow": 1.09, "improved_mean_flow": 1.17}
 EMBEDDED = {"lsd": 1.35, "psd_m": 1.19, "esd": 1.44, "mean_flow": 1.10}
-BATCH = 512
+BATCH, DIM = 512, 2
+# Both ways: a declared pass too many shows as one too few does, even on the eighth of a batch (4 % of a step).
+PARTS = 0.02
+# XLA's analysis counts the body of a loop once, and Diffrax loops over the stages of a step: the evaluations not counted.
+# That they are evaluated once each, and how often the network is called in all, is the last test's.
+IN_LOOP = {name: solvers.METHODS["heun"][1] - 1 for name in ("consistency_distillation", "ctm")}
+# What a teacher given to the constructor adds to an off-diagonal sample, in forward passes: its velocity, where the
+# method has a conditional one, and nothing where it has none or asks the teacher at that point anyway.
+TAUGHT = {"lsd": 0, "mean_flow": 1, "split_mean_flow": 0, "emd": 0, "lmd": 0, "ctm": 0}
 
 
 def networks():
     return {"plain": nets.MLP.plain(features=512, depth=5), "embedded": nets.MLP(features=512, depth=5)}
+
+
+def floats(*shape):
+    return jax.ShapeDtypeStruct(shape, jnp.float32)
+
+
+def counted(function, *args):
+    return jax.jit(function).lower(*args).compile().cost_analysis()["flops"]
 
 
 @functools.cache
@@ -29,12 +48,113 @@ def flops(network, method):
     zero = jnp.zeros((), jnp.float32)
 
     def init(key):
-        params = module.init(key, zero, zero, jnp.zeros((2,), jnp.float32))["params"]
+        params = module.init(key, zero, zero, jnp.zeros((DIM,), jnp.float32))["params"]
         return training.init_state(params, optimizer, jax.random.key(1))
 
     state = jax.eval_shape(init, jax.random.key(0))
-    batch = types.Batch(jax.ShapeDtypeStruct((BATCH, 2), jnp.float32))
-    return jax.jit(step).lower(state, batch).compile().cost_analysis()["flops"]
+    return counted(step, state, types.Batch(floats(BATCH, DIM)))
+
+
+def plain_params():
+    zero = jnp.zeros((), jnp.float32)
+    init = networks()["plain"].init
+    return jax.eval_shape(
+        lambda key: init(key, zero, zero, jnp.zeros((DIM,), jnp.float32))["params"], jax.random.key(0)
+    )
+
+
+@functools.cache
+def pieces():
+    """FLOPs of one row of each piece of ``objectives.PASSES``: the same network, each in a program of its own."""
+    network = jax.vmap(nets.from_linen(networks()["plain"]), (None, 0, 0, 0))
+    params, points = plain_params(), (floats(BATCH), floats(BATCH), floats(BATCH, DIM))
+    out = points[2]
+
+    def backward(params, point, out):
+        return jax.value_and_grad(lambda p: jnp.vdot(network(p, *point), out))(params)
+
+    def jvp(params, point, direction):
+        return jax.jvp(functools.partial(network, params), point, direction)
+
+    def tangent(params, point, *directions):
+        value, linear = jax.linearize(functools.partial(network, params), *point)
+        return value, [linear(*direction) for direction in directions]
+
+    def jvp_backward(params, point, direction, out, out_dot):
+        def both(p):
+            value, derivative = jvp(p, point, direction)
+            return jnp.vdot(value, out) + jnp.vdot(derivative, out_dot)
+
+        return jax.value_and_grad(both)(params)
+
+    def input_backward(params, point, out):
+        return jax.value_and_grad(lambda x: jnp.vdot(network(params, *point[:2], x), out))(point[2])
+
+    forward = counted(network, params, *points)
+    with_jvp = counted(jvp, params, points, points)
+    whole = {
+        "forward": forward,
+        "backward": counted(backward, params, points, out) - forward,
+        "jvp": with_jvp,
+        "tangent": counted(tangent, params, points, points, points) - with_jvp,
+        "jvp_backward": counted(jvp_backward, params, points, points, out, out) - with_jvp,
+        "input_backward": counted(input_backward, params, points, out) - forward,
+    }
+    return {name: flops / BATCH for name, flops in whole.items()}
+
+
+def build(name, apply, **choices):
+    """The method on its first path and in its first form, with maps of both directions."""
+    method = objectives.METHODS[name]
+    path = interpolants.INTERPOLANTS[(method.paths or ("linear",))[0]]()
+    form = parameterizations.PARAMETERIZATIONS[(method.forms or ("v",))[0]](path)
+    flow_map = parameterizations.flow_map(apply, form, domain=types.BOTH)
+    if choices.pop("teacher", False):
+        choices["teacher"] = flow_map
+    return method, method.constructor(flow_map, path, **choices)
+
+
+def data_of(method, params, step, points, *, teacher=False):
+    """(batch, context): averaged and teacher parameters are other arguments than the trained ones."""
+    taught = teacher or set(method.needs) & {"teacher", "map teacher"}
+    context = types.Context(step, ema=params if "ema" in method.needs else None, teacher=params if taught else None)
+    return types.Batch(points, x0=points if "pairs" in method.needs else None), context
+
+
+def over_parts(name, *, on_extra=0, off_extra=0, **choices):
+    """FLOPs of the gradient of the mean loss over those of its parts; the extras are forward passes of a row."""
+    method, objective = build(name, nets.from_linen(networks()["plain"]), **choices)
+    params = plain_params()
+    step = jax.ShapeDtypeStruct((), jnp.int32)
+    batch, context = data_of(method, params, step, floats(BATCH, DIM), teacher=choices.get("teacher", False))
+
+    def loss(params, key, batch, context):
+        per_sample, info = objective(params, key, batch, context)
+        return jnp.mean(per_sample), info
+
+    key = jax.eval_shape(lambda: jax.random.key(0))
+    found = counted(jax.value_and_grad(loss, has_aux=True), params, key, batch, context)
+    on, off = objective.rows(BATCH)
+    part = pieces()
+    found += off * IN_LOOP.get(name, 0) * part["forward"]
+    on_cost = (1 + on_extra) * part["forward"] + part["backward"]
+    off_cost = off_extra * part["forward"] + sum(part[piece] * count for piece, count in method.cost.items())
+    return found / (on * on_cost + off * off_cost)
+
+
+@pytest.mark.parametrize("piece", objectives.PASSES)
+def test_a_piece_costs_its_passes(piece):
+    assert pieces()[piece] / pieces()["forward"] == pytest.approx(objectives.PASSES[piece], rel=PARTS)
+
+
+@pytest.mark.parametrize("name", objectives.METHODS)
+def test_a_method_costs_the_sum_of_its_parts(name):
+    assert over_parts(name) == pytest.approx(1.0, abs=PARTS)
+
+
+@pytest.mark.parametrize("name", TAUGHT)
+def test_a_teacher_is_paid_for_where_it_is_asked(name):
+    assert over_parts(name, on_extra=1, off_extra=TAUGHT[name], teacher=True) == pytest.approx(1.0, abs=PARTS)
 
 
 @pytest.mark.parametrize("method", sorted(PLAIN))
@@ -49,5 +169,23 @@ def test_default_embeddings(method):
 
 def test_the_counts_are_those_of_the_passes():
     """A sanity check from below: the plain network's flow-matching step is three passes over the batch."""
-    forward = BATCH * 2 * (4 * 512 + 4 * 512 * 512 + 512 * 2)
+    forward = BATCH * 2 * (4 * 512 + 4 * 512 * 512 + 512 * DIM)
     assert 0.95 < flops("plain", "flow_matching") / (3 * forward) < 1.1
+
+
+@pytest.mark.parametrize("name", IN_LOOP)
+def test_the_network_is_called_as_often_as_declared(name):
+    """At run time, loops and all: on every row once for each forward pass of the registry."""
+    calls = collections.Counter()
+
+    def network(params, s, t, x, cond=None, *, key=None):
+        jax.debug.callback(lambda _: calls.update(["network"]), t)
+        return params * x
+
+    method, objective = build(name, network)
+    params, size = jnp.float32(0.5), 8
+    batch, context = data_of(method, params, jnp.int32(0), jnp.ones((size, DIM), jnp.float32))
+    jax.block_until_ready(jax.jit(objective)(params, jax.random.key(0), batch, context))
+    jax.effects_barrier()
+    on, off = objective.rows(size)
+    assert calls["network"] == on + off * method.cost["forward"]
