@@ -36,16 +36,19 @@ from jflow import (
     oracles,
     samplers,
     solvers,
+    times,
     training,
 )
 from jflow.objectives import curriculum
 from jflow.training import metrics_log
-from jflow.types import BOTH, FORWARD, BoundFlowMap, Domain, FlowMap
+from jflow.types import BOTH, FORWARD, TO_DATA, BoundFlowMap, Domain, FlowMap
 
 JUMPS = (1, 2, 4, 8)
 BASELINE = "flow_matching"
 ONE_JUMP = Domain("one jump, from 0 to 1", source=0.0, target=1.0)
 FIRST_CELLS = 16
+# Those whose objective takes a step of Heun's method by Diffrax.
+SOLVED = ("consistency_distillation", "ctm")
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -70,7 +73,7 @@ class Config(common.Training):
     pool: int = 65536
     """Pairs made beforehand, for reflow and optimal transport."""
     timed: int = 11
-    """Interleaved repetitions of a step's timing; 0 for none."""
+    """Interleaved repetitions of a step's timing; 0 for neither times nor FLOPs."""
 
     def check(self) -> None:
         """As ``Training.check``, and the names of the methods."""
@@ -136,6 +139,8 @@ def _rows() -> dict[str, Row]:
         "ect": Row(
             "ect", choices=lambda c: {"fraction": curriculum.shrinking(max(c.steps // 7, 1), 2.0, 0.02)}, **taught
         ),
+        # Most of its residual is near the data, where consistency models put most of their samples (2310.14189).
+        "facm": Row("facm", choices=lambda c: {"pairs": times.to_data(times.logit_normal(1.1, 2.0))}, trained=TO_DATA),
         "sct": Row("sct", path="trigonometric", parameterization="trigonometric"),
         "scd": Row(
             "scd",
@@ -178,7 +183,7 @@ class Job:
 
     def __init__(self, config: Config, name: str, seed: int) -> None:
         row = ROWS[name]
-        self.name, self.row, self.seed = name, row, seed
+        self.whole, self.name, self.row, self.seed = config, name, row, seed
         out = directory(config, name, seed)
         steps = config.steps
         if config.budget == "flops" and name != BASELINE:
@@ -262,8 +267,8 @@ class Job:
         bound, seconds = common.train(config, self.problem, self.model, this)
         row: dict[str, Any] = {"name": self.name, "seed": self.seed, "steps": config.steps, "training_seconds": seconds}
         row |= measure(self, bound) | (self.cost or {})
-        if self.seed == 0 and config.budget == "samples":
-            row |= price(self)
+        if self.seed == 0 and config.budget == "samples" and config.timed:
+            row |= price(self.whole, self)
         warned = [r["warning"] for r in metrics_log.read(config.out / "metrics.jsonl") if r.get("warning")]
         row["warnings"] = len(warned)
         common.write_json(config.out / "row.json", row)
@@ -349,21 +354,35 @@ def _renoised(
     return jax.vmap(lambda k, x_: samplers.renoise(bound, interpolant, k, x_, np.array(grid), 1.0))(keys, x)
 
 
-def price(job: Job) -> dict[str, Any]:
+@functools.cache
+def _baseline(config: Config) -> tuple[common.Trainer, Any, float]:
+    """The flow-matching row's training, its data and the FLOPs of a step."""
+    job = Job(config, BASELINE, 0)
+    trainer, dataset = job.trainer(), job.problem.dataset
+    return trainer, dataset.data, _flops(trainer.step, trainer.state, dataset.batch(dataset.data, jnp.int32(0)))
+
+
+def _flops(function: Callable[..., Any], *args: Any) -> float:
+    return jax.jit(function).lower(*args).compile().cost_analysis()["flops"]
+
+
+def price(config: Config, job: Job) -> dict[str, Any]:
     """FLOPs and time of a step over those of flow matching, the times interleaved; medians."""
-    base = Job(dataclasses.replace(job.config, out=job.config.out.parents[2], seed=0), BASELINE, 0)
-    this, other = job.trainer(), base.trainer()
-    batches = [j.problem.dataset.batch(j.problem.dataset.data, jnp.int32(0)) for j in (job, base)]
-    counts = [
-        jax.jit(t.step).lower(t.state, b).compile().cost_analysis()["flops"]
-        for t, b in zip((this, other), batches, strict=True)
-    ]
-    priced = {"flops": counts[0] / counts[1]}
-    if job.config.timed == 0:
-        return priced
-    states, data = [this.state, other.state], [job.problem.dataset.data, base.problem.dataset.data]
+    this, dataset = job.trainer(), job.problem.dataset
+    other, other_data, base = _baseline(config)
+    batch = dataset.batch(dataset.data, jnp.int32(0))
+    flops = _flops(this.step, this.state, batch)
+    if job.row.method in SOLVED:
+        # XLA counts the body of Diffrax's loop over the two stages of Heun's step once.
+        rows = job.objective()[0].rows(len(batch.x1))[1]
+        zeros = jnp.zeros((rows,), jnp.float32)
+        network = jax.vmap(job.model.flow_map.mean_velocity, (None, 0, 0, 0))
+        flops += _flops(network, this.state.params, zeros, zeros, batch.x1[:rows])
+    priced = {"flops": flops / base}
+    # A chunk donates its state, and the baseline's is wanted again.
+    states, data = [this.state, jax.tree.map(jnp.copy, other.state)], [dataset.data, other_data]
     chunks, spent = [this.chunk, other.chunk], ([], [])
-    for repeat in range(job.config.timed + 1):
+    for repeat in range(config.timed + 1):
         for i in range(2):
             began = time.perf_counter()
             states[i], _ = jax.block_until_ready(chunks[i](states[i], data[i], 20))
