@@ -208,6 +208,38 @@ def test_the_noise_of_mean_flow_is_that_of_improved_mean_flow_times_the_maps_jac
     assert expanding < 0.5 < contracting, (contracting, expanding)
 
 
+WARMED = ["lsd", "tvm", "lmd", "ayf_lmd", "esd", "emd", "ayf_emd", "mean_flow", "improved_mean_flow", "facm"]
+WARMED += ["decoupled_mean_flow", "pixel_mean_flow"]
+
+
+@pytest.mark.parametrize("name", WARMED)
+def test_a_tangent_warm_up_goes_from_a_regression_to_the_method(name):
+    """At r = 0 the derivative is gone from value and gradient; at r = 1 nothing has changed; r follows the step."""
+    method = METHODS[name]
+    flow_map, path = types.FlowMap(small_map, types.BOTH), interpolants.linear()
+    choices = {"diagonal": 0.0, "pairs": times.independent(times.constant(0.2), times.constant(0.7))}
+    choices |= {"teacher": lambda p, t, x, cond=None, *, key=None: p * x} if "teacher" in method.needs else {}
+    params = {"a": jnp.array(0.7), "b": jnp.array(-0.4)}
+    batch = types.Batch(jnp.array([[0.5, 1.0], [-0.3, 0.2]]), jnp.array([[0.1, -1.0], [0.8, 0.4]]))
+
+    def loss(step, **more):
+        objective = method.constructor(flow_map, path, **choices, **more)
+        context = types.Context(step=jnp.int32(step), ema=params, teacher=jnp.array(0.3))
+        return objective(params, jax.random.key(0), batch, context)[0]
+
+    def none(function, primals, *tangents):
+        value = function(*primals)
+        return value, tuple(jnp.zeros_like(value) for _ in tangents)
+
+    run = jax.jit(
+        lambda: (loss(0, warmup=lambda k: k / 4), loss(0, derivative=none), loss(4, warmup=lambda k: k / 4), loss(0))
+    )
+    without, expected, whole, plain = run()
+    np.testing.assert_allclose(without, expected, rtol=1e-12)
+    np.testing.assert_allclose(whole, plain, rtol=1e-12)
+    assert np.abs(without - whole).max() > 1e-3
+
+
 # --- What a reduction does to the exact map --------------------------------------------------------------------------
 
 

@@ -43,25 +43,35 @@ def _eulerian(
 
 
 def esd(
-    flow_map: FlowMap, interpolant: Interpolant, *, derivative: Derivative = identities.forward_mode, **choices: Any
+    flow_map: FlowMap,
+    interpolant: Interpolant,
+    *,
+    warmup: Schedule | None = None,
+    derivative: Derivative = identities.forward_mode,
+    **choices: Any,
 ) -> Objective:
     """R( v_{s,t} - (t-s) d/ds v_{s,t} - sg[ v_{s,s} + (t-s) grad v_{s,t} v_{s,s} ] ) + tangent: Eulerian self-distillation
     (2505.18825).
 
     Cost: 8 passes (value and two derivatives 3, back 4, the diagonal 1).
     """
-    residual = _eulerian("own", "spatial", derivative)
+    residual = _eulerian("own", "spatial", derivative, warmup=warmup)
     return Objective("esd", flow_map, interpolant, residual, "eulerian", **choices)
 
 
 def emd(
-    flow_map: FlowMap, interpolant: Interpolant, *, derivative: Derivative = identities.forward_mode, **choices: Any
+    flow_map: FlowMap,
+    interpolant: Interpolant,
+    *,
+    warmup: Schedule | None = None,
+    derivative: Derivative = identities.forward_mode,
+    **choices: Any,
 ) -> Objective:
     """R( d/ds X_{s,t} + grad X_{s,t} b_s ): Eulerian map distillation (2406.07507); nothing is stopped.
 
     Cost: 7 passes (the teacher 1, derivative with value 2, back 4).
     """
-    residual = _eulerian("teacher", "none", derivative)
+    residual = _eulerian("teacher", "none", derivative, warmup=warmup)
     return Objective("emd", flow_map, interpolant, residual, "eulerian", **{"diagonal": 0.0, **choices})
 
 
@@ -117,7 +127,14 @@ def improved_mean_flow(
     return Objective("improved_mean_flow", flow_map, interpolant, residual, "eulerian", **choices)
 
 
-def pixel_mean_flow(flow_map: FlowMap, interpolant: Interpolant, **choices: Any) -> Objective:
+def pixel_mean_flow(
+    flow_map: FlowMap,
+    interpolant: Interpolant,
+    *,
+    warmup: Schedule | None = None,
+    derivative: Derivative = identities.forward_mode,
+    **choices: Any,
+) -> Objective:
     """Improved MeanFlow of a network that predicts the data end: pixel MeanFlow (2601.22158).
 
     The residual is that of ``improved_mean_flow``, in v; the map must be in the x-formulation, with its clamp (0.05).
@@ -128,7 +145,7 @@ def pixel_mean_flow(flow_map: FlowMap, interpolant: Interpolant, **choices: Any)
     """
     if flow_map.form not in ("", "x"):
         raise ValueError(f"flow_map: pixel MeanFlow's network predicts the data (form 'x'), got form {flow_map.form!r}")
-    residual = _eulerian("conditional", "target", identities.forward_mode, along="own")
+    residual = _eulerian("conditional", "target", derivative, along="own", warmup=warmup)
     return Objective("pixel_mean_flow", flow_map, interpolant, residual, "eulerian", **choices)
 
 
@@ -136,6 +153,7 @@ def decoupled_mean_flow(
     flow_map: FlowMap,
     interpolant: Interpolant,
     *,
+    warmup: Schedule | None = None,
     derivative: Derivative = identities.forward_mode,
     **choices: Any,
 ) -> Objective:
@@ -145,12 +163,17 @@ def decoupled_mean_flow(
     network's weights as its diagonal, and the reduction, Cauchy of learned scale (``reductions.learned_cauchy``). With a
     ``teacher`` (guided or not) its velocity takes the place of I_s'. Cost: 4 passes, 5 with a teacher.
     """
-    residual = _eulerian("conditional", "target", derivative)
+    residual = _eulerian("conditional", "target", derivative, warmup=warmup)
     return Objective("decoupled_mean_flow", flow_map, interpolant, residual, "eulerian", **choices)
 
 
 def facm(
-    flow_map: FlowMap, interpolant: Interpolant, *, derivative: Derivative = identities.forward_mode, **choices: Any
+    flow_map: FlowMap,
+    interpolant: Interpolant,
+    *,
+    warmup: Schedule | None = None,
+    derivative: Derivative = identities.forward_mode,
+    **choices: Any,
 ) -> Objective:
     """R( v_{s,1} - sg[ I_s' + (1-s) ( d/ds v_{s,1} + grad v_{s,1} I_s' ) ] ) + tangent: flow-anchored consistency
     (2507.03738).
@@ -159,7 +182,7 @@ def facm(
     time. With a ``teacher`` its velocity takes the place of I_s'. The paper clamps the residual's entries at 1
     (``reductions.clamped``). Cost: 4 passes, 5 with a teacher.
     """
-    residual = _eulerian("conditional", "target", derivative)
+    residual = _eulerian("conditional", "target", derivative, warmup=warmup)
     choices = {"diagonal": 0.5, **_to_data(choices)}
     return Objective("facm", flow_map, interpolant, residual, "eulerian", **choices)
 

@@ -1,8 +1,8 @@
 r"""Methods of the Lagrangian identity: the image of a point moves with the velocity at the place where it is.
 
-In the formulas R is |.|^2 under the reduction, sg the stop-gradient, x = I_s, b the teacher's velocity, and
-``derivative`` may be replaced by a finite difference. A tangent term, where there is one, is on the ``diagonal`` share of
-the batch. Cost is per off-diagonal sample, in forward passes of the network.
+In the formulas R is |.|^2 under the reduction, sg the stop-gradient, x = I_s, b the teacher's velocity. ``derivative`` may be
+replaced by a finite difference, and ``warmup``, a schedule r, multiplies it (1 by default). A tangent term, where there is
+one, is on the ``diagonal`` share of the batch. Cost is per off-diagonal sample, in forward passes of the network.
 """
 
 from __future__ import annotations
@@ -29,13 +29,18 @@ def _lagrangian(velocity: str, stop: str, derivative: Derivative, warmup: Schedu
 
 
 def lsd(
-    flow_map: FlowMap, interpolant: Interpolant, *, derivative: Derivative = identities.forward_mode, **choices: Any
+    flow_map: FlowMap,
+    interpolant: Interpolant,
+    *,
+    warmup: Schedule | None = None,
+    derivative: Derivative = identities.forward_mode,
+    **choices: Any,
 ) -> Objective:
     """R( v_{s,t} + (t-s) d/dt v_{s,t} - sg v_{t,t}(X_{s,t}) ) + tangent: Lagrangian self-distillation (2505.18825).
 
     Cost: 7 passes (derivative with value 2, back through it 4, the diagonal 1).
     """
-    residual = _lagrangian("own", "velocity", derivative)
+    residual = _lagrangian("own", "velocity", derivative, warmup)
     return Objective("lsd", flow_map, interpolant, residual, "lagrangian", **choices)
 
 
@@ -44,6 +49,7 @@ def tvm(
     interpolant: Interpolant,
     *,
     leg: str = "ema",
+    warmup: Schedule | None = None,
     derivative: Derivative = identities.forward_mode,
     **choices: Any,
 ) -> Objective:
@@ -52,18 +58,23 @@ def tvm(
     As ``lsd`` with the velocity of an average (``leg``: "ema" or "own"). The paper asks of the network that it be
     Lipschitz in its points. Cost: 7 passes.
     """
-    residual = _lagrangian(leg, "velocity", derivative)
+    residual = _lagrangian(leg, "velocity", derivative, warmup)
     return Objective("tvm", flow_map, interpolant, residual, "lagrangian", **choices)
 
 
 def lmd(
-    flow_map: FlowMap, interpolant: Interpolant, *, derivative: Derivative = identities.forward_mode, **choices: Any
+    flow_map: FlowMap,
+    interpolant: Interpolant,
+    *,
+    warmup: Schedule | None = None,
+    derivative: Derivative = identities.forward_mode,
+    **choices: Any,
 ) -> Objective:
     """R( d/dt X_{s,t}(x) - b_t(X_{s,t}(x)) ): Lagrangian map distillation (2406.07507); nothing is stopped.
 
     Cost: 8 passes (derivative with value 2, back 4, the teacher 1, and back to its input 1).
     """
-    residual = _lagrangian("teacher", "none", derivative)
+    residual = _lagrangian("teacher", "none", derivative, warmup)
     return Objective("lmd", flow_map, interpolant, residual, "lagrangian", **{"diagonal": 0.0, **choices})
 
 
@@ -77,7 +88,7 @@ def ayf_lmd(
 ) -> Objective:
     """R( v_{s,t} - sg[ b_t(X_{s,t}) - r (t-s) d/dt v_{s,t} ] ): Align Your Flow, Lagrangian (2506.14603).
 
-    ``warmup`` is r (1 by default; the paper's rises to 0.99). The paper normalises the tangent
+    ``warmup`` is r; the paper's rises to 0.99. The paper normalises the tangent
     (``reductions.normalised``) and guides the teacher (``guidance.autoguided``). Cost: 5 passes.
     """
     residual = _lagrangian("teacher", "target", derivative, warmup)
