@@ -86,6 +86,10 @@ class Config(common.Training):
                 "--seeds, --pool, --compared, --timed: expected positive numbers, a pool of one batch at least"
             )
 
+    def kept(self) -> dict[str, Any]:
+        """As ``Training.kept``, without what chooses and measures rows and does not change one."""
+        return {k: v for k, v in super().kept().items() if k not in ("methods", "seeds", "compared", "timed")}
+
 
 @dataclasses.dataclass(frozen=True)
 class Row:
@@ -502,7 +506,7 @@ def run(config: Config) -> None:
     (config.out / "table.md").write_text(text + "\n")
     common.write_json(
         config.out / "results.json",
-        {"rows": found, "config": {**config.kept(), "methods": list(config.methods)}, **common.environment()},
+        {"rows": found, "config": config.kept(), **common.environment()},
     )
     _figure(config, found)
 

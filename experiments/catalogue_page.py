@@ -14,6 +14,7 @@ import json
 import pathlib
 from typing import Any
 
+from benchmarks import reduction_bias
 from experiments import catalogue, common
 from jflow import objectives
 
@@ -78,10 +79,13 @@ the exact map alone: away from it the derivative along the pair's velocity carri
 
 BIAS = """## What a reduction does to the exact map
 
-With a velocity from the pair in the target (MeanFlow and its kin, consistency training, flow matching itself), a
-weight that depends on the residual moves the stationary point wherever x1 given x is skewed. `python -m
-benchmarks.reduction_bias` solves for the point where the expected gradient vanishes, by quadrature, and gives how far
-it lies from the exact mean velocity, relative to that velocity's root mean square:
+With a velocity from the pair in the target (MeanFlow and its kin, consistency training, flow matching itself), a weight that
+depends on the residual moves the stationary point wherever x1 given x is skewed. `python -m benchmarks.reduction_bias`
+solves, by quadrature, for the shift m of the mean velocity at which MeanFlow's expected gradient vanishes at each point, with
+the derivative in the target held at that of the exact map: the root mean square of m over that of v, and the largest |m|. The
+derivative follows the shift in a training and lessens it, so that these are estimates from above: the order of magnitude is what
+to take from them. With the squared reduction there is no shift. In the methods whose residual is zero for every sample at the
+exact map (all that take their velocity from themselves or from a teacher) no reduction moves anything.
 """
 
 
@@ -149,6 +153,8 @@ def section(name: str, found: dict[str, Any]) -> str:
             ],
         ),
     ]
+    if published := ", ".join(sorted(method.published())):
+        lines.append(f'The paper\'s own choices, where they differ: `METHODS["{name}"].published()` ({published}).')
     limits = [f"the {path} path" for path in method.paths] + [f"the {form}-formulation" for form in method.forms]
     if limits:
         lines.append(f"Defined in {' and '.join(limits)} alone; anything else is refused.")
@@ -180,7 +186,7 @@ def page(results: dict[str, Any], bias: dict[str, Any] | None) -> str:
     parts += [section(name, found) for name in objectives.METHODS]
     parts += [NOISE]
     if bias is not None:
-        parts += [BIAS, bias["table"]]
+        parts += [BIAS, reduction_bias.table(bias["rows"])]
     return "\n\n".join(part.strip() for part in parts) + "\n"
 
 
