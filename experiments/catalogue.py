@@ -137,11 +137,13 @@ def _rows() -> dict[str, Row]:
         "progressive_distillation": Row("progressive_distillation", trained=ONE_JUMP, **taught),
         "fmm": Row("fmm", domain=BOTH),
         "shortcut": Row("shortcut", choices=lambda config: {"levels": 5}),
-        "consistency_training": Row("consistency_training", choices=_fall(0.5, 0.02)),
-        "consistency_distillation": Row("consistency_distillation", choices=_fall(0.5, 0.02), **taught),
-        "ict": Row("ict", choices=lambda c: {"cells": curriculum.doubling(4, 128, max(c.steps // 6, 1))}),
+        # Steps of a tenth or more of what remains: in a training this short, what is learned near t = 1 does not come
+        # through a chain of smaller ones to s = 0.
+        "consistency_training": Row("consistency_training", choices=_fall(0.5, 0.1)),
+        "consistency_distillation": Row("consistency_distillation", choices=lambda c: {"fraction": 0.2}, **taught),
+        "ict": Row("ict", choices=lambda c: {"cells": curriculum.doubling(4, 16, max(c.steps // 4, 1))}),
         "ect": Row(
-            "ect", choices=lambda c: {"fraction": curriculum.shrinking(max(c.steps // 7, 1), 2.0, 0.02)}, **taught
+            "ect", choices=lambda c: {"fraction": curriculum.shrinking(max(c.steps // 6, 1), 2.0, 0.1)}, **taught
         ),
         # Most of its residual is near the data, where consistency models put most of their samples (2310.14189).
         "facm": Row("facm", choices=lambda c: {"pairs": times.to_data(times.logit_normal(1.1, 2.0))}, trained=TO_DATA),

@@ -142,6 +142,9 @@ def test_report_and_grid_hold_what_the_domain_defines(domain, names):
         (types.BOTH, 0.7, 0.2, {"eulerian", "lagrangian", "semigroup"}),
         (types.TO_DATA, 0.7, 1.0, {"eulerian"}),
         (types.TO_DATA, 0.2, 0.7, set()),
+        (types.FROM_NOISE, 0.0, 0.7, {"lagrangian"}),
+        (types.FROM_NOISE, 0.2, 0.7, set()),
+        (types.FROM_NOISE, 0.7, 0.0, set()),
         (types.dyadic(3), 0.25, 0.5, {"semigroup"}),
         # The midpoint of the smallest cell is no point of the grid.
         (types.dyadic(3), 0.25, 0.375, set()),
@@ -150,6 +153,29 @@ def test_report_and_grid_hold_what_the_domain_defines(domain, names):
 def test_what_a_domain_defines(domain, s, t, names):
     got = {name for name in diagnostics.IDENTITIES if diagnostics.defined(domain, name, s, t)}
     assert got == names | {"tangent"}
+
+
+def test_a_map_from_noise_is_asked_for_jumps_from_noise_alone():
+    """v + e (t-s) at s = 0, and anything elsewhere: the report is the Lagrangian residual worked out by hand."""
+
+    def perturbed(s, t, x):
+        return jnp.where((s > 0) & (s != t), 1e6, SMALL * (t - s))
+
+    exact, key = gaussian(types.FROM_NOISE), jax.random.key(6)
+    own = diagnostics.consistency_report(exact, PATH, jax.random.clone(key), *pairs())
+    assert set(own) == {"lagrangian", "velocity"} and own["lagrangian"] < 1e-12
+    wrong = gaussian(types.FROM_NOISE, perturbed)
+    report = diagnostics.consistency_report(wrong, PATH, jax.random.clone(key), *pairs(), reference=gaussian())
+    assert set(report) == {"tangent", "lagrangian", "velocity"} and report["tangent"] < 1e-12
+    s, t = times.independent(times.constant(0.0), times.uniform())(key, 40)
+    rate = jax.vmap(jax.grad(lambda q: jnp.log(deviation(q))))(t)
+    expected = np.sqrt(np.mean((2 * SMALL * t - rate * SMALL * t**2) ** 2))
+    np.testing.assert_allclose(report["lagrangian"], expected, rtol=1e-7)
+    grid = diagnostics.residual_grid(wrong, PATH, *pairs(), [0.0, 0.3], [0.6, 1.0], reference=gaussian())
+    np.testing.assert_array_equal(np.isfinite(grid.lagrangian), [[1, 1], [0, 0]])
+    assert np.all(np.isnan(grid.eulerian)) and np.all(np.isnan(grid.semigroup))
+    with pytest.raises(ValueError, match="outside the map's domain, s = 0 only"):
+        diagnostics.consistency_report(exact, PATH, jax.random.key(7), *pairs(), pairs=times.triangle())
 
 
 def test_conditioning_reaches_map_and_reference():

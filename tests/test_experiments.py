@@ -9,6 +9,8 @@ import sys
 import numpy as np
 import pytest
 
+from jflow import objectives
+
 ROOT = pathlib.Path(__file__).resolve().parents[1]
 FILES = {
     "mixture": ["mixture.png", "table.md"],
@@ -18,7 +20,8 @@ FILES = {
 
 
 def run(*arguments):
-    environment = {**os.environ, "PYTHONPATH": f"{ROOT / 'src'}", "XLA_FLAGS": ""}
+    flags = "--xla_backend_optimization_level=0"
+    environment = {**os.environ, "PYTHONPATH": f"{ROOT / 'src'}", "XLA_FLAGS": flags}
     command = [sys.executable, "-m", *map(str, arguments)]
     return subprocess.run(command, capture_output=True, text=True, env=environment, cwd=ROOT, timeout=600)
 
@@ -43,6 +46,21 @@ def test_quick_run(name, out):
         assert "map, 1 jump" in done.stdout and "digits.png" in done.stdout
 
 
+def test_the_catalogue_runs_every_method_and_keeps_the_rows_that_are_there(out):
+    there = out / "catalogue"
+    done = run("experiments.catalogue", "--quick", "--out", there)
+    assert done.returncode == 0, done.stderr
+    rows = json.loads((there / "results.json").read_text())["rows"]
+    assert set(objectives.METHODS) <= set(rows)
+    for row in rows.values():
+        assert np.isfinite(row["rmse_1"]) and np.isfinite(row["energy_distance_1"])
+    assert (there / "catalogue.png").stat().st_size > 0
+    before = (there / "samples" / "lsd" / "0" / "row.json").stat().st_mtime_ns
+    again = run("experiments.catalogue", "--quick", "--methods", "lsd", "--out", there)
+    assert again.returncode == 0 and "---" not in again.stdout.split("| method")[0]
+    assert (there / "samples" / "lsd" / "0" / "row.json").stat().st_mtime_ns == before
+
+
 def test_an_earlier_run_is_not_overwritten_and_the_benchmark_reads_its_checkpoint(out):
     """After the quick run of the mixture."""
     again = run("experiments.mixture", "--quick", "--out", out / "mixture")
@@ -61,6 +79,7 @@ def test_an_earlier_run_is_not_overwritten_and_the_benchmark_reads_its_checkpoin
         (["experiments.digits", "--out", "unused", "--steps", "0"], "--steps: expected a positive"),
         (["experiments.checkerboard", "--out", "unused", "--objective", "magic"], "magic"),
         (["experiments.mixture", "--out", "unused", "--diagonal", "1"], "--diagonal"),
+        (["experiments.catalogue", "--out", "unused", "--methods", "lsd", "magic"], "unknown magic"),
         (["benchmarks.solver_vs_map", "--checkpoint", "nowhere", "--out", "unused"], "nowhere: no such directory"),
     ],
 )

@@ -164,6 +164,151 @@ def test_derivative_operators(derivative):
     np.testing.assert_allclose(in_space["a"], jnp.cos(s * x["a"]) * s * jnp.array([2.0, 1.0]), atol=3e-6)
 
 
+def test_rescaled_multiplies_the_gradient_and_the_value_each_by_its_own_factor():
+    def residual(theta):
+        prediction = {"a": jnp.sin(theta * jnp.array([0.5, -0.7])), "b": theta**2}
+        # The target may depend on theta; it gets no gradient.
+        target = jax.lax.stop_gradient(jax.tree.map(jnp.cos, prediction))
+        return identities.Residual(prediction, target, jax.tree.map(jnp.ones_like, prediction), 3.0)
+
+    theta = jnp.float64(1.3)
+    slope = jax.jacfwd(lambda p: residual(p).difference)(theta)
+    value = residual(theta).difference
+
+    @jax.jit
+    def scaled(p, by, of):
+        return residual(p).rescaled(prediction=by, difference=of)
+
+    for by, of in ((1.0, 1.0), (0.4, 2.5), (-1.5, 0.3), (2.0, 0.0)):
+        got = scaled(theta, by, of)
+        got_slope = jax.jacrev(lambda p, by=by, of=of: scaled(p, by, of).difference)(theta)
+        for name in value:
+            np.testing.assert_allclose(got.difference[name], of * value[name], rtol=1e-12, atol=1e-14)
+            np.testing.assert_allclose(got_slope[name], by * slope[name], rtol=1e-12)
+            np.testing.assert_array_equal(got.tangent[name], 1.0)
+        assert got.weight == 3.0
+
+
+def test_finite_differences_with_a_traced_step_either_way_are_of_first_order():
+    """(f(p + h d) - f(p))/h - f' d = h f''[d, d]/2 + O(h^2), for h of either sign; the mean of both has order two."""
+    primals, direction = (jnp.float64(0.3), jnp.array([0.5, -0.7])), (jnp.float64(1.0), jnp.array([2.0, 1.0]))
+    f = lambda s, x: v_of(s, 0.8, x)  # noqa: E731
+    along = lambda h: f(*(p + h * d for p, d in zip(primals, direction, strict=True)))  # noqa: E731
+    first, second = jax.jacfwd(along)(0.0), jax.jacfwd(jax.jacfwd(along))(0.0)
+
+    @jax.jit
+    @jax.vmap
+    def difference(h):
+        value, (one, still) = identities.finite_difference(h)(f, primals, direction, (0.0 * primals[0], jnp.zeros(2)))
+        return value, one, still
+
+    steps = jnp.array([1e-2, 5e-3, 2e-3, 1e-3])
+    errors = {}
+    for sign in (1.0, -1.0):
+        value, one, still = difference(sign * steps)
+        np.testing.assert_array_equal(value, jnp.stack(4 * [f(*primals)]))
+        np.testing.assert_array_equal(still, 0.0)
+        errors[sign] = np.asarray(one - first)
+        for i in range(2):
+            order = np.polyfit(np.log(steps), np.log(np.abs(errors[sign][:, i])), 1)[0]
+            assert abs(order - 1.0) < 0.05
+        np.testing.assert_allclose(errors[sign][-1] / (sign * 1e-3), second / 2, rtol=2e-2)
+    central = np.abs(errors[1.0] + errors[-1.0]).max(1) / 2
+    assert abs(np.polyfit(np.log(steps), np.log(central), 1)[0] - 2.0) < 0.05
+
+
+def test_finite_differences_keep_the_dtype_of_the_state():
+    x, h = jnp.ones(2, jnp.bfloat16), jnp.float32(-0.5)
+    value, (one,) = identities.finite_difference(h)(lambda z: z * z, (x,), (x,))
+    assert value.dtype == one.dtype == jnp.bfloat16
+    np.testing.assert_array_equal(one.astype(jnp.float32), 1.5)  # (0.25 - 1)/(-0.5)
+
+
+@pytest.mark.parametrize("stop", ["target", "none"])
+@pytest.mark.parametrize("derivative", [identities.forward_mode, identities.finite_difference(-1e-2)])
+def test_a_scaled_derivative_runs_from_the_velocity_to_the_identity(stop, derivative):
+    """r = 0: v - c, without a derivative; r = 1: the identity to the bit; between them it is linear in r."""
+    s, t, x, c = 0.3, 0.8, jnp.array([0.5, -0.7]), jnp.array([0.2, -1.1])
+    field = lambda u, z: jnp.cos(u * z)  # noqa: E731
+
+    def both(along):
+        return (
+            identities.eulerian(v_of, s, t, x, c, stop=stop, derivative=along),
+            identities.lagrangian(v_of, s, t, x, field, stop=stop, derivative=along),
+        )
+
+    at = jax.jit(lambda r: both(identities.scaled(derivative, r)))
+    none, half, whole = at(0.0), at(0.5), at(1.0)
+    v = v_of(s, t, x)
+    np.testing.assert_allclose(none[0].difference, v - c, rtol=1e-14)
+    np.testing.assert_allclose(none[1].difference, v - field(t, x + (t - s) * v), rtol=1e-14)
+    for i, plain in enumerate(jax.jit(lambda: both(derivative))()):
+        np.testing.assert_array_equal(whole[i].difference, plain.difference)
+        np.testing.assert_array_equal(none[i].tangent, 0.0)
+        np.testing.assert_allclose(half[i].tangent, plain.tangent / 2, rtol=1e-14)
+        np.testing.assert_allclose(half[i].difference, (none[i].difference + plain.difference) / 2, rtol=1e-12)
+        assert np.abs(plain.difference - none[i].difference).min() > 1e-2
+
+
+def test_the_first_leg_of_the_semigroup_moves_the_source():
+    """D/(1-gamma) = (X_{s,t}(x) - X_{u,t}(x'))/(u-s) with x' = x + (u-s) first, for any first; by default the legs'."""
+    s, t, x, first = 0.3, 0.8, jnp.array([0.5, -0.7]), jnp.array([0.2, -1.1])
+    other = lambda s_, t_, z: jnp.cos(s_ + t_ * z)  # noqa: E731
+    for gamma in (0.9, 0.4, 0.0):
+        u = gamma * s + (1 - gamma) * t
+        moved = x + (u - s) * first
+        got = identities.semigroup(v_of, s, t, x, gamma, legs=other, first=first)
+        apart = x + (t - s) * v_of(s, t, x) - moved - (t - u) * other(u, t, moved)
+        np.testing.assert_allclose(got.difference / (1 - gamma), apart / (u - s), rtol=1e-12)
+        tangent = (other(u, t, moved) - v_of(s, t, x)) / (u - s)
+        np.testing.assert_allclose(got.tangent, tangent, rtol=1e-12)
+        default = identities.semigroup(v_of, s, t, x, gamma, legs=other)
+        given = identities.semigroup(v_of, s, t, x, gamma, legs=other, first=other(s, u, x))
+        jax.tree.map(np.testing.assert_array_equal, default, given)
+
+
+def test_the_semigroup_with_a_first_leg_tends_to_the_eulerian_identity():
+    """As u -> s its tangent tends to d/ds v + grad v first, and D/(1-gamma) to R_E along first, both to first order."""
+    s, t, x, first = 0.3, 0.8, jnp.array([0.5, -0.7]), jnp.array([0.2, -1.1])
+    _, total = jax.jvp(lambda s_, z: v_of(s_, t, z), (s, x), (1.0, first))
+    eulerian = identities.eulerian(v_of, s, t, x, first).difference
+    steps = jnp.array([1e-2, 5e-3, 2e-3, 1e-3])
+
+    @jax.jit
+    @jax.vmap
+    def at(h):
+        got = identities.semigroup(v_of, s, t, x, 1.0 - h, first=first)
+        return got.tangent - total, got.difference / h - eulerian
+
+    for errors in map(np.abs, at(steps)):
+        for i in range(2):
+            assert abs(np.polyfit(np.log(steps), np.log(errors[:, i]), 1)[0] - 1.0) < 0.05
+
+
+@pytest.mark.parametrize("stop", ["target", "none"])
+def test_the_semigroup_at_u_equal_to_s_is_the_first_leg_with_finite_gradients(stop):
+    """gamma = 1: D = v_{s,t}(x) - v_{s,t}(x) = 0 whatever the first leg, the tangent zero; so too where s = t."""
+    first = jnp.array([0.2, -1.1])
+
+    def both(s, t, x, gamma, scale):
+        v = lambda s_, t_, z: scale * v_of(s_, t_, z)  # noqa: E731
+        got = identities.semigroup(v, s, t, x, gamma, first=scale * first, stop=stop)
+        return got.difference, got.tangent
+
+    x = jnp.array([0.5, -0.7])
+    jacobian = jax.jit(jax.jacrev(both, (0, 1, 2, 3, 4)))
+    for s, t, gamma in ((0.3, 0.8, 1.0), (0.3, 0.3, 0.4), (0.3, 0.3, 1.0), (0.0, 1.0, 1.0)):
+        arguments = (s, t, x, jnp.float64(gamma), jnp.float64(1.7))
+        difference, tangent = jax.jit(both)(*arguments)
+        np.testing.assert_array_equal(tangent, 0.0)
+        v = 1.7 * v_of(s, t, x)
+        np.testing.assert_allclose(difference, (1 - gamma) * (v - 1.7 * first), rtol=1e-12, atol=1e-14)
+        assert all(np.all(np.isfinite(leaf)) for leaf in jax.tree.leaves(jacobian(*arguments)))
+    # The gradient of the residual itself: of the prediction alone, or of nothing where both sides are the same.
+    slope = jacobian(0.3, 0.8, x, jnp.float64(1.0), jnp.float64(1.7))[0][4]
+    np.testing.assert_allclose(slope, v_of(0.3, 0.8, x) if stop == "target" else 0.0 * x, rtol=1e-12, atol=1e-14)
+
+
 def test_bad_input():
     x = jnp.zeros(2)
     with pytest.raises(ValueError, match="stop: expected one of"):
@@ -174,3 +319,5 @@ def test_bad_input():
         identities.semigroup(v_of, 0.1, 0.2, x, 0.5, stop="velocity")
     with pytest.raises(ValueError, match="step"):
         identities.finite_difference(0.0)
+    with pytest.raises(TypeError, match="step"):
+        identities.finite_difference("forward")

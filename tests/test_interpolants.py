@@ -66,6 +66,42 @@ def test_finite_at_both_ends_with_gradients(path):
         assert np.isfinite(total(t)) and np.isfinite(jax.grad(total)(t))
 
 
+def test_the_mean_derivative_is_the_mean_velocity_of_the_pair(path):
+    x0 = {"a": jnp.array([0.3, -1.0]), "b": jnp.array(0.8)}
+    x1 = {"a": jnp.array([2.0, 0.5]), "b": jnp.array(-0.4)}
+
+    def close(got, expected, **tolerance):
+        jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, **tolerance), got, expected)
+
+    for s, t in PAIRS:
+        there, here = path.interpolate(t, x0, x1), path.interpolate(s, x0, x1)
+        slope = jax.tree.map(lambda a, b, gap=t - s: (a - b) / gap, there, here)
+        close(path.mean_derivative(s, t, x0, x1), slope, rtol=1e-8, atol=1e-9)
+    for t in (0.0, 0.3, 1.0):
+        close(path.mean_derivative(t, t, x0, x1), path.derivative(t, x0, x1), rtol=1e-10, atol=1e-14)
+    # Within 1e-9 of the diagonal a quotient has lost seven digits.
+    s, t = 0.3, 0.3 + 1e-9
+    close(path.mean_derivative(s, t, x0, x1), path.derivative(0.5 * (s + t), x0, x1), rtol=1e-11)
+
+
+def test_the_mean_derivative_is_the_integral_of_the_derivative(path):
+    """By Gauss-Legendre quadrature; a formula of the divided differences that is wrong anywhere is found."""
+    x0, x1, (s, t) = jnp.array([0.3, -1.0]), jnp.array([2.0, 0.5]), (0.15, 0.85)
+    nodes, weights = np.polynomial.legendre.leggauss(40)
+    at = jnp.asarray(s + (t - s) * 0.5 * (nodes + 1))
+    values = jax.vmap(lambda u: path.derivative(u, x0, x1))(at)
+    np.testing.assert_allclose(path.mean_derivative(s, t, x0, x1), 0.5 * weights @ values, rtol=1e-9)
+
+
+def test_the_mean_derivative_is_finite_with_its_gradients_in_every_corner(path):
+    x0, x1 = jnp.array([0.3, -1.0]), jnp.array([2.0, 0.5])
+    total = lambda s, t: jnp.sum(path.mean_derivative(s, t, x0, x1) ** 2)  # noqa: E731
+    s, t = (grid.ravel() for grid in jnp.meshgrid(*2 * [jnp.array([0.0, 0.5, 1.0])]))
+    for dtype in (jnp.float64, jnp.float32):
+        found = jax.jit(jax.vmap(jax.value_and_grad(total, (0, 1))))(s.astype(dtype), t.astype(dtype))
+        assert all(np.all(np.isfinite(leaf)) for leaf in jax.tree.leaves(found))
+
+
 @pytest.mark.parametrize("make", [interpolants.cosine, interpolants.variance_preserving])
 def test_the_uncut_schedules_declare_their_singular_end(make):
     path = make(epsilon=0.0)
@@ -118,6 +154,7 @@ def test_conversions_are_finite_at_the_ends():
         (lambda: interpolants.variance_exploding(rho=2.5), TypeError, "rho"),
         (lambda: interpolants.linear().interpolate(jnp.zeros(3), 1.0, 1.0), ValueError, "t: expected a scalar"),
         (lambda: interpolants.linear().interpolate(0.5, jnp.zeros(3), jnp.zeros(2)), ValueError, "x0"),
+        (lambda: interpolants.linear().mean_derivative(0.1, 0.5, jnp.zeros(3), jnp.zeros(2)), ValueError, "x0"),
         (
             lambda: interpolants.convert(interpolants.linear(), 0.5, jnp.zeros(2), jnp.zeros(2), "velocity", "energy"),
             ValueError,

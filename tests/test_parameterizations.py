@@ -72,6 +72,37 @@ def test_the_diagonal_of_each_form_is_what_it_claims():
     np.testing.assert_allclose(flow_map.velocity(x0, t, x1), jnp.pi / 2 * x0, rtol=1e-12)
 
 
+@pytest.mark.parametrize(("form", "name"), CASES)
+def test_the_form_of_a_map_says_what_its_network_predicts(form, name):
+    """Predicting, of one pair, what ``form`` names, the map carries I_s to I_t: the flow of that pair alone."""
+    path = interpolants.INTERPOLANTS[name]()
+    parameterization = parameterizations.PARAMETERIZATIONS[form](path)
+    flow_map = parameterizations.flow_map(lambda p, *_, key=None: p, parameterization)
+    x0, x1 = jnp.array([0.3, -1.0]), jnp.array([2.0, 0.5])
+    sigma = lambda u: jnp.sqrt(path.alpha(u) ** 2 + path.beta(u) ** 2)  # noqa: E731
+    for s, t in PAIRS:
+        x, mean = path.interpolate(s, x0, x1), path.mean_derivative(s, t, x0, x1)
+        growth = (sigma(t) / sigma(s) - 1.0) / (t - s) if s != t else jax.grad(lambda u: jnp.log(sigma(u)))(s)
+        predicted = {
+            "v": mean,
+            "x": x1,
+            "noise": x0,
+            "gaussian": mean - growth * x,
+            "trigonometric": path.derivative(s, x0, x1) * 2.0 / jnp.pi,
+        }[flow_map.form]
+        there = path.interpolate(t, x0, x1)
+        if form in ("x", "noise") and min(path.alpha(s), path.beta(s)) < 0.05:
+            continue  # the clamp is in force
+        np.testing.assert_allclose(flow_map.jump(predicted, s, t, x), there, rtol=1e-8, atol=1e-9)
+    assert flow_map.form == form
+
+
+def test_a_map_without_a_parameterization_has_no_form():
+    bare = types.FlowMap(lambda p, s, t, x, cond=None, *, key=None: x)
+    net = lambda p, *_, key=None: p  # noqa: E731
+    assert bare.form == parameterizations.from_velocity(bare, net).form == ""
+
+
 def test_the_clamp_of_the_data_form_is_finite_at_the_data_and_right_for_the_exact_denoiser():
     path = interpolants.linear()
     flow_map = parameterizations.flow_map(lambda p, *_, key=None: p, parameterizations.data_form(path))

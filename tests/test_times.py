@@ -5,7 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from jflow import times
+from jflow import interpolants, objectives, times, types
 
 N = 20_000
 PAIR_LAWS = {
@@ -15,6 +15,8 @@ PAIR_LAWS = {
     "gapped": times.gapped(times.uniform(0.2, 0.8)),
     "fixed_end": times.independent(times.uniform(), times.constant(1.0)),
     "dyadic": times.dyadic(5),
+    "cells": times.cells(7),
+    "to_data": times.to_data(),
     "mixed": times.mixed([times.triangle(), times.gapped(times.constant(1.0))], [0.7, 0.3]),
 }
 
@@ -67,6 +69,97 @@ def test_mixed_draws_in_proportion(key):
     assert abs(share - 0.3) < 4 * np.sqrt(0.21 / N)
 
 
+def test_to_data_ends_at_the_data_and_starts_where_its_law_says(key, assert_mean):
+    uniform_key, other_key = jax.random.split(key)
+    s, t = times.to_data()(uniform_key, N)
+    assert np.all(t == 1.0)
+    assert_mean(np.stack([s, (s - 0.5) ** 2], 1), [1 / 2, 1 / 12])
+    s, t = times.to_data(times.logit_normal(-1.0, 0.5))(other_key, N)
+    z = jnp.log(s) - jnp.log1p(-s)
+    assert np.all(t == 1.0)
+    assert_mean(np.stack([z, (z + 1.0) ** 2], 1), [-1.0, 0.25])
+
+
+@pytest.mark.parametrize("count", [1, 2, 7, 49, 1000])
+def test_cells_are_a_grid_of_equal_neighbours_each_as_likely(count, key):
+    s, t = map(np.asarray, times.cells(count)(key, N))
+    starts, ends = np.unique(s), np.unique(t)
+    # Neighbours share their times to the bit; XLA multiplies by 1/count, and 49 times that is one bit below 1.
+    np.testing.assert_array_equal(starts[1:], ends[:-1])
+    np.testing.assert_allclose(starts, np.arange(count) / count, rtol=4e-16)
+    np.testing.assert_allclose(ends, np.arange(1, count + 1) / count, rtol=4e-16)
+    assert starts[0] == 0.0 and ends[-1] <= 1.0
+    cell = np.round(s * count).astype(int)
+    np.testing.assert_array_equal(cell + 1, np.round(t * count))
+    expected = N / count
+    found = np.bincount(cell, minlength=count)
+    assert np.all(np.abs(found - expected) <= 5 * np.sqrt(expected))
+    # The sum of squares has the mean count - 1 and the variance 2 (count - 1), or a little less.
+    assert abs(np.sum((found - expected) ** 2) / expected - (count - 1)) <= 4 * np.sqrt(2 * (count - 1))
+
+
+def test_a_traced_count_of_cells_is_the_concrete_one(key):
+    traces = []
+
+    @jax.jit
+    def traced(count, k):
+        traces.append(1)
+        return times.cells(count)(k, 500)
+
+    for count in (1, 3, 10):
+        expected = times.cells(count)(jax.random.clone(key), 500)
+        for given in (jnp.int32(count), jnp.float64(count)):  # a schedule's value is floating point
+            np.testing.assert_array_equal(traced(given, jax.random.clone(key)), expected)
+    assert len(traces) == 2  # one for each dtype
+
+
+def test_by_step_is_the_law_in_force(key):
+    by_step = times.ByStep(lambda step: times.cells(2 ** (step // 10)))
+    fixed = times.triangle()
+    assert times.at_step(fixed, 3) is fixed
+    traced = jax.jit(lambda step, k: times.at_step(by_step, step)(k, 100))
+    for step, count in ((0, 1), (9, 1), (10, 2), (35, 8)):
+        expected = times.cells(count)(jax.random.clone(key), 100)
+        np.testing.assert_array_equal(traced(jnp.int32(step), jax.random.clone(key)), expected)
+        np.testing.assert_array_equal(times.at_step(by_step, step)(jax.random.clone(key), 100), expected)
+
+
+def test_an_objective_takes_laws_by_step_wherever_it_takes_laws(key):
+    """At every step the loss of the objective with the laws then in force, from one trace."""
+
+    def mean_velocity(params, s, t, x, cond=None, *, key=None):
+        return jnp.sin(params * x + s) + t * x
+
+    def make(**laws):
+        return objectives.psd_u(types.FlowMap(mean_velocity), interpolants.linear(), diagonal=0.5, **laws)
+
+    changing = make(
+        pairs=times.ByStep(lambda step: times.cells(2 ** (step // 10))),
+        times=times.ByStep(lambda step: lambda k, n: jnp.full((n,), 0.02 * step)),
+        gammas=times.ByStep(lambda step: lambda k, n: jnp.full((n,), 1.0 / (2.0 + step))),
+    )
+    x = np.random.default_rng(0).normal(size=(2, 16, 2))
+    batch, params, traces = types.Batch(jnp.asarray(x[0]), jnp.asarray(x[1])), jnp.float64(0.7), []
+
+    @jax.jit
+    def run(step, k):
+        traces.append(1)
+        return changing(params, k, batch, types.Context(step=step))
+
+    losses = []
+    for step, count in ((0, 1), (15, 2), (29, 4)):
+        loss, info = run(jnp.int32(step), jax.random.clone(key))
+        then = make(
+            pairs=times.cells(count), times=times.constant(0.02 * step), gammas=times.constant(1.0 / (2.0 + step))
+        )
+        np.testing.assert_allclose(loss, jax.jit(then)(params, jax.random.clone(key), batch)[0], rtol=1e-12)
+        # All eight gaps are 1/count, which lies in the bin 8/count (the last bin holds 1 as well).
+        np.testing.assert_array_equal(info["semigroup/count_by_gap"], 8 * (np.arange(8) == min(8 // count, 7)))
+        losses.append(loss)
+    assert len(traces) == 1
+    assert np.abs(losses[0] - losses[1]).max() > 1e-3
+
+
 @pytest.mark.parametrize(
     ("call", "message"),
     [
@@ -76,8 +169,14 @@ def test_mixed_draws_in_proportion(key):
         (lambda: times.mixed([times.triangle()], [0.5]), "weights"),
         (lambda: times.mixed([times.triangle()], [0.5, 0.5]), "weights"),
         (lambda: times.dyadic(0), "levels"),
+        (lambda: times.cells(0), "count"),
     ],
 )
 def test_bad_input(call, message):
     with pytest.raises(ValueError, match=message):
         call()
+
+
+def test_a_number_of_cells_is_whole():
+    with pytest.raises(TypeError, match="count"):
+        times.cells(2.5)

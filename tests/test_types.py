@@ -52,6 +52,8 @@ def test_moving_keeps_the_dtype_of_the_state():
         (types.FORWARD, [(0.0, 1.0), (0.3, 0.3)], [(0.5, 0.2), (-0.1, 0.5), (0.0, 1.2)]),
         (types.BOTH, [(0.0, 1.0), (0.9, 0.1)], [(0.0, 1.1)]),
         (types.TO_DATA, [(0.0, 1.0), (0.4, 0.4)], [(0.0, 0.5), (1.0, 0.0)]),
+        (types.FROM_NOISE, [(0.0, 1.0), (0.0, 0.3), (0.4, 0.4)], [(0.2, 0.7), (0.5, 0.0), (0.0, 1.2)]),
+        (types.Domain("encoder", backward=True, source=1.0), [(1.0, 0.0), (1.0, 0.4)], [(0.0, 1.0), (0.9, 0.1)]),
         (types.dyadic(3), [(0.0, 1.0), (0.25, 0.5), (0.125, 0.25)], [(0.0, 0.375), (0.1, 0.6), (0.0, 0.0625)]),
     ],
 )
@@ -63,6 +65,13 @@ def test_domains(domain, inside, outside):
         assert not domain.contains(s, t)
         with pytest.raises(ValueError, match="outside the map's domain"):
             domain.check_grid(jnp.array([s, t]))
+
+
+def test_a_map_from_noise_jumps_once():
+    """A grid of two jumps leaves s = 0 at its middle time; the message says so."""
+    types.FROM_NOISE.check_grid([0.0, 1.0])
+    with pytest.raises(ValueError, match=r"from 0\.5 to 1 is outside the map's domain, s = 0 only"):
+        types.FROM_NOISE.check_grid([0.0, 0.5, 1.0])
 
 
 def test_grids():
