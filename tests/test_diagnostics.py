@@ -167,7 +167,7 @@ def test_a_map_from_noise_is_asked_for_jumps_from_noise_alone():
     wrong = gaussian(types.FROM_NOISE, perturbed)
     report = diagnostics.consistency_report(wrong, PATH, jax.random.clone(key), *pairs(), reference=gaussian())
     assert set(report) == {"tangent", "lagrangian", "velocity"} and report["tangent"] < 1e-12
-    s, t = times.independent(times.constant(0.0), times.uniform())(key, 40)
+    _, t = times.independent(times.constant(0.0), times.uniform())(key, 40)
     rate = jax.vmap(jax.grad(lambda q: jnp.log(deviation(q))))(t)
     expected = np.sqrt(np.mean((2 * SMALL * t - rate * SMALL * t**2) ** 2))
     np.testing.assert_allclose(report["lagrangian"], expected, rtol=1e-7)

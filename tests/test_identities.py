@@ -208,7 +208,7 @@ def test_finite_differences_with_a_traced_step_either_way_are_of_first_order():
         value, one, still = difference(sign * steps)
         np.testing.assert_array_equal(value, jnp.stack(4 * [f(*primals)]))
         np.testing.assert_array_equal(still, 0.0)
-        errors[sign] = np.asarray(one - first)
+        errors[sign] = np.asarray(one) - np.asarray(first)
         for i in range(2):
             order = np.polyfit(np.log(steps), np.log(np.abs(errors[sign][:, i])), 1)[0]
             assert abs(order - 1.0) < 0.05

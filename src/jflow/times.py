@@ -32,7 +32,11 @@ class ByStep:
 
 def at_step(law: Any, step: Array | int) -> Any:
     """The law in force at a step: ``law`` itself unless it is ``ByStep``."""
-    return law.law(jnp.asarray(step)) if isinstance(law, ByStep) else law
+    if not isinstance(law, ByStep):
+        return law
+    # As in a schedule, whole steps may be mixed with floats.
+    with jax.numpy_dtype_promotion("standard"):
+        return law.law(jnp.asarray(step))
 
 
 def uniform(low: float = 0.0, high: float = 1.0, *, stratified: bool = False) -> Law:
@@ -154,10 +158,13 @@ def cells(count: Array | int) -> PairLaw:
     """A uniformly chosen cell [s, t] of a grid of ``count`` equal cells (2202.00512); the count may be traced.
 
     Raises:
-      ValueError: when a concrete count is not positive; TypeError when it is no whole number.
+      ValueError: when a concrete count is below one; TypeError for a Python number that is not whole.
     """
     if not isinstance(count, jax.Array):
         checks.integer("count", count, low=1)
+    value = checks.concrete(count)
+    if value is not None and not value >= 1:
+        raise ValueError(f"count: expected at least one cell, got {value}")
 
     def pair(key: Key, n: int) -> tuple[Array, Array]:
         u = jax.random.uniform(key, (n,))
