@@ -103,6 +103,7 @@ class Row:
       start: whether the student starts from that row's weights.
       choices: ``config -> choices`` of the constructor, for what depends on the number of steps.
       domain: of the map that is made.
+      decoupled: how many of the last layers see t alone; the parameters are the same ones.
       trained: where the map is to be used, if not where its objective says.
     """
 
@@ -115,6 +116,7 @@ class Row:
     choices: Callable[[Config], dict[str, Any]] = lambda config: {}
     domain: Domain = FORWARD
     trained: Domain | None = None
+    decoupled: int = 0
 
 
 def _fall(first: float, last: float) -> Callable[[Config], dict[str, Any]]:
@@ -161,7 +163,7 @@ def _rows() -> dict[str, Row]:
             choices=lambda c: {"alpha": curriculum.falling_sigmoid(0.4 * c.steps, 0.06 * c.steps, 0.01)},
         ),
         "soflow": Row("soflow", choices=_fall(0.5, 0.02)),
-        "decoupled_mean_flow": Row("decoupled_mean_flow", **taught),
+        "decoupled_mean_flow": Row("decoupled_mean_flow", decoupled=2, **taught),
         "ayf_emd": Row("ayf_emd", choices=_warmup, **taught),
         "ayf_lmd": Row("ayf_lmd", choices=_warmup, **taught),
     }
@@ -281,7 +283,9 @@ class Job:
 
 
 @functools.cache
-def _model(path: str, parameterization: str, domain: Domain, features: int, depth: int, residual: bool) -> common.Model:
+def _model(
+    path: str, parameterization: str, domain: Domain, features: int, depth: int, residual: bool, decoupled: int
+) -> common.Model:
     config = Config(
         out=pathlib.Path(),
         path=path,
@@ -289,13 +293,15 @@ def _model(path: str, parameterization: str, domain: Domain, features: int, dept
         features=features,
         depth=depth,
         residual=residual,
+        decoupled=decoupled,
     )
     return common.build(config, mixture.problem(config), domain)
 
 
 def model_of(config: Config, row: Row) -> common.Model:
     """The network of a row; one object for all that share it, so that what evaluates it is compiled once."""
-    return _model(row.path, row.parameterization, row.domain, config.features, config.depth, config.residual)
+    decoupled = min(row.decoupled, config.depth - 1)
+    return _model(row.path, row.parameterization, row.domain, config.features, config.depth, config.residual, decoupled)
 
 
 @functools.cache
@@ -341,12 +347,7 @@ def measure(job: Job, bound: BoundFlowMap) -> dict[str, Any]:
     residuals = {}
     if not alone and not domain.levels and domain is not ONE_JUMP:
         report = diagnostics.consistency_report(
-            bound,
-            job.model.interpolant,
-            times_key,
-            x0,
-            x1[: config.compared],
-            reference=_exact(row.path).bind(mixture.target()),
+            bound, job.model.interpolant, times_key, x0, x1[: config.compared], reference=exact
         )
         residuals = {name: value for name, value in report.items() if name != "velocity"}
     return {"table": table, "residuals": residuals, "own_reference": row.pairs != "data"}

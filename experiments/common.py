@@ -62,6 +62,8 @@ class Training:
     """The raw (s, t, x) into plain layers, or embedded times that modulate residual layers."""
     residual: bool = True
     """Whether the embedded network's layers add to their input."""
+    decoupled: int = 0
+    """How many of the embedded network's last layers see t alone, the others s alone; 0 for both times everywhere."""
     octaves: int = 0
     """Octaves of sines and cosines of x beside x itself, damped where noise would wash them out."""
     samples: int = 100_000
@@ -93,6 +95,10 @@ class Training:
         for name in ("learning_rate", "clip"):
             if not 0.0 < getattr(self, name) < float("inf"):
                 raise ValueError(f"--{_flag(name)}: expected a positive number, got {getattr(self, name)}")
+        if not 0 <= self.decoupled < self.depth:
+            raise ValueError(f"--decoupled: expected a whole number from 0 to --depth - 1, got {self.decoupled}")
+        if self.decoupled and self.network == "plain":
+            raise ValueError("--decoupled: expected the embedded network, got --network plain")
         if self.octaves < 0:
             raise ValueError(f"--octaves: expected a whole number from 0, got {self.octaves}")
         if self.seed < 0:
@@ -182,7 +188,11 @@ def build(config: Training, problem: Problem, domain: Domain = FORWARD) -> Model
     fields = {"features": config.features, "depth": config.depth, "num_classes": problem.classes}
     if config.octaves:
         fields |= {"points": "octaves", "point_frequencies": config.octaves, "point_damping": 0.3}
-    module = nets.MLP.plain(**fields) if config.network == "plain" else nets.MLP(residual=config.residual, **fields)
+    module = (
+        nets.MLP.plain(**fields)
+        if config.network == "plain"
+        else nets.MLP(residual=config.residual, decoupled=config.decoupled, **fields)
+    )
     interpolant = interpolants.INTERPOLANTS[config.path]()
     form = parameterizations.PARAMETERIZATIONS[config.parameterization](interpolant)
 
