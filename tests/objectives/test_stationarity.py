@@ -81,8 +81,10 @@ def gradients(target, path_name, method):
 
 
 # Every method is tried on the quantile oracle by quadrature, in test_catalogue; here the others, with the methods' own laws.
-SOME = ("flow_matching", "lsd", "esd", "psd_u", "mean_flow", "improved_mean_flow", "fmm", "facm")
+SOME = ("flow_matching", "lsd", "esd", "psd_u", "mean_flow", "improved_mean_flow", "facm")
 CASES = [(target, "linear", method) for target in ("gaussian", "mixture") for method in SOME]
+# Its gradient passes the map's points backwards, which the mixture's adaptive solve does not allow.
+CASES += [("gaussian", "linear", "fmm")]
 
 
 @pytest.mark.parametrize(("target", "path", "method"), CASES)
