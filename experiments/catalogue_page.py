@@ -74,7 +74,8 @@ have one jump, and beyond it distances of samples after re-noising. Rows of refl
 flow as their truth, a tight solve of the velocity that was learned, so that their error is that of the integration
 alone. The squared energy distance is unbiased: it may be negative. Residuals are root mean squares at the exact
 velocity. FLOPs and time are of one step, over those of flow matching, the times interleaved medians; a teacher's own
-training is not in them. The published count is of passes with every term on the whole batch.
+training is not in them. The published count is of passes with every term on the whole batch. The last column, where it was
+run, is of `--budget flops` at one seed.
 """
 
 FIGURE = """
