@@ -25,7 +25,8 @@ from jflow.objectives.lagrangian import (
     pid,
     tvm,
 )
-from jflow.objectives.registry import METHODS, PASSES, Method
+from jflow.objectives.method import PASSES, Method
+from jflow.objectives.registry import METHODS
 from jflow.objectives.regression import (
     flow_matching,
     reflow,

@@ -14,10 +14,11 @@ from typing import Any
 
 import jax.numpy as jnp
 
-from jflow import identities, times
+from jflow import identities, reductions, times
 from jflow.interpolants import Interpolant
 from jflow.objectives.compose import Objective, Row
 from jflow.objectives.curriculum import Schedule, shrinking, value_at
+from jflow.objectives.method import Method
 from jflow.objectives.semigroup import solver_step
 from jflow.types import TO_DATA, Array, Event, FlowMap
 
@@ -110,3 +111,71 @@ def _consistency(
     if "pairs" not in choices:
         choices = {"pairs": times.to_data(), "domain": TO_DATA, **choices}
     return Objective(name, flow_map, interpolant, residual, "consistency", **{"diagonal": 0.0, **choices})
+
+
+METHODS: dict[str, Method] = {
+    "consistency_training": Method(
+        consistency_training,
+        "consistency training",
+        "2303.01469",
+        "Eulerian at t = 1, as a difference",
+        "conditional",
+        "target side",
+        "finite difference along the pair",
+        "one jump to the data without derivatives; biased by the step",
+        {"forward": 2, "backward": 1},
+        stationary="order",
+        order=1,
+        at=lambda h: {"fraction": h},
+        published=lambda: {"leg": "ema"},
+        published_passes=4,
+    ),
+    "consistency_distillation": Method(
+        consistency_distillation,
+        "consistency distillation",
+        "2303.01469",
+        "Eulerian at t = 1, as a difference",
+        "teacher's solver step",
+        "target side",
+        "finite difference along the teacher",
+        "one jump to the data from a trusted velocity, with less noise than training",
+        {"forward": 4, "backward": 1},
+        stationary="order",
+        order=2,
+        at=lambda h: {"fraction": h},
+        needs=("teacher",),
+        published=lambda: {"leg": "ema"},
+        published_passes=5,
+    ),
+    "ict": Method(
+        ict,
+        "improved consistency training",
+        "2310.14189",
+        "Eulerian at t = 1, as a difference",
+        "conditional",
+        "target side",
+        "finite difference along the pair, doubling grid",
+        "consistency training with a curriculum of steps",
+        {"forward": 2, "backward": 1},
+        stationary="order",
+        order=1,
+        at=lambda h: {"cells": 1.0 / h},
+        published=lambda: {"reduction": reductions.pseudo_huber(0.00054)},
+        published_passes=4,
+    ),
+    "ect": Method(
+        ect,
+        "easy consistency tuning",
+        "2406.14548",
+        "Eulerian at t = 1, as a difference",
+        "conditional",
+        "target side",
+        "finite difference along the pair, from the whole to a small step",
+        "tuning a velocity network into a consistency model on a small budget",
+        {"forward": 2, "backward": 1},
+        stationary="order",
+        order=1,
+        at=lambda h: {"fraction": h},
+        published_passes=4,
+    ),
+}

@@ -12,11 +12,12 @@ from typing import Any
 
 import jax.numpy as jnp
 
-from jflow import identities, times
+from jflow import identities, reductions, times
 from jflow.identities import Derivative
 from jflow.interpolants import Interpolant
 from jflow.objectives.compose import Objective, OffDiagonal, Row
 from jflow.objectives.curriculum import Schedule, value_at
+from jflow.objectives.method import Method
 from jflow.types import TO_DATA, Event, FlowMap
 
 
@@ -251,3 +252,148 @@ def _scm(
 def _to_data(choices: dict[str, Any]) -> dict[str, Any]:
     """t = 1 and the domain that goes with it, unless another law of times is chosen."""
     return choices if "pairs" in choices else {"pairs": times.to_data(), "domain": TO_DATA, **choices}
+
+
+def _mean_flow_choices() -> dict[str, Any]:
+    return {"reduction": reductions.adaptive(1.0, 0.01), "pairs": times.ordered(times.logit_normal(0.4, 1.0))}
+
+
+def align_your_flow() -> dict[str, Any]:
+    """The paper's choices (2506.14603), of both its methods."""
+    return {"reduction": reductions.normalised(0.1), "warmup": lambda step: 0.99 * (step / 10_000.0).clip(0.0, 1.0)}
+
+
+METHODS: dict[str, Method] = {
+    "emd": Method(
+        emd,
+        "Eulerian map distillation",
+        "2406.07507",
+        "Eulerian, residual of X",
+        "teacher",
+        "none",
+        "jvp",
+        "as LMD, for smooth velocities; in the literature slower to converge",
+        {"forward": 1, "jvp": 1, "jvp_backward": 1},
+        needs=("teacher",),
+        published_passes=7,
+    ),
+    "esd": Method(
+        esd,
+        "Eulerian self-distillation",
+        "2505.18825",
+        "Eulerian + tangent",
+        "self",
+        "spatial term and velocity",
+        "jvp",
+        "for comparison; unstable on images in the literature",
+        {"jvp": 1, "tangent": 1, "jvp_backward": 1, "forward": 1},
+        published_passes=10,
+    ),
+    "sct": Method(
+        sct,
+        "sCM, training",
+        "2410.11081",
+        "Eulerian at t = 1",
+        "conditional",
+        "target side",
+        "jvp",
+        "continuous-time consistency on the trigonometric path",
+        {"jvp": 1, "backward": 1},
+        paths=("trigonometric",),
+        published=lambda: {"reduction": reductions.normalised(0.1)},
+        published_passes=4,
+    ),
+    "scd": Method(
+        scd,
+        "sCM, distillation",
+        "2410.11081",
+        "Eulerian at t = 1",
+        "teacher",
+        "target side",
+        "jvp",
+        "as sCM, with a teacher's velocity instead of the pair's",
+        {"forward": 1, "jvp": 1, "backward": 1},
+        needs=("teacher",),
+        paths=("trigonometric",),
+        published=lambda: {"reduction": reductions.normalised(0.1)},
+        published_passes=5,
+    ),
+    "mean_flow": Method(
+        mean_flow,
+        "MeanFlow",
+        "2505.13447",
+        "Eulerian + tangent",
+        "conditional",
+        "target side",
+        "jvp",
+        "the cheapest step with a derivative, from data alone; a noisy target",
+        {"jvp": 1, "backward": 1},
+        published=_mean_flow_choices,
+        published_passes=4,
+    ),
+    "improved_mean_flow": Method(
+        improved_mean_flow,
+        "improved MeanFlow",
+        "2512.02012",
+        "Eulerian + tangent",
+        "conditional; derivative along self",
+        "target side",
+        "jvp",
+        "MeanFlow with a quieter target, for one more pass",
+        {"jvp": 1, "backward": 1, "forward": 1},
+        published=_mean_flow_choices,
+        published_passes=5,
+    ),
+    "pixel_mean_flow": Method(
+        pixel_mean_flow,
+        "pixel MeanFlow",
+        "2601.22158",
+        "Eulerian + tangent",
+        "conditional; derivative along self",
+        "target side",
+        "jvp",
+        "data of high dimension, whose network should predict the data",
+        {"jvp": 1, "backward": 1, "forward": 1},
+        forms=("x",),
+        published=_mean_flow_choices,
+    ),
+    "decoupled_mean_flow": Method(
+        decoupled_mean_flow,
+        "decoupled MeanFlow",
+        "2510.24474",
+        "Eulerian + tangent",
+        "conditional, guided or teacher",
+        "target side",
+        "jvp",
+        "a velocity network, turned into a flow map without new weights",
+        {"jvp": 1, "backward": 1},
+        published=lambda: {"reduction": reductions.cauchy()},
+    ),
+    "facm": Method(
+        facm,
+        "flow-anchored consistency model",
+        "2507.03738",
+        "Eulerian at t = 1, + tangent",
+        "conditional or teacher",
+        "target side",
+        "jvp",
+        "continuous-time consistency on any path, kept stable by flow matching",
+        {"jvp": 1, "backward": 1},
+        published=lambda: {"reduction": reductions.clamped(1.0)},
+        published_passes=8,
+    ),
+    "ayf_emd": Method(
+        ayf_emd,
+        "Align Your Flow, Eulerian",
+        "2506.14603",
+        "Eulerian",
+        "teacher, guided or not",
+        "target side",
+        "jvp",
+        "distilling a (guided) velocity with a cheap step",
+        {"forward": 1, "jvp": 1, "backward": 1},
+        needs=("teacher",),
+        published=align_your_flow,
+        published_passes=6,
+    ),
+}

@@ -16,6 +16,8 @@ from jflow.identities import Derivative
 from jflow.interpolants import Interpolant
 from jflow.objectives.compose import Objective, OffDiagonal, Row
 from jflow.objectives.curriculum import Schedule, value_at
+from jflow.objectives.eulerian import align_your_flow
+from jflow.objectives.method import Method
 from jflow.types import FROM_NOISE, FlowMap, move
 
 
@@ -170,3 +172,104 @@ def fmm(
 
     choices = {"diagonal": 0.0, "pairs": times.independent(times.uniform(), times.uniform()), **choices}
     return Objective("fmm", flow_map, interpolant, residual, "matching", **choices)
+
+
+METHODS: dict[str, Method] = {
+    "lmd": Method(
+        lmd,
+        "Lagrangian map distillation",
+        "2406.07507",
+        "Lagrangian",
+        "teacher",
+        "none",
+        "jvp",
+        "a trusted velocity is at hand and the map should be accurate",
+        {"jvp": 1, "jvp_backward": 1, "forward": 1, "input_backward": 1},
+        needs=("teacher",),
+        published_passes=9,
+    ),
+    "fmm": Method(
+        fmm,
+        "flow map matching",
+        "2406.07507",
+        "Lagrangian at the returned point, and the cycle",
+        "conditional",
+        "none",
+        "jvp",
+        "a map of both directions (encoding) from data alone",
+        {"forward": 1, "backward": 1, "jvp": 1, "jvp_backward": 1},
+        needs=("backward",),
+        published_passes=9,
+    ),
+    "lsd": Method(
+        lsd,
+        "Lagrangian self-distillation",
+        "2505.18825",
+        "Lagrangian + tangent",
+        "self",
+        "velocity leg",
+        "jvp",
+        "the first choice from data alone: accurate at one jump and stable",
+        {"jvp": 1, "jvp_backward": 1, "forward": 1},
+        published_passes=10,
+    ),
+    "ayf_lmd": Method(
+        ayf_lmd,
+        "Align Your Flow, Lagrangian",
+        "2506.14603",
+        "Lagrangian",
+        "teacher, guided or not",
+        "target side",
+        "jvp",
+        "as its Eulerian sibling, with the teacher asked at the map's own images",
+        {"jvp": 1, "backward": 1, "forward": 1},
+        needs=("teacher",),
+        published=align_your_flow,
+        published_passes=6,
+    ),
+    "tvm": Method(
+        tvm,
+        "terminal velocity matching",
+        "2511.19797",
+        "Lagrangian + tangent",
+        "average of self",
+        "velocity leg",
+        "jvp",
+        "LSD with a steadier target",
+        {"jvp": 1, "jvp_backward": 1, "forward": 1},
+        needs=("ema",),
+        published_passes=10,
+    ),
+    "pid": Method(
+        pid,
+        "physics-informed distillation",
+        "2411.08378",
+        "Lagrangian at s = 0",
+        "teacher",
+        "teacher leg",
+        "finite difference",
+        "a teacher and no data",
+        {"forward": 3, "backward": 2},
+        stationary="order",
+        order=1,
+        at=lambda h: {"step": h},
+        needs=("teacher",),
+        published_passes=7,
+    ),
+    "free_flow": Method(
+        free_flow,
+        "FreeFlow, predictor",
+        "2511.19428",
+        "Lagrangian at s = 0",
+        "teacher",
+        "target side",
+        "finite difference",
+        "a teacher and no data, with a cheaper step",
+        {"forward": 3, "backward": 1},
+        stationary="order",
+        order=1,
+        at=lambda h: {"step": h},
+        needs=("teacher",),
+        published_passes=12,
+    ),
+}

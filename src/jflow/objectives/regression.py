@@ -6,6 +6,7 @@ from typing import Any
 
 from jflow.interpolants import Interpolant
 from jflow.objectives.compose import Objective
+from jflow.objectives.method import Method
 from jflow.types import FlowMap, Velocity
 
 
@@ -34,3 +35,29 @@ def _as_map(velocity: FlowMap | Velocity) -> FlowMap:
         raise ValueError("flow_map: flow matching was given a Velocity, which has no mean velocity off the diagonal")
 
     return FlowMap(refuse, velocity_override=velocity)
+
+
+METHODS: dict[str, Method] = {
+    "flow_matching": Method(
+        flow_matching,
+        "flow matching, rectified flow",
+        "2210.02747, 2209.03003",
+        "tangent",
+        "conditional",
+        "-",
+        "-",
+        "the velocity, from data alone: the baseline, and the teacher of the distillations",
+        published_passes=3,
+    ),
+    "reflow": Method(
+        reflow,
+        "reflow",
+        "2209.03003",
+        "tangent",
+        "conditional, of pairs from a solve",
+        "-",
+        "-",
+        "straighter paths for a solver of few steps, when solving for pairs once is affordable",
+        needs=("pairs",),
+    ),
+}

@@ -16,6 +16,7 @@ from jflow import checks, identities, times, types
 from jflow.interpolants import Interpolant
 from jflow.objectives.compose import Leg, Objective, OffDiagonal, Row
 from jflow.objectives.curriculum import Schedule, value_at
+from jflow.objectives.method import Method
 from jflow.types import Array, Event, FlowMap, move
 
 
@@ -166,3 +167,114 @@ def _moved(
         return two.rescaled(prediction=1.0, difference=1.0 / share)
 
     return Objective(name, flow_map, interpolant, residual, "semigroup", **choices)
+
+
+METHODS: dict[str, Method] = {
+    "progressive_distillation": Method(
+        progressive_distillation,
+        "progressive distillation, PFMM",
+        "2202.00512, 2406.07507",
+        "semigroup, midpoint",
+        "teacher legs",
+        "both legs",
+        "-",
+        "no derivative at all and targets that stand still; the steps halve with each stage",
+        {"forward": 3, "backward": 1},
+        needs=("map teacher",),
+        published_passes=5,
+    ),
+    "psd_m": Method(
+        psd_m,
+        "progressive self-distillation, midpoint",
+        "2505.18825",
+        "semigroup, midpoint, + tangent",
+        "self legs",
+        "both legs",
+        "-",
+        "networks that refuse forward mode; cheap steps",
+        {"forward": 3, "backward": 1},
+        published_passes=8,
+    ),
+    "psd_u": Method(
+        psd_u,
+        "progressive self-distillation, uniform",
+        "2505.18825",
+        "semigroup, random middle, + tangent",
+        "self legs",
+        "both legs",
+        "-",
+        "as PSD-M, with every split of a jump",
+        {"forward": 3, "backward": 1},
+        published_passes=8,
+    ),
+    "shortcut": Method(
+        shortcut,
+        "shortcut model",
+        "2410.12557",
+        "semigroup, midpoint, on a dyadic grid, + tangent",
+        "self legs (average)",
+        "both legs",
+        "-",
+        "step counts that are powers of two are all that is wanted",
+        {"forward": 3, "backward": 1},
+        needs=("ema",),
+        published_passes=8,
+    ),
+    "split_mean_flow": Method(
+        split_mean_flow,
+        "SplitMeanFlow",
+        "2507.16884",
+        "semigroup, random middle, + tangent",
+        "self legs; teacher on the diagonal",
+        "both legs",
+        "-",
+        "PSD-U with a teacher's diagonal",
+        {"forward": 3, "backward": 1},
+        published_passes=9,
+    ),
+    "ctm": Method(
+        ctm,
+        "consistency trajectory model",
+        "2310.02279",
+        "semigroup compared at t = 1, + tangent",
+        "teacher's solver step, self legs",
+        "target side",
+        "-",
+        "any-to-any jumps from a teacher, compared where they matter, at the data",
+        {"forward": 6, "backward": 1, "input_backward": 1},
+        stationary="order",
+        order=3,
+        at=lambda h: {"fraction": h},
+        needs=("teacher",),
+        published_passes=7,
+    ),
+    "alpha_flow": Method(
+        alpha_flow,
+        "alpha-Flow",
+        "2510.20771",
+        "semigroup with a conditional first leg, + tangent",
+        "conditional, self",
+        "target side",
+        "-",
+        "from flow matching to MeanFlow by one parameter, without derivatives",
+        {"forward": 2, "backward": 1},
+        stationary="limit",
+        order=1,
+        at=lambda h: {"alpha": h},
+    ),
+    "soflow": Method(
+        soflow,
+        "SoFlow",
+        "2512.15657",
+        "Eulerian, as a difference, + tangent",
+        "conditional",
+        "target side",
+        "finite difference along the velocity",
+        "MeanFlow without forward mode",
+        {"forward": 2, "backward": 1},
+        stationary="order",
+        order=1,
+        at=lambda h: {"fraction": h},
+        published_passes=7,
+    ),
+}

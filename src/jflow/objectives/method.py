@@ -1,0 +1,66 @@
+"""What a row of the catalogue is: a method's constructor, its parts in words, and what it declares of itself."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Mapping
+from typing import Any
+
+from jflow.objectives.compose import Objective
+
+# What a piece of work costs, in forward passes of the network on one sample.
+PASSES = {
+    "forward": 1,
+    "backward": 2,  # of one forward pass, to the parameters
+    "jvp": 2,  # the value and one derivative
+    "tangent": 1,  # a further derivative at the same point
+    "jvp_backward": 4,  # through the value and the derivative
+    "input_backward": 1,  # of one forward pass, to its point alone
+}
+
+
+@dataclasses.dataclass(frozen=True)
+class Method:
+    """A row of the catalogue.
+
+    Attributes:
+      constructor: ``(flow_map, interpolant, **choices) -> Objective``.
+      title: the method's name in its paper.
+      source: arXiv ids.
+      identity, velocity, stop_gradient, derivative: the parts, in words.
+      when: when to use it, in a sentence.
+      cost: of one off-diagonal sample, as numbers of the pieces of ``PASSES``; empty without such samples.
+      stationary: how the exact map is stationary under the squared reduction: "exact", the expected gradient is zero;
+        "order", it is of order ``order`` in a small number h; "limit", the same where h is the method's own parameter.
+      order: see ``stationary``.
+      at: ``h -> choices`` under which h is that small number.
+      needs: what must be there: "teacher" (a velocity), "map teacher" (a FlowMap), "ema", "pairs" (x0 in the batch),
+        "backward" (a map with both directions).
+      paths: the interpolants on which it is defined; empty for all.
+      forms: the parameterizations with which it is defined; empty for all.
+      published: the paper's choices, to be passed to the constructor, where they differ from its defaults.
+      published_passes: the forward passes of a sample with every term on the full batch, as counted in the literature.
+    """
+
+    constructor: Callable[..., Objective]
+    title: str
+    source: str
+    identity: str
+    velocity: str
+    stop_gradient: str
+    derivative: str
+    when: str
+    cost: Mapping[str, int] = dataclasses.field(default_factory=dict)
+    stationary: str = "exact"
+    order: int = 0
+    at: Callable[[Any], dict[str, Any]] | None = None
+    needs: tuple[str, ...] = ()
+    paths: tuple[str, ...] = ()
+    forms: tuple[str, ...] = ()
+    published: Callable[[], dict[str, Any]] = dict
+    published_passes: int | None = None
+
+    @property
+    def off_diagonal_passes(self) -> int | None:
+        """The cost of one off-diagonal sample in forward passes, None without such samples."""
+        return sum(PASSES[piece] * count for piece, count in self.cost.items()) or None
