@@ -270,7 +270,7 @@ class Job:
         """Trains and measures; writes row.json."""
         self.config.out.mkdir(parents=True, exist_ok=True)
         held = (self.config.out / "checkpoints").is_dir() and any((self.config.out / "checkpoints").iterdir())
-        config = dataclasses.replace(self.config, resume=held, overwrite=not held)
+        config = dataclasses.replace(self.config, resume="yes" if held else "no", overwrite=not held)
         this = self.trainer()
         bound, seconds = common.train(config, self.problem, self.model, this)
         row: dict[str, Any] = {"name": self.name, "seed": self.seed, "steps": config.steps, "training_seconds": seconds}
@@ -488,7 +488,13 @@ def table(found: dict[str, Any]) -> str:
 
 
 def run(config: Config) -> None:
-    """Runs what is missing, and writes the table of all that is there to ``config.out``."""
+    """Runs what is missing, and writes the table of all that is there to ``config.out``.
+
+    Raises:
+      ValueError: with several processes: there are many short trainings, each of which one process measures.
+    """
+    if jax.process_count() > 1:
+        raise ValueError(f"--machine.processes: expected one process, got {jax.process_count()}")
     if config.quick:
         quick = common.QUICK | {"steps": 6, "log_every": 6, "warmup": 2, "samples": 64, "features": 8}
         config = dataclasses.replace(config, **quick, seeds=1, compared=64, pool=128, timed=0)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import datetime
 import json
@@ -11,21 +12,23 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any, Literal, NamedTuple
+from typing import Any, Literal, NamedTuple, NoReturn
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
 
-from jflow import interpolants, nets, objectives, parameterizations, reductions, samplers, times, training
+from experiments.running import Machine, Watching, grid_writer
+from jflow import interpolants, nets, objectives, parameterizations, reductions, samplers, sharding, times, training
+from jflow.training import distributed, metrics_log, throughput
 from jflow.types import FORWARD, BoundFlowMap, Domain, FlowMap, Key
 
 JUMPS = (1, 2, 4, 8, 16)
 AVERAGE = "ema"
 QUICK = {"steps": 40, "log_every": 20, "warmup": 10, "batch": 64, "features": 32, "depth": 2, "samples": 300}
 # What may differ between a run and the one that resumes it, and does not belong to the model.
-NOT_KEPT = ("out", "quick", "resume", "overwrite", "samples")
+NOT_KEPT = ("out", "quick", "resume", "overwrite", "samples", "machine", "watch")
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -74,10 +77,12 @@ class Training:
     """Steps per row of metrics, and per dispatch."""
     quick: bool = False
     """A small run that shows that everything works, for a laptop or a test; its numbers mean nothing."""
-    resume: bool = False
-    """Go on from the newest checkpoint in --out."""
+    resume: Literal["no", "yes", "auto"] = "no"
+    """Go on from the newest whole checkpoint in --out; auto: where there is none, begin."""
     overwrite: bool = False
     """Replace an earlier run in --out."""
+    machine: Machine = dataclasses.field(default_factory=Machine)
+    watch: Watching = dataclasses.field(default_factory=Watching)
 
     def check(self) -> None:
         """Refuses values out of range.
@@ -103,7 +108,13 @@ class Training:
             raise ValueError(f"--octaves: expected a whole number from 0, got {self.octaves}")
         if self.seed < 0:
             raise ValueError(f"--seed: expected a whole number from 0, got {self.seed}")
-        if self.resume and self.overwrite:
+        for name in ("grids", "snapshots"):
+            every = getattr(self.watch, name)
+            if every < 0 or every % min(self.log_every, self.steps):
+                raise ValueError(
+                    f"--watch.{name}: expected 0 or a multiple of --log-every {self.log_every}, got {every}"
+                )
+        if self.resume != "no" and self.overwrite:
             raise ValueError("--resume, --overwrite: expected at most one of them")
 
     def kept(self) -> dict[str, Any]:
@@ -230,14 +241,16 @@ class Trainer(NamedTuple):
     """A training that has not begun.
 
     Attributes:
-      state: the first state.
+      state: the first state, laid out over the devices.
       step: ``(state, batch) -> (state, metrics)``, not jitted.
       chunk: many of them.
+      data: the chunk's second argument.
     """
 
     state: training.TrainState
     step: Callable[..., Any]
     chunk: Callable[..., Any]
+    data: Any
 
 
 def trainer(
@@ -258,31 +271,79 @@ def trainer(
     params = model.init(init_key) if params is None else params
     state = training.init_state(params, optimizer, train_key, ema=averages, teacher=teacher)
     step = training.make_step(objective, optimizer, ema=averages, teacher_updates=teacher_updates)
-    return Trainer(state, step, training.make_chunk(step, problem.dataset.batch))
+    mesh, data = config.machine.mesh(), problem.dataset.data
+    if mesh is None:
+        return Trainer(state, step, training.make_chunk(step, problem.dataset.batch), data)
+    if config.batch % mesh.size:
+        raise ValueError(f"--batch: expected a multiple of the {mesh.size} devices, got {config.batch}")
+    shardings = sharding.parts(state, mesh)
+    chunk = training.make_chunk(
+        step, problem.dataset.batch, batch_sharding=sharding.rows(mesh), state_sharding=shardings
+    )
+    return Trainer(sharding.place(state, shardings), step, chunk, sharding.place(data, sharding.whole(mesh)))
+
+
+class FirstProcessOnly(Exception):
+    """Raised where all that is left is for the first process to do, on the others."""
 
 
 def train(config: Training, problem: Problem, model: Model, this: Trainer | None = None) -> tuple[BoundFlowMap, float]:
     """Trains, writing metrics and checkpoints to ``config.out``; ``this`` is by default that of ``objective_of``.
 
+    Of several processes only the first returns.
+
     Returns:
       (the map at the averaged parameters, seconds that the training took, compilation included).
+
+    Raises:
+      FirstProcessOnly: on the other processes.
     """
     this = trainer(config, problem, model, objective_of(config, model)) if this is None else this
     log_every = min(config.log_every, config.steps)
+    watch = config.watch
+    x0 = jax.random.normal(jax.random.key(config.seed + 3), (64 if len(problem.event) == 3 else 4096, *problem.event))
+    labels = None if problem.labels is None else problem.labels(jax.random.key(config.seed + 4), len(x0))
+    grid = grid_writer(config.out, lambda params: np.asarray(draw(model.flow_map.bind(params), x0, 1, labels)), AVERAGE)
     began = time.perf_counter()
-    state = training.fit(
-        this.state,
-        this.chunk,
-        problem.dataset.data,
-        total_steps=config.steps,
-        log_every=log_every,
-        checkpoint_every=log_every * max(1, config.steps // (4 * log_every)),
-        out_dir=config.out,
-        config=config.kept(),
-        resume=config.resume,
-        overwrite=config.overwrite,
-    )
-    return model.flow_map.bind(training.ema.as_params(state.ema[AVERAGE], state.params)), time.perf_counter() - began
+    with watch.callbacks(config.out, None if config.resume == "no" else _newest(config.out)) as callbacks:
+        state = training.fit(
+            this.state,
+            this.chunk,
+            this.data,
+            total_steps=config.steps,
+            log_every=log_every,
+            checkpoint_every=log_every * max(1, config.steps // (4 * log_every)),
+            eval_every=watch.grids or None,
+            eval_fn=grid if watch.grids else None,
+            snapshot_every=watch.snapshots or None,
+            out_dir=config.out,
+            config=config.kept(),
+            resume={"no": False, "yes": True, "auto": "auto"}[config.resume],
+            overwrite=config.overwrite,
+            stall_seconds=config.machine.stall_seconds,
+            count_flops=watch.flops,
+            profile=watch.profile,
+            callbacks=callbacks,
+        )
+    seconds = time.perf_counter() - began
+    params = sharding.local(training.ema.as_params(state.ema[AVERAGE], state.params))
+    if not distributed.first_process():
+        raise FirstProcessOnly
+    return model.flow_map.bind(jax.tree.map(jnp.asarray, params)), seconds
+
+
+def _newest(out: pathlib.Path) -> int:
+    """The newest step of which there is a checkpoint, or 0."""
+    steps = [int(path.name) for path in (out / "checkpoints").glob("*") if path.name.isdigit()]
+    return max(steps, default=0)
+
+
+def speed(out: pathlib.Path) -> float | None:
+    """Steps per second of the run in ``out``, without its compilation; None where it was too short to tell."""
+    try:
+        return throughput.steady_rate(metrics_log.read(out / "metrics.jsonl"))
+    except ValueError:
+        return None
 
 
 def draw(
@@ -359,16 +420,36 @@ def markdown(header: list[str], rows: list[list[Any]]) -> str:
 
 
 def main(config_type: type, run: Callable[[Any], None]) -> None:
-    """Reads the command line and runs; a mistake that can be named ends with its message and exit code 2."""
+    """Reads the command line and runs.
+
+    A mistake that can be named ends with its message and exit code 2; other codes are those of ``training.distributed``.
+    """
     import tyro
 
     config = tyro.cli(config_type, description=sys.modules[config_type.__module__].__doc__)
     try:
         config.check()
-        run(config)
-    except (ValueError, TypeError, OSError, training.NonFiniteError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        sys.exit(2)
+        with config.machine.joined() if hasattr(config, "machine") else contextlib.nullcontext():
+            try:
+                run(config)
+            except FirstProcessOnly:
+                pass
+            except training.PreemptedError as error:
+                print(error, file=sys.stderr)
+                sys.exit(distributed.EXIT_PREEMPTED)
+            except MISTAKES as error:
+                # Said here: of several processes, one that ends by an error does not come back from the context.
+                _refuse(error)
+    except MISTAKES as error:
+        _refuse(error)
+
+
+MISTAKES = (ValueError, TypeError, OSError, training.NonFiniteError)
+
+
+def _refuse(error: Exception) -> NoReturn:
+    print(f"error: {error}", file=sys.stderr)
+    sys.exit(2)
 
 
 def _flag(name: str) -> str:

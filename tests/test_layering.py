@@ -20,6 +20,7 @@ ROOMS = (
     "checks",
     "trees",
     "types",
+    "sharding",
     "interpolants",
     "couplings",
     "times",
@@ -42,7 +43,7 @@ ROOMS = (
 )
 # Slow to import or not installed everywhere: only inside the functions that need them.
 HEAVY = set("diffrax equinox flax grain lineax optimistix orbax ott tensorboardX tyro wandb".split())
-HEAVY |= set("matplotlib scipy skimage sklearn".split())
+HEAVY |= set("PIL matplotlib scipy skimage sklearn".split())
 # Names of jax that may vanish in any release; every other name with a leading underscore is private as well.
 PRIVATE_JAX = ("core", "interpreters", "experimental.pjit")
 IMPORTERS = ("importlib.import_module", "import_module", "__import__")
@@ -113,7 +114,8 @@ def _absolute(node: ast.ImportFrom, module: str, is_package: bool) -> str:
 def private(use: Use) -> bool:
     """Whether the name is no promise of the package that it belongs to."""
     package, _, rest = use.name.partition(".")
-    if package in ("jflow", "__future__", *OUTSIDE):
+    # The one documented name of the standard library that begins with an underscore.
+    if package in ("jflow", "__future__", *OUTSIDE) or use.name == "os._exit":
         return False
     if any(part.startswith("_") and not part.endswith("__") for part in use.name.split(".")):
         return True

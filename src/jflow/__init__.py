@@ -18,6 +18,7 @@ from jflow import (
     objectives,
     parameterizations,
     reductions,
+    sharding,
     times,
     types,
 )
@@ -56,6 +57,7 @@ __all__ = [
     "parameterizations",
     "reductions",
     "samplers",
+    "sharding",
     "solvers",
     "times",
     "training",

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import logging
 import shutil
+import zlib
 
 import jax
 import jax.numpy as jnp
@@ -12,6 +13,7 @@ import numpy as np
 import optax
 import pytest
 
+from jflow import sharding
 from jflow.training import Checkpoints, init_state, leaves, restore_params
 from jflow.training.checkpoints import difference
 
@@ -48,7 +50,7 @@ def files(directory, step):
 def test_round_trip_is_exact(tmp_path, assert_same):
     write(tmp_path, steps=(10,))
     with Checkpoints(tmp_path, config=CONFIG, resume=True) as checkpoints:
-        restored = checkpoints.restore_latest(state_of(0))
+        restored, _ = checkpoints.restore_latest(state_of(0))
     assert_same(restored, state_of(10, 10.0))
     assert restored.key.dtype == jax.random.key(0).dtype
     # As free to follow other arrays as a fresh state.
@@ -67,6 +69,67 @@ def test_only_the_newest_are_kept(tmp_path):
     write(tmp_path, keep=2)
     with Checkpoints(tmp_path, config=CONFIG, resume=True) as checkpoints:
         assert checkpoints.steps() == [20, 30]
+
+
+def test_the_best_are_kept_beside_the_newest(tmp_path):
+    scores = {10: 3.0, 20: 1.0, 30: 2.0, 40: None, 50: float("nan"), 60: 4.0}
+    for steps in ((10, 20, 30), (40, 50, 60)):
+        # The scores outlive the process.
+        with Checkpoints(tmp_path, config=CONFIG, keep=1, keep_best=2, resume=True) as checkpoints:
+            for step in steps:
+                checkpoints.save(state_of(step, float(step)), score=scores[step])
+    with Checkpoints(tmp_path, config=CONFIG, resume=True) as checkpoints:
+        assert checkpoints.steps() == [20, 30, 60]
+    assert float(restore_params(tmp_path, step="best")[0]["wide"]) == 20.0
+    write(tmp_path / "without", steps=(10,))
+    with pytest.raises(FileNotFoundError, match="no checkpoint has a score"):
+        restore_params(tmp_path / "without", step="best")
+
+
+def test_the_position_of_the_data_comes_back(tmp_path):
+    position = {"next_index": 7, "inner": [1, {"a": None}]}
+    with Checkpoints(tmp_path, config=CONFIG) as checkpoints:
+        checkpoints.save(state_of(10), position=position)
+        with pytest.raises(TypeError, match="position: expected"):
+            checkpoints.save(state_of(20), position=object())
+    with Checkpoints(tmp_path, config=CONFIG, resume=True) as checkpoints:
+        assert checkpoints.restore_latest(state_of(0))[1] == position
+
+
+@pytest.mark.parametrize("fsdp", [1, 4])
+def test_saved_on_eight_devices_restored_on_fewer(fsdp, tmp_path, assert_same):
+    """And the other way: values to the last bit, laid out as the template is."""
+    plain = state_of(10, 3.0)
+
+    def placed(state, devices, fsdp):
+        mesh = sharding.mesh(fsdp, jax.devices()[:devices])
+        return sharding.place(state, sharding.parts(state, mesh, smallest=1))
+
+    with Checkpoints(tmp_path, config=CONFIG, keep=None) as checkpoints:
+        checkpoints.save(placed(plain, 8, fsdp))
+        for devices in (1, 2, 4, 8):
+            template = placed(state_of(0), devices, min(fsdp, devices))
+            restored, _ = checkpoints.restore_latest(template)
+            assert_same(sharding.local(restored), sharding.local(plain))
+            assert jax.tree.map(lambda x: x.sharding, restored) == jax.tree.map(lambda x: x.sharding, template)
+        assert_same(checkpoints.restore_latest(state_of(0))[0], plain)
+        checkpoints.save(plain._replace(step=jnp.int32(11)))
+        restored, _ = checkpoints.restore_latest(placed(state_of(0), 8, fsdp))
+        assert_same(sharding.local(restored), sharding.local(plain._replace(step=jnp.int32(11))))
+
+
+def test_checksums_do_not_depend_on_the_layout_and_see_what_moves():
+    kernel = np.random.default_rng(0).normal(size=(16, 24)).astype(np.float32)
+    found = []
+    for fsdp in (1, 2, 8):
+        mesh = sharding.mesh(fsdp)
+        found.append(leaves.checksums(sharding.place({"w": kernel}, sharding.parts({"w": kernel}, mesh, smallest=1))))
+    assert found[0] == found[1] == found[2] == leaves.checksums({"w": kernel})
+    # Two rows exchanged hold the same words.
+    assert leaves.checksums({"w": kernel[::-1]}) != found[0]
+    for dtype in (np.bool_, np.int8, np.float16, jnp.bfloat16, np.float64, np.int64, np.complex64):
+        value = (kernel * 100).astype(dtype)
+        assert leaves.checksums({"w": value}) == leaves.checksums({"w": jnp.asarray(value)}), dtype
 
 
 def test_a_save_does_not_see_what_later_steps_do_to_the_buffers(tmp_path, assert_same):
@@ -91,25 +154,83 @@ def truncate(path):
     path.write_bytes(path.read_bytes()[: path.stat().st_size // 2])
 
 
-def lie_in_meta(directory, step):
-    path = directory / str(step) / "meta" / "metadata"
+def meta_of(directory, step):
+    return directory / str(step) / "meta" / "metadata"
+
+
+def edit_meta(directory, step, edit, sign=True):
+    """Another record, with a checksum that is right for it, as a program with a mistake would write it."""
+    path = meta_of(directory, step)
     meta = json.loads(path.read_text())
-    meta["body"]["config"]["name"] = "Test"
+    edit(meta["body"])
+    if sign:
+        meta["crc32"] = zlib.crc32(json.dumps(meta["body"], sort_keys=True).encode())
     path.write_text(json.dumps(meta))
 
 
+def largest(directory, step):
+    return files(directory, step)[0]
+
+
+def replace(path, make):
+    path.unlink()
+    make(path)
+
+
+def copy_over(source, target):
+    shutil.rmtree(target)
+    shutil.copytree(source, target)
+
+
+# Each is done to the newer of two checkpoints, of steps 10 and 20.
 DAMAGE = {
-    "a byte flipped": lambda directory, step: flip(files(directory, step)[0]),
-    "a byte flipped in every file": lambda directory, step: [flip(path) for path in files(directory, step)],
-    "a file truncated": lambda directory, step: truncate(files(directory, step)[0]),
-    "a file deleted": lambda directory, step: (directory / str(step) / "state" / "manifest.ocdbt").unlink(),
-    "the state deleted": lambda directory, step: shutil.rmtree(directory / str(step) / "state"),
-    "the meta deleted": lambda directory, step: shutil.rmtree(directory / str(step) / "meta"),
-    "the meta truncated": lambda directory, step: truncate(directory / str(step) / "meta" / "metadata"),
-    "the config changed": lie_in_meta,
-    "everything deleted": lambda directory, step: [
-        shutil.rmtree(path) if path.is_dir() else path.unlink() for path in (directory / str(step)).iterdir()
+    "a byte flipped": lambda d: flip(largest(d, 20)),
+    "a byte flipped in every file": lambda d: [flip(path) for path in files(d, 20)],
+    "a file truncated": lambda d: truncate(largest(d, 20)),
+    "a file emptied": lambda d: largest(d, 20).write_bytes(b""),
+    "a file full of zeros": lambda d: largest(d, 20).write_bytes(bytes(largest(d, 20).stat().st_size)),
+    "a file deleted": lambda d: (d / "20" / "state" / "manifest.ocdbt").unlink(),
+    "a file that is a directory": lambda d: replace(largest(d, 20), lambda path: path.mkdir()),
+    "files that lead nowhere": lambda d: [replace(f, lambda path: path.symlink_to(d / "nothing")) for f in files(d, 20)],
+    "the state deleted": lambda d: shutil.rmtree(d / "20" / "state"),
+    "the state of another step": lambda d: copy_over(d / "10" / "state", d / "20" / "state"),
+    "another step altogether": lambda d: copy_over(d / "10", d / "20"),
+    "the meta deleted": lambda d: shutil.rmtree(d / "20" / "meta"),
+    "the meta truncated": lambda d: truncate(meta_of(d, 20)),
+    "the meta emptied": lambda d: meta_of(d, 20).write_text(""),
+    "the meta of another step": lambda d: copy_over(d / "10" / "meta", d / "20" / "meta"),
+    "the meta another kind of JSON": lambda d: meta_of(d, 20).write_text("[1, 2]"),
+    "the config changed": lambda d: edit_meta(d, 20, lambda body: body["config"].update(name="Test"), sign=False),
+    "a checksum changed": lambda d: edit_meta(d, 20, lambda body: body["leaves"]["params/wide"].update(checksum=[1, 2])),
+    "nothing in it": lambda d: [
+        shutil.rmtree(path) if path.is_dir() else path.unlink() for path in (d / "20").iterdir()
     ],
+}
+# What is no damage to a whole checkpoint, and restores it.
+HARMLESS = {
+    "half of a later step": lambda d: shutil.copytree(d / "20", d / "30.orbax-checkpoint-tmp-1"),
+    "a file that belongs to nobody": lambda d: (d / "20" / "notes.txt").write_text("mine"),
+    "a directory of another name": lambda d: (d / "best").mkdir(),
+    "an older step damaged": lambda d: flip(largest(d, 10)),
+}
+# What is no damage that an older checkpoint would mend, and is refused by name.
+REFUSED = {
+    "another config": (
+        lambda d: edit_meta(d, 20, lambda body: body["config"].update(name="other")),
+        "config: it differs from the checkpoint's:\n  name: checkpoint 'other', now 'test'",
+    ),
+    "a leaf more": (
+        lambda d: edit_meta(d, 20, lambda body: body["leaves"].update(more=body["leaves"]["step"])),
+        r"another structure: it lacks \[\] and has beside \['more'\]",
+    ),
+    "a leaf of another dtype": (
+        lambda d: edit_meta(d, 20, lambda body: body["leaves"]["params/wide"].update(dtype="float32")),
+        r"nothing is cast\): params/wide is float32\[\], expected float64\[\]",
+    ),
+    "a leaf of another shape": (
+        lambda d: edit_meta(d, 20, lambda body: body["leaves"]["params/half"].update(shape=[4])),
+        r"params/half is bfloat16\[4\], expected bfloat16\[5\]",
+    ),
 }
 
 
@@ -120,22 +241,55 @@ def written(tmp_path_factory):
     return directory
 
 
+@pytest.fixture
+def damaged(written, tmp_path):
+    """Where a copy of the two checkpoints is, after one kind of damage."""
+
+    def make(damage):
+        shutil.copytree(written, tmp_path / "checkpoints")
+        damage(tmp_path / "checkpoints")
+        return tmp_path / "checkpoints"
+
+    return make
+
+
 @pytest.mark.parametrize("kind", DAMAGE)
-def test_a_damaged_checkpoint_is_named_and_the_one_before_it_used(kind, written, tmp_path, caplog, assert_same):
-    directory = tmp_path / "checkpoints"
-    shutil.copytree(written, directory)
-    DAMAGE[kind](directory, 20)
+def test_a_damaged_checkpoint_is_named_and_the_one_before_it_used(kind, damaged, caplog, assert_same):
+    directory = damaged(DAMAGE[kind])
     caplog.set_level(logging.WARNING)
-    params, _ = restore_params(tmp_path)
+    params, _ = restore_params(directory.parent)
     assert float(params["wide"]) == 10.0
     assert "step 20 is damaged" in caplog.text
     with Checkpoints(directory, config=CONFIG, resume=True) as checkpoints:
-        assert_same(checkpoints.restore_latest(state_of(0)), state_of(10, 10.0))
+        assert_same(checkpoints.restore_latest(state_of(0))[0], state_of(10, 10.0))
         assert caplog.text.count("step 20 is damaged") == 2
         # The step can be taken and saved again.
         checkpoints.save(state_of(20, 20.5))
     with Checkpoints(directory, config=CONFIG, resume=True) as checkpoints:
-        assert float(checkpoints.restore_latest(state_of(0)).params["wide"]) == 20.5
+        assert float(checkpoints.restore_latest(state_of(0))[0].params["wide"]) == 20.5
+
+
+@pytest.mark.parametrize("kind", HARMLESS)
+def test_what_is_no_damage_changes_nothing(kind, damaged, caplog, assert_same):
+    with Checkpoints(damaged(HARMLESS[kind]), config=CONFIG, resume=True) as checkpoints:
+        assert_same(checkpoints.restore_latest(state_of(0))[0], state_of(20, 20.0))
+    assert "damaged" not in caplog.text
+
+
+@pytest.mark.parametrize("kind", REFUSED)
+def test_what_an_older_checkpoint_would_not_mend_is_refused(kind, damaged):
+    damage, message = REFUSED[kind]
+    directory = damaged(damage)
+    with Checkpoints(directory, config=CONFIG, resume=True) as checkpoints:
+        with pytest.raises(ValueError, match=message):
+            checkpoints.restore_latest(state_of(0))
+        assert checkpoints.steps() == [10, 20]
+
+
+def test_a_file_where_the_directory_should_be(tmp_path):
+    (tmp_path / "checkpoints").write_text("mine")
+    with pytest.raises(NotADirectoryError, match="is a file; expected a directory"):
+        Checkpoints(tmp_path / "checkpoints", resume=True)
 
 
 def test_every_flip_is_found_or_harmless(written, tmp_path):
@@ -161,9 +315,11 @@ def test_every_flip_is_found_or_harmless(written, tmp_path):
 
 def test_a_flipped_bit_in_a_leaf_is_found_by_its_checksum():
     """Without the storage, which may notice some flips itself."""
-    arrays, records = leaves.to_host(state_of(0))
+    arrays, records = leaves.copies(state_of(0))
     leaves.verify(arrays, records)
-    arrays["params/dense/kernel"].view(np.uint8)[1, 2] ^= 0x04
+    flipped = np.array(arrays["params/dense/kernel"])
+    flipped.view(np.uint8)[1, 2] ^= 0x04
+    arrays["params/dense/kernel"] = flipped
     with pytest.raises(leaves.DamagedError, match="leaf params/dense/kernel has another checksum"):
         leaves.verify(arrays, records)
 
@@ -176,7 +332,7 @@ def test_nothing_to_restore(tmp_path, written):
         checkpoints.restore_latest(state_of(0))
     shutil.copytree(written, tmp_path / "all")
     for step in (10, 20):
-        DAMAGE["a file deleted"](tmp_path / "all", step)
+        (tmp_path / "all" / str(step) / "state" / "manifest.ocdbt").unlink()
     with pytest.raises(FileNotFoundError, match=r"damaged: steps \[20, 10\]"):
         restore_params(tmp_path / "all")
     with pytest.raises(FileNotFoundError, match="no checkpoint of step 15"):
@@ -191,7 +347,7 @@ def test_another_config_is_refused_with_the_difference(written):
         assert "optimizer.learning_rate: checkpoint 0.001, now 0.0003" in str(error.value)
         assert "new: checkpoint '(absent)', now 1" in str(error.value)
         assert "steps" not in str(error.value)
-        restored = checkpoints.restore_latest(state_of(0), ignore=("optimizer", "new"))
+        restored, _ = checkpoints.restore_latest(state_of(0), ignore=("optimizer", "new"))
         assert int(restored.step) == 20
     assert difference({"a": {"b": 1}}, {"a": {"b": 1}}) == {}
     assert difference({"a": 1}, {"a": True}) == {"a": (1, True)}

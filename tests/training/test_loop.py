@@ -2,17 +2,32 @@
 
 from __future__ import annotations
 
+import functools
 import json
+import os
 import shutil
+import signal
+import time
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from jflow.training import Checkpoints, NonFiniteError, fit, make_chunk, make_step, restore_params
+from jflow.training import (
+    Checkpoints,
+    NonFiniteError,
+    distributed,
+    feeds,
+    fit,
+    loop,
+    make_chunk,
+    make_step,
+    restore_params,
+)
 from jflow.training.loop import Plan
 from jflow.training.metrics_log import MetricsLog, read
+from jflow.types import Batch
 
 TIMES = ("seconds", "steps_per_second")
 
@@ -70,6 +85,150 @@ def test_resumed_runs_are_the_same_where_the_teacher_changes(problem, tmp_path, 
     assert rows_of(tmp_path / "broken") == rows_of(tmp_path / "unbroken")
     taught = jax.tree.leaves(unbroken.context_extras.teacher)
     assert any(np.any(a != b) for a, b in zip(taught, jax.tree.leaves(problem.params), strict=True))
+
+
+def test_asked_to_stop_it_saves_and_goes_on_the_same(problem, unbroken, tmp_path, assert_same):
+    state, directory = unbroken
+    before = signal.getsignal(signal.SIGTERM)
+
+    def stop(row):
+        if row["step"] == 8:
+            os.kill(os.getpid(), signal.SIGTERM)
+
+    # The row of step 8 is read while the chunk to step 12 is under way.
+    with pytest.raises(distributed.PreemptedError, match="saved step 12") as error:
+        run(problem, tmp_path, 32, callbacks=[stop], checkpoint_every=16, resume="auto")
+    assert error.value.step == 12 and signal.getsignal(signal.SIGTERM) is before
+    assert_same(run(problem, tmp_path, 32, resume="auto"), state)
+    rows, whole = rows_of(tmp_path), rows_of(directory)
+    assert [(row["step"], row["steps"]) for row in rows] == [(8, 8), (12, 4), (16, 4), (24, 8), (32, 8)]
+    assert [rows[0], *rows[3:]] == [whole[0], *whole[2:]]
+    assert (rows[1]["loss"] + rows[2]["loss"]) / 2 == pytest.approx(whole[1]["loss"], rel=1e-12)
+
+
+def test_a_second_request_does_what_it_did_before(problem, tmp_path):
+    class Asked(Exception):
+        pass
+
+    def handler(number, frame):
+        raise Asked
+
+    before = signal.signal(signal.SIGTERM, handler)
+    try:
+        with pytest.raises(Asked), distributed.Notice() as notice:
+            os.kill(os.getpid(), signal.SIGTERM)
+            assert notice.seen(3)
+            os.kill(os.getpid(), signal.SIGTERM)
+            time.sleep(5)
+        assert signal.getsignal(signal.SIGTERM) is handler
+        # Without checkpoints there is nothing to save, and the signal is left alone.
+        with pytest.raises(Asked):
+            run(problem, None, 8, checkpoint_every=None, callbacks=[lambda row: os.kill(os.getpid(), signal.SIGTERM)])
+    finally:
+        signal.signal(signal.SIGTERM, before)
+
+
+def test_auto_begins_where_there_is_nothing(problem, unbroken, tmp_path, assert_same):
+    state, directory = unbroken
+    # Killed before the first checkpoint: some rows, half a checkpoint.
+    (tmp_path / "checkpoints" / "8.orbax-checkpoint-tmp-0").mkdir(parents=True)
+    shutil.copy(directory / "metrics.jsonl", tmp_path)
+    assert_same(run(problem, tmp_path, 32, resume="auto"), state)
+    assert rows_of(tmp_path) == rows_of(directory)
+    # Where all are damaged it does not begin again in silence.
+    for meta in (tmp_path / "checkpoints").glob("*/meta"):
+        shutil.rmtree(meta)
+    with pytest.raises(FileNotFoundError, match="no checkpoint is whole"):
+        run(problem, tmp_path, 40, resume="auto")
+
+
+def test_a_save_during_later_steps_is_of_the_step_it_was_asked_for(problem, tmp_path, assert_same):
+    state = problem.chunk(problem.state(), problem.dataset.data, 4)[0]
+    expected = jax.tree.map(jnp.copy, state)
+    with Checkpoints(tmp_path) as checkpoints:
+        checkpoints.save(state)
+        for _ in range(25):
+            state, _ = problem.chunk(state, problem.dataset.data, 4)
+        assert int(state.step) == 104
+        assert_same(checkpoints.restore_latest(problem.state())[0], expected)
+
+
+class Walk:
+    """Batches from a generator on the host, whose state is the position."""
+
+    def __init__(self):
+        self.random = np.random.default_rng(5)
+
+    def __next__(self):
+        x = self.random.normal(size=(16, 3)).astype(np.float32)
+        return Batch(x1=x, cond=x[:, :2] ** 2)
+
+    def get_state(self):
+        return self.random.bit_generator.state
+
+    def set_state(self, state):
+        self.random.bit_generator.state = state
+
+
+def test_data_from_the_host_go_on_where_they_were(problem, tmp_path, assert_same):
+    chunk = make_chunk(problem.step, feeds.batch)
+    one, two = tmp_path / "one", tmp_path / "two"
+    whole = run(problem, one, 21, chunk=chunk, data=feeds.Feed(Walk()))
+    run(problem, two, 16, chunk=chunk, data=feeds.Feed(Walk()))
+    assert_same(run(problem, two, 21, chunk=chunk, data=feeds.Feed(Walk()), resume=True), whole)
+    assert rows_of(two) == rows_of(one)
+
+
+def test_the_best_and_the_snapshots(problem, unbroken, tmp_path, assert_same):
+    state, _ = unbroken
+    scores = {8: 3.0, 16: 1.0, 24: 2.0, 32: 5.0}
+    options = {
+        "eval_every": 8,
+        "eval_fn": lambda state: {"score": scores[int(state.step)]},
+        "best": "score",
+        "keep_best": 1,
+        "keep": 1,
+        "snapshot_every": 16,
+    }
+    run(problem, tmp_path, 16, **options)
+    assert_same(run(problem, tmp_path, 32, resume=True, **options), state)
+    with Checkpoints(tmp_path / "checkpoints", resume=True) as checkpoints:
+        assert checkpoints.steps() == [16, 32]
+    assert_same(restore_params(tmp_path / "averages", "0.99")[0], state.ema["0.99"])
+    assert_same(
+        restore_params(tmp_path / "averages", "0.9", step=16)[0], restore_params(tmp_path, "0.9", step="best")[0]
+    )
+    with pytest.raises(ValueError, match=r"best: expected an entry of what eval_fn returns, \['score'\], got 'loss'"):
+        run(problem, tmp_path, 32, overwrite=True, **{**options, "best": "loss"})
+
+
+def test_work_and_traces(problem, tmp_path):
+    run(problem, tmp_path, 24, count_flops=True, profile=(8, 12))
+    rows = rows_of(tmp_path)
+    rates = [row["steps_per_second"] for row in read(tmp_path / "metrics.jsonl")]
+    flops = [row["flops_per_second"] / rate for row, rate in zip(rows, rates, strict=True)]
+    np.testing.assert_allclose(flops, flops[0], rtol=1e-12)
+    # Forward and backward through 3 x 8 and 8 x 2 weights, twice forward: more than that, and not much more.
+    assert 6 * 40 * 16 < flops[0] < 60 * 40 * 16
+    assert list((tmp_path / "profile").rglob("*.xplane.pb"))
+
+
+def test_a_step_that_never_ends(problem, monkeypatch, capfd):
+    ended = []
+    monkeypatch.setattr(loop, "Watchdog", functools.partial(distributed.Watchdog, end=ended.append))
+
+    def chunk(state, data, steps):
+        if int(state.step) == 8:
+            time.sleep(1.0)
+        return problem.chunk(state, data, steps)
+
+    problem.chunk(problem.state(), problem.dataset.data, 4)
+    run(problem, None, 16, chunk=chunk, checkpoint_every=None, stall_seconds=0.5)
+    assert ended == [distributed.EXIT_STALLED]
+    said = capfd.readouterr().err
+    assert "no sign of life for 0.5 s: steps 9 to 12; ending with exit code 77" in said and "time.sleep" not in ended
+    run(problem, None, 16, chunk=chunk, checkpoint_every=None, stall_seconds=30.0)
+    assert len(ended) == 1
 
 
 def test_killed_after_a_checkpoint_no_row_comes_twice(problem, unbroken, tmp_path, assert_same):

@@ -1,22 +1,33 @@
 """Training: the state, the step, averages, checkpoints and the loop."""
 
-from jflow.training import ema
+from jflow.training import distributed, ema, feeds, grids, posthoc, throughput
 from jflow.training.checkpoints import Checkpoints, restore_params
+from jflow.training.distributed import PreemptedError
+from jflow.training.feeds import Feed
 from jflow.training.loop import NonFiniteError, fit
 from jflow.training.metrics_log import MetricsLog
 from jflow.training.state import Extras, TrainState, init_state
 from jflow.training.step import make_chunk, make_step
+from jflow.training.tensorboard import TensorBoard
 
 __all__ = [
     "Checkpoints",
     "Extras",
+    "Feed",
     "MetricsLog",
     "NonFiniteError",
+    "PreemptedError",
+    "TensorBoard",
     "TrainState",
+    "distributed",
     "ema",
+    "feeds",
     "fit",
+    "grids",
     "init_state",
     "make_chunk",
     "make_step",
+    "posthoc",
     "restore_params",
+    "throughput",
 ]

@@ -4,9 +4,12 @@ The one module that touches Orbax, whose own files carry no checksums: flipped b
 dtype is cast, and there is no second try. A checkpoint of step n is one Orbax composite:
 
     n/state   every array of the state by name (see ``leaves``)
-    n/meta    JSON: {"crc32", "body"}, the body {"step", "config", "notes", "leaves": the record of each array}
+    n/meta    JSON: {"crc32", "body"}, the body {"step", "config", "notes", "position", "score", "leaves": the record of
+              each array}
 
-Saves are asynchronous: ``save`` copies the state to the host and returns, so later steps may reuse its buffers.
+Saves are asynchronous: ``save`` copies the state and returns, so later steps may reuse its buffers. Values and checksums do
+not depend on how the state is laid out, so it may be restored on any number of devices and processes. Of several processes
+each makes the same calls; each reads and writes the parts that lie on its own devices, in a directory that all see.
 """
 
 from __future__ import annotations
@@ -17,15 +20,16 @@ import os
 import pathlib
 import shutil
 import zlib
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Mapping, Sequence
 from typing import Any
 
 import jax
 import numpy as np
+from jax.experimental import multihost_utils
 
 from jflow import checks
 from jflow.training import leaves
-from jflow.training.state import TrainState
+from jflow.training.distributed import first_process, together
 from jflow.types import Params
 
 _log = logging.getLogger(__name__)
@@ -39,14 +43,17 @@ class Checkpoints:
       directory: relative or absolute; made if missing.
       config: the run's config, of JSON types; saved, and compared on restore.
       notes: other JSON values worth keeping (versions of libraries); a difference on restore is only logged.
-      keep: the number of newest checkpoints that are kept; more than one, to have another when the last is damaged.
+      keep: the number of newest checkpoints that are kept; more than one, to have another when the last is damaged. None
+        for all.
+      keep_best: the number of checkpoints with the lowest scores that are kept beside them.
       resume: the directory may hold checkpoints.
       overwrite: what the directory holds is deleted.
 
     Raises:
       FileExistsError: when the directory is not empty and neither ``resume`` nor ``overwrite`` is set.
+      NotADirectoryError: when there is a file of that name.
       TypeError: for a config that is not of JSON types.
-      ValueError: when both are set, or ``keep`` is not positive.
+      ValueError: when both are set, or a number of checkpoints is out of range.
     """
 
     def __init__(
@@ -55,7 +62,8 @@ class Checkpoints:
         *,
         config: Mapping[str, Any] | None = None,
         notes: Mapping[str, Any] | None = None,
-        keep: int = 3,
+        keep: int | None = 3,
+        keep_best: int = 0,
         resume: bool = False,
         overwrite: bool = False,
     ) -> None:
@@ -64,55 +72,99 @@ class Checkpoints:
         self.directory = _absolute(directory)
         self._config = as_json("config", config or {})
         self._notes = as_json("notes", {**_versions(), **(notes or {})})
-        checks.integer("keep", keep, low=1)
-        if self.directory.exists() and any(self.directory.iterdir()) and not resume:
-            if not overwrite:
-                raise FileExistsError(f"{self.directory} is not empty; resume the run or overwrite it")
+        if keep is not None:
+            checks.integer("keep", keep, low=1)
+        checks.integer("keep_best", keep_best)
+        if self.directory.exists() and not self.directory.is_dir():
+            raise NotADirectoryError(f"{self.directory} is a file; expected a directory for checkpoints")
+        used = self.directory.exists() and any(self.directory.iterdir())
+        if used and not (resume or overwrite):
+            raise FileExistsError(f"{self.directory} is not empty; resume the run or overwrite it")
+        together("looked at the directory")
+        if used and overwrite and first_process():
             shutil.rmtree(self.directory)
-        self._manager = _manager(self.directory, keep)
+        together("emptied the directory")
+        self._scores = _read_scores(self.directory) if resume and keep_best else {}
+        self._manager = _writer(self.directory, keep, keep_best, self._scores)
 
-    def save(self, state: TrainState) -> None:
-        """Copies the state to the host, at once, and writes it, in the background.
+    def save(self, state: Any, *, position: Any = None, score: float | None = None) -> None:
+        """Copies the state, at once, and writes it, in the background.
+
+        Args:
+          state: a ``TrainState``, or another named tuple of arrays with a ``step``.
+          position: of data that come from the host (``Feed.position``), of JSON types.
+          score: what ``keep_best`` compares, lower being better; without one (or with one that is not finite) a
+            checkpoint is never among the best.
 
         Raises:
-          ValueError: when there is a checkpoint of this step or a later one already.
+          ValueError: when there is a checkpoint of this step or a later one already; of several processes, when an array
+            lies on one alone.
         """
         import orbax.checkpoint as ocp
 
         step = int(state.step)
-        arrays, records = leaves.to_host(state)
-        body = {"step": step, "config": self._config, "notes": self._notes, "leaves": records}
-        # Orbax refuses arrays without elements; their record says all there is.
-        saved = self._manager.save(
+        if step <= (newest := self._manager.latest_step() or -1):
+            raise ValueError(f"step: {self.directory} holds step {newest}, not before {step}")
+        score = None if score is None or not np.isfinite(score) else float(score)
+        arrays, records = leaves.copies(state)
+        body = {
+            "step": step,
+            "config": self._config,
+            "notes": self._notes,
+            "position": as_json("position", position),
+            "score": score,
+            "leaves": records,
+        }
+        if score is not None:
+            self._scores[step] = score
+        self._manager.save(
             step,
+            # Orbax refuses arrays without elements; their record says all there is.
             args=ocp.args.Composite(
                 state=ocp.args.StandardSave({name: value for name, value in arrays.items() if value.size}),
                 meta=ocp.args.JsonSave({"crc32": _crc_of_json(body), "body": body}),
             ),
         )
-        if not saved:
-            raise ValueError(f"step: {self.directory} holds step {self._manager.latest_step()}, not before {step}")
 
-    def restore_latest(self, template: TrainState, *, ignore: Collection[str] = ()) -> TrainState:
+    def restore_latest(self, template: Any, *, ignore: Collection[str] = ()) -> tuple[Any, Any]:
         """The newest checkpoint that is whole.
 
         A damaged one is named in the log and set aside, as STEP.damaged, and the one before it is tried.
 
         Args:
-          template: a state of the same structure, shapes and dtypes, placed as the result should be (``init_state``).
+          template: a state of the same structure, shapes and dtypes, laid out as the result should be (``init_state``,
+            ``sharding.place``), on whatever devices; arrays or ``jax.ShapeDtypeStruct``.
           ignore: config entries that may differ, by their dotted names ("total_steps").
+
+        Returns:
+          (state, position): as they were saved.
 
         Raises:
           FileNotFoundError: when there is none, or none that is whole.
           ValueError: when the config differs, with the difference; when the template does, naming the leaves.
         """
-        body, arrays, damaged = _read_newest(self.directory, sorted(self.steps(), reverse=True))
-        _compare_configs(body["config"], self._config, ignore)
-        _compare_notes(body["notes"], self._notes)
-        state = leaves.to_tree(arrays, body["leaves"], template)
-        self._set_aside(damaged)
-        _log.info("%s: restored step %d", self.directory, body["step"])
-        return state
+        damaged: list[int] = []
+        self.wait()
+        steps = _of_first(sorted(self.steps(), reverse=True))
+        # A manager of its own: Orbax ties one that has read a part of an item to that way of reading and writing it.
+        with _reader(self.directory) as manager:
+            for step in steps:
+                try:
+                    body = _read_meta(manager, step)
+                    _compare_configs(body["config"], self._config, ignore)
+                    wanted = leaves.match(body["leaves"], template)
+                    layouts = {name: leaves.layout(leaf) for name, leaf in wanted.items()}
+                    arrays = _read_arrays(manager, step, body["leaves"], layouts)
+                except leaves.DamagedError as error:
+                    _log.warning("%s: step %d is damaged (%s); trying the one before it", self.directory, step, error)
+                    damaged.append(step)
+                    continue
+                _compare_notes(body["notes"], self._notes)
+                state = leaves.to_tree(arrays, body["leaves"], template)
+                self._set_aside(damaged)
+                _log.info("%s: restored step %d", self.directory, step)
+                return state, body["position"]
+        raise _none_whole(self.directory, damaged)
 
     def steps(self) -> list[int]:
         """The steps of which there are checkpoints, whole or not, oldest first."""
@@ -132,26 +184,34 @@ class Checkpoints:
     def __exit__(self, *_: object) -> None:
         self.close()
 
+    def drop_after(self, step: int) -> None:
+        """Deletes the checkpoints of later steps, which a run that goes on from ``step`` will write again."""
+        for later in [other for other in self.steps() if other > step]:
+            self._manager.delete(later)
+
     def _set_aside(self, steps: list[int]) -> None:
         # Left where they are, they would keep the steps from being saved again, and later runs from a whole one.
-        for step in steps:
+        for step in steps if first_process() else ():
             aside = self.directory / f"{step}.damaged"
             shutil.rmtree(aside, ignore_errors=True)
             (self.directory / str(step)).rename(aside)
+        together("set damaged checkpoints aside")
         if steps:
             self._manager.reload()
 
 
 def restore_params(
-    directory: str | os.PathLike[str], which: str = "params", *, step: int | None = None, template: Params = None
+    directory: str | os.PathLike[str], which: str = "params", *, step: int | str | None = None, template: Params = None
 ) -> tuple[Params, dict[str, Any]]:
-    """Only the parameters, or one average of them, and the config; no optimizer is needed.
+    """Only the parameters, or one average of them, and the config; no optimizer is needed. One process may call it alone.
 
     Args:
       directory: a run's directory, or the one with its checkpoints.
       which: "params", or the name of an average ("0.999").
-      step: which checkpoint; by default the newest that is whole. Nothing on disk is changed.
-      template: a pytree of the same structure, needed only where the parameters are not nested dictionaries.
+      step: which checkpoint; by default the newest that is whole; "best" for the one with the lowest score. Nothing on disk
+        is changed.
+      template: a pytree of the same structure, needed only where the parameters are not nested dictionaries, or to lay
+        them out as its leaves are.
 
     Returns:
       (params, config): the dtypes are those that were saved; an average of bfloat16 parameters is in float32.
@@ -164,15 +224,24 @@ def restore_params(
     root = root / "checkpoints" if (root / "checkpoints").is_dir() else root
     if not root.is_dir():
         raise FileNotFoundError(f"{root}: no such directory, so no checkpoint")
-    with _manager(root, None) as manager:
-        steps = sorted(manager.all_steps(), reverse=True)
-    if step is not None and step not in steps:
-        raise FileNotFoundError(f"{root}: no checkpoint of step {step}; there are {sorted(steps)}")
-    body, arrays, _ = _read_newest(root, steps if step is None else [step], which)
-    records, depth = _select(body["leaves"], which)
-    if template is None:
-        return leaves.to_dict(arrays, records, depth), body["config"]
-    return leaves.to_tree(arrays, records, template, depth), body["config"]
+    damaged: list[int] = []
+    with _reader(root) as manager:
+        for this in _chosen(root, sorted(manager.all_steps(), reverse=True), step):
+            try:
+                body = _read_meta(manager, this, alone=True)
+                # Asking for what was never saved is the caller's mistake, not damage.
+                records, depth = _select(body["leaves"], which)
+                wanted = {} if template is None else leaves.match(records, template, depth)
+                layouts = {name: leaves.layout(leaf) for name, leaf in wanted.items()}
+                arrays = _read_arrays(manager, this, records, layouts, alone=True)
+            except leaves.DamagedError as error:
+                _log.warning("%s: step %d is damaged (%s); trying the one before it", root, this, error)
+                damaged.append(this)
+                continue
+            if template is None:
+                return leaves.to_dict(arrays, records, depth), body["config"]
+            return leaves.to_tree(arrays, records, template, depth), body["config"]
+    raise _none_whole(root, damaged)
 
 
 def as_json(name: str, value: Any) -> Any:
@@ -202,76 +271,148 @@ def difference(before: Any, now: Any, name: str = "") -> dict[str, tuple[Any, An
     return {name: tuple("(absent)" if value is _ABSENT else value for value in (before, now))}
 
 
-def _manager(directory: pathlib.Path, keep: int | None) -> Any:
-    """A manager that writes and keeps the newest ``keep``, or, without, one for reading only."""
+def _writer(directory: pathlib.Path, keep: int | None, keep_best: int, scores: Mapping[int, float]) -> Any:
     import orbax.checkpoint as ocp
 
-    # Orbax's own read_only warns at every start; a manager that keeps all and never saves changes nothing either.
-    reading = keep is None
+    policies = ocp.checkpoint_managers
+    policy = policies.AnyPreservationPolicy([policies.LatestN(keep), _Best(keep_best, scores)])
+    return ocp.CheckpointManager(directory, options=ocp.CheckpointManagerOptions(preservation_policy=policy))
+
+
+class _Best:
+    """A preservation policy of Orbax: the ``count`` steps of lowest score, the newer of two that are equal."""
+
+    def __init__(self, count: int, scores: Mapping[int, float]) -> None:
+        self._count, self._scores = count, scores
+
+    def should_preserve(self, checkpoints: Sequence[Any], *, context: Any) -> list[bool]:
+        del context
+        steps = [info.step for info in checkpoints]
+        scored = sorted((step for step in steps if step in self._scores), key=lambda step: (self._scores[step], -step))
+        return [step in scored[: self._count] for step in steps]
+
+
+def _reader(directory: pathlib.Path) -> Any:
+    import orbax.checkpoint as ocp
+
+    # Orbax's own read_only warns at every start; a manager that keeps all and never saves changes nothing either. It is
+    # this process's alone: one that fails on a damaged file would leave the others at Orbax's barriers.
+    me = jax.process_index()
     options = ocp.CheckpointManagerOptions(
-        max_to_keep=keep,
-        create=not reading,
-        cleanup_tmp_directories=not reading,
-        enable_async_checkpointing=not reading,
+        create=False,
+        cleanup_tmp_directories=False,
+        enable_async_checkpointing=False,
+        multiprocessing_options=ocp.options.MultiprocessingOptions(
+            primary_host=me, active_processes={me}, barrier_sync_key_prefix=f"reader_{me}"
+        ),
     )
     return ocp.CheckpointManager(directory, options=options)
 
 
-def _read_newest(
-    directory: pathlib.Path, steps: list[int], which: str | None = None
-) -> tuple[dict[str, Any], leaves.Arrays, list[int]]:
-    """The body and arrays of the first of these steps that is whole, and the damaged ones before it."""
-    damaged: list[int] = []
-    # A manager of its own: Orbax ties one that has read a part of an item to that way of reading and writing it.
-    with _manager(directory, None) as manager:
-        for step in steps:
-            try:
-                return *_read(manager, step, which), damaged
-            except leaves.DamagedError as error:
-                _log.warning("%s: step %d is damaged (%s); trying the one before it", directory, step, error)
-                damaged.append(step)
-    if damaged:
-        raise FileNotFoundError(f"{directory}: no checkpoint is whole; damaged: steps {damaged}")
-    raise FileNotFoundError(f"{directory}: there is no checkpoint")
-
-
-def _read(manager: Any, step: int, which: str | None = None) -> tuple[dict[str, Any], leaves.Arrays]:
-    """The verified body and arrays of a step: all of them, or those of ``which`` only."""
+def _read_meta(manager: Any, step: int, alone: bool = False) -> dict[str, Any]:
+    """The verified body of a step's record; the same for all processes, unless ``alone``."""
     import orbax.checkpoint as ocp
 
+    failure = None
     try:
         meta = manager.restore(step, args=ocp.args.Composite(meta=ocp.args.JsonRestore()))["meta"]
         body = meta["body"]
         if _crc_of_json(body) != meta["crc32"]:
             raise leaves.DamagedError("meta has another checksum than when it was written")
-        records = body["leaves"]
+        if body["step"] != step:
+            raise leaves.DamagedError(f"it holds step {body['step']}")
     except Exception as error:
-        raise _as_damage(error) from error
-    # Outside the try: asking for what was never saved is the caller's mistake, not damage.
-    if which is not None:
-        records, _ = _select(records, which)
+        failure = _as_damage(error)
+    _raise_on_all(failure, alone)
+    return body
+
+
+def _read_arrays(
+    manager: Any, step: int, records: leaves.Records, layouts: Mapping[str, Any], alone: bool = False
+) -> leaves.Arrays:
+    """The verified arrays of these records, each in its layout, or as a numpy array where there is none."""
+    import orbax.checkpoint as ocp
+
+    empty = {name for name, record in records.items() if 0 in record["shape"]}
     wanted = {
         name: jax.ShapeDtypeStruct(record["shape"], leaves.dtype_of(record))
         for name, record in records.items()
-        if 0 not in record["shape"]
+        if name not in empty
     }
+
+    def how(name: str, like: jax.ShapeDtypeStruct) -> Any:
+        # Without the dtypes that were saved, Orbax would cast in silence.
+        if layouts.get(name) is None:
+            return ocp.RestoreArgs(restore_type=np.ndarray, dtype=like.dtype)
+        return ocp.ArrayRestoreArgs(sharding=layouts[name], global_shape=tuple(like.shape), dtype=like.dtype)
+
+    failure = None
     try:
-        # Restored as numpy arrays, of the dtypes that were saved.
         restore = ocp.args.PyTreeRestore(
-            item=wanted,
-            restore_args=jax.tree.map(lambda _: ocp.RestoreArgs(restore_type=np.ndarray), wanted),
-            partial_restore=True,
+            item=wanted, restore_args={name: how(name, like) for name, like in wanted.items()}, partial_restore=True
         )
         arrays = dict(manager.restore(step, args=ocp.args.Composite(state=restore))["state"]) if wanted else {}
-        arrays |= {
-            name: np.zeros(record["shape"], leaves.dtype_of(record))
-            for name, record in records.items()
-            if name not in wanted
-        }
-        leaves.verify(arrays, records)
     except Exception as error:
-        raise _as_damage(error) from error
-    return body, arrays
+        failure = _as_damage(error)
+    _raise_on_all(failure, alone)
+    arrays |= {name: np.zeros(records[name]["shape"], leaves.dtype_of(records[name])) for name in empty}
+    leaves.verify(arrays, records)
+    return arrays
+
+
+def _raise_on_all(failure: Exception | None, alone: bool) -> None:
+    """Raises on every process what failed on one: apart, they would go on from different steps, or wait for one another."""
+    if jax.process_count() > 1 and not alone:
+        failed = multihost_utils.process_allgather(np.asarray(failure is not None))
+        if failure is None and failed.any():
+            failure = leaves.DamagedError(f"processes {np.flatnonzero(failed).tolist()} could not read it")
+    if failure is not None:
+        raise failure
+
+
+def _of_first(steps: list[int]) -> list[int]:
+    """What the first process sees: on a shared file system another may see a change late."""
+    if jax.process_count() == 1:
+        return steps
+    padded = np.full(4096, -1, np.int32)
+    padded[: len(steps)] = steps[: len(padded)]
+    return [int(step) for step in multihost_utils.broadcast_one_to_all(padded) if step >= 0]
+
+
+def _chosen(directory: pathlib.Path, steps: list[int], step: int | str | None) -> list[int]:
+    """The steps to try, in this order."""
+    if step is None:
+        return steps
+    if step == "best":
+        scores = _read_scores(directory)
+        if not scores:
+            raise FileNotFoundError(f"{directory}: no checkpoint has a score")
+        return [min(scores, key=lambda step: (scores[step], -step))]
+    if step not in steps:
+        raise FileNotFoundError(f"{directory}: no checkpoint of step {step}; there are {sorted(steps)}")
+    return [checks.integer("step", step)]
+
+
+def _read_scores(directory: pathlib.Path) -> dict[int, float]:
+    """The scores of the checkpoints that have one that can be read."""
+    scores = {}
+    if not directory.is_dir():
+        return scores
+    with _reader(directory) as manager:
+        for step in manager.all_steps():
+            try:
+                score = _read_meta(manager, step, alone=True)["score"]
+            except leaves.DamagedError:
+                continue
+            if score is not None:
+                scores[step] = score
+    return scores
+
+
+def _none_whole(directory: pathlib.Path, damaged: list[int]) -> FileNotFoundError:
+    if damaged:
+        return FileNotFoundError(f"{directory}: no checkpoint is whole; damaged: steps {damaged}")
+    return FileNotFoundError(f"{directory}: there is no checkpoint")
 
 
 def _as_damage(error: Exception) -> Exception:

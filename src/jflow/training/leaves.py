@@ -1,13 +1,19 @@
-"""A pytree as named arrays on the host and back, with a record of each that shows damage and refuses silent casts.
+"""A pytree as named arrays and back, with a record of each that shows damage and refuses silent casts.
 
-The record of a leaf is ``{"dtype", "shape", "crc32", "prng", "path"}``: the checksum is over its bytes in C order,
-``prng`` the implementation of a typed PRNG key (stored as its key data) or None, ``path`` its keys from the root down
-where all of them below the first are those of dictionaries, or None.
+The record of a leaf is ``{"dtype", "shape", "checksum", "prng", "path"}``: ``prng`` is the implementation of a typed PRNG key
+(stored as its key data) or None, ``path`` its keys from the root down where all of them below the first are those of
+dictionaries, or None.
+
+The checksum is computed where the array lies. With the array's words w_i (of at most 32 bits, in C order) and a bijective
+mixer h of 32-bit words it is the pair
+
+    sum_i h(w_i + h(2 i)) ,  sum_i h(w_i + h(2 i + 1))        modulo 2^32:
+
+sums of integers are exactly associative, so it is the same however an array is spread over devices and processes.
 """
 
 from __future__ import annotations
 
-import zlib
 from collections.abc import Mapping
 from typing import Any
 
@@ -15,7 +21,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-Arrays = dict[str, np.ndarray]
+# Of host or device arrays; PRNG keys as their key data.
+Arrays = dict[str, Any]
 Records = dict[str, dict[str, Any]]
 
 
@@ -23,37 +30,48 @@ class DamagedError(Exception):
     """What was read is not what was written."""
 
 
-def to_host(tree: Any) -> tuple[Arrays, Records]:
-    """Copies of all leaves by name ("params/Dense_0/kernel") and the record of each.
+def copies(tree: Any) -> tuple[Arrays, Records]:
+    """Copies of all leaves by name ("params/Dense_0/kernel"), laid out as they are, and the record of each.
 
-    The copies share no memory with the devices' buffers, which the next step may reuse while they are being written.
+    The copies share no memory with the buffers of the tree, which the next step may reuse while they are being written.
 
     Raises:
-      ValueError: when two leaves have the same name.
+      ValueError: when two leaves have the same name; of several processes, when a leaf lies on one alone.
     """
-    # A state sharded over several processes will need its own shards copied here instead.
     arrays: Arrays = {}
     records: Records = {}
     for path, leaf in jax.tree_util.tree_flatten_with_path(tree)[0]:
         name = _name(path)
         if name in arrays:
             raise ValueError(f"state: two leaves are called {name}; keys must not contain '/'")
-        prng = str(jax.random.key_impl(leaf)) if _is_key(leaf) else None
-        # np.asarray of a CPU array is a view of its buffer.
-        value = np.array(jax.random.key_data(leaf) if prng else leaf, order="C", copy=True)
+        prng = str(jax.random.key_impl(leaf)) if is_key(leaf) else None
+        value = jnp.asarray(jax.random.key_data(leaf) if prng else leaf)
+        if jax.process_count() > 1 and value.is_fully_addressable:
+            raise ValueError(f"state: {name} lies on one process alone; lay the state out with jflow.sharding.place")
         keys = [getattr(entry, "key", None) for entry in path[1:]]
-        arrays[name] = value
+        arrays[name] = jnp.copy(value)
         records[name] = {
             "dtype": value.dtype.name,
             "shape": list(value.shape),
-            "crc32": _checksum(value),
             "prng": prng,
             "path": [_name(path[:1]), *keys] if all(isinstance(key, str) for key in keys) else None,
         }
+    for name, checksum in checksums(arrays).items():
+        records[name]["checksum"] = checksum
     return arrays, records
 
 
-def verify(arrays: Mapping[str, np.ndarray], records: Mapping[str, Mapping[str, Any]]) -> None:
+def checksums(arrays: Mapping[str, Any]) -> dict[str, list[int]]:
+    """The checksum of each array; all processes must call it for arrays that are spread over them."""
+    # All are under way before the first is waited for.
+    pairs = {
+        name: _checksum(_host_words(value) if isinstance(value, np.ndarray) else value)
+        for name, value in arrays.items()
+    }
+    return {name: [int(half) for half in pair] for name, pair in pairs.items()}
+
+
+def verify(arrays: Mapping[str, Any], records: Mapping[str, Mapping[str, Any]]) -> None:
     """Holds arrays to their records.
 
     Raises:
@@ -67,25 +85,24 @@ def verify(arrays: Mapping[str, np.ndarray], records: Mapping[str, Mapping[str, 
             raise DamagedError(
                 f"leaf {name} is {value.dtype.name}{list(value.shape)}, was {record['dtype']}{record['shape']}"
             )
-        if _checksum(value) != record["crc32"]:
+    found = checksums({name: arrays[name] for name in records})
+    for name, record in records.items():
+        if found[name] != record["checksum"]:
             raise DamagedError(f"leaf {name} has another checksum than when it was written")
 
 
-def to_tree(
-    arrays: Mapping[str, np.ndarray], records: Mapping[str, Mapping[str, Any]], template: Any, depth: int = 0
-) -> Any:
-    """The arrays in the template's structure, on its devices.
+def match(records: Mapping[str, Mapping[str, Any]], template: Any, depth: int = 0) -> dict[str, Any]:
+    """The template's leaves by the names of the records that they take.
 
     Args:
-      arrays: by name.
       records: by name.
-      template: a pytree of arrays or ``jax.ShapeDtypeStruct``; those with a sharding determine where values go.
+      template: a pytree of arrays or ``jax.ShapeDtypeStruct``.
       depth: how many keys lead to the template's root.
 
     Raises:
       ValueError: naming the leaves that are missing, left over, or of another dtype, shape or key implementation.
     """
-    leaves, structure = jax.tree_util.tree_flatten_with_path(template)
+    leaves = jax.tree_util.tree_flatten_with_path(template)[0]
     root = next(iter(records), "").split("/")[:depth]
     wanted = {"/".join([*root, *filter(None, [_name(path)])]): leaf for path, leaf in leaves}
     missing, extra = sorted(wanted.keys() - records.keys()), sorted(records.keys() - wanted.keys())
@@ -98,12 +115,31 @@ def to_tree(
             wrong.append(f"{name} is {has}, expected {expected}")
     if wrong:
         raise ValueError("the checkpoint's leaves are of another kind (nothing is cast): " + "; ".join(wrong))
-    return jax.tree.unflatten(
-        structure, [_place(name, arrays[name], records[name], leaf) for name, leaf in wanted.items()]
-    )
+    return wanted
 
 
-def to_dict(arrays: Mapping[str, np.ndarray], records: Mapping[str, Mapping[str, Any]], depth: int) -> Any:
+def layout(leaf: Any) -> Any:
+    """The sharding in which a leaf like this one is to be read; None for one that is free to follow others."""
+    # A committed array would not mix with a sharded batch.
+    return getattr(leaf, "sharding", None) if getattr(leaf, "committed", True) else None
+
+
+def to_tree(arrays: Mapping[str, Any], records: Mapping[str, Mapping[str, Any]], template: Any, depth: int = 0) -> Any:
+    """The arrays, read in the ``layout`` of each of the template's leaves, in its structure; arguments as ``match``.
+
+    Raises:
+      ValueError: as ``match``.
+    """
+    placed = []
+    for name, leaf in match(records, template, depth).items():
+        value, prng = _on_device(name, arrays[name]), records[name]["prng"]
+        value = value if prng is None else jax.random.wrap_key_data(value, impl=prng)
+        sharding = layout(leaf)
+        placed.append(value if sharding is None or value.sharding == sharding else jax.device_put(value, sharding))
+    return jax.tree.unflatten(jax.tree.structure(template), placed)
+
+
+def to_dict(arrays: Mapping[str, Any], records: Mapping[str, Mapping[str, Any]], depth: int) -> Any:
     """The arrays as nested dictionaries, without a template; the first ``depth`` keys of each path are left out.
 
     Raises:
@@ -131,16 +167,44 @@ def dtype_of(record: Mapping[str, Any]) -> np.dtype:
     return jnp.dtype(record["dtype"])
 
 
+def is_key(leaf: Any) -> bool:
+    """Whether a leaf is a typed PRNG key."""
+    return jnp.issubdtype(leaf.dtype, jax.dtypes.prng_key)
+
+
 def _name(path: tuple[Any, ...]) -> str:
     return jax.tree_util.keystr(path, simple=True, separator="/")
 
 
-def _is_key(leaf: Any) -> bool:
-    return jnp.issubdtype(leaf.dtype, jax.dtypes.prng_key)
+def _host_words(value: np.ndarray) -> np.ndarray:
+    """The words of a host array, of a dtype that every session can hold (float64 and int64 need not be)."""
+    width = {1: np.uint8, 2: np.uint16}.get(value.dtype.itemsize, np.uint32)
+    return np.ascontiguousarray(value).reshape(-1).view(width)
 
 
-def _checksum(value: np.ndarray) -> int:
-    return zlib.crc32(np.ascontiguousarray(value).reshape(-1).view(np.uint8))
+@jax.jit
+def _checksum(value: jax.Array) -> tuple[jax.Array, jax.Array]:
+    if value.dtype == jnp.bool_:
+        value = value.astype(jnp.uint8)
+    if jnp.issubdtype(value.dtype, jnp.complexfloating):
+        value = jnp.stack([value.real, value.imag], axis=-1)
+    width = {1: jnp.uint8, 2: jnp.uint16}.get(value.dtype.itemsize, jnp.uint32)
+    # Of eight bytes it makes two words along a new last axis.
+    words = jax.lax.bitcast_convert_type(value, width).astype(jnp.uint32)
+    # The place in C order from the place along each axis: flattening would collect what is spread.
+    place, stride = jnp.zeros(words.shape, jnp.uint32), 1
+    for axis in reversed(range(words.ndim)):
+        place += jax.lax.broadcasted_iota(jnp.uint32, words.shape, axis) * jnp.uint32(stride % 2**32)
+        stride *= words.shape[axis]
+    halves = (_mix(words + _mix(2 * place + jnp.uint32(half))) for half in (0, 1))
+    return tuple(jnp.sum(half, dtype=jnp.uint32) for half in halves)
+
+
+def _mix(word: jax.Array) -> jax.Array:
+    """A bijection of uint32 that spreads every bit over all."""
+    word = (word ^ (word >> 16)) * jnp.uint32(0x7FEB352D)
+    word = (word ^ (word >> 15)) * jnp.uint32(0x846CA68B)
+    return word ^ (word >> 16)
 
 
 def _kind(leaf: Any) -> str:
@@ -150,24 +214,12 @@ def _kind(leaf: Any) -> str:
 def _kind_of_record(record: Mapping[str, Any]) -> str:
     if record["prng"] is None:
         return f"{record['dtype']}{record['shape']}"
-    return _kind(jax.eval_shape(lambda: _wrap(np.zeros(record["shape"], np.uint32), record)))
+    data = jax.ShapeDtypeStruct(tuple(record["shape"]), jnp.uint32)
+    return _kind(jax.eval_shape(lambda words: jax.random.wrap_key_data(words, impl=record["prng"]), data))
 
 
-def _wrap(value: np.ndarray, record: Mapping[str, Any]) -> jax.Array:
-    return jax.random.wrap_key_data(jnp.array(value, copy=True), impl=record["prng"])
-
-
-def _place(name: str, value: np.ndarray, record: Mapping[str, Any], leaf: Any) -> jax.Array:
-    placed = _on_device(name, value) if record["prng"] is None else _wrap(value, record)
-    sharding = getattr(leaf, "sharding", None)
-    # An array that was free to follow others stays so: a committed one would not mix with a sharded batch.
-    if sharding is None or not getattr(leaf, "committed", True):
-        return placed
-    return jax.device_put(placed, sharding)
-
-
-def _on_device(name: str, value: np.ndarray) -> jax.Array:
+def _on_device(name: str, value: Any) -> jax.Array:
     if jax.dtypes.canonicalize_dtype(value.dtype) != value.dtype:
         raise ValueError(f"{name}: expected jax_enable_x64 to be set, since the checkpoint holds {value.dtype.name}")
-    # A copy, never an alias of numpy's memory: a donated buffer must be the array's own.
+    # A copy, never an alias of other memory: a donated buffer must be the array's own.
     return jnp.array(value, dtype=value.dtype, copy=True)

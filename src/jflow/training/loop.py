@@ -9,19 +9,22 @@ import pathlib
 import shutil
 import time
 from collections.abc import Callable, Collection, Mapping, Sequence
-from typing import Any
+from typing import Any, Literal, NamedTuple
 
 import jax
 import numpy as np
 
 from jflow import checks
+from jflow.training import throughput
 from jflow.training.checkpoints import Checkpoints
+from jflow.training.distributed import Notice, PreemptedError, Watchdog, first_process, together
 from jflow.training.divergence import Watch
+from jflow.training.feeds import Feed
 from jflow.training.metrics_log import MetricsLog, average, read
 from jflow.training.progress import Report, progress
 from jflow.training.state import TrainState
 from jflow.training.step import Chunk, Metrics
-from jflow.types import PyTree
+from jflow.types import Array, Params, PyTree
 
 Row = dict[str, Any]
 # The steps taken before a chunk and after it, and its metrics, still on the device.
@@ -56,7 +59,7 @@ class Plan:
       chunk_steps: the length of a chunk; only the steps that are left at the end are taken one by one, so two lengths
         are compiled at most.
       log_every: a multiple of chunk_steps.
-      checkpoint_every, eval_every: multiples of log_every, or None for never.
+      checkpoint_every, eval_every, snapshot_every: multiples of log_every, or None for never.
 
     Raises:
       ValueError, TypeError: naming the number that is none, not positive, or no such multiple.
@@ -67,6 +70,7 @@ class Plan:
     log_every: int
     checkpoint_every: int | None = None
     eval_every: int | None = None
+    snapshot_every: int | None = None
 
     def __post_init__(self) -> None:
         for name, divisor in (
@@ -75,9 +79,10 @@ class Plan:
             ("log_every", "chunk_steps"),
             ("checkpoint_every", "log_every"),
             ("eval_every", "log_every"),
+            ("snapshot_every", "log_every"),
         ):
             value = getattr(self, name)
-            if value is None and name in ("checkpoint_every", "eval_every"):
+            if value is None and divisor == "log_every" and name != "log_every":
                 continue
             checks.integer(name, value, low=1)
             if divisor is not None and value % getattr(self, divisor):
@@ -91,17 +96,17 @@ class Plan:
         whole = step % self.chunk_steps == 0 and step + self.chunk_steps <= self.total_steps
         return self.chunk_steps if whole else 1
 
-    def logs(self, step: int) -> bool:
-        """Whether a row is written after ``step`` steps."""
-        return step % self.log_every == 0 or step == self.total_steps
+    def falls(self, what: Literal["log", "checkpoint", "eval", "snapshot"], step: int) -> bool:
+        """Whether a row is written, or a checkpoint, an evaluation or a snapshot made, after ``step`` steps."""
+        every = getattr(self, f"{what}_every")
+        return every is not None and (step % every == 0 or step == self.total_steps)
 
-    def evaluates(self, step: int) -> bool:
-        """Whether the state is evaluated after ``step`` steps."""
-        return self.eval_every is not None and (step % self.eval_every == 0 or step == self.total_steps)
 
-    def saves(self, step: int) -> bool:
-        """Whether a checkpoint is written after ``step`` steps."""
-        return self.checkpoint_every is not None and (step % self.checkpoint_every == 0 or step == self.total_steps)
+class Averages(NamedTuple):
+    """What a snapshot keeps: the step and the averages of a state."""
+
+    step: Array
+    ema: dict[str, Params]
 
 
 def fit(
@@ -115,37 +120,61 @@ def fit(
     checkpoint_every: int | None = None,
     eval_every: int | None = None,
     eval_fn: Callable[[TrainState], Mapping[str, Any]] | None = None,
+    snapshot_every: int | None = None,
     out_dir: str | os.PathLike[str] | None = None,
     config: Mapping[str, Any] | None = None,
-    resume: bool = False,
+    resume: bool | Literal["auto"] = False,
     overwrite: bool = False,
     ignore: Collection[str] = (),
     keep: int = 3,
+    keep_best: int = 0,
+    best: str | None = None,
+    stall_seconds: float | None = None,
+    count_flops: bool = False,
+    profile: tuple[int, int] | None = None,
     callbacks: Sequence[Callable[[Row], None]] = (),
     show_progress: bool = True,
 ) -> TrainState:
     """Trains until ``total_steps`` steps have been taken in all.
 
-    Stopped and resumed at a multiple of ``log_every``, a run goes on bit for bit as if unbroken (same devices, versions
-    and flags): state, and rows but for their times.
+    Stopped and resumed, a run goes on bit for bit as if unbroken (same devices, versions and flags): state, order of the
+    data, and rows but for their times. Resumed on other devices, or another number of processes, it starts from the same
+    bits, and the losses agree to rounding. Of several processes each calls it alike, with a state and data laid out over
+    the devices of all (``jflow.sharding``) and an ``out_dir`` that all see; the first one writes rows and shows progress.
+
+    SIGTERM, or the notice that a machine of a pod is about to be taken away, ends the chunk under way, saves it, and raises
+    PreemptedError, where there are checkpoints.
 
     Args:
-      state: from ``init_state``; donated, so gone after the call. With ``resume``, what the restored one looks like.
+      state: from ``init_state``; donated, so gone after the call. With ``resume``, what the restored one looks like, and
+        how it is laid out.
       chunk: from ``make_chunk``.
-      data: its second argument: arrays on the device.
+      data: its second argument: arrays on the device; or a ``Feed``, which hands it the data of each chunk.
       total_steps: the step at which to end; not counted from the restored one.
       log_every: steps per row of metrics, averaged over them.
       chunk_steps: steps per dispatch, a divisor of ``log_every``, which is the default.
       checkpoint_every: steps per checkpoint, a multiple of ``log_every``, or None for none; also at the end.
       eval_every: steps per call of ``eval_fn``, a multiple of ``log_every``; also at the end.
       eval_fn: ``state -> {name: number}``; must not keep the state, which the next step donates.
+      snapshot_every: steps per snapshot of the averages alone, a multiple of ``log_every``; also at the end. All are kept,
+        in ``out_dir/averages``, to be recombined after training (``training.posthoc``); ``restore_params(out_dir /
+        "averages", NAME, step=...)`` reads one.
       out_dir: where ``metrics.jsonl`` and ``checkpoints`` go; None to write nothing.
       config: JSON values kept in the checkpoints; on resume they must be the same.
-      resume: continue from the newest whole checkpoint in ``out_dir``; later rows of metrics are dropped.
-      overwrite: delete the metrics and checkpoints that are in ``out_dir``.
+      resume: continue from the newest whole checkpoint in ``out_dir``; later rows of metrics are dropped. "auto": where
+        there is none, begin; so that one command serves a machine that may be taken away.
+      overwrite: delete the metrics, checkpoints and snapshots that are in ``out_dir``.
       ignore: config entries, by dotted name, that may differ on resume.
       keep: how many checkpoints are kept.
-      callbacks: each called with every row that is written.
+      keep_best: how many checkpoints are kept beside them, those of the lowest ``best``.
+      best: an entry of what ``eval_fn`` returns. The checkpoints compared are those of steps with an evaluation.
+      stall_seconds: when no chunk has ended for so long, compilation included, the process says so and ends with exit code
+        ``EXIT_STALLED``; None to wait for ever. For runs of several processes.
+      count_flops: let XLA count the floating-point operations of a step, which compiles one more chunk; rows have
+        ``flops_per_second`` and, on devices whose peak is known, ``utilisation`` (``training.throughput``).
+      profile: steps (first, last) between which ``jax.profiler`` traces the first process into ``out_dir/profile``, as
+        far as chunks allow.
+      callbacks: each called with every row that is written (of several processes, on each).
       show_progress: show a bar in a terminal, elsewhere print a line per row.
 
     Returns:
@@ -155,62 +184,150 @@ def fit(
 
     Raises:
       NonFiniteError: when a loss, gradient or update is not finite; nothing is saved after it.
+      PreemptedError: when asked to stop; the state has been saved.
       FileExistsError: when ``out_dir`` holds a run and neither ``resume`` nor ``overwrite`` is set.
-      FileNotFoundError: when there is nothing to resume.
+      FileNotFoundError: when there is nothing to resume, or no checkpoint that is whole.
       ValueError: for numbers that are no multiples, a state past the end, or a checkpoint of another config or kind.
     """
-    plan = Plan(total_steps, log_every if chunk_steps is None else chunk_steps, log_every, checkpoint_every, eval_every)
+    plan = Plan(
+        total_steps,
+        log_every if chunk_steps is None else chunk_steps,
+        log_every,
+        checkpoint_every,
+        eval_every,
+        snapshot_every,
+    )
     if (eval_fn is None) != (eval_every is None):
         raise ValueError("eval_fn, eval_every: expected both or neither")
-    if out_dir is None and (checkpoint_every is not None or resume):
-        raise ValueError("out_dir: expected a directory to write checkpoints to or to resume from, got None")
+    checks.choice("resume", resume, (False, True, "auto"))
+    if out_dir is None and (checkpoint_every or snapshot_every or resume or profile):
+        raise ValueError("out_dir: expected a directory to write to or to resume from, got None")
+    if (best is None) != (keep_best == 0) or (best is not None and (eval_every is None or checkpoint_every is None)):
+        raise ValueError("best, keep_best, eval_every, checkpoint_every: expected all, or neither of the first two")
+    if profile is not None:
+        first, last = (checks.integer("profile", edge) for edge in profile)
+        if not first < last <= total_steps:
+            raise ValueError(f"profile: expected steps first < last <= total_steps, got {profile}")
 
     with contextlib.ExitStack() as stack:
         # Where to start: the newest whole checkpoint, with the rows of metrics up to it.
-        checkpoints, log, watch = None, None, Watch()
+        checkpoints, snapshots, log, watch, position = None, None, None, Watch(), None
+        notice, resumed = None, False
         if out_dir is not None:
-            out = _open(out_dir, resume, overwrite)
+            out = _open(out_dir, bool(resume), overwrite)
             if resume or checkpoint_every is not None:
                 notes = {"chunk_steps": plan.chunk_steps}
-                checkpoints = Checkpoints(out / "checkpoints", config=config, notes=notes, keep=keep, resume=resume)
+                checkpoints = Checkpoints(
+                    out / "checkpoints",
+                    config=config,
+                    notes=notes,
+                    keep=keep,
+                    keep_best=keep_best,
+                    resume=bool(resume),
+                )
                 stack.enter_context(checkpoints)
-            if resume:
-                state = checkpoints.restore_latest(state, ignore=ignore)
-            log = stack.enter_context(MetricsLog(out / "metrics.jsonl", int(state.step) if resume else None))
-            if resume:
-                watch = Watch(read(log.path))
+                notice = stack.enter_context(Notice())
+            resumed = resume is True or (resume == "auto" and bool(checkpoints.steps()))
+            if resumed:
+                state, position = checkpoints.restore_latest(state, ignore=ignore)
+            # Of a run that was killed before its first checkpoint nothing is left to go on from but the files.
+            kept = (int(state.step) if resumed else 0) if resume else None
+            if snapshot_every is not None:
+                snapshots = Checkpoints(out / "averages", config=config, keep=None, resume=bool(resume))
+                stack.enter_context(snapshots)
+                snapshots.drop_after(int(state.step))
+            if first_process():
+                log = stack.enter_context(MetricsLog(out / "metrics.jsonl", kept))
+                if resumed:
+                    watch = Watch(read(log.path))
         step = int(state.step)
         if step > total_steps:
             raise ValueError(f"total_steps: the state has taken {step} steps already, got {total_steps}")
+        feed = data if isinstance(data, Feed) else None
+        if feed is not None:
+            stack.enter_context(feed)
+            feed.start(step, position, plan.length, total_steps)
         report = stack.enter_context(progress(total_steps, step, show_progress))
+        trace = stack.enter_context(_Trace(out / "profile" if profile else None, profile))
+        watchdog = stack.enter_context(Watchdog(stall_seconds))
         recorder = Recorder(checkpoints, log, watch, callbacks, report)
 
+        def save() -> None:
+            score = None if best is None else recorder.score(step, best)
+            checkpoints.save(state, position=None if feed is None else feed.position, score=score)
+
+        saved = step if resumed else -1
         interval: Interval = []
         done: Interval = []
         while step < total_steps:
-            # A preemption notice would be looked at here.
+            if notice is not None and notice.seen(step):
+                recorder.train(done)
+                recorder.train(interval)
+                if step != saved:
+                    save()
+                checkpoints.wait()
+                raise PreemptedError(step)
+            watchdog.beat(f"steps {step + 1} to {step + plan.length(step)}")
+            if feed is not None:
+                data = feed.take()
+            if count_flops:
+                recorder.flops = throughput.flops_per_step(chunk, state, data)
+                count_flops = False
+            trace.before(step)
             length = plan.length(step)
             state, metrics = chunk(state, data, length)
             interval.append((step, step + length, metrics))
             step += length
+            trace.after(step, metrics)
 
             # The numbers of the interval before are read only now, while the device is busy with this chunk.
             recorder.train(done)
             done = []
-            if not plan.logs(step):
+            if not plan.falls("log", step):
                 continue
             done, interval = interval, []
-            if not (plan.evaluates(step) or plan.saves(step) or step == total_steps):
+            if not any(plan.falls(what, step) for what in ("eval", "checkpoint", "snapshot")) and step < total_steps:
                 continue
 
             # Here the device waits. Rows come first, so that a checkpoint never lacks the rows before it.
             recorder.train(done)
             done = []
-            if plan.evaluates(step):
+            watchdog.rest()
+            if plan.falls("eval", step):
                 recorder.eval(step, eval_fn(state))
-            if plan.saves(step):
-                checkpoints.save(state)
+            if plan.falls("snapshot", step) and step not in snapshots.steps():
+                snapshots.save(Averages(state.step, state.ema))
+            if plan.falls("checkpoint", step):
+                save()
+                saved = step
     return state
+
+
+class _Trace:
+    """A trace by ``jax.profiler`` of the chunks that hold the steps asked for, on the first process."""
+
+    def __init__(self, directory: pathlib.Path | None, steps: tuple[int, int] | None) -> None:
+        self._directory = directory if directory is not None and first_process() else None
+        self._first, self._last = steps or (0, 0)
+        self._running = False
+
+    def __enter__(self) -> _Trace:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        if self._running:
+            jax.profiler.stop_trace()
+
+    def before(self, step: int) -> None:
+        if self._directory is not None and self._first <= step < self._last and not self._running:
+            jax.profiler.start_trace(str(self._directory))
+            self._running = True
+
+    def after(self, step: int, metrics: Metrics) -> None:
+        if self._running and step >= self._last:
+            jax.block_until_ready(metrics)
+            jax.profiler.stop_trace()
+            self._running, self._directory = False, None
 
 
 class Recorder:
@@ -226,6 +343,9 @@ class Recorder:
     ) -> None:
         self._checkpoints, self._log, self._watch = checkpoints, log, watch
         self._callbacks, self._report = callbacks, report
+        # Of one step, counted by XLA; None where nobody asked.
+        self.flops: float | None = None
+        self._evaluated: tuple[int, Mapping[str, Any]] = (-1, {})
         self._began = self._last = time.perf_counter()
 
     def train(self, interval: Interval) -> None:
@@ -245,6 +365,7 @@ class Recorder:
             **average(stacked, weights),
             "steps_per_second": rate,
             "seconds": now - self._began,
+            **_work(self.flops, rate),
         }
         self._last = now
         warning = self._watch(row)
@@ -256,9 +377,24 @@ class Recorder:
 
     def eval(self, step: int, values: Mapping[str, Any]) -> None:
         """One row of what an evaluation found."""
-        self._write({"kind": "eval", "step": step, **jax.device_get(dict(values))})
+        values = jax.device_get(dict(values))
+        self._evaluated = step, values
+        self._write({"kind": "eval", "step": step, **values})
         # The time it took is not the training's.
         self._last = time.perf_counter()
+
+    def score(self, step: int, name: str) -> float | None:
+        """What the evaluation at this step found under this name; None where there was none.
+
+        Raises:
+          ValueError: when it found nothing of that name.
+        """
+        at, values = self._evaluated
+        if at != step:
+            return None
+        if name not in values:
+            raise ValueError(f"best: expected an entry of what eval_fn returns, {sorted(values)}, got {name!r}")
+        return float(values[name])
 
     def _write(self, row: Row) -> None:
         if self._log is not None:
@@ -273,6 +409,14 @@ class Recorder:
         return max(self._checkpoints.steps(), default=None)
 
 
+def _work(flops: float | None, rate: float) -> Row:
+    """What a row says of the floating-point operations, where they are known."""
+    if flops is None:
+        return {}
+    share = throughput.utilisation(flops, rate)
+    return {"flops_per_second": flops * rate, **({} if share is None else {"utilisation": share})}
+
+
 def _wide(value: Any) -> np.ndarray:
     value = np.asarray(value)
     return value if value.dtype == bool else value.astype(np.float64)
@@ -284,12 +428,16 @@ def _open(out_dir: str | os.PathLike[str], resume: bool, overwrite: bool) -> pat
         raise ValueError("resume, overwrite: expected at most one of them")
     out = pathlib.Path(out_dir).expanduser().absolute()
     out.mkdir(parents=True, exist_ok=True)
-    metrics, checkpoints = out / "metrics.jsonl", out / "checkpoints"
     # Other files, a config or figures, may lie beside them.
-    used = metrics.exists() or (checkpoints.exists() and any(checkpoints.iterdir()))
+    folders = [out / "checkpoints", out / "averages"]
+    metrics = out / "metrics.jsonl"
+    used = metrics.exists() or any(folder.exists() and any(folder.iterdir()) for folder in folders)
     if used and not (resume or overwrite):
         raise FileExistsError(f"{out} holds a run already; resume it, overwrite it, or choose another out_dir")
-    if used and overwrite:
+    together("looked at the run's directory")
+    if used and overwrite and first_process():
         metrics.unlink(missing_ok=True)
-        shutil.rmtree(checkpoints, ignore_errors=True)
+        for folder in folders:
+            shutil.rmtree(folder, ignore_errors=True)
+    together("emptied the run's directory")
     return out

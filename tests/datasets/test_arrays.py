@@ -1,8 +1,7 @@
-"""Batches as functions of (seed, step): every row once an epoch; samples and densities of what is made up."""
+"""Batches as functions of (seed, step): every row once an epoch."""
 
 from __future__ import annotations
 
-import builtins
 import functools
 import itertools
 
@@ -12,7 +11,7 @@ import numpy as np
 import pytest
 
 from jflow import datasets
-from jflow.datasets import ArrayDataset, SampledDataset
+from jflow.datasets import ArrayDataset, SampledDataset, arrays
 from jflow.types import Batch
 
 
@@ -65,7 +64,7 @@ def test_neighbouring_epochs_are_unrelated():
 def test_positions_do_not_overflow(batch_size, size):
     steps = np.array([0, 1, 12_345, 999_999, 2**31 - 1])
     with jax.enable_x64(False):
-        epoch, place = jax.vmap(lambda step: datasets._position(step, batch_size, size))(
+        epoch, place = jax.vmap(lambda step: arrays._position(step, batch_size, size))(
             jnp.asarray(steps.astype(np.int32))
         )
     exact = [int(step) * batch_size for step in steps]
@@ -99,70 +98,6 @@ def test_sampled_batches_are_functions_of_seed_and_step():
     assert paired.batch(None, jnp.int32(0)).cond.tolist() == [0, 1, 2, 3]
 
 
-draw = jax.jit(datasets.checkerboard, static_argnums=1)
-
-
-def test_checkerboard_samples():
-    n = 40_000
-    x = np.asarray(draw(jax.random.key(0), n))
-    assert x.dtype == np.float32 and np.abs(x).max() < 1
-    cells = np.floor((x + 1) / 0.5).astype(int)
-    assert (cells.sum(axis=1) % 2 == 0).all()
-    count = np.bincount(cells[:, 0] * 4 + cells[:, 1], minlength=16)
-    assert (count > 0).sum() == 8
-    # Eight cells of probability 1/8, to five standard errors.
-    assert np.abs(count[count > 0] - n / 8).max() < 5 * np.sqrt(n * 7 / 64)
-    inside = (x + 1) / 0.5 - cells
-    assert np.abs(inside.mean(axis=0) - 0.5).max() < 5 / np.sqrt(12 * n)
-    # Of x^2, uniform x: variance 4/45. Of xy: at most 1/9.
-    variance = datasets.CHECKERBOARD_STD**2
-    assert np.abs((x**2).mean(axis=0) - variance).max() < 5 * np.sqrt(4 / 45 / n)
-    assert abs((x[:, 0] * x[:, 1]).mean() - 1 / 16) < 5 / np.sqrt(9 * n)
-
-
-def test_checkerboard_density():
-    log_density = jax.jit(jax.vmap(datasets.checkerboard_log_density))
-    # 32 points per unit length: no edge of a cell falls on one.
-    centres = (np.arange(96) + 0.5) / 32 - 1.5
-    grid = np.stack(np.meshgrid(centres, centres, indexing="ij"), axis=-1).reshape(-1, 2)
-    density = np.exp(np.asarray(log_density(grid)))
-    assert density.sum() / 32**2 == pytest.approx(1.0, abs=1e-12)
-    assert (density[np.abs(grid).max(axis=1) > 1] == 0).all() and set(np.round(density, 12)) == {0.0, 0.5}
-    np.testing.assert_allclose(log_density(draw(jax.random.key(1), 9216)), np.log(0.5), rtol=1e-6)
-    points = np.full((9216, 2), -0.75)
-    points[:5] = [[-0.75, -0.75], [-0.75, -0.25], [1.0, 1.0], [1.0, 0.25], [1.01, 0.75]]
-    np.testing.assert_array_equal(np.isfinite(log_density(points))[:5], [True, False, True, False, False])
-
-
-def test_digits():
-    train, held_out = datasets.digits()
-    assert train.x1.shape == (1438, 8, 8, 1) and held_out.x1.shape == (359, 8, 8, 1)
-    assert train.x1.dtype == np.float32 and train.cond.dtype == np.int32
-    everything = np.concatenate([train.x1, held_out.x1])
-    assert everything.min() == -1 and everything.max() == 1
-    np.testing.assert_array_equal(everything * 8, np.round(everything * 8))
-    whole = np.bincount(np.concatenate([train.cond, held_out.cond]))
-    np.testing.assert_array_equal(np.bincount(held_out.cond), np.round(0.2 * whole))
-    again, other = datasets.digits(), datasets.digits(seed=1)
-    np.testing.assert_array_equal(again.held_out.x1, held_out.x1)
-    assert not np.array_equal(other.held_out.x1[:50], held_out.x1[:50])
-    # No image is in both: the split is of rows, so the two together hold as many different images as the source.
-    assert len(np.unique(everything.reshape(1797, -1), axis=0)) == len(everything)
-
-
-def test_digits_says_what_is_missing(monkeypatch):
-    real = builtins.__import__
-
-    def without(name, *args, **kwargs):
-        if name.startswith("sklearn"):
-            raise ImportError(name)
-        return real(name, *args, **kwargs)
-
-    monkeypatch.setattr(builtins, "__import__", without)
-    with pytest.raises(ImportError, match="pip install scikit-learn"):
-        datasets.digits()
-
-
 @pytest.mark.parametrize(
     ("call", "message"),
     [
@@ -171,8 +106,6 @@ def test_digits_says_what_is_missing(monkeypatch):
         (lambda: ArrayDataset(Batch(np.zeros((3, 1))), 0), "batch_size"),
         (lambda: ArrayDataset(Batch(np.zeros((3, 1))), 2, seed=-1), "seed"),
         (lambda: SampledDataset(datasets.checkerboard, 0), "batch_size"),
-        (lambda: datasets.digits(held_out=1.5), "held_out"),
-        (lambda: datasets.checkerboard_log_density(jnp.zeros((4, 2))), "x"),
     ],
 )
 def test_refusals_name_the_argument(call, message):

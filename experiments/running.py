@@ -1,0 +1,103 @@
+"""Where an experiment runs, and how it is watched: options that change nothing about what is trained."""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import pathlib
+from collections.abc import Callable, Iterator
+from typing import Any, Literal
+
+import jax
+import numpy as np
+
+from jflow import sharding, training
+from jflow.training import distributed, grids, tensorboard
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Machine:
+    """The devices and processes."""
+
+    fsdp: int = 1
+    """Parts in which every large array of the state lies; the devices left are data parallel."""
+    cluster: Literal["auto", "off"] = "auto"
+    """Whether to look for a TPU pod, SLURM, Open MPI or Kubernetes, and join the processes found."""
+    coordinator: str | None = None
+    """HOST:PORT of process 0, where nothing tells; with --machine.processes and --machine.index."""
+    processes: int | None = None
+    """Number of processes."""
+    index: int | None = None
+    """Index of this process, from 0."""
+    heartbeat_seconds: int = 30
+    """Silence after which another process counts as dead."""
+    stall_seconds: float | None = None
+    """End with an exit code of its own when no chunk of steps ends for so long, compilation included."""
+
+    def joined(self) -> contextlib.AbstractContextManager[None]:
+        """The processes, while the context lasts."""
+        return distributed.processes(
+            self.coordinator,
+            self.processes,
+            self.index,
+            automatic=self.cluster == "auto",
+            heartbeat_seconds=self.heartbeat_seconds,
+        )
+
+    def mesh(self) -> jax.sharding.Mesh | None:
+        """All devices; None for a single one, which needs no layout."""
+        return sharding.mesh(self.fsdp) if jax.device_count() > 1 or self.fsdp > 1 else None
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Watching:
+    """What is shown and kept of a run beside its metrics and checkpoints."""
+
+    tensorboard: bool = False
+    """Also write the metrics as events for TensorBoard, to OUT/tensorboard."""
+    grids: int = 0
+    """Steps per picture of samples drawn in one jump, OUT/grids/STEP.png; a multiple of --log-every, 0 for none."""
+    snapshots: int = 0
+    """Steps per snapshot of the averaged parameters, OUT/averages; a multiple of --log-every, 0 for none."""
+    flops: bool = False
+    """Report floating-point operations per second, and the share of the devices' peak where it is known."""
+    profile: tuple[int, int] | None = None
+    """Steps between which to record a profile, to OUT/profile."""
+
+    @contextlib.contextmanager
+    def callbacks(self, out: pathlib.Path, after: int | None) -> Iterator[list[Callable[[Any], None]]]:
+        """What is called with every row; ``after`` is the step from which the run goes on."""
+        if not self.tensorboard:
+            yield []
+            return
+        with tensorboard.TensorBoard(out / "tensorboard", after=after) as board:
+            yield [board]
+
+
+def picture(samples: np.ndarray) -> np.ndarray:
+    """Images side by side, or the density of points of the plane in [-2, 2]^2; uint8 [H, W, 3].
+
+    Raises:
+      ValueError: for samples that are neither.
+    """
+    if samples.ndim == 4:
+        return grids.tile(samples)
+    if samples.shape[1:] != (2,):
+        raise ValueError(f"samples: expected images [N, H, W, C] or points [N, 2], got {samples.shape}")
+    counts = np.histogram2d(samples[:, 1], samples[:, 0], bins=64, range=[(-2.0, 2.0)] * 2)[0][::-1]
+    return grids.tile(2.0 * counts[None, :, :, None] / max(counts.max(), 1.0) - 1.0)
+
+
+def grid_writer(
+    out: pathlib.Path, draw: Callable[[Any], np.ndarray], average: str
+) -> Callable[[training.TrainState], dict[str, float]]:
+    """An ``eval_fn`` that writes the picture of ``draw(params)``, of the averaged parameters, and finds nothing else."""
+
+    def write(state: training.TrainState) -> dict[str, float]:
+        params = sharding.local(training.ema.as_params(state.ema[average], state.params))
+        if distributed.first_process():
+            (out / "grids").mkdir(exist_ok=True)
+            grids.write_png(out / "grids" / f"{int(state.step)}.png", picture(draw(params)))
+        return {}
+
+    return write

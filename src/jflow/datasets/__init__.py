@@ -1,0 +1,25 @@
+"""Data: arrays in memory and synthetic distributions, whose batches are traced, and files, whose batches are read.
+
+``arrays`` and ``examples`` need no iterator: a batch is a pure function of a seed and the step. What does not fit in
+memory comes from ``files``, through Grain, to ``jflow.training.Feed``.
+"""
+
+from jflow.datasets.arrays import ArrayDataset, CoupledDataset, SampledDataset, coupled
+from jflow.datasets.examples import CHECKERBOARD_STD, Split, checkerboard, checkerboard_log_density, digits
+from jflow.datasets.files import array_folder, images, npz, pipeline
+
+__all__ = [
+    "CHECKERBOARD_STD",
+    "ArrayDataset",
+    "CoupledDataset",
+    "SampledDataset",
+    "Split",
+    "array_folder",
+    "checkerboard",
+    "checkerboard_log_density",
+    "coupled",
+    "digits",
+    "images",
+    "npz",
+    "pipeline",
+]

@@ -1,0 +1,86 @@
+"""Real and synthetic examples that need no download."""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from jflow import checks
+from jflow.types import Array, Batch, Key
+
+# Each coordinate of the checkerboard is uniform on [-1, 1]: 1/sqrt(3). (The two have covariance 1/16.)
+CHECKERBOARD_STD = 3.0**-0.5
+
+
+class Split(NamedTuple):
+    """Data to learn from and data held out.
+
+    Attributes:
+      train: a Batch of all training rows.
+      held_out: a Batch of the others.
+    """
+
+    train: Batch
+    held_out: Batch
+
+
+def digits(held_out: float = 0.2, seed: int = 0) -> Split:
+    """The 1,797 handwritten digits of scikit-learn (UCI, 8x8 pixels of 17 levels), split by class.
+
+    Args:
+      held_out: the share of each class that is held out, rounded to whole images.
+      seed: of the split, which depends on nothing else.
+
+    Returns:
+      Split of Batch(x1 [n, 8, 8, 1] float32 = level/8 - 1 in [-1, 1], cond = labels [n] int32), numpy arrays in the
+      original order. By default 1,438 train and 359 are held out.
+
+    Raises:
+      ImportError: when scikit-learn is missing.
+      ValueError: for a share outside [0, 1].
+    """
+    checks.number("held_out", held_out, low=0.0, high=1.0)
+    try:
+        from sklearn.datasets import load_digits
+    except ImportError as error:
+        raise ImportError(
+            "digits: the images come with scikit-learn, which is missing: pip install scikit-learn"
+        ) from error
+    source = load_digits()
+    images = (source.images[..., None] / 8.0 - 1.0).astype(np.float32)
+    labels = source.target.astype(np.int32)
+    random = np.random.default_rng(seed)
+    out = np.zeros(len(labels), bool)
+    for label in np.unique(labels):
+        members = random.permutation(np.flatnonzero(labels == label))
+        out[members[: round(held_out * len(members))]] = True
+    return Split(*(Batch(x1=images[rows], cond=labels[rows]) for rows in (~out, out)))
+
+
+def checkerboard(key: Key, n: int, dtype: Any = jnp.float32) -> Array:
+    """Samples [n, 2], uniform on the cells (i, j) with i + j even of a 4x4 board on [-1, 1]^2 (2505.18825).
+
+    Mean 0, standard deviation ``CHECKERBOARD_STD`` in each coordinate, covariance 1/16, entropy log 2 nats.
+    """
+    column_key, row_key, place_key = jax.random.split(key, 3)
+    i = jax.random.randint(column_key, (n,), 0, 4)
+    j = 2 * jax.random.randint(row_key, (n,), 0, 2) + i % 2
+    # Kept off 1, where rounding would carry a point over the edge of its cell.
+    place = jnp.minimum(jax.random.uniform(place_key, (n, 2), dtype), jnp.asarray(1 - 2.0**-20, dtype))
+    return 0.5 * (jnp.stack([i, j], axis=1).astype(dtype) + place) - 1.0
+
+
+def checkerboard_log_density(x: Array) -> Array:
+    """The log density, in nats, of one point x [2]: log 0.5 on the cells of the checkerboard, -inf elsewhere; a scalar.
+
+    Raises:
+      ValueError: for another shape.
+    """
+    checks.shape("x", x, (2,))
+    # The board is closed: its far edges belong to the last cells.
+    cell = jnp.where(x == 1.0, 3.0, jnp.floor(2.0 * (x + 1.0)))
+    inside = jnp.all((cell >= 0.0) & (cell <= 3.0)) & (jnp.sum(cell) % 2.0 == 0.0)
+    return jnp.where(inside, jnp.log(jnp.asarray(0.5, x.dtype)), jnp.asarray(-jnp.inf, x.dtype))

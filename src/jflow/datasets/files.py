@@ -1,0 +1,434 @@
+"""Data in files: sources that read one row at a time, and a pipeline that makes shuffled, resumable batches of them.
+
+    source = images("faces", size=64)
+    feed = Feed(pipeline(source, batch_size=256, seed=0), sharding=sharding.rows(mesh))
+
+A source has ``len(source)`` and ``source[i]``, a Batch of one row, numpy arrays without a leading axis; any object that
+has them will do. Sources are read from several threads at once.
+"""
+
+from __future__ import annotations
+
+import operator
+import os
+import pathlib
+import struct
+import sys
+import zipfile
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any, Protocol
+
+import jax
+import numpy as np
+
+from jflow import checks
+from jflow.types import Batch, PyTree
+
+Path = str | os.PathLike[str]
+Transform = Callable[[PyTree, np.random.Generator], PyTree]
+
+SUFFIXES = (".jpeg", ".jpg", ".png")
+# Pillow's modes of at most 8 bits a channel: of others its conversion would cut values off.
+MODES = ("1", "L", "LA", "P", "PA", "RGB", "RGBA", "CMYK", "YCbCr")
+
+
+class Source(Protocol):
+    """Rows that can be read in any order."""
+
+    def __len__(self) -> int:
+        """The number of rows."""
+        ...
+
+    def __getitem__(self, index: int) -> PyTree:
+        """Row ``index``, from 0."""
+        ...
+
+
+class Rows:
+    """Rows of arrays that lie in one or several parts, one after another; made by ``npz`` and ``array_folder``.
+
+    ``rows[i]`` is Batch(x1 ``[...]``, cond ``[...]`` or None), copies in the dtypes of the arrays; IndexError past the
+    end.
+
+    Args:
+      parts: a Batch of arrays ``[n, ...]`` each, alike but for n.
+    """
+
+    def __init__(self, parts: Sequence[Batch]) -> None:
+        self._parts = tuple(parts)
+        self._ends = np.cumsum([len(part.x1) for part in parts])
+
+    def __len__(self) -> int:
+        return int(self._ends[-1])
+
+    def __getitem__(self, index: int) -> Batch:
+        index = _index(index, len(self))
+        part = int(np.searchsorted(self._ends, index, side="right"))
+        place = index - int(self._ends[part])
+        return jax.tree.map(lambda array: np.array(array[place]), self._parts[part])
+
+
+def npz(path: Path, x1: str = "x1", cond: str | None = None) -> Rows:
+    """The rows of arrays in one .npz file.
+
+    Arrays of an uncompressed file (``np.savez``) are mapped, and read row by row; those of a compressed one are loaded.
+
+    Args:
+      path: the file.
+      x1: the name in it of the data, [N, ...].
+      cond: the name of the conditioning, [N, ...]; None for none.
+
+    Raises:
+      FileNotFoundError: when there is no such file.
+      ValueError: when it is no .npz file, lacks a name, or holds arrays of objects, of no rows, or of different numbers.
+    """
+    path = _existing("npz", path, "an .npz file, as numpy.savez writes it", folder=False)
+    try:
+        with zipfile.ZipFile(path) as archive:
+            batch = Batch(*(None if name is None else _member(path, archive, name) for name in (x1, None, cond)))
+    except (zipfile.BadZipFile, OSError) as error:
+        raise ValueError(f"npz: {path} cannot be read as an .npz file: {error}") from error
+    _check_lengths("npz", path, batch)
+    if not len(batch.x1):
+        raise ValueError(f"npz: {path}: {x1} has no rows")
+    return Rows([batch])
+
+
+def array_folder(directory: Path) -> Rows:
+    """The rows of all .npy files in a folder, which are mapped, and read row by row.
+
+        NAME.npy        x1, [n, ...]
+        NAME.cond.npy   its conditioning, [n, ...]; for all files or for none
+
+    The files follow each other in the order of their names; a hidden one, ``.NAME``, is left out. Each stays open: the
+    system's limit on open files (``ulimit -n``) must exceed their number.
+
+    Args:
+      directory: the folder; its sub-folders are not looked at.
+
+    Raises:
+      FileNotFoundError: when there is no such folder.
+      ValueError: naming the file, when there is none, one cannot be read, one lacks the conditioning that another has, or
+        shapes, dtypes or numbers of rows differ.
+    """
+    directory = _existing("array_folder", directory, "a folder of .npy files", folder=True)
+    names = sorted(name for name in _listed(directory) if name.endswith(".npy"))
+    labels = {name for name in names if name.endswith(".cond.npy")}
+    data = [name for name in names if name not in labels]
+    if not data:
+        raise ValueError(f"array_folder: expected files NAME.npy in {directory}, found none")
+    expected = {f"{name.removesuffix('.npy')}.cond.npy" for name in data} if labels else set()
+    for name in sorted(expected ^ labels):
+        which = "is missing, while other files have theirs" if name in expected else "has no data file beside it"
+        raise ValueError(f"array_folder: {directory / name} {which}")
+    parts, kinds = [], []
+    for name in data:
+        cond = directory / f"{name.removesuffix('.npy')}.cond.npy" if labels else None
+        part = Batch(x1=_mapped(directory / name), cond=None if cond is None else _mapped(cond))
+        _check_lengths("array_folder", directory / name, part)
+        kind = jax.tree.map(lambda array: f"{array.dtype}{list(array.shape[1:])}", part)
+        kinds.append(kind)
+        if kind != kinds[0]:
+            raise ValueError(
+                f"array_folder: {directory / name}: expected rows like those of {data[0]}, {kinds[0]}, got {kind}"
+            )
+        parts.append(part)
+    if not sum(len(part.x1) for part in parts):
+        raise ValueError(f"array_folder: expected rows in the files of {directory}, found none")
+    return Rows(parts)
+
+
+class Images:
+    """Image files; made by ``images``.
+
+    ``images[i]`` is Batch(x1 ``[H, W, C]`` float32 in [-1, 1], cond an int32 scalar, or None); IndexError past the end.
+
+    Attributes:
+      paths: the files, in order.
+      classes: the names of the classes, in the order of their labels; empty without sub-folders.
+    """
+
+    def __init__(
+        self,
+        paths: Sequence[str],
+        labels: Sequence[int] | None,
+        classes: Sequence[str],
+        size: int | None,
+        channels: int,
+    ) -> None:
+        self.paths, self.classes = tuple(paths), tuple(classes)
+        self._labels = None if labels is None else np.asarray(labels, np.int32)
+        self._size, self._mode = size, {1: "L", 3: "RGB"}[channels]
+
+    def __len__(self) -> int:
+        return len(self.paths)
+
+    def __getitem__(self, index: int) -> Batch:
+        index = _index(index, len(self))
+        return Batch(
+            x1=_pixels(self.paths[index], self._mode, self._size),
+            cond=None if self._labels is None else np.array(self._labels[index]),
+        )
+
+
+def images(directory: Path, size: int | None = None, *, channels: int = 3) -> Images:
+    """PNG and JPEG files, level/127.5 - 1 of 256 levels, sorted by path; where they lie in sub-folders, with labels.
+
+        directory/NAME.png            no labels
+        directory/CLASS/.../NAME.png  cond = the place of CLASS among the sorted names of the sub-folders
+
+    Hidden files and folders are left out. Without ``size`` the header of every file is read at once.
+
+    Args:
+      directory: the folder.
+      size: the images' height and width: the largest square in the centre, resized (bicubic, antialiased). None to keep
+        them as they are, all of one size.
+      channels: 3 for RGB or 1 for grey; other images are converted.
+
+    Raises:
+      FileNotFoundError: when there is no such folder.
+      ValueError: naming the folder or file, when there are no images, some lie beside the sub-folders of others, a
+        sub-folder has none, or, without ``size``, sizes differ; and when one is read, if it is damaged, not opaque or has
+        more than 8 bits a channel. TypeError when ``size`` is no whole number.
+      ImportError: when Pillow is missing.
+    """
+    image = _pillow()
+    directory = _existing(
+        "images", directory, "a folder of PNG or JPEG files, or of one such folder for each class", folder=True
+    )
+    checks.choice("channels", channels, (1, 3))
+    if size is not None:
+        checks.integer("size", size, low=1)
+    folders = [name for name in _listed(directory) if (directory / name).is_dir()]
+    found = {name: _images_in(directory / name, deep=True) for name in folders}
+    paths, labels, classes = _images_in(directory, deep=False), None, []
+    if any(found.values()):
+        for name in folders:
+            if not found[name]:
+                raise ValueError(f"images: expected PNG or JPEG files in every sub-folder, {directory / name} has none")
+        if paths:
+            raise ValueError(
+                f"images: expected images in sub-folders alone, since there are such, got {paths[0]} as well"
+            )
+        classes = folders
+        paths = [path for name in folders for path in found[name]]
+        labels = [label for label, name in enumerate(folders) for _ in found[name]]
+    if not paths:
+        raise ValueError(f"images: expected PNG or JPEG files in {directory}, found none")
+    if size is None:
+        sizes = {}
+        for path in paths:
+            with _opened(image, path) as opened:
+                sizes.setdefault(opened.size, path)
+            if len(sizes) > 1:
+                (first, other), names = sizes, list(sizes.values())
+                raise ValueError(
+                    f"images: expected one size of image, or size=..., to which all are brought; {names[0]} is "
+                    f"{first[0]}x{first[1]} pixels, {names[1]} is {other[0]}x{other[1]}"
+                )
+    return Images(paths, labels, classes, size, channels)
+
+
+def pipeline(
+    source: Source,
+    batch_size: int,
+    *,
+    seed: int = 0,
+    transform: Transform | None = None,
+    process_index: int | None = None,
+    process_count: int | None = None,
+    threads: int = 16,
+    buffer: int = 16,
+) -> Iterator[PyTree]:
+    """Endless batches of a source's rows, in a new random order every epoch, read by Grain ahead of their use.
+
+    Position p = 0, 1, ... holds row permutation_(p // N)(p % N), with an own permutation of the N rows for every epoch.
+    Batch n consists of the positions n B, ..., n B + B - 1, running on across epochs, of which process p of P takes the
+    p-th block of B/P. So neither the batches nor the iterator's state, {"next_index": n}, depend on P: a run may be
+    resumed with another number of processes. They are functions of (source, B, seed, transform), which the state does
+    not hold: keep them the same.
+
+    Args:
+      source: rows, at most 2^32.
+      batch_size: B, rows per batch of all processes together.
+      seed: of the order and of the transform, below 2^32.
+      transform: ``(row, rng) -> row``, applied to every row when it is read: crops, flips, conversions. ``rng`` is a numpy
+        Generator that depends on the seed and the position alone; it must not be kept. Called from several threads.
+      process_index: p, by default that of jax.
+      process_count: P, by default that of jax; a divisor of B.
+      threads: how many batches are read at the same time; 0 to read each when it is asked for.
+      buffer: how many batches are read ahead; as many threads are busy at most.
+
+    Returns:
+      A Grain iterator of pytrees like the rows, leaves ``[B/P, ...]``, with ``get_state``, ``set_state`` and ``close``.
+      What the source or the transform raises comes from its ``__next__``.
+
+    Raises:
+      ValueError: when the source is empty, P does not divide B, one of p and P is given alone, or numbers are out of
+        range; TypeError for numbers that are not whole.
+      ImportError: when Grain is missing.
+    """
+    grain = _grain()
+    if (process_index is None) != (process_count is None):
+        raise ValueError("process_index, process_count: expected both or neither")
+    if process_count is None:
+        process_index, process_count = jax.process_index(), jax.process_count()
+    checks.integer("process_count", process_count, low=1)
+    checks.integer("process_index", process_index, high=process_count - 1)
+    checks.integer("batch_size", batch_size, low=1)
+    checks.integer("seed", seed, high=2**32 - 1)
+    checks.integer("threads", threads)
+    checks.integer("buffer", buffer, low=1)
+    if batch_size % process_count:
+        raise ValueError(
+            f"batch_size: expected a multiple of the number of processes, {process_count}, got {batch_size}"
+        )
+    if not 1 <= len(source) <= 2**32:
+        raise ValueError(f"source: expected at least one row, and at most 2^32, got {len(source)}")
+    share = batch_size // process_count
+
+    class Share(grain.MapDataset):
+        """Item n B/P + i of this process is position n B + p B/P + i of all."""
+
+        def __init__(self, rows: Any) -> None:
+            super().__init__(rows)
+            self.rows = rows
+
+        def __len__(self) -> int:
+            return sys.maxsize // batch_size * share
+
+        def __getitem__(self, index: int) -> PyTree:
+            step, place = divmod(index, share)
+            return self.rows[step * batch_size + process_index * share + place]
+
+    rows = grain.MapDataset.source(source).seed(seed).shuffle().repeat()
+    if transform is not None:
+        rows = rows.random_map(transform)
+    # Batched before it becomes an iterator, whose state then counts batches.
+    batches = Share(rows).batch(share, drop_remainder=True)
+    return iter(batches.to_iter_dataset(grain.ReadOptions(num_threads=threads, prefetch_buffer_size=buffer)))
+
+
+def _index(index: int, length: int) -> int:
+    index = operator.index(index)
+    if not 0 <= index < length:
+        raise IndexError(f"row {index} of {length}")
+    return index
+
+
+def _existing(name: str, path: Path, what: str, folder: bool) -> pathlib.Path:
+    """The path, which is there."""
+    path = pathlib.Path(path).expanduser()
+    if not path.exists():
+        raise FileNotFoundError(f"{name}: {path} does not exist; jflow brings no data sets, pass the path of {what}")
+    if path.is_dir() != folder:
+        raise ValueError(f"{name}: expected {what}, got the {'file' if folder else 'folder'} {path}")
+    return path
+
+
+def _listed(directory: pathlib.Path) -> list[str]:
+    return sorted(name for name in os.listdir(directory) if not name.startswith("."))
+
+
+def _images_in(directory: pathlib.Path, deep: bool) -> list[str]:
+    """The image files of a folder, sorted; with ``deep`` those of the folders in it as well."""
+    found = []
+    for name in _listed(directory):
+        path = directory / name
+        if path.is_dir():
+            found += _images_in(path, deep) if deep else []
+        elif path.suffix.lower() in SUFFIXES:
+            found.append(str(path))
+    return found
+
+
+def _check_lengths(name: str, path: pathlib.Path, batch: Batch) -> None:
+    for array in jax.tree.leaves(batch):
+        if array.dtype.hasobject:
+            raise ValueError(f"{name}: {path}: expected arrays of numbers, got dtype {array.dtype}")
+    sizes = [array.shape[:1] for array in jax.tree.leaves(batch)]
+    if () in sizes or len(set(sizes)) != 1:
+        raise ValueError(
+            f"{name}: {path}: expected arrays [n, ...] with one n, got shapes {jax.tree.map(np.shape, batch)}"
+        )
+
+
+def _member(path: pathlib.Path, archive: zipfile.ZipFile, name: str) -> np.ndarray:
+    """An array of an .npz file: mapped where its bytes lie in the file as they are, else loaded."""
+    try:
+        info = archive.getinfo(f"{name}.npy")
+    except KeyError:
+        names = ", ".join(entry.removesuffix(".npy") for entry in archive.namelist())
+        raise ValueError(f"npz: {path} has no array {name!r}, expected one of {names}") from None
+    readers = {(1, 0): np.lib.format.read_array_header_1_0, (2, 0): np.lib.format.read_array_header_2_0}
+    try:
+        if info.compress_type == zipfile.ZIP_STORED:
+            with open(path, "rb") as file:
+                # A member's own header, whose last two numbers are the lengths of the name and of a field after it.
+                file.seek(info.header_offset)
+                file.seek(sum(struct.unpack("<26xHH", file.read(30))), os.SEEK_CUR)
+                read = readers.get(np.lib.format.read_magic(file))
+                if read is not None:
+                    shape, fortran, dtype = read(file)
+                    if not dtype.hasobject and 0 not in shape:
+                        order = "F" if fortran else "C"
+                        return np.memmap(path, dtype, "r", offset=file.tell(), shape=shape, order=order)
+        with archive.open(info) as file:
+            return np.lib.format.read_array(file, allow_pickle=False)
+    except ValueError as error:
+        raise ValueError(f"npz: {path}: {name} cannot be read: {error}") from error
+
+
+def _mapped(path: pathlib.Path) -> np.ndarray:
+    try:
+        return np.load(path, mmap_mode="r", allow_pickle=False)
+    except (OSError, ValueError, EOFError) as error:
+        raise ValueError(f"array_folder: {path} cannot be read as an .npy file: {error}") from error
+
+
+def _opened(image: Any, path: str) -> Any:
+    """The image of a file, of which only the header is read as yet."""
+    try:
+        return image.open(path, formats=("JPEG", "PNG"))
+    except Exception as error:
+        raise ValueError(f"images: {path} cannot be read: {error}") from error
+
+
+def _pixels(path: str, mode: str, size: int | None) -> np.ndarray:
+    """[H, W, C], float32."""
+    image = _pillow()
+    with _opened(image, path) as picture:
+        if picture.mode not in MODES:
+            raise ValueError(f"images: {path}: expected at most 8 bits a channel, got Pillow's mode {picture.mode}")
+        try:
+            picture.load()
+        except Exception as error:
+            # Pillow's decoders raise whatever they meet in a damaged file.
+            raise ValueError(f"images: {path} cannot be read: {error}") from error
+        if picture.has_transparency_data and picture.convert("RGBA").getchannel("A").getextrema()[0] < 255:
+            raise ValueError(f"images: {path}: expected an opaque image; put it on a background of your choice")
+        picture = picture.convert(mode)
+    if size is not None:
+        side, (width, height) = min(picture.size), picture.size
+        left, top = (width - side) // 2, (height - side) // 2
+        # Cut first: resizing within a box lets pixels from outside in at its edges.
+        square = picture.crop((left, top, left + side, top + side))
+        picture = square.resize((size, size), image.Resampling.BICUBIC)
+    pixels = np.asarray(picture, np.float32) / np.float32(127.5) - np.float32(1.0)
+    return pixels.reshape(*pixels.shape[:2], -1)
+
+
+def _pillow() -> Any:
+    try:
+        from PIL import Image
+    except ImportError as error:
+        raise ImportError("images: they are read with Pillow, which is missing: pip install pillow") from error
+    return Image
+
+
+def _grain() -> Any:
+    try:
+        import grain
+    except ImportError as error:
+        raise ImportError("pipeline: it needs Grain, which is missing: pip install 'jflow[grain]'") from error
+    return grain

@@ -1,0 +1,192 @@
+r"""How arrays lie on devices: a mesh with two axes, batches over both, states whole or in parts, solves each on their own.
+
+    mesh = sharding.mesh(fsdp=4)                        # of 8 devices: data 2 x fsdp 4
+    state = sharding.init(make_state, mesh, key)        # parameters in four parts, nothing whole on any device
+    chunk = make_chunk(step, dataset.batch, batch_sharding=sharding.rows(mesh), state_sharding=sharding.parts(state, mesh))
+
+A batch is spread over all devices, whatever the shape of the mesh. With ``fsdp=1`` every device holds the whole state (data
+parallel); with ``fsdp=n`` every array of the state that is large enough lies in n parts, which the compiler collects where
+a layer needs them (fully sharded). Random numbers do not depend on the layout: losses agree to rounding on any.
+
+Of several processes (``training.distributed``) each calls these functions with the same arguments.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
+
+from jflow import checks
+from jflow.types import PyTree
+
+AXES = ("data", "fsdp")
+# Smaller arrays are whole on every device: collecting their parts would cost more than it saves.
+SMALLEST = 2**12
+
+
+def mesh(fsdp: int = 1, devices: Sequence[jax.Device] | None = None) -> Mesh:
+    """A mesh with axes ``data`` and ``fsdp``, of sizes devices/fsdp and fsdp.
+
+    Args:
+      fsdp: the number of parts of the state's arrays.
+      devices: by default all, of all processes.
+
+    Raises:
+      ValueError: when ``fsdp`` does not divide the number of devices; TypeError when it is no whole number.
+    """
+    devices = jax.devices() if devices is None else list(devices)
+    checks.integer("fsdp", fsdp, low=1)
+    if len(devices) % fsdp:
+        raise ValueError(f"fsdp: expected a divisor of the number of devices, {len(devices)}, got {fsdp}")
+    return jax.make_mesh((len(devices) // fsdp, fsdp), AXES, axis_types=(AxisType.Auto,) * 2, devices=devices)
+
+
+def whole(mesh: Mesh) -> NamedSharding:
+    """Every device holds the whole array."""
+    return NamedSharding(mesh, PartitionSpec())
+
+
+def rows(mesh: Mesh) -> NamedSharding:
+    """The leading axis is spread over all devices."""
+    return NamedSharding(mesh, PartitionSpec(AXES))
+
+
+def parts(tree: PyTree, mesh: Mesh, smallest: int = SMALLEST) -> PyTree:
+    """The shardings of a state: each array in parts along its longest axis that the ``fsdp`` axis divides.
+
+    Arrays with fewer than ``smallest`` elements, and those without such an axis, are whole on every device, as are
+    all with ``fsdp=1``. The rule looks at shapes alone, so an average lies as its parameter does.
+
+    Args:
+      tree: arrays or ``jax.ShapeDtypeStruct``.
+      mesh: from ``mesh``.
+      smallest: elements.
+
+    Returns:
+      A pytree of NamedSharding like ``tree``.
+    """
+    size = mesh.shape["fsdp"]
+
+    def of(leaf: Any) -> NamedSharding:
+        axes = [axis for axis, length in enumerate(leaf.shape) if length % size == 0]
+        if size == 1 or not axes or math.prod(leaf.shape) < smallest:
+            return whole(mesh)
+        longest = max(axes, key=lambda axis: leaf.shape[axis])
+        return NamedSharding(mesh, PartitionSpec(*(None,) * longest, "fsdp"))
+
+    return jax.tree.map(of, tree)
+
+
+def init(make: Callable[..., PyTree], mesh: Mesh, *args: Any) -> PyTree:
+    """``make(*args)``, compiled so that every device makes its parts alone: for states that no device could hold whole.
+
+    Args:
+      make: traceable; ``init_state`` within it is.
+      mesh: from ``mesh``.
+      args: arrays.
+    """
+    return jax.jit(make, out_shardings=parts(jax.eval_shape(make, *args), mesh))(*args)
+
+
+def place(tree: PyTree, shardings: PyTree) -> PyTree:
+    """Copies of arrays, the same on every process, laid out so: ``shardings`` is one, or a pytree like ``tree``."""
+    if isinstance(shardings, NamedSharding):
+        shardings = jax.tree.map(lambda _: shardings, tree)
+    return jax.tree.map(_placed, tree, shardings)
+
+
+def split(tree: PyTree, mesh: Mesh) -> PyTree:
+    """Rows of host arrays spread over all devices, with rows of zeros at the end where their number is not divisible.
+
+    Each process reads the rows of its own devices only: of a memory-mapped array it loads only those.
+
+    Args:
+      tree: numpy arrays, or their like, [N, ...].
+      mesh: from ``mesh``.
+
+    Returns:
+      jax arrays [M, ...], M the next multiple of the number of devices.
+    """
+    sharding = rows(mesh)
+
+    def of(leaf: Any) -> jax.Array:
+        count, *rest = leaf.shape
+        padded = -(-count // mesh.size) * mesh.size
+
+        def block(index: tuple[slice, ...]) -> np.ndarray:
+            start, stop, _ = index[0].indices(padded)
+            part = np.asarray(leaf[start : min(stop, count)])
+            missing = stop - start - len(part)
+            return np.concatenate([part, np.zeros((missing, *rest), part.dtype)]) if missing else part
+
+        return jax.make_array_from_callback((padded, *rest), sharding, block)
+
+    return jax.tree.map(of, tree)
+
+
+def local(tree: PyTree) -> PyTree:
+    """Copies that are whole on this process, as numpy arrays (typed keys as jax arrays); all processes must call it."""
+
+    def of(leaf: Any) -> Any:
+        if not isinstance(leaf, jax.Array):
+            return np.asarray(leaf)
+        key = jnp.issubdtype(leaf.dtype, jax.dtypes.prng_key)
+        data = jax.random.key_data(leaf) if key else leaf
+        if not (data.is_fully_addressable or data.is_fully_replicated):
+            data = jax.jit(lambda x: x, out_shardings=whole(data.sharding.mesh))(data)
+        value = np.array(data.addressable_data(0) if data.is_fully_replicated else data)
+        return jax.random.wrap_key_data(jnp.asarray(value), impl=jax.random.key_impl(leaf)) if key else value
+
+    return jax.tree.map(of, tree)
+
+
+def vmap(
+    function: Callable[..., PyTree], mesh: Mesh, in_axes: int | Sequence[int | None] | None = 0
+) -> Callable[..., PyTree]:
+    """``jax.vmap(function, in_axes)``, each device alone with its share of the rows.
+
+    For Diffrax's adaptive solves: a plain vmap of sharded rows makes one loop of them all, whose devices wait for one
+    another at every step to ask whether anybody goes on. Here each runs as many steps as its own rows need.
+
+    Args:
+      function: of one row.
+      mesh: from ``mesh``.
+      in_axes: 0 for arguments whose leading axis counts rows, a multiple of the number of devices; None for those that
+        all rows share, such as parameters, which every device then holds whole. One for all, or one per argument.
+        Traced arrays must be arguments, not closed over.
+
+    Raises:
+      ValueError: for other axes, no rows at all, or a number of rows that does not divide.
+    """
+
+    def mapped(*args: Any) -> PyTree:
+        axes = (in_axes,) * len(args) if in_axes is None or isinstance(in_axes, int) else tuple(in_axes)
+        if len(axes) != len(args) or set(axes) - {0, None} or 0 not in axes:
+            raise ValueError(f"in_axes: expected 0 or None for each of {len(args)} arguments, and one 0, got {in_axes}")
+        spread = [arg for arg, axis in zip(args, axes, strict=True) if axis == 0]
+        lengths = {np.shape(leaf)[:1] for leaf in jax.tree.leaves(spread)}
+        if len(lengths) != 1 or lengths == {()} or next(iter(lengths))[0] % mesh.size:
+            got = sorted(lengths)
+            raise ValueError(f"rows: expected one number of rows, a multiple of {mesh.size} devices, got {got}")
+        specs = tuple(PartitionSpec(AXES) if axis == 0 else PartitionSpec() for axis in axes)
+        # Nothing here sums over devices, and Diffrax's loops do not keep track of what varies over them.
+        return jax.shard_map(
+            jax.vmap(function, axes), mesh=mesh, in_specs=specs, out_specs=PartitionSpec(AXES), check_vma=False
+        )(*args)
+
+    return mapped
+
+
+def _placed(leaf: Any, sharding: NamedSharding) -> jax.Array:
+    if isinstance(leaf, jax.Array) and jnp.issubdtype(leaf.dtype, jax.dtypes.prng_key):
+        return jax.random.wrap_key_data(_placed(jax.random.key_data(leaf), sharding), impl=jax.random.key_impl(leaf))
+    value = np.array(leaf)
+    placed = jax.make_array_from_callback(value.shape, sharding, lambda index: value[index])
+    # On CPU a device's buffer may be numpy's own memory, which a donated state must not be.
+    return jnp.copy(placed)

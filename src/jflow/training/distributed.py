@@ -1,0 +1,282 @@
+"""Several processes that train together, and how a run ends when a machine is taken away or dies.
+
+    with distributed.processes():          # on a TPU pod, under SLURM, Open MPI or Kubernetes; nothing on one machine
+        ...                                # jax.devices() are those of all processes
+
+A process that is asked to stop, that loses another one, or that stands still ends with an exit code of its own, so that a
+script can tell what to do: start the same command again after 75, 76 and 77, look at the message after any other.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import ctypes
+import faulthandler
+import logging
+import os
+import signal
+import sys
+import threading
+import time
+import traceback
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import jax
+from jax.experimental import multihost_utils
+
+from jflow import checks
+
+_log = logging.getLogger(__name__)
+
+# 75 is EX_TEMPFAIL of sysexits.h, "try again"; the next two belong to nobody.
+EXIT_PREEMPTED = 75
+EXIT_PEER_LOST = 76
+EXIT_STALLED = 77
+# What jax says of a collective whose other side has gone.
+LOST = ("UNAVAILABLE", "ABORTED", "CANCELLED", "DEADLINE_EXCEEDED", "Gloo", "NCCL", "heartbeat")
+
+
+class PreemptedError(RuntimeError):
+    """The machine is about to be taken away, and the run has saved its state.
+
+    Attributes:
+      step: of the checkpoint from which it goes on.
+    """
+
+    def __init__(self, step: int) -> None:
+        self.step = step
+        super().__init__(f"asked to stop: saved step {step}; start the run again to go on from there")
+
+
+@contextlib.contextmanager
+def processes(
+    coordinator: str | None = None,
+    count: int | None = None,
+    index: int | None = None,
+    *,
+    automatic: bool = True,
+    heartbeat_seconds: int = 30,
+    start_seconds: int = 300,
+) -> Iterator[None]:
+    """``jax.distributed`` for the body of a with statement; to be entered before jax is asked for its devices.
+
+    Without arguments jax looks for a TPU pod, SLURM, Open MPI or Kubernetes, and where there is none this is one process
+    as ever. When another process dies, jax aborts this one within ``heartbeat_seconds`` or so; here it then ends with a
+    message and ``EXIT_PEER_LOST``. When the body raises, the process ends soon, instead of waiting for the others to.
+
+    Args:
+      coordinator: HOST:PORT of the process with index 0; with ``count`` and ``index``, or not at all.
+      count: the number of processes.
+      index: of this process, from 0.
+      automatic: whether to look for a cluster where there is no coordinator.
+      heartbeat_seconds: silence after which a process counts as dead.
+      start_seconds: how long to wait for all processes to appear.
+
+    Raises:
+      ValueError: when only some of the first three are given, or numbers are out of range; TypeError for other types.
+      RuntimeError: when jax has its devices already, or the processes do not find each other.
+    """
+    checks.integer("heartbeat_seconds", heartbeat_seconds, low=1)
+    checks.integer("start_seconds", start_seconds, low=1)
+    given = (coordinator, count, index)
+    if any(value is not None for value in given):
+        if None in given:
+            raise ValueError(f"coordinator, count, index: expected all three or none, got {given}")
+        _check_address(coordinator)
+        checks.integer("count", count, low=1)
+        checks.integer("index", index, high=count - 1)
+    elif not automatic:
+        yield
+        return
+    try:
+        jax.distributed.initialize(
+            coordinator,
+            count,
+            index,
+            cluster_detection_method=None if coordinator is None else "deactivate",
+            initialization_timeout=start_seconds,
+            heartbeat_timeout_seconds=heartbeat_seconds,
+            # The others wait at the end for the first process, which may have an evaluation to do.
+            shutdown_timeout_seconds=24 * 3600,
+        )
+    except ValueError as error:
+        # All that jax says of a machine in no cluster.
+        if coordinator is not None or "should be defined" not in str(error):
+            raise
+        yield
+        return
+    _log.info("process %d of %d", jax.process_index(), jax.process_count())
+    code = [EXIT_PEER_LOST]
+    with _abort_exits_with(code):
+        try:
+            yield
+        except BaseException as error:
+            _leave(error, code)
+        jax.distributed.shutdown()
+
+
+def first_process() -> bool:
+    """Whether this process is the one that deletes, renames and prints."""
+    return jax.process_index() == 0
+
+
+def together(what: str) -> None:
+    """Waits until every process has come here; ``what`` is named when they come to different places."""
+    if jax.process_count() > 1:
+        multihost_utils.sync_global_devices(what)
+
+
+class Notice:
+    """Whether this machine is about to be taken away: SIGTERM, on any of the processes. A context manager.
+
+    Of several processes jax carries the notice to all, and they agree on the step. Of one, the signal is caught here, for
+    the time of the context, in the main thread; a second one does what it would have done before.
+    """
+
+    def __init__(self) -> None:
+        self._seen = threading.Event()
+        self._before: Any = None
+        self._asked: int | None = None
+
+    def __enter__(self) -> Notice:
+        # A handler of ours would take the signal from jax, which then tells nobody.
+        if not jax.distributed.is_initialized() and threading.current_thread() is threading.main_thread():
+            self._before = signal.signal(signal.SIGTERM, self._handle)
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        if self._before is not None:
+            signal.signal(signal.SIGTERM, self._before)
+            self._before = None
+
+    def seen(self, step: int) -> bool:
+        """Whether to stop after ``step`` steps; to be asked by all processes, who get the same answer, for growing steps."""
+        if not jax.distributed.is_initialized():
+            return self._seen.is_set()
+        # The processes agree on the number of one step, and Orbax asks for steps too: none may be left out.
+        steps = range(step if self._asked is None else self._asked + 1, step + 1)
+        self._asked = step
+        return any([multihost_utils.reached_preemption_sync_point(each) for each in steps])
+
+    def _handle(self, number: int, frame: Any) -> None:
+        del frame
+        self._seen.set()
+        signal.signal(number, self._before)
+
+
+class Watchdog:
+    """Ends the process when nothing has been heard for too long: a step that waits for a lost device never ends.
+
+    A context manager; it waits only between ``beat`` and ``rest``.
+
+    Args:
+      seconds: of silence; None for no watch.
+      end: called with ``EXIT_STALLED``; by default ``os._exit``, since an orderly end would wait as well.
+
+    Raises:
+      ValueError: when seconds is not positive; TypeError when it is no number.
+    """
+
+    def __init__(self, seconds: float | None, end: Callable[[int], object] = os._exit) -> None:
+        self._seconds = None if seconds is None else checks.number("stall_seconds", seconds, low=0.0, open_low=True)
+        self._end = end
+        self._doing, self._deadline, self._over = "", float("inf"), False
+        self._changed = threading.Condition()
+        self._thread = threading.Thread(target=self._watch, name="jflow watchdog", daemon=True)
+
+    def __enter__(self) -> Watchdog:
+        if self._seconds is not None:
+            self._thread.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        with self._changed:
+            self._over = True
+            self._changed.notify()
+        if self._thread.is_alive():
+            self._thread.join()
+
+    def beat(self, doing: str) -> None:
+        """Something has been heard; ``doing`` is what comes next."""
+        if self._seconds is not None:
+            with self._changed:
+                self._doing, self._deadline = doing, time.monotonic() + self._seconds
+                self._changed.notify()
+
+    def rest(self) -> None:
+        """Nothing is expected until the next beat."""
+        with self._changed:
+            self._deadline = float("inf")
+
+    def _watch(self) -> None:
+        with self._changed:
+            while not self._over:
+                left = self._deadline - time.monotonic()
+                if left <= 0:
+                    break
+                self._changed.wait(min(left, threading.TIMEOUT_MAX))
+            if self._over:
+                return
+        _say(f"no sign of life for {self._seconds:g} s: {self._doing}; ending with exit code {EXIT_STALLED}")
+        with contextlib.suppress(OSError, ValueError):
+            faulthandler.dump_traceback(all_threads=True)
+        self._end(EXIT_STALLED)
+
+
+def _check_address(coordinator: Any) -> None:
+    host, _, port = str(coordinator).rpartition(":")
+    if not (isinstance(coordinator, str) and host and port.isdigit() and 0 < int(port) < 2**16):
+        raise ValueError(f"coordinator: expected HOST:PORT, got {coordinator!r}")
+
+
+@contextlib.contextmanager
+def _abort_exits_with(code: list[int]) -> Iterator[None]:
+    """While the context lasts, abort() ends the process with this code and a message.
+
+    Jax ends a process that has lost another one by abort(), from a thread of its own, and offers nothing to hang on to.
+    A Python signal handler would not run, since abort() does not return to the interpreter; a C function does.
+    """
+    if os.name != "posix":
+        yield
+        return
+
+    def handle(number: int) -> None:
+        del number
+        _say(f"another process of this run has died (see above); ending with exit code {code[0]}")
+        os._exit(code[0])
+
+    libc = ctypes.CDLL(None)
+    libc.signal.argtypes, libc.signal.restype = (ctypes.c_int, ctypes.c_void_p), ctypes.c_void_p
+    handler = ctypes.CFUNCTYPE(None, ctypes.c_int)(handle)
+    before = libc.signal(signal.SIGABRT, ctypes.cast(handler, ctypes.c_void_p))
+    try:
+        yield
+    finally:
+        libc.signal(signal.SIGABRT, before)
+
+
+def _leave(error: BaseException, code: list[int]) -> None:
+    """Ends this process after an error: with the others, where they end too, but not waiting for them for long."""
+    if isinstance(error, SystemExit):
+        code[0] = error.code if isinstance(error.code, int) else int(error.code is not None)
+    else:
+        traceback.print_exception(error)
+        lost = isinstance(error, jax.errors.JaxRuntimeError) and any(word in str(error) for word in LOST)
+        code[0] = EXIT_PEER_LOST if lost else 1
+    sys.stdout.flush()
+    sys.stderr.flush()
+    # An ordinary end is a meeting of all processes, and jax aborts where one stays away.
+    patience = threading.Timer(10.0, os._exit, code)
+    patience.daemon = True
+    patience.start()
+    if code[0] != EXIT_PEER_LOST:
+        with contextlib.suppress(Exception):
+            jax.distributed.shutdown()
+    os._exit(code[0])
+
+
+def _say(message: str) -> None:
+    # Not by print, whose lock another thread may hold for ever.
+    with contextlib.suppress(OSError):
+        os.write(2, f"jflow: {message}\n".encode())

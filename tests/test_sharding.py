@@ -1,0 +1,218 @@
+"""Layouts: the same numbers on any mesh, and solves that do not wait for one another."""
+
+from __future__ import annotations
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+from jax.sharding import PartitionSpec as P
+
+import jflow
+from jflow import interpolants, objectives, parameterizations, sharding, solvers
+from jflow.datasets import ArrayDataset
+from jflow.training import init_state, make_chunk, make_step
+from jflow.types import Batch
+
+MESHES = {"1": (1, 1), "8 x 1": (8, 1), "4 x 2": (8, 2), "1 x 8": (8, 8), "2 x 2": (4, 2)}
+BATCH = 48
+
+
+def mesh_of(name):
+    devices, fsdp = MESHES[name]
+    return sharding.mesh(fsdp, jax.devices()[:devices])
+
+
+def net(params, s, t, x, cond=None, *, key=None):
+    h = jnp.tanh(params["in"] @ jnp.concatenate([jnp.stack([s, t]), x]) + params["bias"])
+    return params["out"] @ jnp.tanh(params["mid"] @ h)
+
+
+def init_params(key):
+    keys = jax.random.split(key, 3)
+    shapes = {"in": (16, 5), "mid": (16, 16), "out": (3, 16)}
+    params = {name: 0.5 * jax.random.normal(k, shapes[name], jnp.float64) for k, name in zip(keys, shapes, strict=True)}
+    return {**params, "bias": jnp.zeros(16, jnp.float64)}
+
+
+FLOW_MAP = jflow.flow_map(net, parameterizations.mean_velocity_form())
+METHODS = {
+    "lsd": objectives.lsd(FLOW_MAP, interpolants.linear()),
+    "flow_matching": objectives.flow_matching(FLOW_MAP, interpolants.linear()),
+}
+ROWS = np.random.default_rng(0).normal(size=(101, 3)) * [1.0, 0.5, 0.2] + [0.3, 0.0, -1.0]
+
+
+def make_state():
+    params_key, key = jax.random.split(jax.random.key(3))
+    return init_state(init_params(params_key), optax.adam(1e-2), key, ema=(0.9,))
+
+
+def trained(method, mesh, split=False):
+    """The state and the losses after six steps."""
+    dataset = ArrayDataset(Batch(ROWS), BATCH, seed=1)
+    step = make_step(METHODS[method], optax.adam(1e-2), ema=(0.9,))
+    if mesh is None:
+        chunk, state, data = make_chunk(step, dataset.batch), make_state(), dataset.data
+    else:
+        state = sharding.init(make_state, mesh)
+        shardings = sharding.parts(state, mesh, smallest=16)
+        state = sharding.place(state, shardings)
+        chunk = make_chunk(step, dataset.batch, batch_sharding=sharding.rows(mesh), state_sharding=shardings)
+        data = sharding.split(Batch(ROWS), mesh) if split else sharding.place(Batch(ROWS), sharding.whole(mesh))
+    losses, norms = [], []
+    for _ in range(3):
+        state, metrics = chunk(state, data, 2)
+        losses.append(metrics["loss"])
+        norms.append(metrics["grad_norm"])
+    return state, np.array(losses), np.array(norms)
+
+
+@pytest.fixture(scope="module")
+def plain():
+    return {method: trained(method, None) for method in METHODS}
+
+
+@pytest.mark.parametrize(("method", "mesh"), [*(("lsd", mesh) for mesh in MESHES), ("flow_matching", "4 x 2")])
+def test_loss_gradient_and_average_do_not_depend_on_the_layout(method, mesh, plain):
+    state, losses, norms = trained(method, mesh_of(mesh))
+    expected, expected_losses, expected_norms = plain[method]
+    np.testing.assert_allclose(losses, expected_losses, rtol=1e-12)
+    np.testing.assert_allclose(norms, expected_norms, rtol=1e-11)
+    for got, want in zip(jax.tree.leaves(state[1:4]), jax.tree.leaves(expected[1:4]), strict=True):
+        np.testing.assert_allclose(got, want, rtol=1e-9, atol=1e-12)
+
+
+def test_parts_stay_parts(plain):
+    state, losses, _ = trained("lsd", mesh_of("1 x 8"), split=True)
+    np.testing.assert_allclose(losses, plain["lsd"][1], rtol=1e-12)
+    for tree in (state.params, state.ema["0.9"], state.opt_state[0].mu):
+        assert tree["mid"].addressable_shards[0].data.shape == (2, 16)
+        assert tree["in"].addressable_shards[3].data.shape == (2, 5)
+        assert tree["out"].addressable_shards[0].data.shape == (3, 2)
+    assert state.step.sharding.is_fully_replicated and state.key.sharding.is_fully_replicated
+
+
+def test_what_parts_are():
+    mesh = sharding.mesh(4)
+    tree = {"a": jnp.zeros((3, 64, 128)), "b": jnp.zeros((64, 64)), "c": jnp.zeros((8191,)), "d": jnp.zeros((4, 1000))}
+    specs = jax.tree.map(lambda s: s.spec, sharding.parts(tree, mesh))
+    # The longest axis that four divides; what is too small, or divides nowhere, stays whole.
+    assert specs == {"a": P(None, None, "fsdp"), "b": P("fsdp"), "c": P(), "d": P()}
+    assert all(s.spec == P() for s in jax.tree.leaves(sharding.parts(tree, sharding.mesh())))
+    assert sharding.rows(mesh).spec == P(("data", "fsdp"))
+
+
+def test_a_state_is_made_in_parts():
+    mesh = sharding.mesh(8)
+    state = sharding.init(lambda key: {"w": jax.random.normal(key, (64, 128)), "key": key}, mesh, jax.random.key(1))
+    assert state["w"].addressable_shards[0].data.shape == (64, 16)
+    np.testing.assert_array_equal(state["w"], jax.random.normal(jax.random.key(1), (64, 128)))
+
+
+def test_places_and_back():
+    mesh = sharding.mesh(2)
+    tree = {"w": np.arange(24.0).reshape(8, 3), "key": jax.random.key(4), "n": np.int32(3)}
+    placed = sharding.place(tree, sharding.whole(mesh))
+    assert placed["key"].dtype == jax.random.key(4).dtype and placed["key"].sharding.mesh == mesh
+    local = sharding.local(sharding.place({"w": tree["w"]}, {"w": sharding.rows(mesh)}))
+    np.testing.assert_array_equal(local["w"], tree["w"])
+    back = sharding.local(placed)
+    assert isinstance(back["n"], np.ndarray) and back["n"] == 3
+    np.testing.assert_array_equal(jax.random.key_data(back["key"]), jax.random.key_data(jax.random.key(4)))
+    # The state of a run is donated: what it was made of must stay.
+    jax.jit(lambda x: x + 1, donate_argnums=0)(placed["w"])
+    np.testing.assert_array_equal(tree["w"], np.arange(24.0).reshape(8, 3))
+
+
+def test_split_rows_read_only_their_own():
+    mesh, read = sharding.mesh(), []
+
+    class Rows:
+        shape, dtype = (13, 2), np.dtype(np.float32)
+
+        def __getitem__(self, index):
+            read.append((index.start, index.stop))
+            return np.arange(26, dtype=np.float32).reshape(13, 2)[index]
+
+    whole = sharding.split(Rows(), mesh)
+    assert whole.shape == (16, 2) and {stop - start for start, stop in read} <= {2, 1, -1}
+    np.testing.assert_array_equal(whole[:13], np.arange(26).reshape(13, 2))
+    np.testing.assert_array_equal(whole[13:], 0)
+
+
+def test_solves_do_not_wait_for_one_another():
+    """Stiffer rows need more steps: the plain vmap asks every device at every step, ours asks none."""
+
+    def velocity(params, t, x, cond=None, *, key=None):
+        return -params * cond * (x - jnp.cos(3 * t))
+
+    solved = solvers.solve(velocity, "tsit5", rtol=1e-7, atol=1e-7)
+    mesh = sharding.mesh()
+    x, stiffness = jnp.linspace(-1.0, 1.0, 32)[:, None], jnp.geomspace(0.1, 60.0, 32)
+
+    def end(params, x, k):
+        return solved.jump(params, 0.0, 1.0, x, k)
+
+    alone = jax.jit(sharding.vmap(end, mesh, in_axes=(None, 0, 0)))
+    rows = jax.device_put((x, stiffness), sharding.rows(mesh))
+    expected = jax.vmap(end, (None, 0, 0))(1.0, x, stiffness)
+    np.testing.assert_allclose(alone(1.0, *rows), expected, rtol=1e-12, atol=1e-14)
+    communication = ("all-reduce", "all-gather", "all-to-all", "collective-permute")
+    text = alone.lower(1.0, *rows).compile().as_text()
+    assert not any(word in text for word in communication)
+    together = jax.jit(jax.vmap(end, (None, 0, 0))).lower(1.0, *rows).compile().as_text()
+    assert any(word in together for word in communication)
+
+
+def test_gradients_through_rows_on_their_own():
+    mesh = sharding.mesh()
+    x = jnp.linspace(0.0, 1.0, 16)
+
+    def total(w, vmap):
+        return jnp.sum(vmap(lambda w, x: jnp.sin(w * x), in_axes=(None, 0))(w, x))
+
+    expected = jax.grad(total)(0.7, jax.vmap)
+    found = jax.jit(jax.grad(lambda w: total(w, lambda f, in_axes: sharding.vmap(f, mesh, in_axes))))(0.7)
+    np.testing.assert_allclose(found, expected, rtol=1e-14)
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_objectives_run_under_pmap(method):
+    """As in code built on it: a key per device, gradients averaged over the axis."""
+    objective, params = METHODS[method], init_params(jax.random.key(0))
+    batch = Batch(jnp.asarray(ROWS[:64]).reshape(8, 8, 3))
+    keys, again = (jax.random.split(jax.random.key(1), 8) for _ in range(2))
+
+    def loss(params, key, batch):
+        return jnp.mean(objective(params, key, batch)[0])
+
+    def gradient(params, key, batch):
+        value, grads = jax.value_and_grad(loss)(params, key, batch)
+        return jax.lax.pmean((value, grads), "devices")
+
+    value, grads = jax.pmap(gradient, "devices", in_axes=(None, 0, 0))(params, keys, batch)
+    values, each = jax.vmap(jax.value_and_grad(loss), (None, 0, 0))(params, again, batch)
+    np.testing.assert_allclose(value, np.full(8, np.mean(values)), rtol=1e-12)
+    for got, want in zip(jax.tree.leaves(grads), jax.tree.leaves(each), strict=True):
+        np.testing.assert_allclose(got[5], np.mean(want, axis=0), rtol=1e-10, atol=1e-13)
+
+
+@pytest.mark.parametrize(
+    ("call", "message"),
+    [
+        (lambda: sharding.mesh(3), "fsdp: expected a divisor of the number of devices, 8, got 3"),
+        (lambda: sharding.mesh(0), "fsdp: expected a whole number of at least 1"),
+        (lambda: sharding.vmap(jnp.sin, sharding.mesh())(jnp.zeros(12)), "a multiple of 8 devices"),
+        (lambda: sharding.vmap(jnp.sin, sharding.mesh())(jnp.float64(0)), "a multiple of 8 devices"),
+        (lambda: sharding.vmap(jnp.sin, sharding.mesh(), None)(jnp.zeros(8)), "in_axes: expected 0 or None"),
+        (lambda: sharding.vmap(jnp.sin, sharding.mesh(), 1)(jnp.zeros(8)), "in_axes: expected 0 or None"),
+        (lambda: sharding.vmap(jnp.add, sharding.mesh(), (0,))(jnp.zeros(8), 1), "each of 2 arguments"),
+    ],
+)
+def test_refusals(call, message):
+    with pytest.raises(ValueError, match=message):
+        call()
+    with pytest.raises(TypeError, match="fsdp"):
+        sharding.mesh(2.0)
