@@ -3,11 +3,11 @@
     python -m benchmarks.crash_resume [--runs 100] [--out runs/crash_resume]
 
 A small flow map (LSD on rows in memory, or on a feed of batches from the host with a position of its own) is trained in a
-process of its own, once undisturbed and then ``runs`` times with a SIGKILL: every other one at a moment drawn uniformly from
-the life of the undisturbed process, the others during a save (as soon as files of an unfinished checkpoint are seen, and up
-to 30 ms later). The same command then goes on. Compared bit for bit with the undisturbed run: parameters, optimizer state,
+process of its own, once undisturbed and then ``runs`` times with a SIGKILL: every other one at a random step (up to 50 ms
+after its row of metrics, or for the first step up to 5 s after the start), the others during a save (as soon as files of an
+unfinished checkpoint are seen, and up to 30 ms later). The same command then goes on. Compared bit for bit with the undisturbed run: parameters, optimizer state,
 average, key and step at the end, and the order of the data, as a sum over each batch that depends on it, with every other
-metric in every row. A hundred runs take about half an hour on two CPU cores.
+metric in every row. A hundred runs take about half an hour on one CPU core.
 """
 
 from __future__ import annotations
@@ -145,27 +145,30 @@ def result(out: pathlib.Path) -> tuple[list[bytes], list[dict[str, Any]]]:
     return arrays, [{name: value for name, value in row.items() if name not in TIMES} for row in rows]
 
 
-def kill(out: pathlib.Path, kind: str, steps: int, cache: pathlib.Path, moment: float | None, delay: float) -> str:
-    """Kills a training at ``moment`` seconds, or during a save, and lets it go on; says what it was doing."""
+def rows_of(out: pathlib.Path) -> int:
+    """The number of rows of metrics so far."""
+    path = out / "metrics.jsonl"
+    return path.read_bytes().count(b"\n") if path.exists() else 0
+
+
+def kill(out: pathlib.Path, kind: str, steps: int, cache: pathlib.Path, row: int | None, fraction: float) -> str:
+    """Kills a training after a row of metrics, or during a save, and lets it go on; says what it was doing.
+
+    ``fraction`` in [0, 1) is of the time that it is given from there; row 0 is the start.
+    """
     process, began = start(out, kind, steps, cache), time.monotonic()
-    if moment is not None:
-        try:
-            process.wait(moment)
-        except subprocess.TimeoutExpired:
-            pass
-    else:
-        # Some saves are let pass.
-        passes = 1 + int(delay * 1e3) % 3
-        while process.poll() is None and time.monotonic() - began < LIMIT:
-            done = len([path for path in (out / "checkpoints").glob("*") if path.name.isdigit()])
-            if done >= passes and unfinished(out):
-                break
-            time.sleep(0.0005)
-        time.sleep(delay)
+    # Some saves are let pass, and all of them are too many for a run that keeps three checkpoints.
+    passes = 1 + int(fraction * 1e3) % 2
+    while process.poll() is None and time.monotonic() - began < LIMIT:
+        done = len([path for path in (out / "checkpoints").glob("*") if path.name.isdigit()])
+        if (done >= passes and unfinished(out)) if row is None else rows_of(out) >= row:
+            break
+        time.sleep(0.0005)
+    time.sleep(fraction * (0.03 if row is None else 0.05 if row else 5.0))
     alive, saving = process.poll() is None, unfinished(out)
     process.kill()
     process.wait()
-    # Seen after the kill: a save that ended in between does not count.
+    # Seen after the kill as well: a save that ended in between does not count.
     saving = saving and unfinished(out)
     checkpoints = [path for path in (out / "checkpoints").glob("*") if path.name.isdigit()]
     finish(start(out, kind, steps, cache), out)
@@ -177,20 +180,17 @@ def kill(out: pathlib.Path, kind: str, steps: int, cache: pathlib.Path, moment: 
 def run(runs: int, out: pathlib.Path, steps: int, seed: int) -> dict[str, Any]:
     """The comparison; what differed, and what the killed runs were doing."""
     draw, cache = random.Random(seed), out / "cache"
-    expected, lives = {}, {}
+    expected = {}
     for kind in KINDS:
-        for name in (f"warm_{kind}", kind):
-            began = time.monotonic()
-            finish(start(out / name, kind, steps, cache), out / name)
-            lives[kind] = time.monotonic() - began
+        finish(start(out / kind, kind, steps, cache), out / kind)
         expected[kind] = result(out / kind)
     doing: dict[str, int] = {}
     wrong = []
     for number in range(runs):
         kind = KINDS[number // 2 % 2]
-        moment = draw.uniform(0.0, lives[kind]) if number % 2 == 0 else None
+        row = draw.randrange(steps // 5) if number % 2 == 0 else None
         folder = out / f"run_{number}"
-        what = kill(folder, kind, steps, cache, moment, draw.uniform(0.0, 0.03))
+        what = kill(folder, kind, steps, cache, row, draw.random())
         doing[what] = doing.get(what, 0) + 1
         state, rows = result(folder)
         same = {"state": state == expected[kind][0], "rows": rows == expected[kind][1]}

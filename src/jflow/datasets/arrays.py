@@ -21,8 +21,9 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.sharding import Mesh
 
-from jflow import checks, couplings
+from jflow import checks, couplings, sharding
 from jflow.types import Array, Batch, Key, PyTree
 
 ROUNDS = 24
@@ -41,19 +42,21 @@ class ArrayDataset:
       data: a Batch (or another pytree) of arrays with the same leading axis of N rows; copied to the device.
       batch_size: B, rows per batch; may exceed N.
       seed: of the order; any whole number from 0.
+      mesh: from ``sharding.mesh``, to spread the rows over its devices; each process then reads its own rows of the arrays
+        only, and a batch alone travels between devices. The batches are the same. None for the default device.
 
     Raises:
       ValueError: when leading axes differ, there are no rows, or N or B is 2^28 or more.
     """
 
-    def __init__(self, data: PyTree, batch_size: int, seed: int = 0) -> None:
+    def __init__(self, data: PyTree, batch_size: int, seed: int = 0, *, mesh: Mesh | None = None) -> None:
         sizes = {np.shape(leaf)[:1] for leaf in jax.tree.leaves(data)}
         if len(sizes) != 1 or sizes & {(), (0,)}:
             raise ValueError(f"data: expected arrays with one common leading axis of rows, got {sorted(sizes)}")
         self.size = checks.integer("the number of rows", next(iter(sizes))[0], low=1, high=2**28 - 1)
         self.batch_size = checks.integer("batch_size", batch_size, low=1, high=2**28 - 1)
         self.seed = checks.integer("seed", seed, high=2**32 - 1)
-        self.data = jax.tree.map(jnp.asarray, data)
+        self.data = jax.tree.map(jnp.asarray, data) if mesh is None else sharding.split(data, mesh)
 
     def batch(self, data: PyTree, step: Array) -> PyTree:
         """The batch of a step: leaves ``[B, ...]`` like those of ``data``."""

@@ -14,8 +14,9 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+from jax.sharding import PartitionSpec
 
-from jflow import checks, couplings, identities, reductions, trees
+from jflow import checks, couplings, identities, reductions, sharding, trees
 from jflow import times as laws
 from jflow.interpolants import Interpolant
 from jflow.objectives import velocities
@@ -199,26 +200,35 @@ class Objective:
             return jax.tree.map(lambda t: t.astype(dtype), laws.at_step(law, context.step)(law_key, rows))
 
         first, second = _split(split_key, size, self.blocks, diagonal)
-        loss, info = jnp.zeros((size,), dtype), {}
+        on_diagonal = off_it = None
         if diagonal:
             t = drawn(self.times, time_key, diagonal)
             rows = _take(whole, first)
-            estimate = self._estimate(context, t, rows, batch)
-            part, raw = jax.vmap(lambda *row: self._on(params, *row))(t, estimate, *rows)
-            loss = loss.at[first].set(part.astype(dtype))
-            info.update(_report("tangent", part, raw, t=t))
+            on_diagonal = (t, self._estimate(context, t, rows, batch), *rows)
         if off_diagonal:
-            s, t = drawn(self.pairs, pair_key, off_diagonal)
+            pair = drawn(self.pairs, pair_key, off_diagonal)
             gamma = drawn(self.gammas, gamma_key, off_diagonal)
             rows = _take(whole, second)
-            estimate = self._estimate(context, s, rows, batch)
-            part, raw, derivative = jax.vmap(lambda *row: self._off(params, context, *row))(
-                s, t, gamma, estimate, *rows
-            )
-            loss = loss.at[second].set(part.astype(dtype))
+            off_it = (*pair, gamma, self._estimate(context, pair[0], rows, batch), *rows)
+
+        def evaluate(params: Params, context: Context, on_diagonal: Any, off_it: Any) -> Any:
+            on = on_diagonal and jax.vmap(lambda *row: self._on(params, *row))(*on_diagonal)
+            return on, off_it and jax.vmap(lambda *row: self._off(params, context, *row))(*off_it)
+
+        # Each device with its own rows, so that the gradients of all terms are summed there first, and over devices once.
+        on, off = _each_device(evaluate, params, context, on_diagonal, off_it)
+        loss, info = jnp.zeros((size,), dtype), {}
+        if diagonal:
+            part, raw = on
+            loss = _put(loss, first, part.astype(dtype))
+            info.update(_report("tangent", part, raw, t=on_diagonal[0]))
+        if off_diagonal:
+            part, raw, derivative = off
+            loss = _put(loss, second, part.astype(dtype))
+            s, t = off_it[:2]
             info.update(_report(self.term, part, raw, t=t, gap=jnp.abs(t - s)))
             info[f"{self.term}/tangent_norm"] = jnp.sqrt(jnp.mean(jax.lax.stop_gradient(derivative)))
-        info["diagonal_rows"] = jnp.zeros((size,), bool).at[first].set(True)
+        info["diagonal_rows"] = _put(jnp.zeros((size,), bool), first, jnp.ones((diagonal,), bool))
         return loss, info
 
     def _complete(self, batch: Batch) -> Batch:
@@ -314,18 +324,68 @@ def _batch_size(batch: Batch) -> int:
     return int(next(iter(sizes))[0])
 
 
-def _split(key: Key, size: int, blocks: int, diagonal: int) -> tuple[Array, Array]:
-    """Indices of the diagonal and of the other rows, chosen at random within each block."""
+def _split(key: Key, size: int, blocks: int, diagonal: int) -> tuple[Array | None, Array | None]:
+    """Places within each block, [blocks, n] of the diagonal and of the other rows, chosen at random; None for all rows."""
     if diagonal in (0, size):
-        return jnp.arange(diagonal), jnp.arange(diagonal, size)
+        return None, None
     order = jax.vmap(lambda k: jax.random.permutation(k, size // blocks))(jax.random.split(key, blocks))
-    order = order + (jnp.arange(blocks, dtype=order.dtype) * (size // blocks))[:, None]
     cut = diagonal // blocks
-    return order[:, :cut].reshape(-1), order[:, cut:].reshape(-1)
+    return order[:, :cut], order[:, cut:]
 
 
-def _take(tree: PyTree, rows: Array) -> PyTree:
-    return jax.tree.map(lambda leaf: leaf[rows], tree)
+def _take(tree: PyTree, places: Array | None) -> PyTree:
+    """The rows at these places, block after block: within blocks, so that no row leaves its device."""
+    if places is None:
+        return tree
+
+    def leaf_rows(leaf: Array) -> Array:
+        blocks = leaf.reshape(places.shape[0], -1, *leaf.shape[1:])
+        return jax.vmap(lambda block, p: block[p])(blocks, places).reshape(-1, *leaf.shape[1:])
+
+    return jax.tree.map(leaf_rows, tree)
+
+
+def _put(whole: Array, places: Array | None, values: Array) -> Array:
+    """[B] with the values at the places from which ``_take`` took them."""
+    if places is None:
+        return values if values.size else whole
+    blocks = whole.reshape(places.shape[0], -1)
+    return jax.vmap(lambda block, p, v: block.at[p].set(v))(blocks, places, values.reshape(places.shape)).reshape(-1)
+
+
+def _each_device(function: Callable[..., PyTree], params: Params, context: Context, *rows: PyTree) -> PyTree:
+    """``function(params, context, *rows)``, each device with its share of the rows, on the mesh of the training step.
+
+    Where every device has the whole parameters it works alone, so that the gradients of all terms are summed there first,
+    and over devices once. Where they lie in parts, the compiler is told how the rows lie, and collects what it needs.
+    """
+    mesh = jax.sharding.get_abstract_mesh()
+    if mesh.empty or mesh.axis_names != sharding.AXES:
+        return function(params, context, *rows)
+    spread, same = PartitionSpec(sharding.AXES), PartitionSpec()
+    counts = [len(jax.tree.leaves(part)[0]) if jax.tree.leaves(part) else 0 for part in rows]
+    padded = [_pad(part, -count % mesh.size) for part, count in zip(rows, counts, strict=True)]
+    if mesh.shape["fsdp"] > 1:
+        results = function(params, context, *jax.lax.with_sharding_constraint(padded, spread))
+    else:
+        specs = (same, same, *[spread] * len(rows))
+        each = jax.shard_map(function, in_specs=specs, out_specs=spread, check_vma=False)
+        results = each(params, context, *padded)
+    return [jax.tree.map(lambda leaf, n=n: leaf[:n], part) for part, n in zip(results, counts, strict=True)]
+
+
+def _pad(rows: PyTree, more: int) -> PyTree:
+    """With the first row again, ``more`` times, at the end; whoever pads drops what comes of it."""
+
+    def leaf_rows(leaf: Array) -> Array:
+        if not jnp.issubdtype(leaf.dtype, jax.dtypes.prng_key):
+            return jnp.concatenate([leaf, jnp.broadcast_to(leaf[:1], (more, *leaf.shape[1:]))])
+        # Other keys: jax finds fault with one that is used twice.
+        data = jax.random.key_data(leaf)
+        data = jnp.concatenate([data, jnp.zeros((more, *data.shape[1:]), data.dtype)])
+        return jax.random.wrap_key_data(data, impl=jax.random.key_impl(leaf))
+
+    return jax.tree.map(leaf_rows, rows) if more else rows
 
 
 def _report(term: str, loss: Array, raw: Array, **by: Array) -> dict[str, Array]:

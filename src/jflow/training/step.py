@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
@@ -148,7 +149,13 @@ def make_chunk(
             # A pass over all parameters is felt at small batches: once a chunk is enough for what hardly changes.
             return state, {name: value for name, value in metrics.items() if name != "param_norm"}
 
-        state, stacked = jax.lax.scan(body, state, None, length=steps)
+        # An objective finds the mesh there, to let each device do its own rows.
+        with (
+            contextlib.nullcontext()
+            if batch_sharding is None
+            else jax.sharding.use_abstract_mesh(batch_sharding.mesh.abstract_mesh)
+        ):
+            state, stacked = jax.lax.scan(body, state, None, length=steps)
         metrics = average({**stacked, "last_loss": stacked["loss"]}, jnp.ones((steps,), jnp.float32))
         return state, {**metrics, "param_norm": _norm(state.params)}
 

@@ -1,0 +1,134 @@
+r"""The divergence of a velocity, exact or estimated, and the velocity of the state (x, log rho) that it makes.
+
+With the Jacobian J = grad b_t(x), of d rows, where d is the number of entries of x,
+
+    exact        tr J = sum_i e_i'J e_i                                        1 + d forward passes
+    hutchinson   1/m sum_j z_j'J z_j                                           1 + m passes          (1810.01367)
+    hutch_pp     tr Q'J Q + 1/m sum_j g_j'J g_j,  g_j = (I - QQ')z_j           1 + 3m passes         (2010.09649)
+
+z_j are probes with independent entries of mean 0 and variance 1, Q an orthonormal basis of the columns J w_1, ..., J w_m
+of other probes. Both estimates are unbiased. All derivatives are forward-mode: one linearisation, then its columns.
+
+Along the flow, d/dt log rho_t(x_t) = -div b_t(x_t): the pair (x, log rho) follows a velocity of its own, and whatever
+jflow does with a velocity (solves, identities, objectives) it does with that.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Literal, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax.flatten_util import ravel_pytree
+
+from jflow import checks
+from jflow.types import Array, Cond, Event, Key, Params, Time, Velocity
+
+# (b, x, key) -> (b(x), div b(x)): of a function of x alone, with one call of it.
+Divergence = Callable[[Callable[[Event], Event], Event, Key | None], tuple[Event, Array]]
+Noise = Literal["rademacher", "gaussian"]
+
+
+class State(NamedTuple):
+    """A point and the log-density that has come with it.
+
+    Attributes:
+      x: an event.
+      log_density: log rho_t(x) in nats, or its change since the flow began; a scalar.
+    """
+
+    x: Event
+    log_density: Array
+
+
+def exact() -> Divergence:
+    """tr J, by d columns in forward mode; needs no key."""
+
+    def of(b: Callable[[Event], Event], x: Event, key: Key | None) -> tuple[Event, Array]:
+        del key
+        value, columns, size, dtype = _linear(b, x)
+        basis = jnp.eye(size, dtype=dtype)
+        return value, jnp.trace(jax.vmap(columns)(basis))
+
+    return of
+
+
+def hutchinson(probes: int = 1, noise: Noise = "rademacher") -> Divergence:
+    """The mean of z'Jz over ``probes`` probes: unbiased.
+
+    With Rademacher probes its variance is 2/m times the squares of the off-diagonal entries of (J + J')/2, with Gaussian
+    ones those of all entries.
+
+    Raises:
+      ValueError: for no probes, or another noise; TypeError when ``probes`` is no whole number. At a call, ValueError
+        without a key.
+    """
+    checks.integer("probes", probes, low=1)
+    checks.choice("noise", noise, ("rademacher", "gaussian"))
+
+    def of(b: Callable[[Event], Event], x: Event, key: Key | None) -> tuple[Event, Array]:
+        value, columns, size, dtype = _linear(b, x)
+        z = _probes(key, (probes, size), dtype, noise)
+        return value, jnp.sum(z * jax.vmap(columns)(z)) / probes
+
+    return of
+
+
+def hutch_pp(probes: int = 1, noise: Noise = "rademacher") -> Divergence:
+    """Hutch++: the trace on a sketch of the range of J, and Hutchinson's estimate on what is left; ``probes`` is m.
+
+    For a Jacobian of rank at most m it is exact. Costs 1 + 3m forward passes (2010.09649).
+
+    Raises:
+      ValueError, TypeError: as ``hutchinson``.
+    """
+    checks.integer("probes", probes, low=1)
+    checks.choice("noise", noise, ("rademacher", "gaussian"))
+
+    def of(b: Callable[[Event], Event], x: Event, key: Key | None) -> tuple[Event, Array]:
+        value, columns, size, dtype = _linear(b, x)
+        z = _probes(key, (2, probes, size), dtype, noise)
+        # No more columns than there are dimensions span them all.
+        q = jnp.linalg.qr(jax.vmap(columns)(z[0]).T)[0].T
+        g = z[1] - (z[1] @ q.T) @ q
+        sketched = jnp.sum(q * jax.vmap(columns)(q))
+        return value, sketched + jnp.sum(g * jax.vmap(columns)(g)) / probes
+
+    return of
+
+
+def augment(velocity: Velocity, divergence: Divergence | None = None) -> Velocity:
+    """The velocity (b_t(x), -div b_t(x)) of ``State``: a Velocity whose events are States, with the same params.
+
+    Args:
+      velocity: of events x.
+      divergence: ``exact()`` by default; the others draw their probes from the key of the call, which serves a whole
+        solve, so that the probes are fixed within it.
+    """
+    divergence = exact() if divergence is None else divergence
+
+    def augmented(params: Params, t: Time, state: State, cond: Cond = None, *, key: Key | None = None) -> State:
+        probe_key, model_key = (None, None) if key is None else jax.random.split(key)
+        b, div = divergence(lambda x: velocity(params, t, x, cond, key=model_key), state.x, probe_key)
+        return State(b, -div.astype(jnp.result_type(state.log_density)))
+
+    return augmented
+
+
+def _linear(b: Callable[[Event], Event], x: Event) -> tuple[Event, Callable[[Array], Array], int, jnp.dtype]:
+    """b(x), the map z -> J z of flat vectors, and their length and dtype."""
+    checks.floating("x", x)
+    flat, unravel = ravel_pytree(x)
+    value, linear = jax.linearize(b, x)
+    checks.same_structure("b(x)", value, "x", x)
+    return value, lambda z: ravel_pytree(linear(unravel(z)))[0], flat.size, flat.dtype
+
+
+def _probes(key: Key | None, shape: tuple[int, ...], dtype: jnp.dtype, noise: Noise) -> Array:
+    if key is None:
+        raise ValueError(
+            "key: expected a PRNG key, from which an estimate of the divergence draws its probes, got None"
+        )
+    draw = jax.random.rademacher if noise == "rademacher" else jax.random.normal
+    return draw(key, shape, dtype)

@@ -1,0 +1,12 @@
+"""Killed at any moment, also during a save, a run goes on to the same end: five of the benchmark's hundred."""
+
+from __future__ import annotations
+
+from benchmarks import crash_resume
+
+
+def test_killed_runs_end_as_if_nothing_had_happened(tmp_path):
+    found = crash_resume.run(5, tmp_path, steps=100, seed=3)
+    assert found["differ"] == []
+    # Two of the five are killed during a save, if it lasts until the signal comes.
+    assert sum(found["killed"].values()) == 5
