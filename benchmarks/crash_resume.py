@@ -5,9 +5,9 @@
 A small flow map (LSD on rows in memory, or on a feed of batches from the host with a position of its own) is trained in a
 process of its own, once undisturbed and then ``runs`` times with a SIGKILL: every other one at a random step (up to 50 ms
 after its row of metrics, or for the first step up to 5 s after the start), the others during a save (as soon as files of an
-unfinished checkpoint are seen, and up to 30 ms later). The same command then goes on. Compared bit for bit with the undisturbed run: parameters, optimizer state,
-average, key and step at the end, and the order of the data, as a sum over each batch that depends on it, with every other
-metric in every row. A hundred runs take about half an hour on one CPU core.
+unfinished checkpoint are seen, and up to 30 ms later). The same command then goes on. Compared bit for bit with the
+undisturbed run: parameters, optimizer state, average, key and step at the end, and the order of the data, as a sum over
+each batch that depends on it, with every other metric in every row. A hundred runs take about half an hour on one CPU core.
 """
 
 from __future__ import annotations
