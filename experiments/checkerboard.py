@@ -76,7 +76,7 @@ def run(config: Config) -> None:
     print(text)
     common.write_json(
         config.out / "results.json",
-        {"table": table, "training_seconds": seconds, "config": config.kept(), **common.environment()},
+        {"table": table, **common.timing(config, seconds), "config": config.kept(), **common.environment()},
     )
     (config.out / "table.md").write_text(text + "\n")
     _figure(config, drawn, exact)

@@ -338,12 +338,13 @@ def _newest(out: pathlib.Path) -> int:
     return max(steps, default=0)
 
 
-def speed(out: pathlib.Path) -> float | None:
-    """Steps per second of the run in ``out``, without its compilation; None where it was too short to tell."""
+def timing(config: Training, seconds: float) -> dict[str, float | None]:
+    """How long the training took, and its steps per second without compilation, None where it was too short to tell."""
     try:
-        return throughput.steady_rate(metrics_log.read(out / "metrics.jsonl"))
+        rate = throughput.steady_rate(metrics_log.read(config.out / "metrics.jsonl"))
     except ValueError:
-        return None
+        rate = None
+    return {"training_seconds": seconds, "steps_per_second": rate}
 
 
 def draw(

@@ -94,7 +94,7 @@ def run(config: Config) -> None:
     text = common.markdown(["digits", "energy distance", "standard error"], [[k, *v] for k, v in table.items()])
     common.write_json(
         config.out / "results.json",
-        {"energy_distance": table, "training_seconds": seconds, "config": config.kept(), **common.environment()},
+        {"energy_distance": table, **common.timing(config, seconds), "config": config.kept(), **common.environment()},
     )
     (config.out / "table.md").write_text(text + "\n")
     _figure(config, drawn, solved, np.asarray(labels))

@@ -94,7 +94,7 @@ def run(config: Config) -> None:
         {
             "table": table,
             "residuals": residuals,
-            "training_seconds": seconds,
+            **common.timing(config, seconds),
             "config": config.kept(),
             **common.environment(),
         },
