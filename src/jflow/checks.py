@@ -57,9 +57,25 @@ def choice(name: str, value: Any, allowed: Collection[Any]) -> Any:
     Raises:
       ValueError: when it is none of them; the message lists them.
     """
-    if value not in allowed:
+    # True is not 1 here.
+    if not any(isinstance(value, bool) is isinstance(each, bool) and value == each for each in allowed):
         raise ValueError(f"{name}: expected one of {', '.join(map(repr, allowed))}, got {value!r}")
     return value
+
+
+def function(name: str, value: Any, what: str) -> None:
+    """Something that can be called.
+
+    Args:
+      name: the argument.
+      value: the function.
+      what: what it is expected to do, for the message.
+
+    Raises:
+      TypeError: when it cannot.
+    """
+    if not callable(value):
+        raise TypeError(f"{name}: expected a function {what}, got {type(value).__name__}")
 
 
 def shape(name: str, value: Any, expected: Sequence[int | None]) -> None:

@@ -42,6 +42,8 @@ def mesh(fsdp: int = 1, devices: Sequence[jax.Device] | None = None) -> Mesh:
     """
     devices = jax.devices() if devices is None else list(devices)
     checks.integer("fsdp", fsdp, low=1)
+    if not devices:
+        raise ValueError("devices: expected at least one, got none")
     if len(devices) % fsdp:
         raise ValueError(f"fsdp: expected a divisor of the number of devices, {len(devices)}, got {fsdp}")
     return jax.make_mesh((len(devices) // fsdp, fsdp), AXES, axis_types=(AxisType.Auto,) * 2, devices=devices)
@@ -71,6 +73,8 @@ def parts(tree: PyTree, mesh: Mesh, smallest: int = SMALLEST) -> PyTree:
     Returns:
       A pytree of NamedSharding like ``tree``.
     """
+    if mesh.axis_names != AXES:
+        raise ValueError(f"mesh: expected the axes {AXES}, as sharding.mesh makes them, got {mesh.axis_names}")
     size = mesh.shape["fsdp"]
 
     def of(leaf: Any) -> NamedSharding:
@@ -98,6 +102,9 @@ def place(tree: PyTree, shardings: PyTree) -> PyTree:
     """Copies of arrays, the same on every process, laid out so: ``shardings`` is one, or a pytree like ``tree``."""
     if isinstance(shardings, NamedSharding):
         shardings = jax.tree.map(lambda _: shardings, tree)
+    got, expected = jax.tree.structure(shardings), jax.tree.structure(tree)
+    if got != expected:
+        raise ValueError(f"shardings: expected one, or the pytree structure of the arrays, {expected}, got {got}")
     return jax.tree.map(_placed, tree, shardings)
 
 
@@ -116,6 +123,8 @@ def split(tree: PyTree, mesh: Mesh) -> PyTree:
     sharding = rows(mesh)
 
     def of(leaf: Any) -> jax.Array:
+        if not getattr(leaf, "shape", ()):
+            raise ValueError(f"tree: expected arrays [N, ...], got {type(leaf).__name__} without a leading axis")
         count, *rest = leaf.shape
         padded = -(-count // mesh.size) * mesh.size
 

@@ -191,7 +191,9 @@ DAMAGE = {
     "a file full of zeros": lambda d: largest(d, 20).write_bytes(bytes(largest(d, 20).stat().st_size)),
     "a file deleted": lambda d: (d / "20" / "state" / "manifest.ocdbt").unlink(),
     "a file that is a directory": lambda d: replace(largest(d, 20), lambda path: path.mkdir()),
-    "files that lead nowhere": lambda d: [replace(f, lambda path: path.symlink_to(d / "nothing")) for f in files(d, 20)],
+    "files that lead nowhere": lambda d: [
+        replace(f, lambda path: path.symlink_to(d / "nothing")) for f in files(d, 20)
+    ],
     "the state deleted": lambda d: shutil.rmtree(d / "20" / "state"),
     "the state of another step": lambda d: copy_over(d / "10" / "state", d / "20" / "state"),
     "another step altogether": lambda d: copy_over(d / "10", d / "20"),
@@ -201,7 +203,9 @@ DAMAGE = {
     "the meta of another step": lambda d: copy_over(d / "10" / "meta", d / "20" / "meta"),
     "the meta another kind of JSON": lambda d: meta_of(d, 20).write_text("[1, 2]"),
     "the config changed": lambda d: edit_meta(d, 20, lambda body: body["config"].update(name="Test"), sign=False),
-    "a checksum changed": lambda d: edit_meta(d, 20, lambda body: body["leaves"]["params/wide"].update(checksum=[1, 2])),
+    "a checksum changed": lambda d: edit_meta(
+        d, 20, lambda body: body["leaves"]["params/wide"].update(checksum=[1, 2])
+    ),
     "nothing in it": lambda d: [
         shutil.rmtree(path) if path.is_dir() else path.unlink() for path in (d / "20").iterdir()
     ],

@@ -59,6 +59,16 @@ def again(problem, out, **options):
     return train(problem, out, **{"steps": 16, "resume": True, **options})
 
 
+def kept(problem, out, **options):
+    """An earlier run, which a call that is refused must not have touched."""
+    train(problem, out)
+    before = (out / "metrics.jsonl").read_text()
+    try:
+        train(problem, out, overwrite=True, **options)
+    finally:
+        assert (out / "metrics.jsonl").read_text() == before and (out / "checkpoints" / "8").exists()
+
+
 def restored(problem, out, *arguments, **options):
     train(problem, out)
     return restore_params(out, *arguments, **options)
@@ -199,6 +209,46 @@ def experiment(tmp_path, **options):
 # the run's numbers, what it is resumed from, state and step, files on disk, devices, processes, data, reading a run.
 CASES = {
     # The numbers of a run.
+    "a trace of one step": (
+        lambda d, p: train(p, d, profile=(8,)),
+        TypeError,
+        r"^profile: expected two steps, \(first, last\), got \(8,\)$",
+    ),
+    "an evaluation that finds a number": (
+        lambda d, p: train(p, eval_every=8, eval_fn=lambda state: 1.0),
+        TypeError,
+        "^eval_fn: expected a mapping of names to numbers, it returned float$",
+    ),
+    "a callback that is not in a list": (
+        lambda d, p: train(p, callbacks=print),
+        TypeError,
+        "^callbacks: expected a sequence of functions, got builtin_function_or_method$",
+    ),
+    "the dataset instead of its data": (
+        lambda d, p: train(p, data=p.dataset),
+        TypeError,
+        r"^data: expected arrays, such as dataset\.data, or a Feed of an iterator, got ArrayDataset$",
+    ),
+    "an iterator without a feed": (
+        lambda d, p: train(p, data=Batches(ROWS)),
+        TypeError,
+        r"^data: expected arrays, such as dataset\.data, or a Feed of an iterator, got Batches$",
+    ),
+    "a bucket": (
+        lambda d, p: train(p, "gs://bucket/run"),
+        ValueError,
+        "^out_dir: expected a path of a mounted file system, got 'gs://bucket/run'$",
+    ),
+    "a file in the run's place": (
+        lambda d, p: train(p, text(d / "run", "mine")),
+        NotADirectoryError,
+        "^out_dir: .*run is a file; expected a directory$",
+    ),
+    "an old run deleted for nothing": (
+        lambda d, p: kept(p, d, keep=0),
+        ValueError,
+        "^keep: expected a whole number of at least 1, got 0$",
+    ),
     "steps that are a float": (
         lambda d, p: train(p, steps=1e4),
         TypeError,
@@ -295,6 +345,21 @@ CASES = {
         "^config: expected dictionaries, lists, strings, finite numbers and None only: .*PosixPath",
     ),
     # What a run goes on from.
+    "resumed by a number": (
+        lambda d, p: again(p, d, resume=1),
+        ValueError,
+        "^resume: expected one of False, True, 'auto', got 1$",
+    ),
+    "one name of many": (
+        lambda d, p: again(p, d, config={"rate": 3e-3}, ignore="rate"),
+        TypeError,
+        "^ignore: expected a collection of names, got the string 'rate'$",
+    ),
+    "metrics of another kind": (
+        lambda d, p: metrics_log.read(text(d / "metrics.jsonl", json.dumps({"loss": 1}))),
+        ValueError,
+        r"metrics\.jsonl: line 1 is no row with a step: ",
+    ),
     "resumed by a word of its own": (
         lambda d, p: train(p, d, resume="yes"),
         ValueError,
@@ -364,6 +429,56 @@ CASES = {
         "metrics.jsonl: line 2 is no JSON: 'half a li'$",
     ),
     # The state and the step.
+    "parameters as the state": (
+        lambda d, p: train(p, state=p.params),
+        TypeError,
+        "^state: expected a TrainState, from init_state, got dict$",
+    ),
+    "a state used twice": (
+        lambda d, p: [train(p, state=(used := p.state())), train(p, state=used)],
+        ValueError,
+        "^state: its arrays are gone, donated to an earlier call; make it anew with init_state$",
+    ),
+    "a learning rate as the optimizer": (
+        lambda d, p: state(p, optimizer=1e-3),
+        TypeError,
+        "^optimizer: expected an optax GradientTransformation, .*got float$",
+    ),
+    "an optimizer without its numbers": (
+        lambda d, p: make_step(p.objective, optax.adam),
+        TypeError,
+        "^optimizer: expected an optax GradientTransformation, .*got function$",
+    ),
+    "the state of another optimizer": (
+        lambda d, p: traced(p, start=state(p, optimizer=optax.sgd(0.1))),
+        ValueError,
+        r"^state\.opt_state: expected that of this optimizer, .*got ",
+    ),
+    "an average by name alone": (
+        lambda d, p: state(p, ema=("slow",)),
+        TypeError,
+        "^decay: expected a number, got str 'slow'$",
+    ),
+    "updates at one step": (
+        lambda d, p: make_step(p.objective, p.optimizer, teacher_updates=100),
+        TypeError,
+        "^teacher_updates: expected a sequence of steps, or a function of the step, got 100$",
+    ),
+    "a loss without info": (
+        lambda d, p: traced(p, lambda params, key, batch, context: batch.x1[:, 0]),
+        TypeError,
+        r"^objective: expected it to return \(loss \[B\], info, a mapping\), got ",
+    ),
+    "the dataset instead of its batches": (
+        lambda d, p: make_chunk(p.step, p.dataset),
+        TypeError,
+        r"^batch_fn: expected a function \(data, step\) -> batch, as dataset\.batch, got ArrayDataset$",
+    ),
+    "a mesh for the batches": (
+        lambda d, p: make_chunk(p.step, p.dataset.batch, batch_sharding=sharding.mesh()),
+        TypeError,
+        "^batch_sharding: expected a NamedSharding, got Mesh$",
+    ),
     "a number as the key": (
         lambda d, p: state(p, key=0),
         TypeError,
@@ -469,10 +584,20 @@ CASES = {
         r"^not finite within steps 9 to 12 \(means: loss nan, .*\); the last good checkpoint is of step 8$",
     ),
     # Checkpoints, and reading them.
+    "the start saved twice": (
+        lambda d, p: saved(d, at(p, 0), at(p, 0)),
+        ValueError,
+        "^step: .* holds step 0, not before 0$",
+    ),
+    "a step by another name": (
+        lambda d, p: restored(p, d, step="latest"),
+        TypeError,
+        "^step: expected a whole number, got str 'latest'$",
+    ),
     "a file in the directory's place": (
         lambda d, p: Checkpoints(text(d / "file", "mine")),
         NotADirectoryError,
-        "file is a file; expected a directory for checkpoints$",
+        "^directory: .*file is a file; expected a directory$",
     ),
     "a directory in use": (
         lambda d, p: [saved(d, at(p, 4)), Checkpoints(d)],
@@ -526,6 +651,22 @@ CASES = {
         r"another structure: it lacks \['params/bias', 'params/kernel'\] and has beside \['params/hidden/bias'",
     ),
     # Devices.
+    "no devices": (lambda d, p: sharding.mesh(devices=[]), ValueError, "^devices: expected at least one, got none$"),
+    "another mesh": (
+        lambda d, p: sharding.parts(p.params, jax.make_mesh((8,), ("model",))),
+        ValueError,
+        r"^mesh: expected the axes \('data', 'fsdp'\), as sharding\.mesh makes them, got \('model',\)$",
+    ),
+    "a layout of another state": (
+        lambda d, p: sharding.place(p.params, sharding.parts(p.params["out"], sharding.mesh())),
+        ValueError,
+        "^shardings: expected one, or the pytree structure of the arrays, .*got ",
+    ),
+    "a number to split": (
+        lambda d, p: sharding.split({"x1": ROWS, "scale": 2.0}, sharding.mesh()),
+        ValueError,
+        r"^tree: expected arrays \[N, \.\.\.\], got float without a leading axis$",
+    ),
     "parts that do not divide": (
         lambda d, p: sharding.mesh(fsdp=3),
         ValueError,
@@ -619,6 +760,11 @@ CASES = {
         r"^stall_seconds: expected a number in \(0, inf\], got nan$",
     ),
     # Data from the host.
+    "the position of another iterator": (
+        lambda d, p: fed(Batches(ROWS), step=4, position={"next_index": 4}),
+        ValueError,
+        r"^position: expected one of this iterator's, got \{'next_index': 4\}$",
+    ),
     "a generator": (
         lambda d, p: Feed(batch for batch in [ROWS]),
         TypeError,
@@ -685,6 +831,16 @@ CASES = {
         r"^position: expected the data's position at step 4, as Feed\.position was there, got None$",
     ),
     # Data in memory and in files.
+    "rows of words": (
+        lambda d, p: datasets.ArrayDataset(np.array(["cat", "dog"]), 4),
+        TypeError,
+        "^data: expected arrays of numbers, got dtype <U3$",
+    ),
+    "a path as the source": (
+        lambda d, p: batches("images/train", 8),
+        TypeError,
+        r"^source: expected rows with len\(\) and \[i\], as images\(path\), got str$",
+    ),
     "rows of different numbers": (
         lambda d, p: datasets.ArrayDataset(Batch(x1=ROWS, cond=ROWS[:3]), 4),
         ValueError,
@@ -801,6 +957,11 @@ CASES = {
         "^threads: expected a whole number of at least 0, got -1$",
     ),
     # After training.
+    "snapshots by name": (
+        lambda d, p: posthoc.fit_profile(["0.9", "0.99"], 100, 6.94),
+        TypeError,
+        r"^snapshots: expected pairs \(step, gamma\), got \['0\.9', '0\.99'\]$",
+    ),
     "a width wider than all": (
         lambda d, p: posthoc.gamma_of_width(0.5),
         ValueError,

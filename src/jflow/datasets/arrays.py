@@ -53,6 +53,10 @@ class ArrayDataset:
         sizes = {np.shape(leaf)[:1] for leaf in jax.tree.leaves(data)}
         if len(sizes) != 1 or sizes & {(), (0,)}:
             raise ValueError(f"data: expected arrays with one common leading axis of rows, got {sorted(sizes)}")
+        for leaf in jax.tree.leaves(data):
+            dtype = leaf.dtype if hasattr(leaf, "dtype") else np.asarray(leaf).dtype
+            if not any(jnp.issubdtype(dtype, kind) for kind in (jnp.number, jnp.bool_)):
+                raise TypeError(f"data: expected arrays of numbers, got dtype {dtype}")
         self.size = checks.integer("the number of rows", next(iter(sizes))[0], low=1, high=2**28 - 1)
         self.batch_size = checks.integer("batch_size", batch_size, low=1, high=2**28 - 1)
         self.seed = checks.integer("seed", seed, high=2**32 - 1)
@@ -103,7 +107,10 @@ class SampledDataset:
         del data
         key = jax.random.fold_in(jax.random.key(self.seed, impl="threefry2x32"), step)
         drawn = self.sampler(key, self.batch_size)
-        return drawn if isinstance(drawn, Batch) else Batch(x1=drawn)
+        drawn = drawn if isinstance(drawn, Batch) else Batch(x1=drawn)
+        if (lengths := {jnp.shape(leaf)[:1] for leaf in jax.tree.leaves(drawn)}) != {(self.batch_size,)}:
+            raise ValueError(f"sampler: expected {self.batch_size} rows, got leading axes {sorted(lengths)}")
+        return drawn
 
 
 class CoupledDataset(ArrayDataset):

@@ -43,6 +43,7 @@ def digits(held_out: float = 0.2, seed: int = 0) -> Split:
       ValueError: for a share outside [0, 1].
     """
     checks.number("held_out", held_out, low=0.0, high=1.0)
+    checks.integer("seed", seed)
     try:
         from sklearn.datasets import load_digits
     except ImportError as error:

@@ -269,6 +269,10 @@ def pipeline(
       ImportError: when Grain is missing.
     """
     grain = _grain()
+    if isinstance(source, (str, os.PathLike)) or not (hasattr(source, "__len__") and hasattr(source, "__getitem__")):
+        raise TypeError(f"source: expected rows with len() and [i], as images(path), got {type(source).__name__}")
+    if transform is not None and not callable(transform):
+        raise TypeError(f"transform: expected a function (row, rng) -> row, got {type(transform).__name__}")
     if (process_index is None) != (process_count is None):
         raise ValueError("process_index, process_count: expected both or neither")
     if process_count is None:

@@ -69,14 +69,12 @@ class Checkpoints:
     ) -> None:
         if resume and overwrite:
             raise ValueError("resume, overwrite: expected at most one of them")
-        self.directory = _absolute(directory)
+        self.directory = absolute("directory", directory)
         self._config = as_json("config", config or {})
         self._notes = as_json("notes", {**_versions(), **(notes or {})})
         if keep is not None:
             checks.integer("keep", keep, low=1)
         checks.integer("keep_best", keep_best)
-        if self.directory.exists() and not self.directory.is_dir():
-            raise NotADirectoryError(f"{self.directory} is a file; expected a directory for checkpoints")
         used = self.directory.exists() and any(self.directory.iterdir())
         if used and not (resume or overwrite):
             raise FileExistsError(f"{self.directory} is not empty; resume the run or overwrite it")
@@ -103,7 +101,8 @@ class Checkpoints:
         import orbax.checkpoint as ocp
 
         step = int(state.step)
-        if step <= (newest := self._manager.latest_step() or -1):
+        newest = self._manager.latest_step()
+        if newest is not None and step <= newest:
             raise ValueError(f"step: {self.directory} holds step {newest}, not before {step}")
         score = None if score is None or not np.isfinite(score) else float(score)
         arrays, records = leaves.copies(state)
@@ -141,8 +140,11 @@ class Checkpoints:
 
         Raises:
           FileNotFoundError: when there is none, or none that is whole.
+          TypeError: when ``ignore`` is one string.
           ValueError: when the config differs, with the difference; when the template does, naming the leaves.
         """
+        if isinstance(ignore, str):
+            raise TypeError(f"ignore: expected a collection of names, got the string {ignore!r}")
         damaged: list[int] = []
         self.wait()
         steps = _of_first(sorted(self.steps(), reverse=True))
@@ -218,9 +220,12 @@ def restore_params(
 
     Raises:
       FileNotFoundError: when there is no such directory or checkpoint, or none that is whole.
-      ValueError: for an unknown ``which``, listing those there are; for dtypes that this session cannot hold.
+      ValueError: for an unknown ``which``, listing those there are; for dtypes that this session cannot hold; TypeError for a
+        step of another type.
     """
-    root = _absolute(directory)
+    root = absolute("directory", directory)
+    if step is not None and step != "best":
+        checks.integer("step", step)
     root = root / "checkpoints" if (root / "checkpoints").is_dir() else root
     if not root.is_dir():
         raise FileNotFoundError(f"{root}: no such directory, so no checkpoint")
@@ -242,6 +247,21 @@ def restore_params(
                 return leaves.to_dict(arrays, records, depth), body["config"]
             return leaves.to_tree(arrays, records, template, depth), body["config"]
     raise _none_whole(root, damaged)
+
+
+def absolute(name: str, directory: str | os.PathLike[str]) -> pathlib.Path:
+    """The absolute path of a directory.
+
+    Raises:
+      ValueError: for the address of an object store, which would become a local directory of that name.
+      NotADirectoryError: when it is a file.
+    """
+    if "://" in os.fspath(directory):
+        raise ValueError(f"{name}: expected a path of a mounted file system, got {os.fspath(directory)!r}")
+    path = pathlib.Path(directory).expanduser().absolute()
+    if path.is_file():
+        raise NotADirectoryError(f"{name}: {path} is a file; expected a directory")
+    return path
 
 
 def as_json(name: str, value: Any) -> Any:
@@ -390,7 +410,7 @@ def _chosen(directory: pathlib.Path, steps: list[int], step: int | str | None) -
         return [min(scores, key=lambda step: (scores[step], -step))]
     if step not in steps:
         raise FileNotFoundError(f"{directory}: no checkpoint of step {step}; there are {sorted(steps)}")
-    return [checks.integer("step", step)]
+    return [step]
 
 
 def _read_scores(directory: pathlib.Path) -> dict[int, float]:
@@ -455,7 +475,3 @@ def _compare_notes(before: Any, now: Any) -> None:
 
 def _versions() -> dict[str, str]:
     return {"jax": jax.__version__, "backend": jax.default_backend()}
-
-
-def _absolute(directory: str | os.PathLike[str]) -> pathlib.Path:
-    return pathlib.Path(directory).expanduser().absolute()

@@ -226,7 +226,7 @@ class Watchdog:
 
 def _check_address(coordinator: Any) -> None:
     host, _, port = str(coordinator).rpartition(":")
-    if not (isinstance(coordinator, str) and host and port.isdigit() and 0 < int(port) < 2**16):
+    if not (isinstance(coordinator, str) and host and port.isascii() and port.isdigit() and 0 < int(port) < 2**16):
         raise ValueError(f"coordinator: expected HOST:PORT, got {coordinator!r}")
 
 

@@ -92,10 +92,10 @@ def resolve(averages: Averages) -> dict[str, Schedule]:
       TypeError: for names that are no strings or hold "/", or schedules that cannot be called.
       ValueError: for a decay outside [0, 1].
     """
-    if isinstance(averages, (str, float, int)):
+    if averages is None or isinstance(averages, (str, float, int)):
         raise TypeError(f"ema: expected a mapping of names to schedules or a tuple of decays, got {averages!r}")
     if not isinstance(averages, Mapping):
-        return {str(float(decay)): constant(decay) for decay in averages}
+        return {str(checks.number("decay", decay, low=0.0, high=1.0)): constant(decay) for decay in averages}
     for name, schedule in averages.items():
         if not isinstance(name, str) or "/" in name or not callable(schedule):
             raise TypeError(f"ema: expected names without '/' and callable schedules, got {name!r}: {schedule!r}")

@@ -144,7 +144,10 @@ class Feed:
             raise RuntimeError("Feed: the iterator has not come back from a batch that it was asked for before")
         position = self._position if position is None else position
         if position is not None:
-            self._iterator.set_state(_decode(position))
+            try:
+                self._iterator.set_state(_decode(position))
+            except Exception as error:
+                raise ValueError(f"position: expected one of this iterator's, got {position!r}") from error
         self._position = _encode(self._iterator.get_state())
         self._shelf = _Shelf(self._ahead)
         # A feed that is forgotten ends its thread, which therefore must not hold it.

@@ -16,7 +16,7 @@ import numpy as np
 
 from jflow import checks
 from jflow.training import throughput
-from jflow.training.checkpoints import Checkpoints
+from jflow.training.checkpoints import Checkpoints, absolute, as_json
 from jflow.training.distributed import Notice, PreemptedError, Watchdog, first_process, together
 from jflow.training.divergence import Watch
 from jflow.training.feeds import Feed
@@ -202,12 +202,24 @@ def fit(
     checks.choice("resume", resume, (False, True, "auto"))
     if out_dir is None and (checkpoint_every or snapshot_every or resume or profile):
         raise ValueError("out_dir: expected a directory to write to or to resume from, got None")
+    if resume == "auto" and checkpoint_every is None:
+        raise ValueError("resume, checkpoint_every: expected checkpoints to go on from with resume='auto', got None")
     if (best is None) != (keep_best == 0) or (best is not None and (eval_every is None or checkpoint_every is None)):
         raise ValueError("best, keep_best, eval_every, checkpoint_every: expected all, or neither of the first two")
     if profile is not None:
+        if not isinstance(profile, (tuple, list)) or len(profile) != 2:
+            raise TypeError(f"profile: expected two steps, (first, last), got {profile!r}")
         first, last = (checks.integer("profile", edge) for edge in profile)
         if not first < last <= total_steps:
             raise ValueError(f"profile: expected steps first < last <= total_steps, got {profile}")
+    _check_arguments(state, data, eval_fn, callbacks)
+    # All that can be refused is, before an earlier run is deleted.
+    as_json("config", config or {})
+    checks.integer("keep", keep, low=1)
+    checks.integer("keep_best", keep_best)
+    watchdog = Watchdog(stall_seconds)
+    if not resume:
+        _begun(state, total_steps)
 
     with contextlib.ExitStack() as stack:
         # Where to start: the newest whole checkpoint, with the rows of metrics up to it.
@@ -240,16 +252,14 @@ def fit(
                 log = stack.enter_context(MetricsLog(out / "metrics.jsonl", kept))
                 if resumed:
                     watch = Watch(read(log.path))
-        step = int(state.step)
-        if step > total_steps:
-            raise ValueError(f"total_steps: the state has taken {step} steps already, got {total_steps}")
+        step = _begun(state, total_steps)
         feed = data if isinstance(data, Feed) else None
         if feed is not None:
             stack.enter_context(feed)
             feed.start(step, position, plan.length, total_steps)
         report = stack.enter_context(progress(total_steps, step, show_progress))
         trace = stack.enter_context(_Trace(out / "profile" if profile else None, profile))
-        watchdog = stack.enter_context(Watchdog(stall_seconds))
+        stack.enter_context(watchdog)
         recorder = Recorder(checkpoints, log, watch, callbacks, report)
 
         def save() -> None:
@@ -376,7 +386,9 @@ class Recorder:
                 raise NonFiniteError(start + 1, stop, self._last_good(), metrics)
 
     def eval(self, step: int, values: Mapping[str, Any]) -> None:
-        """One row of what an evaluation found."""
+        """One row of what an evaluation found; TypeError when that is no mapping."""
+        if not isinstance(values, Mapping):
+            raise TypeError(f"eval_fn: expected a mapping of names to numbers, it returned {type(values).__name__}")
         values = jax.device_get(dict(values))
         self._evaluated = step, values
         self._write({"kind": "eval", "step": step, **values})
@@ -409,6 +421,34 @@ class Recorder:
         return max(self._checkpoints.steps(), default=None)
 
 
+def _check_arguments(state: Any, data: Any, eval_fn: Any, callbacks: Any) -> None:
+    """Refuses what would fail only after the first steps, or in the words of jax."""
+    if not isinstance(state, TrainState):
+        raise TypeError(f"state: expected a TrainState, from init_state, got {type(state).__name__}")
+    if not isinstance(data, Feed):
+        for leaf in jax.tree.leaves(data):
+            if not hasattr(leaf, "dtype") and not isinstance(leaf, (bool, int, float, complex)):
+                raise TypeError(
+                    f"data: expected arrays, such as dataset.data, or a Feed of an iterator, got {type(leaf).__name__}"
+                )
+    if eval_fn is not None:
+        checks.function("eval_fn", eval_fn, "state -> {name: number}")
+    if not isinstance(callbacks, Sequence):
+        raise TypeError(f"callbacks: expected a sequence of functions, got {type(callbacks).__name__}")
+    for callback in callbacks:
+        checks.function("callbacks", callback, "of a row")
+
+
+def _begun(state: TrainState, total_steps: int) -> int:
+    """The steps that the state has taken."""
+    if isinstance(state.step, jax.Array) and state.step.is_deleted():
+        raise ValueError("state: its arrays are gone, donated to an earlier call; make it anew with init_state")
+    step = int(state.step)
+    if step > total_steps:
+        raise ValueError(f"total_steps: the state has taken {step} steps already, got {total_steps}")
+    return step
+
+
 def _work(flops: float | None, rate: float) -> Row:
     """What a row says of the floating-point operations, where they are known."""
     if flops is None:
@@ -426,7 +466,7 @@ def _open(out_dir: str | os.PathLike[str], resume: bool, overwrite: bool) -> pat
     """The run's directory, made; what an earlier run left is refused, kept or deleted."""
     if resume and overwrite:
         raise ValueError("resume, overwrite: expected at most one of them")
-    out = pathlib.Path(out_dir).expanduser().absolute()
+    out = absolute("out_dir", out_dir)
     out.mkdir(parents=True, exist_ok=True)
     # Other files, a config or figures, may lie beside them.
     folders = [out / "checkpoints", out / "averages"]

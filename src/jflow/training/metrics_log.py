@@ -11,6 +11,8 @@ from typing import Any
 
 import numpy as np
 
+from jflow import checks
+
 
 def average(stacked: Mapping[str, Any], weights: Any) -> dict[str, Any]:
     """Metrics of many steps, ``[K, ...]`` each, as one: means with weights ``[K]``.
@@ -53,10 +55,13 @@ class MetricsLog:
 
     Raises:
       FileExistsError: when the file exists and ``after`` is None.
+      ValueError, TypeError: when ``after`` is no whole number from 0, or a line is no row.
     """
 
     def __init__(self, path: str | os.PathLike[str], after: int | None = None) -> None:
         self.path = pathlib.Path(path).absolute()
+        if after is not None:
+            checks.integer("after", after)
         if after is None and self.path.exists():
             raise FileExistsError(f"{self.path} exists already; resume the run or overwrite it")
         if after is not None:
@@ -92,11 +97,14 @@ def read(path: str | os.PathLike[str]) -> list[dict[str, Any]]:
         if not line:
             continue
         try:
-            rows.append(json.loads(line))
+            row = json.loads(line)
         except json.JSONDecodeError as error:
             if number == len(lines):
                 break
             raise ValueError(f"{path}: line {number} is no JSON: {line!r}") from error
+        if not isinstance(row, dict) or "step" not in row:
+            raise ValueError(f"{path}: line {number} is no row with a step: {line!r}")
+        rows.append(row)
     return rows
 
 

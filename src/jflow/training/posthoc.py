@@ -95,6 +95,8 @@ def fit_profile(snapshots: Sequence[Snapshot], step: int, gamma: float) -> Fit:
     """
     checks.integer("step", step, low=1)
     checks.number("gamma", gamma, low=0.0)
+    if any(not isinstance(pair, Sequence) or isinstance(pair, str) or len(pair) != 2 for pair in snapshots):
+        raise TypeError(f"snapshots: expected pairs (step, gamma), got {snapshots!r}")
     snapshots = [
         (checks.integer("snapshots: step", at, low=1), checks.number("snapshots: gamma", g, low=0.0))
         for at, g in snapshots

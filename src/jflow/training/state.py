@@ -66,10 +66,11 @@ def init_state(
       reduction: the initial state of a reduction, or None.
 
     Raises:
-      TypeError: when the key is no single typed key, or ``ema`` is of another type.
+      TypeError: when the key is no single typed key, or ``ema`` or the optimizer is of another type.
     """
     if not _is_key(key) or key.shape != ():
         raise TypeError(f"key: expected one typed PRNG key from jax.random.key, got {type(key).__name__} {key}")
+    check_optimizer(optimizer)
     params = jax.tree.map(jnp.asarray, params)
     with jax.numpy_dtype_promotion("standard"):
         opt_state = optimizer.init(params)
@@ -82,6 +83,18 @@ def init_state(
         context_extras=Extras(teacher, reduction),
     )
     return jax.tree.map(_private_copy, state)
+
+
+def check_optimizer(optimizer: Any) -> None:
+    """Refuses a learning rate, or an optimizer that was not called.
+
+    Raises:
+      TypeError: naming its type.
+    """
+    if not (hasattr(optimizer, "init") and hasattr(optimizer, "update")):
+        raise TypeError(
+            f"optimizer: expected an optax GradientTransformation, as optax.adam(1e-3), got {type(optimizer).__name__}"
+        )
 
 
 def _is_key(leaf: Any) -> bool:

@@ -14,7 +14,7 @@ from jax.sharding import NamedSharding, PartitionSpec
 from jflow import checks
 from jflow.training import ema as averages
 from jflow.training.metrics_log import average
-from jflow.training.state import TrainState
+from jflow.training.state import TrainState, check_optimizer
 from jflow.types import Array, Batch, Context, Key, Params, PyTree
 
 Metrics = dict[str, Array]
@@ -64,6 +64,8 @@ def make_step(
         ``ema``, its teacher is to be updated and not like the parameters, the loss is not of rank one, or the
         reduction's state changes its structure or shapes; TypeError when ``teacher_updates`` returns no scalar bool.
     """
+    checks.function("objective", objective, "(params, key, batch, context) -> (loss, info)")
+    check_optimizer(optimizer)
     schedules = averages.resolve(ema)
     due = _when(teacher_updates)
     if context_ema is None:
@@ -74,6 +76,10 @@ def make_step(
     def step(state: TrainState, batch: Batch) -> tuple[TrainState, Metrics]:
         if set(state.ema) != set(schedules):
             raise ValueError(f"state.ema: expected the averages {sorted(schedules)}, got {sorted(state.ema)}")
+        with jax.numpy_dtype_promotion("standard"):
+            expected = jax.tree.structure(jax.eval_shape(optimizer.init, state.params))
+        if (got := jax.tree.structure(state.opt_state)) != expected:
+            raise ValueError(f"state.opt_state: expected that of this optimizer, {expected}, got {got}")
         key = jax.random.fold_in(state.key, state.step)
         extras = state.context_extras
         followed = None if context_ema is None else averages.as_params(state.ema[context_ema], state.params)
@@ -82,7 +88,12 @@ def make_step(
         context = Context(state.step, followed, extras.teacher, extras.reduction)
 
         def mean_loss(params: Params) -> tuple[Array, tuple[int, dict[str, Any]]]:
-            loss, info = objective(params, key, batch, context)
+            found = objective(params, key, batch, context)
+            if not (isinstance(found, tuple) and len(found) == 2 and isinstance(found[1], Mapping)):
+                raise TypeError(
+                    f"objective: expected it to return (loss [B], info, a mapping), got {type(found).__name__}"
+                )
+            loss, info = found
             if jnp.ndim(loss) != 1:
                 raise ValueError(f"objective: expected a loss of shape [B], got {jnp.shape(loss)}")
             return jnp.mean(averages.widen(loss)), (loss.shape[0], info)
@@ -137,6 +148,9 @@ def make_chunk(
       with ``finite`` true when it was in every step, ``last_loss``, the loss of the last one, and ``param_norm`` after
       the last one.
     """
+    checks.function("batch_fn", batch_fn, "(data, step) -> batch, as dataset.batch")
+    if batch_sharding is not None and not isinstance(batch_sharding, NamedSharding):
+        raise TypeError(f"batch_sharding: expected a NamedSharding, got {type(batch_sharding).__name__}")
     if state_sharding is None and batch_sharding is not None:
         state_sharding = NamedSharding(batch_sharding.mesh, PartitionSpec())
 
@@ -199,6 +213,8 @@ def _when(steps: When) -> Callable[[Array], Array] | None:
             return jnp.asarray(now)
 
         return due
+    if not isinstance(steps, Sequence):
+        raise TypeError(f"teacher_updates: expected a sequence of steps, or a function of the step, got {steps!r}")
     values = [checks.integer("teacher_updates", value) for value in steps]
     if not values:
         return None
