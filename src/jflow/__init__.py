@@ -27,12 +27,12 @@ from jflow.parameterizations import flow_map
 from jflow.types import Batch, BoundFlowMap, Context, Domain, FlowMap, Velocity
 
 if TYPE_CHECKING:
-    from jflow import datasets, diagnostics, metrics, nets, oracles, samplers, solvers, training
+    from jflow import datasets, diagnostics, likelihood, metrics, nets, oracles, samplers, solvers, training
 
 __version__ = "0.1.0"
 
 # Loaded at first use: they bring flax, diffrax, orbax or the like.
-_LAZY = ("datasets", "diagnostics", "metrics", "nets", "oracles", "samplers", "solvers", "training")
+_LAZY = ("datasets", "diagnostics", "likelihood", "metrics", "nets", "oracles", "samplers", "solvers", "training")
 
 __all__ = [
     "Batch",
@@ -50,6 +50,7 @@ __all__ = [
     "guidance",
     "identities",
     "interpolants",
+    "likelihood",
     "metrics",
     "nets",
     "objectives",
