@@ -487,6 +487,12 @@ def table(found: dict[str, Any]) -> str:
     return common.markdown(header, lines)
 
 
+def quick(config: Config) -> Config:
+    """A small run of every row."""
+    small = common.QUICK | {"steps": 6, "log_every": 6, "warmup": 2, "samples": 64, "features": 8}
+    return dataclasses.replace(config, **small, seeds=1, compared=64, pool=128, timed=0)
+
+
 def run(config: Config) -> None:
     """Runs what is missing, and writes the table of all that is there to ``config.out``.
 
@@ -496,8 +502,7 @@ def run(config: Config) -> None:
     if jax.process_count() > 1:
         raise ValueError(f"--machine.processes: expected one process, got {jax.process_count()}")
     if config.quick:
-        quick = common.QUICK | {"steps": 6, "log_every": 6, "warmup": 2, "samples": 64, "features": 8}
-        config = dataclasses.replace(config, **quick, seeds=1, compared=64, pool=128, timed=0)
+        config = quick(config)
     for name, seed in order(config):
         if read(config, name, seed) is None:
             print(f"--- {name}, seed {seed}", flush=True)

@@ -37,7 +37,7 @@ METHODS = {
     "dopri8": ("Dopri8", 14, 1),
 }
 ADAPTIVE = ("tsit5", "dopri8")
-ADJOINTS = ("forward", "direct", "recursive")
+ADJOINTS = ("forward", "direct", "recursive", "backsolve")
 SDE_METHODS = ("euler", "heun")
 # An adaptive solve's first step in rescaled time. Diffrax's own choice spends evaluations, or starts at 0.01.
 FIRST_STEP = 0.1
@@ -91,8 +91,11 @@ def solve(
       atol: absolute tolerance on the mean velocity; by default as ``rtol``. The error of the jump is t - s times smaller.
       max_steps: the most steps, kept or not, of an adaptive solve.
       adjoint: which derivatives exist. "forward": ``jax.jvp`` only. "direct": both modes, with memory for ``max_steps``
-        steps. "recursive": ``jax.grad`` only, by checkpointing. By default "direct" for fixed steps, "forward" for
-        adaptive ones.
+        steps. "recursive": ``jax.grad`` only, by checkpointing. "backsolve": ``jax.grad`` only, by solving back with the
+        adjoint's equation (1806.07366), in constant memory and with an error of its own, of the order of the tolerance or
+        of the steps'; what is differentiated must reach the velocity through its arguments, and a way back that takes more
+        than ``max_steps`` raises, by a host callback in the gradient's program. By default "direct" for fixed
+        steps, "forward" for adaptive ones.
       domain: the domain of the FlowMap.
 
     Returns:
@@ -290,6 +293,7 @@ class _RescaledField:
 
     def __call__(self, tau: Array, y: Event, args: tuple) -> Event:
         params, s, t, x, cond, key = args
+        key = _as_key(key)
         moved = _cast_like(trees.axpy(t - s, y, _widen(x, tau.dtype)), x)
         b = self.velocity(params, s + tau.astype(s.dtype) * (t - s), moved, cond, key=key)
         return _widen(b, tau.dtype)
@@ -303,6 +307,7 @@ class _StateField:
 
     def __call__(self, tau: Array, z: Event, args: tuple) -> Event:
         params, s, t, x, cond, key = args
+        key = _as_key(key)
         b = self.velocity(params, s + tau.astype(s.dtype) * (t - s), _cast_like(z, x), cond, key=key)
         return trees.scale(t - s, _widen(b, tau.dtype))
 
@@ -330,7 +335,7 @@ class _Solver:
         dtype = trees.at_least_float32(x)
         s, t = jnp.asarray(s).astype(dtype), jnp.asarray(t).astype(dtype)
         start = jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, float), x)
-        ys, stats = self._run(_RescaledField(self.velocity), start, (params, s, t, x, cond, key), None)
+        ys, stats = self._run(_RescaledField(self.velocity), start, (params, s, t, x, cond, _as_data(key)), None)
         return _cast_like(jax.tree.map(lambda leaf: leaf[-1], ys), x), stats
 
     def states(self, params: Params, times: Array, x: Event, cond: Cond, key: Key | None) -> Event:
@@ -339,7 +344,7 @@ class _Solver:
         times = jnp.asarray(times, dtype)
         s, t = times[0], times[-1]
         save = ((times - s) / (t - s)).astype(float)
-        ys, _ = self._run(_StateField(self.velocity), _widen(x, float), (params, s, t, x, cond, key), save)
+        ys, _ = self._run(_StateField(self.velocity), _widen(x, float), (params, s, t, x, cond, _as_data(key)), save)
         return _cast_like(ys, x)
 
     def _run(self, field: Callable, start: Event, args: tuple, save: Array | None) -> tuple[Event, SolveStats]:
@@ -357,6 +362,8 @@ class _Solver:
             "forward": diffrax.ForwardMode,
             "direct": diffrax.DirectAdjoint,
             "recursive": diffrax.RecursiveCheckpointAdjoint,
+            # A way back that does not reach its end would give a wrong gradient in silence.
+            "backsolve": functools.partial(diffrax.BacksolveAdjoint, throw=True),
         }[self.adjoint]()
         solution = diffrax.diffeqsolve(
             diffrax.ODETerm(field),
@@ -452,6 +459,25 @@ def _solver(
         adjoint = "forward" if steps is None else "direct"
     checks.choice("adjoint", adjoint, ADJOINTS)
     return _Solver(velocity, method, steps, rtol, atol, max_steps, adjoint)
+
+
+@functools.partial(jax.tree_util.register_dataclass, data_fields=["bits"], meta_fields=["impl"])
+@dataclasses.dataclass(frozen=True)
+class _KeyData:
+    """A typed key as numbers: a solve uses its one key at every stage, which jax's check of keys would take for reuse."""
+
+    bits: Array
+    impl: Any
+
+
+def _as_data(key: Key | None) -> _KeyData | Key | None:
+    if key is None or not jnp.issubdtype(key.dtype, jax.dtypes.prng_key):
+        return key
+    return _KeyData(jax.random.key_data(key), jax.random.key_impl(key))
+
+
+def _as_key(key: _KeyData | Key | None) -> Key | None:
+    return jax.random.wrap_key_data(key.bits, impl=key.impl) if isinstance(key, _KeyData) else key
 
 
 def _check_time(name: str, value: Any) -> None:

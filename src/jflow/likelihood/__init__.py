@@ -1,5 +1,52 @@
 """Likelihood: log-densities along the solve, through jumps, and by a learned head; maximum likelihood; weights."""
 
+from jflow.likelihood.cnf import MaximumLikelihood, maximum_likelihood
 from jflow.likelihood.divergence import Divergence, State, augment, exact, hutch_pp, hutchinson
+from jflow.likelihood.head import (
+    Headed,
+    HeadObjective,
+    head_objective,
+    joint,
+    scalar_head,
+    together,
+    with_head,
+    without_head,
+)
+from jflow.likelihood.images import bits_per_dim, dequantise, quantise
+from jflow.likelihood.jumps import log_density, push, refine
+from jflow.likelihood.ode import Base, LogDensity, ODEDensity, along_ode, standard_normal
+from jflow.likelihood.weights import Weights, effective_sample_size, expectation, normalised
 
-__all__ = ["Divergence", "State", "augment", "exact", "hutch_pp", "hutchinson"]
+__all__ = [
+    "Base",
+    "Divergence",
+    "HeadObjective",
+    "Headed",
+    "LogDensity",
+    "MaximumLikelihood",
+    "ODEDensity",
+    "State",
+    "Weights",
+    "along_ode",
+    "augment",
+    "bits_per_dim",
+    "dequantise",
+    "effective_sample_size",
+    "exact",
+    "expectation",
+    "head_objective",
+    "hutch_pp",
+    "hutchinson",
+    "joint",
+    "log_density",
+    "maximum_likelihood",
+    "normalised",
+    "push",
+    "quantise",
+    "refine",
+    "scalar_head",
+    "standard_normal",
+    "together",
+    "with_head",
+    "without_head",
+]

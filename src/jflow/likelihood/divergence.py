@@ -7,7 +7,7 @@ With the Jacobian J = grad b_t(x), of d rows, where d is the number of entries o
     hutch_pp     tr Q'J Q + 1/m sum_j g_j'J g_j,  g_j = (I - QQ')z_j           1 + 3m passes         (2010.09649)
 
 z_j are probes with independent entries of mean 0 and variance 1, Q an orthonormal basis of the columns J w_1, ..., J w_m
-of other probes. Both estimates are unbiased. All derivatives are forward-mode: one linearisation, then its columns.
+of normal probes. Both estimates are unbiased. All derivatives are forward-mode: one linearisation, then its columns.
 
 Along the flow, d/dt log rho_t(x_t) = -div b_t(x_t): the pair (x, log rho) follows a velocity of its own, and whatever
 jflow does with a velocity (solves, identities, objectives) it does with that.
@@ -20,9 +20,9 @@ from typing import Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
-from jax.flatten_util import ravel_pytree
 
-from jflow import checks
+from jflow import checks, trees
+from jflow.likelihood.linear import linearise
 from jflow.types import Array, Cond, Event, Key, Params, Time, Velocity
 
 # (b, x, key) -> (b(x), div b(x)): of a function of x alone, with one call of it.
@@ -47,9 +47,8 @@ def exact() -> Divergence:
 
     def of(b: Callable[[Event], Event], x: Event, key: Key | None) -> tuple[Event, Array]:
         del key
-        value, columns, size, dtype = _linear(b, x)
-        basis = jnp.eye(size, dtype=dtype)
-        return value, jnp.trace(jax.vmap(columns)(basis))
+        linear = linearise("b(x)", b, x)
+        return linear.value, jnp.trace(linear.columns())
 
     return of
 
@@ -68,9 +67,9 @@ def hutchinson(probes: int = 1, noise: Noise = "rademacher") -> Divergence:
     checks.choice("noise", noise, ("rademacher", "gaussian"))
 
     def of(b: Callable[[Event], Event], x: Event, key: Key | None) -> tuple[Event, Array]:
-        value, columns, size, dtype = _linear(b, x)
-        z = _probes(key, (probes, size), dtype, noise)
-        return value, jnp.sum(z * jax.vmap(columns)(z)) / probes
+        linear = linearise("b(x)", b, x)
+        z = _probes(_given(key), (probes, linear.size), linear.dtype, noise)
+        return linear.value, jnp.sum(z * jax.vmap(linear.column)(z)) / probes
 
     return of
 
@@ -78,7 +77,8 @@ def hutchinson(probes: int = 1, noise: Noise = "rademacher") -> Divergence:
 def hutch_pp(probes: int = 1, noise: Noise = "rademacher") -> Divergence:
     """Hutch++: the trace on a sketch of the range of J, and Hutchinson's estimate on what is left; ``probes`` is m.
 
-    For a Jacobian of rank at most m it is exact. Costs 1 + 3m forward passes (2010.09649).
+    For a Jacobian of rank at most m it is exact, to the rounding of x's dtype. Costs 1 + 3m forward passes (2010.09649). The
+    sketch is normal, ``noise`` is that of the probes of what is left.
 
     Raises:
       ValueError, TypeError: as ``hutchinson``.
@@ -87,13 +87,18 @@ def hutch_pp(probes: int = 1, noise: Noise = "rademacher") -> Divergence:
     checks.choice("noise", noise, ("rademacher", "gaussian"))
 
     def of(b: Callable[[Event], Event], x: Event, key: Key | None) -> tuple[Event, Array]:
-        value, columns, size, dtype = _linear(b, x)
-        z = _probes(key, (2, probes, size), dtype, noise)
-        # No more columns than there are dimensions span them all.
-        q = jnp.linalg.qr(jax.vmap(columns)(z[0]).T)[0].T
-        g = z[1] - (z[1] @ q.T) @ q
-        sketched = jnp.sum(q * jax.vmap(columns)(q))
-        return value, sketched + jnp.sum(g * jax.vmap(columns)(g)) / probes
+        linear = linearise("b(x)", b, x)
+        columns = jax.vmap(linear.column)
+        sketch_key, probe_key = jax.random.split(_given(key))
+        # Normal, whatever the noise: probes of signs are often multiples of each other, and then span less.
+        w = jax.random.normal(sketch_key, (probes, linear.size), linear.dtype)
+        # No more columns than there are dimensions span them all. The estimate is unbiased for every basis, and so is its
+        # derivative with the basis held fixed; that of a basis of dependent columns would not be finite.
+        q = jax.lax.stop_gradient(jnp.linalg.qr(columns(w).T)[0].T)
+        z = _probes(probe_key, (probes, linear.size), linear.dtype, noise)
+        # To rounding, whatever the accelerator: what is left of Q in g would be a bias.
+        g = z - _matmul(_matmul(z, q.T), q)
+        return linear.value, jnp.sum(q * columns(q)) + jnp.sum(g * columns(g)) / probes
 
     return of
 
@@ -109,26 +114,28 @@ def augment(velocity: Velocity, divergence: Divergence | None = None) -> Velocit
     divergence = exact() if divergence is None else divergence
 
     def augmented(params: Params, t: Time, state: State, cond: Cond = None, *, key: Key | None = None) -> State:
-        probe_key, model_key = (None, None) if key is None else jax.random.split(key)
+        # Folded, for a solve uses its one key at every step, which for a key that is split would be reuse.
+        probe_key, model_key = (None if key is None else jax.random.fold_in(key, i) for i in range(2))
+        # Only x decides how precise the velocity's time is, as without the log-density.
+        t = jnp.asarray(t).astype(trees.at_least_float32(state.x))
         b, div = divergence(lambda x: velocity(params, t, x, cond, key=model_key), state.x, probe_key)
         return State(b, -div.astype(jnp.result_type(state.log_density)))
 
     return augmented
 
 
-def _linear(b: Callable[[Event], Event], x: Event) -> tuple[Event, Callable[[Array], Array], int, jnp.dtype]:
-    """b(x), the map z -> J z of flat vectors, and their length and dtype."""
-    checks.floating("x", x)
-    flat, unravel = ravel_pytree(x)
-    value, linear = jax.linearize(b, x)
-    checks.same_structure("b(x)", value, "x", x)
-    return value, lambda z: ravel_pytree(linear(unravel(z)))[0], flat.size, flat.dtype
+def _matmul(a: Array, b: Array) -> Array:
+    return jnp.matmul(a, b, precision=jax.lax.Precision.HIGHEST)
 
 
-def _probes(key: Key | None, shape: tuple[int, ...], dtype: jnp.dtype, noise: Noise) -> Array:
+def _given(key: Key | None) -> Key:
     if key is None:
         raise ValueError(
             "key: expected a PRNG key, from which an estimate of the divergence draws its probes, got None"
         )
+    return key
+
+
+def _probes(key: Key, shape: tuple[int, ...], dtype: jnp.dtype, noise: Noise) -> Array:
     draw = jax.random.rademacher if noise == "rademacher" else jax.random.normal
     return draw(key, shape, dtype)

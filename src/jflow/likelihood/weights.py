@@ -1,0 +1,114 @@
+r"""Self-normalised importance weights: expectations under a target from samples of another law with known density.
+
+    W_n = target(x_n) / sampler(x_n),     w_n = W_n / sum_m W_m,     Z = 1/N sum_n W_n
+
+The sampler's density must be that of the sampler **that ran** (``push`` on the same grid, not the ODE's), and it must be a
+density, not an estimate: log rho with a Hutchinson divergence is unbiased, so that by Jensen's inequality its exponential is
+biased upward, E exp(log rho + noise) > rho, and likewise 1/rho and every weight made of it. With a normal noise of variance
+v the factor is e^{v/2}. Use ``exact()`` for weights.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from jflow import checks
+from jflow.types import Array
+
+
+class Weights(NamedTuple):
+    """Normalised weights of N samples.
+
+    Attributes:
+      weights: w_n, ``[N]``, of sum 1.
+      log_z: log Z in nats, a scalar: of the target's integral where it is not normalised, and 0 in the limit where it is.
+      log_z_error: its standard error by the delta method, sqrt( sum w^2 - 1/N ), a scalar.
+    """
+
+    weights: Array
+    log_z: Array
+    log_z_error: Array
+
+
+def normalised(log_target: Array, log_sampler: Array) -> Weights:
+    """The weights of samples x_n from the log-densities in nats of the target, up to a constant, and of their sampler.
+
+    Args:
+      log_target: ``[N]``; minus infinity where the target vanishes.
+      log_sampler: ``[N]``, finite.
+
+    Raises:
+      ValueError: for other shapes; and (concrete) for numbers that are not finite, but for a log_target of minus infinity,
+        or a target that vanishes at all samples. Traced, the weights are then NaN.
+      TypeError: for arrays that are not floating-point.
+    """
+    checks.floating("log_target", log_target)
+    checks.floating("log_sampler", log_sampler)
+    checks.shape("log_target", log_target, (None,))
+    checks.shape("log_sampler", log_sampler, np.shape(log_target))
+    if not np.size(log_target):
+        raise ValueError("log_target: expected at least one sample, got none")
+    target, sampler = checks.concrete(log_target), checks.concrete(log_sampler)
+    if target is not None and not (np.all(target < np.inf) and np.any(target > -np.inf)):
+        raise ValueError(f"log_target: expected numbers or minus infinity, not everywhere, got {_short(target)}")
+    if sampler is not None and not np.all(np.isfinite(sampler)):
+        raise ValueError(f"log_sampler: expected finite numbers, got {_short(sampler)}")
+    log_w = jnp.asarray(log_target) - jnp.asarray(log_sampler)
+    weights = jax.nn.softmax(log_w)
+    count = log_w.shape[0]
+    log_z = jax.nn.logsumexp(log_w) - float(np.log(count))
+    # Rounding may leave the variance of equal weights below zero.
+    error = jnp.sqrt(jnp.maximum(jnp.sum(weights**2) - 1.0 / count, 0.0))
+    return Weights(weights, log_z, error)
+
+
+def effective_sample_size(weights: Array) -> Array:
+    """(sum w)^2 / sum w^2 of ``[N]`` weights of any sum, a scalar from 1 to N: so many equal weights are worth as much.
+
+    Raises:
+      ValueError: for another shape, and (concrete) for negative weights, not finite ones, or a sum of zero.
+    """
+    weights = _weights(weights)
+    return jnp.sum(weights) ** 2 / jnp.sum(weights**2)
+
+
+def expectation(weights: Array, values: Array) -> tuple[Array, Array]:
+    """sum w f / sum w with its standard error by the delta method, sqrt( sum w^2 (f - mean)^2 ) / sum w.
+
+    The bias, of order 1/N, is not in the error; nor is a region of the target that no sample came from.
+
+    Args:
+      weights: ``[N]``, of any sum.
+      values: f(x_n), ``[N, ...]``.
+
+    Returns:
+      The mean and its standard error, each of shape ``[...]``.
+
+    Raises:
+      ValueError: as ``effective_sample_size``, and for values of another length; TypeError when they are not floating-point.
+    """
+    weights = _weights(weights)
+    checks.floating("values", values)
+    values = jnp.asarray(values)
+    if values.shape[:1] != weights.shape:
+        raise ValueError(f"values: expected a leading axis of {weights.shape[0]}, as weights, got shape {values.shape}")
+    share = (weights / jnp.sum(weights)).astype(values.dtype).reshape(-1, *(1,) * (values.ndim - 1))
+    mean = jnp.sum(share * values, axis=0)
+    return mean, jnp.sqrt(jnp.sum((share * (values - mean[None])) ** 2, axis=0))
+
+
+def _weights(weights: Array) -> Array:
+    checks.floating("weights", weights)
+    checks.shape("weights", weights, (None,))
+    values = checks.concrete(weights)
+    if values is not None and not (np.all(values >= 0) and 0 < np.sum(values) < np.inf):
+        raise ValueError(f"weights: expected numbers of at least 0 with a positive sum, got {_short(values)}")
+    return jnp.asarray(weights)
+
+
+def _short(values: np.ndarray) -> str:
+    return np.array2string(values, threshold=20)

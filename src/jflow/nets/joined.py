@@ -1,0 +1,37 @@
+"""A network of one array as a network of events that are pytrees."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import flax.linen as nn
+import jax
+from jax.flatten_util import ravel_pytree
+
+from jflow import checks
+
+Array = jax.Array
+
+
+class Joined(nn.Module):
+    """net(s, t, x) of all leaves of x laid end to end, cut up again: one network with an output for each leaf.
+
+    With a State (x, log rho) of ``jflow.likelihood`` it has an output shaped like x and a scalar one, and one pass gives
+    both: ``nets.Joined(nets.MLP())``.
+
+    Attributes:
+      net: a module of one flat array, as ``MLP`` is: ``(s, t, x, cond=None) -> `` shaped like x.
+    """
+
+    net: nn.Module
+
+    @nn.compact
+    def __call__(self, s: Array | float, t: Array | float, x: Any, cond: Any = None) -> Any:
+        """net(s, t, x, cond), with the structure, shapes and dtypes of x.
+
+        Raises:
+          TypeError: when x is not floating point.
+        """
+        checks.floating("x", x)
+        flat, cut = ravel_pytree(x)
+        return cut(self.net(s, t, flat, cond))

@@ -1,0 +1,164 @@
+"""The divergence against the trace of a dense Jacobian: exact, its estimates in mean and variance, and the State's velocity."""
+
+from __future__ import annotations
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from jflow import likelihood, solvers
+from jflow.likelihood import State
+
+# Far from symmetric, and of a trace that is large against the spread of every estimate's mean.
+J = jnp.asarray([[2.0, 1.0, -0.5, 0.3], [-0.7, 1.5, 0.2, 0.9], [0.4, -1.1, 3.0, 0.6], [0.1, 0.8, -0.3, -1.0]])
+X = jnp.asarray([0.3, -0.7, 1.1, 0.2])
+
+
+def field(x):
+    return jnp.sin(J @ x) + x * x[::-1]
+
+
+def linear(x):
+    return J @ x
+
+
+def trace(f, x):
+    return jnp.trace(jax.jacrev(f)(x))
+
+
+ESTIMATES = {
+    "rademacher": likelihood.hutchinson(),
+    "rademacher of 3": likelihood.hutchinson(3),
+    "gaussian": likelihood.hutchinson(1, "gaussian"),
+    "gaussian of 3": likelihood.hutchinson(3, "gaussian"),
+    "hutch++": likelihood.hutch_pp(),
+    "hutch++ of 2, gaussian": likelihood.hutch_pp(2, "gaussian"),
+}
+
+
+def test_exact_is_the_trace_of_the_jacobian():
+    value, div = likelihood.exact()(field, X, None)
+    np.testing.assert_allclose(value, field(X), rtol=1e-14)
+    np.testing.assert_allclose(div, trace(field, X), rtol=1e-13)
+
+
+def draws(divergence, f, number, seed=0):
+    keys = jax.random.split(jax.random.key(seed), number)
+    return np.asarray(jax.jit(jax.vmap(lambda key: divergence(f, X, key)[1]))(keys))
+
+
+@pytest.mark.parametrize("name", ESTIMATES)
+def test_estimates_are_unbiased(name, assert_mean):
+    samples = draws(ESTIMATES[name], field, 20_000)
+    want = float(trace(field, X))
+    assert_mean(samples, want)
+    # No sign, no factor of the number of probes and no forgotten part would pass.
+    assert 40 * samples.std() / np.sqrt(len(samples)) < abs(want)
+
+
+@pytest.mark.parametrize("probes", [1, 3])
+@pytest.mark.parametrize("noise", ["rademacher", "gaussian"])
+def test_variance_is_the_documented_one(noise, probes, assert_mean):
+    samples = draws(likelihood.hutchinson(probes, noise), linear, 40_000, seed=1)
+    squares = np.asarray((J + J.T) / 2) ** 2
+    want = 2 * (squares.sum() - (np.trace(squares) if noise == "rademacher" else 0.0)) / probes
+    assert_mean((samples - float(jnp.trace(J))) ** 2, want)
+
+
+@pytest.mark.parametrize(("rank", "probes"), [(2, 2), (1, 3), (4, 4), (4, 7)])
+def test_hutch_pp_is_exact_for_a_small_rank(rank, probes):
+    rng = np.random.default_rng(0)
+    low = jnp.asarray(rng.normal(size=(4, rank)) @ rng.normal(size=(rank, 4)))
+    samples = draws(likelihood.hutch_pp(probes), lambda x: low @ x, 8)
+    np.testing.assert_allclose(samples, float(jnp.trace(low)), rtol=1e-11)
+
+
+def test_hutch_pp_has_an_unbiased_gradient_and_a_finite_one_of_no_jacobian_at_all(assert_mean):
+    def gradient(scale, key):
+        return jax.grad(lambda a: likelihood.hutch_pp(1)(lambda x: jnp.sin(a * (J @ x)), X, key)[1])(scale)
+
+    keys = jax.random.split(jax.random.key(2), (2, 20_000))
+    # At 0 the columns of the sketch are all zero, and d/da tr(a J) = tr J has an estimate nevertheless.
+    found, still = jax.jit(jax.vmap(jax.vmap(gradient, (None, 0))))(jnp.asarray([0.8, 0.0]), keys)
+    assert_mean(found, jax.grad(lambda a: trace(lambda x: jnp.sin(a * (J @ x)), X))(jnp.asarray(0.8)))
+    assert_mean(still, jnp.trace(J))
+
+
+@pytest.mark.parametrize(
+    ("divergence", "rounding"),
+    # The basis of Hutch++ is rounded to the event's dtype on its way through the function.
+    [(likelihood.exact(), 1e-6), (likelihood.hutchinson(64), 1e-6), (likelihood.hutch_pp(5), 2.0**-8)],
+    ids=["exact", "hutchinson", "hutch++"],
+)
+def test_events_are_trees_of_any_dtypes_and_sums_are_wide(divergence, rounding, key):
+    def f(x):
+        return {"a": x["a"] * 3.0, "b": x["b"] * x["b"]}
+
+    x = {"a": jnp.full((2, 2), 0.5, jnp.bfloat16), "b": jnp.asarray([1.0], jnp.float32)}
+    value, div = divergence(f, x, key)
+    assert value["a"].dtype == jnp.bfloat16 and value["b"].dtype == div.dtype == jnp.float32
+    # The Jacobian is diagonal, of trace 4 * 3 + 2, which bfloat16 sums of many probes would not hold.
+    np.testing.assert_allclose(div, 14.0, rtol=rounding)
+
+
+def velocity(params, t, x, cond=None, *, key=None):
+    return params * t * (J @ x) + jnp.sin(x)
+
+
+def test_the_state_moves_with_the_velocity_and_against_its_divergence():
+    calls = []
+
+    def counted(params, t, x, cond=None, *, key=None):
+        calls.append((cond, key))
+        return velocity(params, t, x)
+
+    moved = likelihood.augment(counted)(2.0, 0.4, State(X, jnp.asarray(7.0)), "label")
+    assert calls == [("label", None)]
+    np.testing.assert_allclose(moved.x, velocity(2.0, 0.4, X), rtol=1e-14)
+    np.testing.assert_allclose(moved.log_density, -trace(lambda x: velocity(2.0, 0.4, x), X), rtol=1e-13)
+
+
+def test_one_key_gives_the_same_probes_at_all_times_and_another_key_to_the_velocity(key):
+    def noisy(params, t, x, cond=None, *, key=None):
+        return linear(x) + jax.random.normal(key)
+
+    augmented = jax.jit(likelihood.augment(noisy, likelihood.hutchinson(1, "gaussian")))
+    one, other = (augmented(None, t, State(X, jnp.zeros(())), key=key) for t in (0.1, 0.9))
+    assert one.log_density == other.log_density and one.x.tolist() == other.x.tolist()
+    # The solve's loop uses the key at every step: a key that is split there counts as reuse, and the session raises.
+    solvers.solve(likelihood.augment(noisy, likelihood.hutchinson()), "euler", steps=2).bind(None).jump(
+        0.0, 1.0, State(X, jnp.zeros(())), key=key
+    )
+
+
+@pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])
+def test_the_log_density_keeps_its_dtype_and_the_time_is_that_of_the_event(dtype):
+    times = []
+
+    def f(params, t, x, cond=None, *, key=None):
+        times.append(t.dtype)
+        return x * t.astype(dtype)
+
+    moved = likelihood.augment(f)(None, jnp.asarray(0.5), State(X.astype(dtype), jnp.zeros((), jnp.float64)))
+    assert (moved.x.dtype, moved.log_density.dtype, times) == (dtype, jnp.float64, [jnp.float32])
+
+
+@pytest.mark.parametrize(
+    ("call", "error", "message"),
+    [
+        (lambda: likelihood.hutchinson(0), ValueError, "probes: .*at least 1.*0"),
+        (lambda: likelihood.hutchinson(1.0), TypeError, "probes: .*whole number"),
+        (lambda: likelihood.hutchinson(1, "normal"), ValueError, "noise: .*'rademacher'.*'normal'"),
+        (lambda: likelihood.hutch_pp(-1), ValueError, "probes: "),
+        (lambda: likelihood.hutch_pp(1, "uniform"), ValueError, "noise: "),
+        (lambda: likelihood.hutchinson()(linear, X, None), ValueError, "key: expected a PRNG key.*None"),
+        (lambda: likelihood.hutch_pp()(linear, X, None), ValueError, "key: "),
+        (lambda: likelihood.exact()(lambda x: x[:2], X, None), ValueError, r"b\(x\): expected the shape of x, \(4,\)"),
+        (lambda: likelihood.exact()(lambda x: (x,), X, None), ValueError, r"b\(x\): expected the pytree"),
+        (lambda: likelihood.exact()(linear, np.arange(4), None), TypeError, "x: expected floating.*int"),
+    ],
+)
+def test_wrong_arguments_are_named(call, error, message):
+    with pytest.raises(error, match=message):
+        call()

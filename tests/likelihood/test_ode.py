@@ -1,0 +1,265 @@
+"""Log-densities along the ODE against closed forms, in both directions, with their estimates, flags and cost."""
+
+from __future__ import annotations
+
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from jflow import interpolants, likelihood, nets, oracles
+
+WEIGHTS = [0.6, 0.4]
+MEANS = [[-1.0, 0.5], [1.2, -0.3]]
+COVS = [[[0.5, 0.2], [0.2, 0.3]], [[0.15, -0.05], [-0.05, 0.4]]]
+MIXTURE = oracles.mixture_params(WEIGHTS, MEANS, COVS)
+# Scales far from 1: a forgotten or doubled divergence is off by nats.
+GAUSSIAN = oracles.gaussian_params([0.7, -1.1, 0.2], [[0.2, 0.05, 0.0], [0.05, 0.1, 0.02], [0.0, 0.02, 4.0]])
+TIMES = np.array([1.0, 1.0, 0.6, 0.3, 0.0])
+CASES = [("gaussian", "trigonometric"), ("mixture", "linear"), ("mixture", "cosine")]
+
+
+@functools.cache
+def make(name, path):
+    """The oracle, its params, its density along the ODE, and points of the marginal at each of TIMES."""
+    oracle = oracles.ORACLES[name](interpolants.INTERPOLANTS[path]())
+    params = MIXTURE if name == "mixture" else GAUSSIAN
+    laws = [oracle.marginal(params, t) for t in TIMES]
+    points = [oracle.sample(law, jax.random.key(i), 1)[0] for i, law in enumerate(laws)]
+    return oracle, params, likelihood.along_ode(oracle.velocity), jnp.stack(points)
+
+
+def both(name, path):
+    oracle, params, ode, x = make(name, path)
+
+    @jax.jit
+    @jax.vmap
+    def there_and_back(t, x):
+        back = ode.log_density(params, x, t=t)
+        return back, ode.push(params, back.x0, t=t), oracle.log_density(params, t, x)
+
+    return there_and_back(TIMES, x)
+
+
+@pytest.mark.parametrize(("name", "path"), CASES)
+def test_the_log_density_is_the_closed_form_in_both_directions(name, path):
+    back, forth, want = both(name, path)
+    # Demanded: 1e-5.
+    np.testing.assert_allclose(back.log_density, want, rtol=0, atol=1e-7)
+    np.testing.assert_allclose(forth.log_density, want, rtol=0, atol=1e-7)
+    np.testing.assert_allclose(forth.x, back.x, atol=1e-7)
+    assert np.all(back.valid) and np.all(forth.valid)
+    assert back.log_density.dtype == jnp.float64
+    # The test could tell a sign or a factor: the base alone, or twice the change, is far away.
+    base = jax.vmap(likelihood.standard_normal)(back.x0)
+    assert np.all(np.abs(base - want)[:3] > 1e-2)
+
+
+def test_a_base_of_ones_own_and_the_sign_in_closed_form():
+    """dx/dt = c x: log rho_t(x) = log rho_0(x e^{-ct}) - c d t."""
+
+    def base(x):
+        return -0.5 * jnp.sum((x / 3.0) ** 2) - 2.0 * jnp.log(3.0) - jnp.log(2.0 * jnp.pi)
+
+    ode = likelihood.along_ode(lambda c, t, x, cond=None, *, key=None: c * x, base=base)
+    x, c = jnp.asarray([0.4, -1.0]), jnp.asarray(0.8)
+    found = ode.log_density(c, x, t=0.5)
+    np.testing.assert_allclose(found.log_density, base(x * jnp.exp(-0.4)) - 0.8, atol=1e-8)
+    np.testing.assert_allclose(ode.push(c, found.x0, t=0.5).log_density, found.log_density, atol=1e-8)
+
+
+def test_the_standard_normal_is_one_over_all_leaves():
+    x = {"a": np.array([[0.3, -1.0]]), "b": np.array(2.0)}
+    want = -0.5 * (0.09 + 1.0 + 4.0) - 1.5 * np.log(2 * np.pi)
+    np.testing.assert_allclose(likelihood.standard_normal(x), want, rtol=1e-14)
+    narrow = likelihood.standard_normal(jnp.ones(1000, jnp.bfloat16))
+    assert narrow.dtype == jnp.float32
+    np.testing.assert_allclose(narrow, -500 - 500 * np.log(2 * np.pi), rtol=1e-6)
+
+
+# --- estimates --------------------------------------------------------------------------------------------------------
+
+
+@functools.cache
+def estimates(name):
+    """(estimates of log rho_1 of one point, with as many keys; the closed form). Fixed steps: compiled at once."""
+    oracle, params, _, points = make("mixture", "linear")
+    divergence = {
+        "rademacher": likelihood.hutchinson(),
+        "gaussian": likelihood.hutchinson(2, "gaussian"),
+        "hutch++": likelihood.hutch_pp(),
+    }[name]
+    ode = likelihood.along_ode(oracle.velocity, divergence, method="tsit5", steps=12)
+    keys = jax.random.split(jax.random.key(3), 2000)
+    found = jax.jit(jax.vmap(lambda key: ode.log_density(params, points[0], key=key).log_density))(keys)
+    return np.asarray(found), float(oracle.log_density(params, 1.0, points[0]))
+
+
+@pytest.mark.parametrize("name", ["rademacher", "gaussian", "hutch++"])
+def test_estimates_are_unbiased_in_nats(name, assert_mean):
+    found, want = estimates(name)
+    assert_mean(found, want)
+    # Probes are fixed within a solve, so that the spread does not average out along it; what is tested is small beside it.
+    assert found.std() > 0.05
+    assert 4 * found.std() / np.sqrt(len(found)) < 0.1
+
+
+def test_the_density_from_one_probe_is_biased_upward(assert_mean):
+    found, want = estimates("rademacher")
+    ratio = np.exp(found - want)
+    assert ratio.mean() - 1.0 > 8 * ratio.std() / np.sqrt(len(ratio))
+
+
+# --- what is passed on, failures --------------------------------------------------------------------------------------
+
+
+def test_conditions_keys_trees_and_dtypes_reach_the_velocity():
+    def velocity(params, t, x, cond=None, *, key=None):
+        assert jax.dtypes.issubdtype(key.dtype, jax.dtypes.prng_key)
+        shift = jax.random.normal(key, dtype=x["a"].dtype)
+        return {"a": params * x["a"] + shift, "b": cond * x["b"]}
+
+    ode = likelihood.along_ode(velocity, steps=6)
+    x = {"a": jnp.ones((2, 2), jnp.float32), "b": jnp.ones((), jnp.float32)}
+    params, cond = jnp.float32(0.5), jnp.float32(-2.0)
+    found = ode.log_density(params, x, cond, key=jax.random.key(0))
+    base = likelihood.standard_normal(found.x0)
+    # div b = 4 * 0.5 - 2 = 0: then with another condition, of divergence 3.
+    np.testing.assert_allclose(found.log_density, base, atol=1e-5)
+    other = ode.log_density(params, x, jnp.float32(1.0), key=jax.random.key(0))
+    np.testing.assert_allclose(other.log_density, likelihood.standard_normal(other.x0) - 3.0, atol=1e-5)
+    assert other.log_density.dtype == other.x0["a"].dtype == jnp.float32
+    another = ode.log_density(params, x, cond, key=jax.random.key(1))
+    assert not np.allclose(another.x0["a"], found.x0["a"])
+
+
+def test_jit_and_no_jit_agree():
+    _, params, ode, points = make("gaussian", "trigonometric")
+    eager, jitted = ode.push(params, points[0]), jax.jit(ode.push)(params, points[0])
+    assert jax.tree.all(jax.tree.map(lambda a, b: np.allclose(a, b, rtol=1e-12, atol=1e-12), eager, jitted))
+
+
+def blows_up(params, t, x, cond=None, *, key=None):
+    return params * x**3
+
+
+def kinked(params, t, x, cond=None, *, key=None):
+    # Finite itself, with a derivative that is not.
+    return params * jnp.sqrt(jnp.abs(x))
+
+
+@pytest.mark.parametrize(
+    ("ode", "params", "x", "message"),
+    [
+        (likelihood.along_ode(blows_up, max_steps=16), 50.0, [1.0], "max_steps=16"),
+        (likelihood.along_ode(blows_up, method="euler", steps=30), 1e3, [3.0], "log_density: expected a finite number"),
+        (likelihood.along_ode(kinked, method="euler", steps=1), 1.0, [0.0], "log_density: expected a finite number"),
+        (
+            likelihood.along_ode(blows_up, method="euler", steps=1, base=lambda x: jnp.nan * jnp.sum(x)),
+            0.1,
+            [0.3],
+            "log_density: expected a finite number.*nan",
+        ),
+    ],
+)
+def test_what_is_not_finite_raises_when_eager_and_is_flagged_when_traced(ode, params, x, message):
+    with pytest.raises(RuntimeError, match=message):
+        ode.push(params, jnp.asarray(x))
+    assert not jax.jit(ode.push)(params, jnp.asarray(x)).valid
+
+
+def test_a_base_may_end():
+    ode = likelihood.along_ode(
+        lambda c, t, x, cond=None, *, key=None: c * x,
+        method="heun",
+        steps=2,
+        base=lambda x: jnp.where(jnp.all(jnp.abs(x) < 1), 0.0, -jnp.inf),
+    )
+    found = ode.log_density(0.1, jnp.asarray([5.0]))
+    assert found.log_density == -jnp.inf and found.valid
+
+
+X = np.array([0.3, -0.2])
+DECAY = likelihood.along_ode(lambda params, t, x, cond=None, *, key=None: -x, method="euler", steps=1)
+
+
+def of(velocity, *args, **kwargs):
+    return likelihood.along_ode(velocity, *args, method="euler", steps=1, **kwargs)
+
+
+@pytest.mark.parametrize(
+    ("call", "error", "message"),
+    [
+        (lambda: likelihood.along_ode(3.0), TypeError, "velocity: expected a function.*float"),
+        (lambda: likelihood.along_ode(blows_up, method="rk4"), ValueError, "method: "),
+        (lambda: likelihood.along_ode(blows_up, method="heun"), ValueError, "steps: "),
+        (lambda: likelihood.along_ode(blows_up, rtol=-1.0), ValueError, "rtol: "),
+        (lambda: DECAY.log_density(None, X, t=1.5), ValueError, r"t: expected a time in \[0, 1\], got 1.5"),
+        (lambda: DECAY.push(None, X, t=-0.1), ValueError, r"t: expected a time in \[0, 1\], got -0.1"),
+        (lambda: DECAY.push(None, X, t=float("nan")), ValueError, "t: expected a time"),
+        (lambda: DECAY.log_density(None, X, t=np.ones(2)), ValueError, r"t: expected a scalar.*\(2,\)"),
+        (lambda: DECAY.log_density(None, np.arange(2)), TypeError, "x: expected floating.*int"),
+        (lambda: DECAY.push(None, np.array([0.0, np.nan])), ValueError, "x0: expected finite numbers.*nan"),
+        (lambda: DECAY.log_density(None, np.array([np.inf])), ValueError, "x: expected finite numbers.*inf"),
+        (
+            lambda: of(lambda p, t, x, cond=None, *, key=None: x[:1]).log_density(None, X),
+            ValueError,
+            r"b\(x\): expected the shape of x, \(2,\), got \(1,\)",
+        ),
+        (
+            lambda: of(lambda p, t, x, cond=None, *, key=None: (x, x)).push(None, X),
+            ValueError,
+            r"b\(x\): expected the pytree structure of x",
+        ),
+        (lambda: of(blows_up, likelihood.hutchinson()).push(0.1, X), ValueError, "key: expected a PRNG key"),
+        (lambda: of(blows_up, base=lambda x: x).push(0.1, X), ValueError, r"base\(x\): expected a scalar.*\(2,\)"),
+    ],
+)
+def test_wrong_arguments_are_named(call, error, message):
+    with pytest.raises(error, match=message):
+        call()
+
+
+# --- cost -------------------------------------------------------------------------------------------------------------
+
+DIM = 8
+
+
+def flops(function, *args):
+    return jax.jit(function).lower(*args).compile().cost_analysis()["flops"]
+
+
+@functools.cache
+def network():
+    module = nets.MLP.plain(features=256, depth=4)
+    zero, x = jnp.zeros((), jnp.float32), jnp.zeros((DIM,), jnp.float32)
+    params = jax.eval_shape(lambda key: module.init(key, zero, zero, x)["params"], jax.random.key(0))
+    apply = nets.from_linen(module)
+
+    def velocity(params, t, x, cond=None, *, key=None):
+        return apply(params, t, t, x)
+
+    return velocity, params, x
+
+
+@pytest.mark.parametrize(
+    ("divergence", "passes", "allowed"),
+    [
+        (likelihood.exact(), 1 + DIM, 1.02 * (1 + DIM)),
+        (likelihood.hutchinson(), 2, 2.05),
+        (likelihood.hutchinson(3), 4, 4.1),
+        (likelihood.hutch_pp(), 4, 4.1),
+    ],
+    ids=["exact", "hutchinson", "3 probes", "hutch++"],
+)
+def test_an_evaluation_costs_its_passes(divergence, passes, allowed):
+    """Within a solve, whose one stage in the loop over steps XLA counts once."""
+    velocity, params, x = network()
+    forward = flops(lambda params, x: velocity(params, jnp.float32(0.5), x), params, x)
+    assert 0.95 < forward / (2 * (10 * 256 + 3 * 256**2 + 256 * DIM)) < 1.1
+    ode = likelihood.along_ode(velocity, divergence, method="euler", steps=5)
+    keys = jax.eval_shape(lambda: jax.random.key(0))
+    found = flops(lambda params, x, key: ode.log_density(params, x, key=key), params, x, keys) / forward
+    assert 0.98 * passes < found <= allowed
