@@ -66,7 +66,7 @@ def test_variance_is_the_documented_one(noise, probes, assert_mean):
     assert_mean((samples - float(jnp.trace(J))) ** 2, want)
 
 
-@pytest.mark.parametrize(("rank", "probes"), [(2, 2), (1, 3), (4, 4), (4, 7)])
+@pytest.mark.parametrize(("rank", "probes"), [(2, 2), (1, 3), (4, 7)])
 def test_hutch_pp_is_exact_for_a_small_rank(rank, probes):
     rng = np.random.default_rng(0)
     low = jnp.asarray(rng.normal(size=(4, rank)) @ rng.normal(size=(rank, 4)))
