@@ -50,6 +50,7 @@ def test_quick_run(name, out):
 # One of each kind of row: pairs of the data, of a solve, of optimal transport; a teacher, one that changes; a start from it.
 ROWS = (
     "lsd",
+    "flow_matching, trigonometric",
     "psd_m",
     "reflow",
     "lsd, optimal transport",
