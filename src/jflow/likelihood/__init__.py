@@ -15,6 +15,7 @@ from jflow.likelihood.head import (
 from jflow.likelihood.images import bits_per_dim, dequantise, quantise
 from jflow.likelihood.jumps import log_density, push, refine
 from jflow.likelihood.ode import Base, LogDensity, ODEDensity, along_ode, standard_normal
+from jflow.likelihood.renoised import Renoised, renoised
 from jflow.likelihood.weights import Weights, effective_sample_size, expectation, normalised
 
 __all__ = [
@@ -25,6 +26,7 @@ __all__ = [
     "LogDensity",
     "MaximumLikelihood",
     "ODEDensity",
+    "Renoised",
     "State",
     "Weights",
     "along_ode",
@@ -44,6 +46,7 @@ __all__ = [
     "push",
     "quantise",
     "refine",
+    "renoised",
     "scalar_head",
     "standard_normal",
     "together",

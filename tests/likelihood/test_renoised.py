@@ -1,0 +1,100 @@
+"""The density of samplers that add noise: against the sampler's own law in closed form, and weights that are unbiased."""
+
+from __future__ import annotations
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from jflow import interpolants, likelihood, oracles, samplers
+from jflow.types import BOTH, FlowMap
+
+PATH = interpolants.linear()
+BELL = oracles.gaussian_params([0.7, -0.4], [[0.3, 0.1], [0.1, 0.2]])
+GRID = (0.0, 0.4, 0.7, 1.0)
+DIM = 2
+
+
+def bent(oracle):
+    """The exact map of a Gaussian with another after it, which is no flow's: a wrong map of known density."""
+
+    def jump(params, s, t, x, cond=None, *, key=None):
+        y = oracle.flow_map.jump(params, s, t, x)
+        return y + 0.3 * (t - s) * jnp.sin(y[::-1])
+
+    def mean_velocity(params, s, t, x, cond=None, *, key=None):
+        return (jump(params, s, t, x) - x) / (t - s)
+
+    return FlowMap(mean_velocity, BOTH, jump_override=jump)
+
+
+def drawn(bound, count, kappa, key, grid=GRID):
+    """The samples and their density given the batch, and the batch."""
+    noise_key, sample_key = jax.random.split(key)
+    x0, keys = jax.random.normal(noise_key, (count, DIM)), jax.random.split(sample_key, count)
+    found = likelihood.renoised(bound, PATH, keys, x0, grid, kappa)
+    pushed = jax.vmap(lambda x: likelihood.push(bound, x, jnp.asarray(grid[-2:]), base=found.base))(found.states)
+    return x0, keys, pushed
+
+
+@pytest.mark.parametrize("kappa", [0.6, 1.0])
+def test_the_samples_are_those_of_the_sampler_and_the_density_tends_to_its_law(kappa):
+    """With the exact map that law is the data's; the density at fixed points, and of samples, as the batch grows."""
+    oracle = oracles.gaussian(PATH)
+    bound = oracle.flow_map.bind(BELL)
+    x0, keys, pushed = jax.jit(lambda key: drawn(bound, 2048, kappa, key))(jax.random.key(0))
+    again = jax.jit(jax.vmap(lambda k, x: samplers.renoise(bound, PATH, k, x, GRID, kappa)))(keys[:8], x0[:8])
+    np.testing.assert_allclose(pushed.x[:8], again, rtol=1e-12)
+    assert np.all(pushed.valid)
+    true = jax.vmap(lambda x: oracle.log_density(BELL, 1.0, x))(pushed.x)
+    # A normal mixture of 2048 components in the plane; a forgotten constant would be off by log 2048 or log sigma.
+    assert np.median(np.abs(pushed.log_density - true)) < 0.05
+    at = jnp.asarray([[0.7, -0.4], [0.2, 0.1]])
+    found = jax.jit(
+        lambda keys, x0, x: jax.vmap(
+            lambda x: likelihood.log_density(
+                bound, x, GRID[-2:], base=likelihood.renoised(bound, PATH, keys, x0, GRID, kappa).base
+            )
+        )(x)
+    )(jax.random.clone(keys), x0, at)
+    np.testing.assert_allclose(found.log_density, jax.vmap(lambda x: oracle.log_density(BELL, 1.0, x))(at), atol=0.1)
+
+
+@pytest.mark.parametrize("kappa", [0.6, 1.0])
+def test_weights_given_the_batch_are_unbiased_for_a_map_that_is_wrong(kappa, assert_mean):
+    """E[ mean_n w_n f(x_n) ] over batches of 16 is the target's own: its integral, mean and second moment."""
+    oracle = oracles.gaussian(PATH)
+    bound = bent(oracle).bind(BELL)
+
+    @jax.jit
+    @jax.vmap
+    def batch(key):
+        _, _, pushed = drawn(bound, 16, kappa, key)
+        target = jax.vmap(lambda x: oracle.log_density(BELL, 1.0, x))(pushed.x)
+        w = jnp.exp(target - pushed.log_density)
+        values = jnp.stack([jnp.ones(16), pushed.x[:, 0], pushed.x[:, 1], pushed.x[:, 0] * pushed.x[:, 1]])
+        return jnp.mean(w[None] * values, axis=1), jnp.mean(values, axis=1), jnp.mean(target - pushed.log_density)
+
+    weighted, plain, gap = batch(jax.random.split(jax.random.key(1), 2000))
+    exact = np.array([1.0, 0.7, -0.4, 0.1 - 0.28])
+    assert_mean(weighted, exact)
+    errors = np.abs(plain.mean(0) - exact)[1:] / (plain.std(0)[1:] / np.sqrt(len(plain)))
+    assert errors.max() > 20
+    # An upper bound of the divergence of the sampler's law from the target, which is positive.
+    assert -gap.mean() > 0.01
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"grid": (0.0, 1.0)}, "grid: expected concrete times of two jumps"),
+        ({"grid": (0.0, 0.5, 0.9)}, "of which the last is 1"),
+        ({"kappa": 0.0}, "kappa: expected a number in"),
+    ],
+)
+def test_wrong_arguments_are_named(change, message):
+    arguments = {"grid": GRID, "kappa": 1.0, **change}
+    bound = oracles.gaussian(PATH).flow_map.bind(BELL)
+    with pytest.raises(ValueError, match=message):
+        likelihood.renoised(bound, PATH, jax.random.split(jax.random.key(0), 2), jnp.zeros((2, DIM)), **arguments)
