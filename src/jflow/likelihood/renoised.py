@@ -74,8 +74,8 @@ def renoised(
       Renoised.
 
     Raises:
-      ValueError: as ``samplers.renoise_path``, and for a grid that is traced, has less than two jumps or does not end at 1, or a
-        kappa of 0.
+      ValueError: as ``samplers.renoise_path``, and for a grid that is traced, has less than two jumps or does not end at 1, or
+        a kappa of 0.
     """
     checks.number("kappa", kappa, low=0.0, high=1.0, open_low=True)
     times = checks.concrete(grid)

@@ -1,0 +1,547 @@
+r"""The bias ledger: what each fast method gives up against the exact density, and what importance weights give back.
+
+    python -m experiments.bias --out runs/bias
+
+trains, on Gaussian mixtures in 2 and 16 dimensions whose density rho is known, flow matching, a flow of maximum likelihood
+(from flow matching's weights), consistency training, MeanFlow, LSD and LSD distilled from flow matching, and draws by 1, 2, 4
+and 8 jumps (Euler steps for the first two, new noise between jumps for consistency models), and by a solve where there is a
+velocity. Rows that are there already are kept, so the command may be stopped and repeated; about an hour and a half on two
+CPU cores, in 16 dimensions most of it.
+
+Of the N samples x ~ q of each sampler, with q the density of the sampler that ran (``jflow.likelihood``):
+
+    KL(q|rho)     E_q[log q - log rho], and KL(rho|q) = E_rho[log rho - log q] at data, with the jumps inverted
+    nats          E_rho[-log q], beside the entropy E_rho[-log rho]
+    mean, cov     |E_q x - m|/sqrt(tr C) and |E_q (x-m)(x-m)' - C|_F/|C|_F, m and C the exact ones
+    z             the root mean square of these differences in their standard errors: about 1 without bias
+    distance      the energy distance to exact samples
+
+mean, cov, z and distance are given again under the self-normalised weights rho/q, with their effective sample size: what is
+left then is noise, z about 1, as long as q reaches all of rho. For consistency models with more than one jump q is the density
+given the batch, an upper bound for both KL and for nats.
+
+The error of each estimator of the log-density is taken sample by sample at data x ~ rho, against log rho: the determinants
+of the jumps, the divergence head, the solve with the exact divergence and with one probe of Hutchinson's.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import json
+import pathlib
+from collections.abc import Callable
+from typing import Any, Literal, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from experiments import catalogue, common, densities, mixture
+from jflow import datasets, interpolants, likelihood, objectives, oracles, training
+from jflow.likelihood import LogDensity
+from jflow.types import BoundFlowMap
+
+JUMPS = (1, 2, 4, 8)
+BASELINE = "flow_matching"
+EXACT = "exact samples"
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Config(common.Training):
+    """Options of the ledger."""
+
+    out: pathlib.Path = pathlib.Path("runs/bias")
+    dims: tuple[int, ...] = (2, 16)
+    """Dimensions of the mixtures."""
+    methods: tuple[str, ...] = ()
+    """Rows to run; all by default (``ROWS``)."""
+    seeds: int = 1
+    """Seeds 0, 1, ... of each."""
+    steps: int = 6000
+    learning_rate: float = 3e-3
+    features: int = 128
+    """Width of the networks in two dimensions; above that they are twice as wide."""
+    depth: int = 4
+    residual: bool = False
+    samples: int = 8192
+    """N."""
+    points: int = 2048
+    """Data points at which the log-densities are compared."""
+    log_every: int = 250
+    likelihood_steps: int = 800
+    """Steps of maximum likelihood."""
+    likelihood_batch: int = 256
+    """Samples of each."""
+    likelihood_rate: float = 5e-4
+    """Learning rate."""
+    head_steps: int = 3000
+    """Steps in which the divergence heads are trained."""
+
+    def check(self) -> None:
+        """As ``Training.check``, and the names of the rows."""
+        super().check()
+        unknown = sorted(set(self.methods) - set(ROWS))
+        if unknown:
+            raise ValueError(f"--methods: unknown {', '.join(unknown)}; expected some of {', '.join(sorted(ROWS))}")
+        for name in ("seeds", "points", "likelihood_steps", "likelihood_batch", "head_steps"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"--{name.replace('_', '-')}: expected a positive number, got {getattr(self, name)}")
+        if not self.dims or min(self.dims) < 2:
+            raise ValueError(f"--dims: expected dimensions from 2, got {self.dims}")
+
+
+class Row(NamedTuple):
+    """A method of the ledger.
+
+    Attributes:
+      row: of the catalogue: its method, its schedules, and whether flow matching teaches it; None for maximum likelihood.
+      sampler: how it draws in K jumps.
+      velocity: whether its diagonal is a velocity, so that it can be solved.
+    """
+
+    row: str | None
+    sampler: Literal["euler", "renoised", "jumps"]
+    velocity: bool = True
+
+
+ROWS = {
+    BASELINE: Row("flow_matching", "euler"),
+    "maximum_likelihood": Row(None, "euler"),
+    "consistency_training": Row("consistency_training", "renoised", velocity=False),
+    "mean_flow": Row("mean_flow", "jumps"),
+    "lsd": Row("lsd", "jumps"),
+    "lsd, distilled": Row("lsd, taught", "jumps"),
+}
+
+
+def target(dim: int) -> oracles.MixtureParams:
+    """The plane's is ``experiments.mixture``'s; above, four components of unequal weight, place, and shape."""
+    if dim == 2:
+        return mixture.target()
+    random = np.random.default_rng(dim)
+    weights = np.array([0.4, 0.3, 0.2, 0.1])
+    means = random.normal(size=(4, dim))
+    bases = [np.linalg.qr(random.normal(size=(dim, dim)))[0] for _ in weights]
+    variances = [np.exp(random.uniform(np.log(0.03), np.log(0.6), dim)) for _ in weights]
+    covs = np.stack([q @ np.diag(v) @ q.T for q, v in zip(bases, variances, strict=True)])
+    return oracles.mixture_params(weights, means, 0.5 * (covs + covs.swapaxes(1, 2)))
+
+
+class Exact(NamedTuple):
+    """The target, with what is known of it.
+
+    Attributes:
+      params: of the oracle.
+      log_density: ``[N, d] -> [N]``.
+      sample: ``(key, n) -> [n, d]`` float32.
+      mean: ``[d]``.
+      cov: ``[d, d]``.
+    """
+
+    params: oracles.MixtureParams
+    log_density: Callable[[jax.Array], jax.Array]
+    sample: Callable[[jax.Array, int], jax.Array]
+    mean: jax.Array
+    cov: jax.Array
+
+
+@functools.cache
+def exact(dim: int) -> Exact:
+    """The target of a dimension."""
+    oracle, params = oracles.mixture(interpolants.linear()), target(dim)
+    weights = jnp.exp(params.log_weights)
+    mean = weights @ params.means
+    spread = jnp.einsum("kij,kj,klj->kil", params.bases, params.variances, params.bases)
+    away = params.means - mean[None]
+    cov = jnp.einsum("k,kij->ij", weights, spread + away[:, :, None] * away[:, None, :])
+    return Exact(
+        params,
+        jax.jit(jax.vmap(lambda x: oracle.log_density(params, 1.0, x))),
+        lambda key, n: oracle.sample(params, key, n).astype(jnp.float32),
+        mean,
+        cov,
+    )
+
+
+def wide(config: Config, dim: int) -> Config:
+    """The configuration with the width of the dimension."""
+    return dataclasses.replace(config, features=config.features * (1 if dim == 2 else 2))
+
+
+def problem(config: common.Training, dim: int) -> common.Problem:
+    """The data of a dimension."""
+    this = exact(dim)
+    return common.Problem(
+        dataset=datasets.SampledDataset(this.sample, config.batch, config.seed),
+        event=(dim,),
+        scale=1.0,
+        reference=lambda key, n: np.asarray(this.sample(key, n)),
+    )
+
+
+@functools.cache
+def model_of(dim: int, features: int, depth: int, residual: bool) -> common.Model:
+    """One object for all rows of a dimension, so that what evaluates it is compiled once."""
+    config = Config(features=features, depth=depth, residual=residual)
+    return common.build(config, problem(config, dim))
+
+
+# --- measures ---------------------------------------------------------------------------------------------------------
+
+
+def moments(x: jax.Array, weights: jax.Array, this: Exact) -> dict[str, float]:
+    """The bias of the mean and of the covariance under weights, relative, and in standard errors."""
+    away = x - this.mean[None]
+    values = {"mean": away, "cov": away[:, :, None] * away[:, None, :] - this.cov[None]}
+    units = {"mean": jnp.sqrt(jnp.trace(this.cov)), "cov": jnp.linalg.norm(this.cov)}
+    found = {}
+    for name, value in values.items():
+        bias, error = likelihood.expectation(weights, value)
+        found[name] = float(jnp.linalg.norm(bias) / units[name])
+        found[f"{name}_z"] = float(jnp.sqrt(jnp.mean((bias / error) ** 2)))
+    return found
+
+
+@jax.jit
+def weighted_energy_distance(x: jax.Array, weights: jax.Array, y: jax.Array) -> jax.Array:
+    """2 E|X-Y| - E|X-X'| - E|Y-Y'| of samples x with weights of sum 1 and exact samples y; pairs of one sample left out."""
+
+    def distances(a: jax.Array) -> jax.Array:
+        return jax.lax.map(lambda p: jnp.sqrt(jnp.sum((p[None] - a) ** 2, axis=1)), x, batch_size=64)
+
+    between = weights @ jnp.mean(distances(y), axis=1)
+    within = weights @ (distances(x) @ weights) / (1.0 - jnp.sum(weights**2))
+    own = jax.lax.map(lambda p: jnp.sum(jnp.sqrt(jnp.sum((p[None] - y) ** 2, axis=1))), y, batch_size=64)
+    return 2.0 * between - within - jnp.sum(own) / (len(y) * (len(y) - 1))
+
+
+def _mean(values: np.ndarray) -> tuple[float, float]:
+    """The mean with its standard error; NaN of nothing."""
+    if len(values) < 2:
+        return float("nan"), float("nan")
+    return float(np.mean(values)), float(np.std(values, ddof=1) / np.sqrt(len(values)))
+
+
+def of_samples(found: LogDensity, this: Exact, key: jax.Array) -> dict[str, Any]:
+    """What the samples of one sampler say, without and with weights."""
+    usable = np.isfinite(found.log_density) & np.all(np.isfinite(found.x), axis=1)
+    x, log_q = jnp.asarray(found.x)[usable], jnp.asarray(found.log_density)[usable]
+    log_p = this.log_density(x)
+    kl, error = _mean(np.asarray(log_q - log_p, np.float64))
+    reference = this.sample(key, len(x))
+    equal = jnp.full(len(x), 1.0 / len(x))
+    weights, log_z, log_z_error = likelihood.normalised(log_p, log_q)
+    return {
+        "kl": kl,
+        "kl_error": error,
+        "folded": float(1.0 - np.mean(found.valid)),
+        "nats": float(-jnp.mean(log_p)),
+        **moments(x, equal, this),
+        "energy": float(weighted_energy_distance(x, equal, reference)),
+        "ess": float(likelihood.effective_sample_size(weights)) / len(found.valid),
+        "log_z": float(log_z),
+        "log_z_error": float(log_z_error),
+        "weighted": {
+            **moments(x, weights, this),
+            "energy": float(weighted_energy_distance(x, weights, reference)),
+        },
+    }
+
+
+def of_estimates(estimate: np.ndarray, valid: np.ndarray, truth: np.ndarray) -> dict[str, float]:
+    """The errors of an estimate of the log-density at data, sample by sample, in nats."""
+    valid = np.asarray(valid) & np.isfinite(estimate)
+    error = (np.asarray(estimate, np.float64) - truth)[valid]
+    mean, standard_error = _mean(error)
+    size = np.abs(error)
+    return {
+        "valid": float(np.mean(valid)),
+        "nats": float(-np.mean(truth[valid] + error)) if len(error) else float("nan"),
+        "bias": mean,
+        "bias_error": standard_error,
+        "rmse": float(np.sqrt(np.mean(error**2))) if len(error) else float("nan"),
+        "median": float(np.median(size)) if len(error) else float("nan"),
+        "worst_5_percent": float(np.quantile(size, 0.95)) if len(error) else float("nan"),
+    }
+
+
+# --- one row ----------------------------------------------------------------------------------------------------------
+
+
+class Job:
+    """One method in one dimension at one seed: its training, its head, and its measures."""
+
+    def __init__(self, config: Config, dim: int, name: str, seed: int) -> None:
+        self.name, self.row, self.dim = name, ROWS[name], dim
+        self.config = dataclasses.replace(wide(config, dim), out=directory(config, dim, name, seed), seed=seed)
+        self.this = exact(dim)
+        self.model = model_of(dim, self.config.features, config.depth, config.residual)
+        self.problem = problem(self.config, dim)
+        self.teacher = None
+        if self.row.row is None or catalogue.ROWS[self.row.row].teacher:
+            self.teacher, _ = training.restore_params(directory(config, dim, BASELINE, seed) / "map", common.AVERAGE)
+
+    def _resumed(self, config: Config) -> Config:
+        there = config.out / "checkpoints"
+        held = there.is_dir() and any(there.iterdir())
+        return dataclasses.replace(config, resume="yes" if held else "no", overwrite=not held)
+
+    def train(self) -> BoundFlowMap:
+        """The map."""
+        config = dataclasses.replace(self.config, out=self.config.out / "map")
+        flow_map, path, problem_, start = self.model.flow_map, self.model.interpolant, self.problem, self.teacher
+        if self.row.row is None:
+            config = dataclasses.replace(
+                config,
+                steps=config.likelihood_steps,
+                batch=config.likelihood_batch,
+                learning_rate=config.likelihood_rate,
+                warmup=min(config.warmup, config.likelihood_steps // 10),
+                log_every=min(config.log_every, config.likelihood_steps),
+            )
+            problem_ = problem(config, self.dim)
+            divergence = likelihood.exact() if self.dim == 2 else likelihood.hutchinson()
+            objective = likelihood.maximum_likelihood(flow_map.velocity, divergence=divergence, method="tsit5", steps=4)
+        else:
+            row = catalogue.ROWS[self.row.row]
+            choices = row.choices(config)
+            if row.teacher:
+                choices["teacher"] = flow_map.velocity
+            objective = objectives.METHODS[row.method].constructor(flow_map, path, **choices)
+        config = self._resumed(config)
+        this = common.trainer(config, problem_, self.model, objective, params=start, teacher=start)
+        return common.train(config, problem_, self.model, this)[0]
+
+    def with_head(self, bound: BoundFlowMap) -> BoundFlowMap:
+        """The map of States with its trained head."""
+        config = dataclasses.replace(self.config, steps=self.config.head_steps)
+        there = self._resumed(dataclasses.replace(config, out=config.out / "head"))
+        config = dataclasses.replace(config, resume=there.resume, overwrite=there.overwrite)
+        divergence = likelihood.exact() if self.dim == 2 else likelihood.hutchinson()
+        return densities.train_head(config, self.problem, bound, self.model.interpolant, divergence=divergence)
+
+    def run(self) -> None:
+        """Trains and measures; writes row.json and estimates.npz."""
+        bound = self.train()
+        headed = self.with_head(bound) if self.row.sampler == "jumps" else None
+        n, dim = self.config.samples, self.dim
+        noise_key, data_key, probe_key, again_key, exact_key = jax.random.split(jax.random.key(self.config.seed + 7), 5)
+        x0 = jax.random.normal(noise_key, (n, dim), jnp.float32)
+        x = self.this.sample(data_key, self.config.points)
+        truth = np.asarray(self.this.log_density(x), np.float64)
+        samples, estimates, kept = {}, {}, {"truth": truth}
+
+        def note(name: str, at: LogDensity | jax.Array, valid: Any = True) -> None:
+            log_density = at.log_density if isinstance(at, LogDensity) else at
+            valid = at.valid if isinstance(at, LogDensity) else valid
+            kept[name] = np.where(np.asarray(valid), np.asarray(log_density, np.float64), np.nan)
+            estimates[name] = of_estimates(kept[name], np.asarray(valid), truth)
+
+        for jumps in JUMPS:
+            there, at = self._through(bound, jumps, x0, x, again_key)
+            samples[str(jumps)] = of_samples(there, self.this, exact_key)
+            note(f"determinant, {jumps}", at)
+            if headed is not None:
+                note(f"head, {jumps}", densities.head_at(headed, at.x0, densities.grid_of(jumps)), at.valid)
+        if self.row.velocity:
+            samples["solve"] = of_samples(densities.solved_samples(bound, x0), self.this, exact_key)
+            keys = jax.random.split(probe_key, len(x))
+            note("solve", densities.solved_at_data(bound, x, keys))
+            note("solve, one probe", densities.solved_at_data(bound, x, keys, 1))
+        np.savez(self.config.out / "estimates.npz", **kept)
+        row = {"name": self.name, "dim": dim, "seed": self.config.seed, "samples": samples, "estimates": estimates}
+        common.write_json(self.config.out / "row.json", row)
+
+    def _through(
+        self, bound: BoundFlowMap, jumps: int, x0: jax.Array, x: jax.Array, key: jax.Array
+    ) -> tuple[LogDensity, LogDensity]:
+        """The samples of K jumps and the density at data."""
+        grid = densities.grid_of(jumps)
+        if self.row.sampler == "renoised" and jumps > 1:
+            keys = jax.random.split(key, len(x0))
+            return densities.renoised(bound, self.model.interpolant, keys, x0, x, grid)
+        if self.row.sampler == "euler":
+            bound = densities.euler(self.model.flow_map).bind(bound.params)
+        return densities.pushed(bound, x0, grid), densities.at_data(bound, x, grid)
+
+
+# --- the tables -------------------------------------------------------------------------------------------------------
+
+
+def directory(config: Config, dim: int, name: str, seed: int) -> pathlib.Path:
+    """Where a row's files are."""
+    return config.out / f"{dim}d" / name.replace(", ", "-") / str(seed)
+
+
+def order(config: Config) -> list[tuple[int, str, int]]:
+    """The rows to run, the teacher first."""
+    names = dict.fromkeys([BASELINE, *(config.methods or ROWS)])
+    return [(dim, name, seed) for dim in config.dims for seed in range(config.seeds) for name in names]
+
+
+def floor(config: Config, dim: int) -> dict[str, Any]:
+    """The measures of exact samples, and the entropy with its standard error."""
+    this = exact(dim)
+    key, again = jax.random.split(jax.random.key(77))
+    x = this.sample(key, config.samples)
+    log_p = this.log_density(x)
+    found = of_samples(LogDensity(log_p, x, x, jnp.ones(len(x), bool)), this, again)
+    entropy, error = _mean(-np.asarray(log_p, np.float64))
+    return {"samples": found, "entropy": entropy, "entropy_error": error}
+
+
+def collect(config: Config) -> dict[str, Any]:
+    """All rows that have been written, by dimension and name; of several seeds a list."""
+    found: dict[str, Any] = {}
+    for dim in config.dims:
+        rows = {}
+        for name in ROWS:
+            paths = [directory(config, dim, name, seed) / "row.json" for seed in range(config.seeds)]
+            rows[name] = [json.loads(path.read_text()) for path in paths if path.is_file()]
+        found[str(dim)] = {"rows": {name: row for name, row in rows.items() if row}, "floor": floor(config, dim)}
+    return found
+
+
+def average(rows: list[dict[str, Any]], *path: str) -> Any:
+    """A number's mean over the seeds; "-" where there is none."""
+    values = []
+    for row in rows:
+        for key in path:
+            row = row.get(key) if isinstance(row, dict) else None
+        if row is not None and np.isfinite(row):
+            values.append(row)
+    return float(np.mean(values)) if values else "-"
+
+
+def tables(found: dict[str, Any]) -> str:
+    """The ledger and the errors of the estimators, by dimension, as Markdown."""
+    text = []
+    for dim, this in found.items():
+        measures = ("mean", "mean_z", "cov", "cov_z", "energy")
+        header = ["sampler", "jumps", "KL(q,rho)", "+-", "nats of samples", "folded", *measures]
+        header += ["ESS", "log Z", "+-", *(f"weighted {name}" for name in measures)]
+        lines = []
+        for name, rows in [*this["rows"].items(), (EXACT, [{"samples": {"-": this["floor"]["samples"]}}])]:
+            for jumps in rows[0]["samples"]:
+                at = ("samples", jumps)
+                cells = [average(rows, *at, key) for key in ("kl", "kl_error", "nats", "folded", *measures)]
+                cells += [average(rows, *at, key) for key in ("ess", "log_z", "log_z_error")]
+                cells += [average(rows, *at, "weighted", key) for key in measures]
+                lines.append([name, jumps, *cells])
+        entropy = f"Entropy {this['floor']['entropy']:.4g} +- {this['floor']['entropy_error']:.2g} nats."
+        text += [f"### {dim} dimensions\n\n{entropy}", common.markdown(header, lines)]
+        header = ["sampler", "estimator", "valid", "nats", "bias", "+-", "RMSE", "median error", "95 % of errors below"]
+        keys = ("valid", "nats", "bias", "bias_error", "rmse", "median", "worst_5_percent")
+        lines = [
+            [name, estimate, *(average(rows, "estimates", estimate, key) for key in keys)]
+            for name, rows in this["rows"].items()
+            for estimate in rows[0]["estimates"]
+        ]
+        text.append(common.markdown(header, lines))
+    return "\n\n".join(text)
+
+
+def quick(config: Config) -> Config:
+    """A small run of every row."""
+    small = common.QUICK | {"steps": 6, "log_every": 3, "warmup": 2, "samples": 128, "features": 8}
+    few = {"points": 32, "likelihood_steps": 3, "likelihood_batch": 16, "head_steps": 6}
+    return dataclasses.replace(config, **small, **few, seeds=1)
+
+
+def run(config: Config) -> None:
+    """Runs what is missing, and writes the tables and figures of all that is there to ``config.out``.
+
+    Raises:
+      ValueError: with several processes: there are many short trainings, each of which one process measures.
+    """
+    if jax.process_count() > 1:
+        raise ValueError(f"--machine.processes: expected one process, got {jax.process_count()}")
+    if config.quick:
+        config = quick(config)
+    for dim, name, seed in order(config):
+        if not (directory(config, dim, name, seed) / "row.json").is_file():
+            print(f"--- {name}, {dim} dimensions, seed {seed}", flush=True)
+            Job(config, dim, name, seed).run()
+    found = collect(config)
+    text = tables(found)
+    print(text)
+    (config.out / "table.md").write_text(text + "\n")
+    common.write_json(config.out / "results.json", {"dims": found, "config": config.kept(), **common.environment()})
+    for dim in config.dims:
+        _bias_figure(config, dim, found[str(dim)])
+        for name in ROWS:
+            path = directory(config, dim, name, 0) / "estimates.npz"
+            if ROWS[name].sampler == "jumps" and path.is_file():
+                _scatter(config, dim, name, dict(np.load(path)))
+
+
+def _bias_figure(config: Config, dim: int, found: dict[str, Any]) -> None:
+    import matplotlib
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    panels = {
+        ("kl",): "KL(q | rho), nats",
+        ("mean_z",): "bias of the mean, in standard errors",
+        ("cov_z",): "bias of the covariance, in standard errors",
+        ("ess",): "effective sample size / N",
+        ("weighted", "mean_z"): "the mean, weighted",
+        ("weighted", "cov_z"): "the covariance, weighted",
+    }
+    figure, axes = plt.subplots(2, 3, figsize=(15, 8), layout="constrained")
+    for axis, (path, title) in zip(axes.flat, panels.items(), strict=True):
+        for name, rows in found["rows"].items():
+            values = [average(rows, "samples", str(k), *path) for k in JUMPS]
+            known = [(k, v) for k, v in zip(JUMPS, values, strict=True) if isinstance(v, float)]
+            (line,) = axis.plot(*zip(*known, strict=True), "o-", label=name) if known else axis.plot([], label=name)
+            solve = average(rows, "samples", "solve", *path)
+            if isinstance(solve, float):
+                axis.plot([16], [solve], "D", color=line.get_color())
+        logarithmic = path[-1] not in ("ess",)
+        axis.set(title=title, xscale="log", yscale="log" if logarithmic else "linear")
+        axis.set_xticks([*JUMPS, 16], [*map(str, JUMPS), "solve"])
+        axis.minorticks_off()
+        if path[-1].endswith("_z"):
+            axis.axhline(1.0, color="grey", linestyle=":")
+    axes[0, 0].legend(fontsize=8)
+    axes[1, 0].set(xlabel="jumps")
+    figure.suptitle(f"{dim} dimensions, {config.samples:,} samples")
+    figure.savefig(config.out / f"bias_{dim}d.png", dpi=110)
+    plt.close(figure)
+
+
+def _scatter(config: Config, dim: int, name: str, kept: dict[str, np.ndarray]) -> None:
+    """Estimates against the truth, sample by sample: the determinants above, the head below, the solve at the right."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    truth = kept["truth"]
+    grid = [[f"{what}, {k}" for k in JUMPS] + [last] for what, last in DRAWN]
+    figure, axes = plt.subplots(2, len(JUMPS) + 1, figsize=(17, 7), layout="constrained", sharex=True, sharey=True)
+    low, high = np.quantile(truth, [0.001, 1.0])
+    room = 0.08 * (high - low)
+    for axis, estimate in zip(axes.flat, [key for line in grid for key in line], strict=True):
+        error = kept[estimate] - truth
+        axis.plot([low, high], [low, high], color="black", linewidth=0.8)
+        axis.plot(truth, kept[estimate], ".", markersize=2, alpha=0.5)
+        axis.set(xlim=(low - room, high + room), ylim=(low - room, high + room))
+        axis.set_title(f"{estimate}: median error {np.nanmedian(np.abs(error)):.3f}", fontsize=9)
+    for axis in axes[:, 0]:
+        axis.set(ylabel="estimate, nats")
+    for axis in axes[1]:
+        axis.set(xlabel="exact log-density, nats")
+    figure.suptitle(f"{name}, {dim} dimensions: log-density at {len(truth):,} data points")
+    figure.savefig(config.out / f"scatter_{dim}d_{name.replace(', ', '-')}.png", dpi=110)
+    plt.close(figure)
+
+
+# The lines of the scatter figure, with what closes each.
+DRAWN = (("determinant", "solve"), ("head", "solve, one probe"))
+
+
+if __name__ == "__main__":
+    common.main(Config, run)
