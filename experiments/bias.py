@@ -17,8 +17,9 @@ Of the N samples x ~ q of each sampler, with q the density of the sampler that r
     distance      the energy distance to exact samples
 
 mean, cov, z and distance are given again under the self-normalised weights rho/q, with their effective sample size: what is
-left then is noise, z about 1, as long as q reaches all of rho. For consistency models with more than one jump q is the density
-given the batch, an upper bound for both KL and for nats.
+left then is noise, z about 1, as long as q reaches all of rho. Where a map folds (the share of such samples is in the table)
+the weights carry the sign of the determinant; log Z, whose exact value is 0, is given without it too. For consistency models
+with more than one jump q is the density given the batch, an upper bound for both KL and for nats.
 
 The error of each estimator of the log-density is taken sample by sample at data x ~ rho, against log rho: the determinants
 of the jumps, the divergence head, the solve with the exact divergence and with one probe of Hutchinson's.
@@ -69,9 +70,9 @@ class Config(common.Training):
     points: int = 2048
     """Data points at which the log-densities are compared."""
     log_every: int = 250
-    likelihood_steps: int = 800
+    likelihood_steps: int = 400
     """Steps of maximum likelihood."""
-    likelihood_batch: int = 256
+    likelihood_batch: int = 128
     """Samples of each."""
     likelihood_rate: float = 5e-4
     """Learning rate."""
@@ -89,6 +90,10 @@ class Config(common.Training):
                 raise ValueError(f"--{name.replace('_', '-')}: expected a positive number, got {getattr(self, name)}")
         if not self.dims or min(self.dims) < 2:
             raise ValueError(f"--dims: expected dimensions from 2, got {self.dims}")
+
+    def kept(self) -> dict[str, Any]:
+        """As ``Training.kept``, without what chooses and measures rows and does not change one."""
+        return {k: v for k, v in super().kept().items() if k not in ("dims", "methods", "seeds", "points")}
 
 
 class Row(NamedTuple):
@@ -190,6 +195,12 @@ def model_of(dim: int, features: int, depth: int, residual: bool) -> common.Mode
 # --- measures ---------------------------------------------------------------------------------------------------------
 
 
+# Compiled, so that weights without a positive sum give NaN and no error: of a singular sampler there are no others.
+_expectation = jax.jit(likelihood.expectation)
+_normalised = jax.jit(likelihood.normalised)
+_effective = jax.jit(likelihood.effective_sample_size)
+
+
 def moments(x: jax.Array, weights: jax.Array, this: Exact) -> dict[str, float]:
     """The bias of the mean and of the covariance under weights, relative, and in standard errors."""
     away = x - this.mean[None]
@@ -197,7 +208,7 @@ def moments(x: jax.Array, weights: jax.Array, this: Exact) -> dict[str, float]:
     units = {"mean": jnp.sqrt(jnp.trace(this.cov)), "cov": jnp.linalg.norm(this.cov)}
     found = {}
     for name, value in values.items():
-        bias, error = likelihood.expectation(weights, value)
+        bias, error = _expectation(weights, value)
         found[name] = float(jnp.linalg.norm(bias) / units[name])
         found[f"{name}_z"] = float(jnp.sqrt(jnp.mean((bias / error) ** 2)))
     return found
@@ -226,26 +237,31 @@ def _mean(values: np.ndarray) -> tuple[float, float]:
 def of_samples(found: LogDensity, this: Exact, key: jax.Array) -> dict[str, Any]:
     """What the samples of one sampler say, without and with weights."""
     usable = np.isfinite(found.log_density) & np.all(np.isfinite(found.x), axis=1)
-    x, log_q = jnp.asarray(found.x)[usable], jnp.asarray(found.log_density)[usable]
+    x, log_q, sign = (jnp.asarray(part)[usable] for part in (found.x, found.log_density, found.sign))
     log_p = this.log_density(x)
     kl, error = _mean(np.asarray(log_q - log_p, np.float64))
     reference = this.sample(key, len(x))
     equal = jnp.full(len(x), 1.0 / len(x))
-    weights, log_z, log_z_error = likelihood.normalised(log_p, log_q)
+
+    def weighted(sign: jax.Array) -> dict[str, float]:
+        weights, log_z, log_z_error = _normalised(log_p, log_q, sign)
+        return {
+            **moments(x, weights, this),
+            "energy": float(weighted_energy_distance(x, weights, reference)),
+            "ess": float(_effective(weights)) / len(found.valid),
+            "log_z": float(log_z),
+            "log_z_error": float(log_z_error),
+        }
+
     return {
         "kl": kl,
         "kl_error": error,
-        "folded": float(1.0 - np.mean(found.valid)),
+        "folded": float(np.mean(found.sign <= 0)),
         "nats": float(-jnp.mean(log_p)),
         **moments(x, equal, this),
         "energy": float(weighted_energy_distance(x, equal, reference)),
-        "ess": float(likelihood.effective_sample_size(weights)) / len(found.valid),
-        "log_z": float(log_z),
-        "log_z_error": float(log_z_error),
-        "weighted": {
-            **moments(x, weights, this),
-            "energy": float(weighted_energy_distance(x, weights, reference)),
-        },
+        "weighted": weighted(sign),
+        "without_sign": weighted(jnp.ones_like(sign)),
     }
 
 
@@ -302,7 +318,7 @@ class Job:
             )
             problem_ = problem(config, self.dim)
             divergence = likelihood.exact() if self.dim == 2 else likelihood.hutchinson()
-            objective = likelihood.maximum_likelihood(flow_map.velocity, divergence=divergence, method="tsit5", steps=4)
+            objective = densities.maximum_likelihood(flow_map, divergence)
         else:
             row = catalogue.ROWS[self.row.row]
             choices = row.choices(config)
@@ -386,7 +402,7 @@ def floor(config: Config, dim: int) -> dict[str, Any]:
     key, again = jax.random.split(jax.random.key(77))
     x = this.sample(key, config.samples)
     log_p = this.log_density(x)
-    found = of_samples(LogDensity(log_p, x, x, jnp.ones(len(x), bool)), this, again)
+    found = of_samples(LogDensity(log_p, x, x, jnp.ones(len(x), bool), jnp.ones(len(x))), this, again)
     entropy, error = _mean(-np.asarray(log_p, np.float64))
     return {"samples": found, "entropy": entropy, "entropy_error": error}
 
@@ -420,14 +436,14 @@ def tables(found: dict[str, Any]) -> str:
     for dim, this in found.items():
         measures = ("mean", "mean_z", "cov", "cov_z", "energy")
         header = ["sampler", "jumps", "KL(q,rho)", "+-", "nats of samples", "folded", *measures]
-        header += ["ESS", "log Z", "+-", *(f"weighted {name}" for name in measures)]
+        header += [*(f"weighted {name}" for name in measures), "ESS", "log Z", "+-", "log Z without sign"]
         lines = []
         for name, rows in [*this["rows"].items(), (EXACT, [{"samples": {"-": this["floor"]["samples"]}}])]:
             for jumps in rows[0]["samples"]:
                 at = ("samples", jumps)
                 cells = [average(rows, *at, key) for key in ("kl", "kl_error", "nats", "folded", *measures)]
-                cells += [average(rows, *at, key) for key in ("ess", "log_z", "log_z_error")]
-                cells += [average(rows, *at, "weighted", key) for key in measures]
+                cells += [average(rows, *at, "weighted", key) for key in (*measures, "ess", "log_z", "log_z_error")]
+                cells.append(average(rows, *at, "without_sign", "log_z"))
                 lines.append([name, jumps, *cells])
         entropy = f"Entropy {this['floor']['entropy']:.4g} +- {this['floor']['entropy_error']:.2g} nats."
         text += [f"### {dim} dimensions\n\n{entropy}", common.markdown(header, lines)]
@@ -486,7 +502,7 @@ def _bias_figure(config: Config, dim: int, found: dict[str, Any]) -> None:
         ("kl",): "KL(q | rho), nats",
         ("mean_z",): "bias of the mean, in standard errors",
         ("cov_z",): "bias of the covariance, in standard errors",
-        ("ess",): "effective sample size / N",
+        ("weighted", "ess"): "effective sample size / N",
         ("weighted", "mean_z"): "the mean, weighted",
         ("weighted", "cov_z"): "the covariance, weighted",
     }
@@ -499,7 +515,7 @@ def _bias_figure(config: Config, dim: int, found: dict[str, Any]) -> None:
             solve = average(rows, "samples", "solve", *path)
             if isinstance(solve, float):
                 axis.plot([16], [solve], "D", color=line.get_color())
-        logarithmic = path[-1] not in ("ess",)
+        logarithmic = path[-1] != "ess"
         axis.set(title=title, xscale="log", yscale="log" if logarithmic else "linear")
         axis.set_xticks([*JUMPS, 16], [*map(str, JUMPS), "solve"])
         axis.minorticks_off()

@@ -287,10 +287,23 @@ class FirstProcessOnly(Exception):
     """Raised where all that is left is for the first process to do, on the others."""
 
 
-def train(config: Training, problem: Problem, model: Model, this: Trainer | None = None) -> tuple[BoundFlowMap, float]:
+def train(
+    config: Training,
+    problem: Problem,
+    model: Model,
+    this: Trainer | None = None,
+    *,
+    score: Callable[[BoundFlowMap], float] | None = None,
+    score_every: int = 0,
+) -> tuple[BoundFlowMap, float]:
     """Trains, writing metrics and checkpoints to ``config.out``; ``this`` is by default that of ``objective_of``.
 
     Of several processes only the first returns.
+
+    Args:
+      config, problem, model, this: what is trained.
+      score: of the map at the averaged parameters, which then are those of the lowest score and not the last.
+      score_every: steps between two scores, a multiple of ``config.log_every``; takes the place of the grids.
 
     Returns:
       (the map at the averaged parameters, seconds that the training took, compilation included).
@@ -304,6 +317,16 @@ def train(config: Training, problem: Problem, model: Model, this: Trainer | None
     x0 = jax.random.normal(jax.random.key(config.seed + 3), (64 if len(problem.event) == 3 else 4096, *problem.event))
     labels = None if problem.labels is None else problem.labels(jax.random.key(config.seed + 4), len(x0))
     grid = grid_writer(config.out, lambda params: np.asarray(draw(model.flow_map.bind(params), x0, 1, labels)), AVERAGE)
+
+    def scored(state: training.TrainState) -> dict[str, float]:
+        params = sharding.local(training.ema.as_params(state.ema[AVERAGE], state.params))
+        return {"score": score(model.flow_map.bind(params))}
+
+    checkpoint_every = log_every * max(1, config.steps // (4 * log_every))
+    looks = {"eval_every": watch.grids or None, "eval_fn": grid if watch.grids else None}
+    if score is not None:
+        checkpoint_every = score_every
+        looks = {"eval_every": score_every, "eval_fn": scored, "keep_best": 1, "best": "score"}
     began = time.perf_counter()
     with watch.callbacks(config.out, None if config.resume == "no" else _newest(config.out)) as callbacks:
         state = training.fit(
@@ -312,9 +335,8 @@ def train(config: Training, problem: Problem, model: Model, this: Trainer | None
             this.data,
             total_steps=config.steps,
             log_every=log_every,
-            checkpoint_every=log_every * max(1, config.steps // (4 * log_every)),
-            eval_every=watch.grids or None,
-            eval_fn=grid if watch.grids else None,
+            checkpoint_every=checkpoint_every,
+            **looks,
             snapshot_every=watch.snapshots or None,
             out_dir=config.out,
             config=config.kept(),
@@ -329,6 +351,8 @@ def train(config: Training, problem: Problem, model: Model, this: Trainer | None
     params = sharding.local(training.ema.as_params(state.ema[AVERAGE], state.params))
     if not distributed.first_process():
         raise FirstProcessOnly
+    if score is not None:
+        params, _ = training.restore_params(config.out, AVERAGE, step="best")
     return model.flow_map.bind(jax.tree.map(jnp.asarray, params)), seconds
 
 

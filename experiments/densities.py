@@ -85,6 +85,15 @@ def solved_at_data(bound: BoundFlowMap, x: jax.Array, keys: jax.Array, probes: i
     return _blocks(lambda row: ode.log_density(bound.params, row[0], key=row[1]), (x, keys))
 
 
+def maximum_likelihood(flow_map: FlowMap, divergence: likelihood.Divergence) -> likelihood.MaximumLikelihood:
+    """The objective of the diagonal, by adaptive steps.
+
+    With few fixed ones the training learns to make their error large: with four of Tsit5 in the plane the loss fell to -7.9
+    nats, where the entropy of the data is 1.33.
+    """
+    return likelihood.maximum_likelihood(flow_map.velocity, divergence=divergence, rtol=1e-3, atol=1e-3)
+
+
 # --- by the head ------------------------------------------------------------------------------------------------------
 
 

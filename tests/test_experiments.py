@@ -51,12 +51,10 @@ def test_quick_run(name, out):
 ROWS = (
     "lsd",
     "flow_matching, trigonometric",
-    "psd_m",
     "reflow",
     "lsd, optimal transport",
     "lsd, taught",
     "progressive_distillation",
-    "decoupled_mean_flow",
 )
 # Compiling the others would take minutes, and their methods are compiled in tests/objectives.
 TRACE = """

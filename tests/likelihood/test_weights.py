@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 
 from jflow import likelihood
+from jflow.types import FlowMap
 
 # The target is 5 times a normal density of mean 0.8 and deviation 0.6, the sampler a standard normal.
 MEAN, SPREAD, LOG_Z = 0.8, 0.6, np.log(5.0)
@@ -95,6 +96,38 @@ def test_weights_of_the_sampler_that_ran_are_right_and_of_one_probe_biased(asser
     assert found.log_z > 8 * found.log_z_error
 
 
+@pytest.mark.parametrize("turn", [0.0, 1.2])
+def test_weights_with_the_sign_are_unbiased_where_the_map_folds(turn, assert_mean):
+    """X(x) = x + 1.6 turn (sin 2x_0, 0) folds space where 1 + 3.2 turn cos 2x_0 < 0; the target is a normal one beside 0."""
+    mean = jnp.asarray([MEAN, 0.0])
+
+    def mean_velocity(params, s, t, x, cond=None, *, key=None):
+        return 1.6 * turn * jnp.stack([jnp.sin(2.0 * x[0]), jnp.zeros(())])
+
+    bound = FlowMap(mean_velocity).bind(None)
+
+    @jax.jit
+    @jax.vmap
+    def draw(x0):
+        found = likelihood.push(bound, x0, np.array([0.0, 1.0]))
+        target = jnp.sum(log_normal(found.x, mean, SPREAD))
+        return found, target
+
+    found, target = draw(jax.random.normal(jax.random.key(2), (40_000, 2)))
+    folded = np.mean(found.sign < 0)
+    assert np.all(found.valid == (found.sign > 0)) and (0.2 < folded < 0.8 if turn else folded == 0.0)
+    w = np.exp(target - found.log_density)
+    values = np.stack([np.ones(len(w)), found.x[:, 0], found.x[:, 0] ** 2, found.x[:, 1] ** 2], axis=1)
+    exact = np.array([1.0, MEAN, MEAN**2 + SPREAD**2, SPREAD**2])
+    assert_mean((found.sign * w)[:, None] * values, exact)
+    weights = likelihood.normalised(target, found.log_density, found.sign)
+    estimate, error = likelihood.expectation(weights.weights, values)
+    assert np.all(np.abs(estimate - exact)[1:] < 4 * error[1:]) and abs(weights.log_z) < 4 * weights.log_z_error
+    if turn:
+        # Without it each branch counts.
+        assert np.mean(w) > 1.0 + 8 * np.std(w) / np.sqrt(len(w))
+
+
 TWO = np.array([0.5, 0.5])
 
 
@@ -109,8 +142,15 @@ TWO = np.array([0.5, 0.5])
         (lambda: likelihood.normalised(TWO + np.nan, TWO), ValueError, "log_target: expected numbers.*nan"),
         (lambda: likelihood.normalised(TWO - np.inf, TWO), ValueError, "log_target: .*not everywhere"),
         (lambda: likelihood.normalised(TWO, TWO - np.inf), ValueError, "log_sampler: expected finite numbers"),
+        (lambda: likelihood.normalised(TWO, TWO, TWO[:1]), ValueError, r"sign: .*\(2\), got \(1,\)"),
+        (lambda: likelihood.normalised(TWO, TWO, -TWO), ValueError, "sign: expected weights of a positive sum"),
+        (lambda: likelihood.normalised(TWO, TWO, np.arange(2)), TypeError, "sign: expected floating"),
         (lambda: likelihood.effective_sample_size(TWO[None]), ValueError, "weights: expected an array of shape"),
-        (lambda: likelihood.effective_sample_size(-TWO), ValueError, "weights: expected numbers of at least 0"),
+        (
+            lambda: likelihood.effective_sample_size(-TWO),
+            ValueError,
+            "weights: expected finite numbers of a positive sum",
+        ),
         (lambda: likelihood.effective_sample_size(0 * TWO), ValueError, "weights: .*positive sum"),
         (lambda: likelihood.expectation(TWO + np.nan, TWO), ValueError, "weights: .*nan"),
         (lambda: likelihood.expectation(TWO, np.zeros((3, 2))), ValueError, r"values: .*axis of 2.*\(3, 2\)"),

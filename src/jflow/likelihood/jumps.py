@@ -40,12 +40,12 @@ class _Leg(NamedTuple):
 
     Attributes:
       log_det: log|det grad X_{s,t}|.
-      positive: whether the determinant is.
+      sign: of the determinant, 0 where that is not finite.
       inverted: whether the point that jumps to the given one was found.
     """
 
     log_det: Array
-    positive: Array
+    sign: Array
     inverted: Array
 
 
@@ -210,8 +210,8 @@ def _jump(jump: Callable[[Event], Event], x: Event) -> tuple[Event, _Leg]:
     linear = linearise("X(x)", jump, x)
     # Of the transposed matrix, whose determinant is the same.
     sign, log_det = jnp.linalg.slogdet(linear.columns())
-    positive = (sign > 0) & jnp.isfinite(log_det)
-    return linear.value, _Leg(log_det, positive, jnp.ones_like(positive))
+    sign = jnp.where(jnp.isfinite(log_det), sign, 0.0)
+    return linear.value, _Leg(log_det, sign, jnp.bool_(True))
 
 
 def _guess(bound: BoundFlowMap, inputs: tuple[Array, Array, Array], y: Event, cond: Cond, key: Key | None) -> Array:
@@ -292,19 +292,19 @@ def _ascending(grid: Grid) -> bool:
 def _checked(base: Array, legs: _Leg, sign: float, x: Event, x0: Event, times: Array) -> LogDensity:
     """base + sign times the log-determinants, refused where it is concrete and not valid."""
     log_density = base + sign * jnp.sum(legs.log_det).astype(base.dtype)
-    valid = jnp.all(legs.positive & legs.inverted) & (log_density < jnp.inf)
+    valid = jnp.all((legs.sign > 0) & legs.inverted) & (log_density < jnp.inf)
     if checks.concrete(valid) is not None and not valid:
         for k, leg in enumerate(zip(*legs, strict=True)):
-            log_det, positive, inverted = leg
+            log_det, sign, inverted = leg
             where = f"bound: the jump from {float(times[k]):g} to {float(times[k + 1]):g}"
             if not inverted:
                 raise ValueError(
                     f"{where} was not inverted: Newton's method found no point that jumps to the given one"
                 )
-            if not positive:
+            if not sign > 0:
                 raise ValueError(
                     f"{where} is not invertible at this sample: expected a Jacobian of positive determinant, got a negative, "
                     f"zero or infinite one (log|det| = {float(log_det):g})"
                 )
         raise ValueError(f"base(x): expected a number of nats, got {float(base):g}")
-    return LogDensity(log_density, x, x0, valid)
+    return LogDensity(log_density, x, x0, valid, jnp.prod(legs.sign).astype(log_density.dtype))

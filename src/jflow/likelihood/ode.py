@@ -36,12 +36,15 @@ class LogDensity(NamedTuple):
       x0: the base point, an event.
       valid: whether the number means what it says, a bool: the solve reached its end and the result is finite; through
         jumps, every Jacobian met has a positive determinant and every inverse was found.
+      sign: of the determinant of the sampler's Jacobian, the product over its jumps: 1.0, -1.0 where the map has been turned
+        over, as in a fold, 0.0 where it is singular. Along a solve 1. See ``jflow.likelihood.weights``.
     """
 
     log_density: Array
     x: Event
     x0: Event
     valid: Array
+    sign: Array
 
 
 def standard_normal(x: Event) -> Array:
@@ -192,4 +195,4 @@ def _checked(base: Array, change: Array, x: Event, x0: Event, success: Array) ->
             f"log_density: expected a finite number, got {float(base):g} at the base with a change of {float(change):g} "
             "along the flow; the velocity, its divergence or the base density is not finite there"
         )
-    return LogDensity(log_density, x, x0, valid)
+    return LogDensity(log_density, x, x0, valid, jnp.ones_like(log_density))

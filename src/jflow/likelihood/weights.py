@@ -6,6 +6,14 @@ The sampler's density must be that of the sampler **that ran** (``push`` on the 
 density, not an estimate: log rho with a Hutchinson divergence is unbiased, so that by Jensen's inequality its exponential is
 biased upward, E exp(log rho + noise) > rho, and likewise 1/rho and every weight made of it. With a normal noise of variance
 v the factor is e^{v/2}. Use ``exact()`` for weights.
+
+Where a learned map folds, several base points are sampled at one x, and rho_0/|det| is the density of one of the branches
+alone: weights made of it count x once for each branch. With the sign of the determinant they are right again,
+
+    E_{rho_0}[ sign det grad X  target(X)/(rho_0/|det grad X|) f(X) ] = int det grad X target(X) f(X) dx_0 = int target f
+
+for the signs of the preimages of a point sum to the map's degree, which is 1 for every smooth map that can be deformed into the
+identity without letting points come back from infinity, as a flow map's own X_{0,t}, t from 1 to 0, does. Pass ``push``'s sign.
 """
 
 from __future__ import annotations
@@ -24,7 +32,7 @@ class Weights(NamedTuple):
     """Normalised weights of N samples.
 
     Attributes:
-      weights: w_n, ``[N]``, of sum 1.
+      weights: w_n, ``[N]``, of sum 1; negative where the sign is.
       log_z: log Z in nats, a scalar: of the target's integral where it is not normalised, and 0 in the limit where it is.
       log_z_error: its standard error by the delta method, sqrt( sum w^2 - 1/N ), a scalar.
     """
@@ -34,16 +42,17 @@ class Weights(NamedTuple):
     log_z_error: Array
 
 
-def normalised(log_target: Array, log_sampler: Array) -> Weights:
+def normalised(log_target: Array, log_sampler: Array, sign: Array | None = None) -> Weights:
     """The weights of samples x_n from the log-densities in nats of the target, up to a constant, and of their sampler.
 
     Args:
       log_target: ``[N]``; minus infinity where the target vanishes.
       log_sampler: ``[N]``, finite.
+      sign: ``[N]``, 1.0, 0.0 or -1.0, of the determinants of a sampler that may fold; by default 1 for all.
 
     Raises:
       ValueError: for other shapes; and (concrete) for numbers that are not finite, but for a log_target of minus infinity,
-        or a target that vanishes at all samples. Traced, the weights are then NaN.
+        a target that vanishes at all samples, or weights whose sum is not positive. Traced, the weights are then NaN.
       TypeError: for arrays that are not floating-point.
     """
     checks.floating("log_target", log_target)
@@ -58,9 +67,17 @@ def normalised(log_target: Array, log_sampler: Array) -> Weights:
     if sampler is not None and not np.all(np.isfinite(sampler)):
         raise ValueError(f"log_sampler: expected finite numbers, got {_short(sampler)}")
     log_w = jnp.asarray(log_target) - jnp.asarray(log_sampler)
-    weights = jax.nn.softmax(log_w)
+    if sign is None:
+        sign = jnp.ones_like(log_w)
+    checks.floating("sign", sign)
+    checks.shape("sign", sign, np.shape(log_target))
+    log_sum, total = jax.nn.logsumexp(log_w, b=jnp.asarray(sign).astype(log_w.dtype), return_sign=True)
+    whole = checks.concrete(total)
+    if whole is not None and not whole > 0:
+        raise ValueError("sign: expected weights of a positive sum, got more that are negative")
+    weights = jnp.where(total > 0, sign * jnp.exp(log_w - log_sum), jnp.nan)
     count = log_w.shape[0]
-    log_z = jax.nn.logsumexp(log_w) - float(np.log(count))
+    log_z = jnp.where(total > 0, log_sum - float(np.log(count)), jnp.nan)
     # Rounding may leave the variance of equal weights below zero.
     error = jnp.sqrt(jnp.maximum(jnp.sum(weights**2) - 1.0 / count, 0.0))
     return Weights(weights, log_z, error)
@@ -69,8 +86,10 @@ def normalised(log_target: Array, log_sampler: Array) -> Weights:
 def effective_sample_size(weights: Array) -> Array:
     """(sum w)^2 / sum w^2 of ``[N]`` weights of any sum, a scalar from 1 to N: so many equal weights are worth as much.
 
+    Of weights with signs it may be less than 1.
+
     Raises:
-      ValueError: for another shape, and (concrete) for negative weights, not finite ones, or a sum of zero.
+      ValueError: for another shape, and (concrete) for weights that are not finite, or a sum that is not positive.
     """
     weights = _weights(weights)
     return jnp.sum(weights) ** 2 / jnp.sum(weights**2)
@@ -105,8 +124,8 @@ def _weights(weights: Array) -> Array:
     checks.floating("weights", weights)
     checks.shape("weights", weights, (None,))
     values = checks.concrete(weights)
-    if values is not None and not (np.all(values >= 0) and 0 < np.sum(values) < np.inf):
-        raise ValueError(f"weights: expected numbers of at least 0 with a positive sum, got {_short(values)}")
+    if values is not None and not (np.all(np.isfinite(values)) and np.sum(values) > 0):
+        raise ValueError(f"weights: expected finite numbers of a positive sum, got {_short(values)}")
     return jnp.asarray(weights)
 
 
