@@ -38,14 +38,12 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from experiments import catalogue, common, densities, mixture
+from experiments import bias_tables, catalogue, common, densities, mixture
 from jflow import datasets, interpolants, likelihood, objectives, oracles, training
 from jflow.likelihood import LogDensity
 from jflow.types import BoundFlowMap
 
-JUMPS = (1, 2, 4, 8)
 BASELINE = "flow_matching"
-EXACT = "exact samples"
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -69,6 +67,8 @@ class Config(common.Training):
     """N."""
     points: int = 2048
     """Data points at which the log-densities are compared."""
+    jumps: tuple[int, ...] = (1, 2, 4, 8)
+    """Numbers of jumps."""
     log_every: int = 250
     likelihood_steps: int = 400
     """Steps of maximum likelihood."""
@@ -88,12 +88,14 @@ class Config(common.Training):
         for name in ("seeds", "points", "likelihood_steps", "likelihood_batch", "head_steps"):
             if getattr(self, name) < 1:
                 raise ValueError(f"--{name.replace('_', '-')}: expected a positive number, got {getattr(self, name)}")
-        if not self.dims or min(self.dims) < 2:
-            raise ValueError(f"--dims: expected dimensions from 2, got {self.dims}")
+        for name, low in (("dims", 2), ("jumps", 1)):
+            values = getattr(self, name)
+            if min(values, default=0) < low:
+                raise ValueError(f"--{name}: expected whole numbers from {low}, got {values}")
 
     def kept(self) -> dict[str, Any]:
         """As ``Training.kept``, without what chooses and measures rows and does not change one."""
-        return {k: v for k, v in super().kept().items() if k not in ("dims", "methods", "seeds", "points")}
+        return {k: v for k, v in super().kept().items() if k not in ("dims", "methods", "seeds", "points", "jumps")}
 
 
 class Row(NamedTuple):
@@ -203,9 +205,10 @@ _effective = jax.jit(likelihood.effective_sample_size)
 
 def moments(x: jax.Array, weights: jax.Array, this: Exact) -> dict[str, float]:
     """The bias of the mean and of the covariance under weights, relative, and in standard errors."""
-    away = x - this.mean[None]
-    values = {"mean": away, "cov": away[:, :, None] * away[:, None, :] - this.cov[None]}
-    units = {"mean": jnp.sqrt(jnp.trace(this.cov)), "cov": jnp.linalg.norm(this.cov)}
+    mean, cov = this.mean.astype(x.dtype), this.cov.astype(x.dtype)
+    away = x - mean[None]
+    values = {"mean": away, "cov": away[:, :, None] * away[:, None, :] - cov[None]}
+    units = {"mean": jnp.sqrt(jnp.trace(cov)), "cov": jnp.linalg.norm(cov)}
     found = {}
     for name, value in values.items():
         bias, error = _expectation(weights, value)
@@ -240,8 +243,8 @@ def of_samples(found: LogDensity, this: Exact, key: jax.Array) -> dict[str, Any]
     x, log_q, sign = (jnp.asarray(part)[usable] for part in (found.x, found.log_density, found.sign))
     log_p = this.log_density(x)
     kl, error = _mean(np.asarray(log_q - log_p, np.float64))
-    reference = this.sample(key, len(x))
-    equal = jnp.full(len(x), 1.0 / len(x))
+    reference = this.sample(key, len(x)).astype(x.dtype)
+    equal = jnp.full(len(x), 1.0 / len(x), x.dtype)
 
     def weighted(sign: jax.Array) -> dict[str, float]:
         weights, log_z, log_z_error = _normalised(log_p, log_q, sign)
@@ -354,7 +357,7 @@ class Job:
             kept[name] = np.where(np.asarray(valid), np.asarray(log_density, np.float64), np.nan)
             estimates[name] = of_estimates(kept[name], np.asarray(valid), truth)
 
-        for jumps in JUMPS:
+        for jumps in self.config.jumps:
             there, at = self._through(bound, jumps, x0, x, again_key)
             samples[str(jumps)] = of_samples(there, self.this, exact_key)
             note(f"determinant, {jumps}", at)
@@ -419,49 +422,10 @@ def collect(config: Config) -> dict[str, Any]:
     return found
 
 
-def average(rows: list[dict[str, Any]], *path: str) -> Any:
-    """A number's mean over the seeds; "-" where there is none."""
-    values = []
-    for row in rows:
-        for key in path:
-            row = row.get(key) if isinstance(row, dict) else None
-        if row is not None and np.isfinite(row):
-            values.append(row)
-    return float(np.mean(values)) if values else "-"
-
-
-def tables(found: dict[str, Any]) -> str:
-    """The ledger and the errors of the estimators, by dimension, as Markdown."""
-    text = []
-    for dim, this in found.items():
-        measures = ("mean", "mean_z", "cov", "cov_z", "energy")
-        header = ["sampler", "jumps", "KL(q,rho)", "+-", "nats of samples", "folded", *measures]
-        header += [*(f"weighted {name}" for name in measures), "ESS", "log Z", "+-", "log Z without sign"]
-        lines = []
-        for name, rows in [*this["rows"].items(), (EXACT, [{"samples": {"-": this["floor"]["samples"]}}])]:
-            for jumps in rows[0]["samples"]:
-                at = ("samples", jumps)
-                cells = [average(rows, *at, key) for key in ("kl", "kl_error", "nats", "folded", *measures)]
-                cells += [average(rows, *at, "weighted", key) for key in (*measures, "ess", "log_z", "log_z_error")]
-                cells.append(average(rows, *at, "without_sign", "log_z"))
-                lines.append([name, jumps, *cells])
-        entropy = f"Entropy {this['floor']['entropy']:.4g} +- {this['floor']['entropy_error']:.2g} nats."
-        text += [f"### {dim} dimensions\n\n{entropy}", common.markdown(header, lines)]
-        header = ["sampler", "estimator", "valid", "nats", "bias", "+-", "RMSE", "median error", "95 % of errors below"]
-        keys = ("valid", "nats", "bias", "bias_error", "rmse", "median", "worst_5_percent")
-        lines = [
-            [name, estimate, *(average(rows, "estimates", estimate, key) for key in keys)]
-            for name, rows in this["rows"].items()
-            for estimate in rows[0]["estimates"]
-        ]
-        text.append(common.markdown(header, lines))
-    return "\n\n".join(text)
-
-
 def quick(config: Config) -> Config:
     """A small run of every row."""
     small = common.QUICK | {"steps": 6, "log_every": 3, "warmup": 2, "samples": 128, "features": 8}
-    few = {"points": 32, "likelihood_steps": 3, "likelihood_batch": 16, "head_steps": 6}
+    few = {"points": 32, "likelihood_steps": 3, "likelihood_batch": 16, "head_steps": 6, "jumps": (1, 2)}
     return dataclasses.replace(config, **small, **few, seeds=1)
 
 
@@ -480,83 +444,17 @@ def run(config: Config) -> None:
             print(f"--- {name}, {dim} dimensions, seed {seed}", flush=True)
             Job(config, dim, name, seed).run()
     found = collect(config)
-    text = tables(found)
+    text = bias_tables.tables(found)
     print(text)
     (config.out / "table.md").write_text(text + "\n")
     common.write_json(config.out / "results.json", {"dims": found, "config": config.kept(), **common.environment()})
     for dim in config.dims:
-        _bias_figure(config, dim, found[str(dim)])
+        bias_tables.bias_figure(config.out / f"bias_{dim}d.png", dim, found[str(dim)])
         for name in ROWS:
             path = directory(config, dim, name, 0) / "estimates.npz"
             if ROWS[name].sampler == "jumps" and path.is_file():
-                _scatter(config, dim, name, dict(np.load(path)))
-
-
-def _bias_figure(config: Config, dim: int, found: dict[str, Any]) -> None:
-    import matplotlib
-
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
-
-    panels = {
-        ("kl",): "KL(q | rho), nats",
-        ("mean_z",): "bias of the mean, in standard errors",
-        ("cov_z",): "bias of the covariance, in standard errors",
-        ("weighted", "ess"): "effective sample size / N",
-        ("weighted", "mean_z"): "the mean, weighted",
-        ("weighted", "cov_z"): "the covariance, weighted",
-    }
-    figure, axes = plt.subplots(2, 3, figsize=(15, 8), layout="constrained")
-    for axis, (path, title) in zip(axes.flat, panels.items(), strict=True):
-        for name, rows in found["rows"].items():
-            values = [average(rows, "samples", str(k), *path) for k in JUMPS]
-            known = [(k, v) for k, v in zip(JUMPS, values, strict=True) if isinstance(v, float)]
-            (line,) = axis.plot(*zip(*known, strict=True), "o-", label=name) if known else axis.plot([], label=name)
-            solve = average(rows, "samples", "solve", *path)
-            if isinstance(solve, float):
-                axis.plot([16], [solve], "D", color=line.get_color())
-        logarithmic = path[-1] != "ess"
-        axis.set(title=title, xscale="log", yscale="log" if logarithmic else "linear")
-        axis.set_xticks([*JUMPS, 16], [*map(str, JUMPS), "solve"])
-        axis.minorticks_off()
-        if path[-1].endswith("_z"):
-            axis.axhline(1.0, color="grey", linestyle=":")
-    axes[0, 0].legend(fontsize=8)
-    axes[1, 0].set(xlabel="jumps")
-    figure.suptitle(f"{dim} dimensions, {config.samples:,} samples")
-    figure.savefig(config.out / f"bias_{dim}d.png", dpi=110)
-    plt.close(figure)
-
-
-def _scatter(config: Config, dim: int, name: str, kept: dict[str, np.ndarray]) -> None:
-    """Estimates against the truth, sample by sample: the determinants above, the head below, the solve at the right."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
-
-    truth = kept["truth"]
-    grid = [[f"{what}, {k}" for k in JUMPS] + [last] for what, last in DRAWN]
-    figure, axes = plt.subplots(2, len(JUMPS) + 1, figsize=(17, 7), layout="constrained", sharex=True, sharey=True)
-    low, high = np.quantile(truth, [0.001, 1.0])
-    room = 0.08 * (high - low)
-    for axis, estimate in zip(axes.flat, [key for line in grid for key in line], strict=True):
-        error = kept[estimate] - truth
-        axis.plot([low, high], [low, high], color="black", linewidth=0.8)
-        axis.plot(truth, kept[estimate], ".", markersize=2, alpha=0.5)
-        axis.set(xlim=(low - room, high + room), ylim=(low - room, high + room))
-        axis.set_title(f"{estimate}: median error {np.nanmedian(np.abs(error)):.3f}", fontsize=9)
-    for axis in axes[:, 0]:
-        axis.set(ylabel="estimate, nats")
-    for axis in axes[1]:
-        axis.set(xlabel="exact log-density, nats")
-    figure.suptitle(f"{name}, {dim} dimensions: log-density at {len(truth):,} data points")
-    figure.savefig(config.out / f"scatter_{dim}d_{name.replace(', ', '-')}.png", dpi=110)
-    plt.close(figure)
-
-
-# The lines of the scatter figure, with what closes each.
-DRAWN = (("determinant", "solve"), ("head", "solve, one probe"))
+                picture = config.out / f"scatter_{dim}d_{name.replace(', ', '-')}.png"
+                bias_tables.scatter(picture, f"{name}, {dim} dimensions", config.jumps, dict(np.load(path)))
 
 
 if __name__ == "__main__":

@@ -1,7 +1,7 @@
 r"""Held-out log-likelihood on real data: the flow's exact solve, maximum likelihood, the few-step map and head, and classics.
 
     python -m experiments.density --data digits --out runs/density_digits
-    python -m experiments.density --data breast_cancer --out runs/density_breast_cancer
+    python -m experiments.density --data breast_cancer --steps 1000 --jitter 0.2 --out runs/density_breast_cancer
 
 Three splits: training, validation (which chooses how long to train, the bandwidth, the number of components) and held out. The
 data comes from scikit-learn: 8x8 digits of 17 levels with uniform dequantisation noise, new in every batch (x = 2(q+u)/17 - 1,
@@ -36,7 +36,6 @@ from experiments import common, densities
 from jflow import datasets, likelihood, objectives
 from jflow.types import BoundFlowMap
 
-JUMPS = (1, 2, 4, 8)
 LEVELS = 17
 TABLES = ("breast_cancer", "wine")
 BANDWIDTHS = tuple(np.geomspace(0.1, 1.5, 28).tolist())
@@ -63,7 +62,7 @@ class Config(common.Training):
     log_every: int = 100
     looks: int = 20
     """How often the validation data is looked at in each training."""
-    jitter: float = 0.0
+    jitter: float = 0.05
     """Standard deviation of normal noise added to z in training."""
     likelihood_steps: int = 400
     """Steps of maximum likelihood."""
@@ -73,6 +72,8 @@ class Config(common.Training):
     """Learning rate."""
     map_steps: int = 4000
     """Steps in which the map is distilled, and then its head."""
+    jumps: tuple[int, ...] = (1, 2, 4, 8)
+    """Numbers of jumps."""
     noises: int = 4
     """Dequantisations of each held-out image."""
 
@@ -82,6 +83,8 @@ class Config(common.Training):
         for name in ("looks", "likelihood_steps", "likelihood_batch", "map_steps", "noises"):
             if getattr(self, name) < 1:
                 raise ValueError(f"--{name.replace('_', '-')}: expected a positive number, got {getattr(self, name)}")
+        if not self.jumps or min(self.jumps) < 1:
+            raise ValueError(f"--jumps: expected positive numbers, got {self.jumps}")
         if not 0.0 <= self.jitter < float("inf"):
             raise ValueError(f"--jitter: expected a number from 0, got {self.jitter}")
         if self.watch.grids:
@@ -254,7 +257,7 @@ def train(config: Config, data: Data) -> Flows:
     return Flows(velocity, likely, few_steps, headed)
 
 
-def flow_densities(flows: Flows, z: jax.Array) -> dict[str, tuple[np.ndarray, np.ndarray]]:
+def flow_densities(flows: Flows, z: jax.Array, jumps: Sequence[int]) -> dict[str, tuple[np.ndarray, np.ndarray]]:
     """Of each estimator (log rho(z), whether it is valid), in the order of the table."""
     keys = jax.random.split(jax.random.key(8), len(z))
     found = {
@@ -263,13 +266,17 @@ def flow_densities(flows: Flows, z: jax.Array) -> dict[str, tuple[np.ndarray, np
         "maximum likelihood": densities.solved_at_data(flows.likely, z, keys),
         "map, its own solve": densities.solved_at_data(flows.few_steps, z, keys),
     }
-    for jumps in JUMPS:
-        grid = densities.grid_of(jumps)
+    for k in jumps:
+        grid = densities.grid_of(k)
         at = densities.at_data(flows.few_steps, z, grid)
-        name = f"{jumps} jump{'s' if jumps > 1 else ''}"
+        name = _named(k)
         found[name] = at
         found[f"head, {name}"] = at._replace(log_density=densities.head_at(flows.headed, at.x0, grid))
     return {name: (np.asarray(at.log_density, np.float64), np.asarray(at.valid)) for name, at in found.items()}
+
+
+def _named(jumps: int) -> str:
+    return f"{jumps} jump{'s' if jumps > 1 else ''}"
 
 
 # --- the table --------------------------------------------------------------------------------------------------------
@@ -296,7 +303,8 @@ def summary(log_density: np.ndarray, valid: np.ndarray, solve: np.ndarray, data:
 def quick(config: Config) -> Config:
     """A small run."""
     small = common.QUICK | {"steps": 8, "log_every": 4, "warmup": 1, "features": 16, "batch": 32}
-    return dataclasses.replace(config, **small, looks=2, likelihood_steps=4, likelihood_batch=16, map_steps=8, noises=1)
+    few = {"looks": 2, "likelihood_steps": 4, "likelihood_batch": 16, "map_steps": 8, "noises": 1, "jumps": (1,)}
+    return dataclasses.replace(config, **small, **few)
 
 
 def run(config: Config) -> None:
@@ -321,7 +329,7 @@ def run(config: Config) -> None:
         "gaussian": (gaussian, sure),
         f"kernel density, bandwidth {bandwidth['bandwidth']:.2g}": (kernels, sure),
         f"Gaussian mixture, {chosen['components']} components, floor {chosen['floor']:g}": (mixture, sure),
-        **flow_densities(flows, data.held_out),
+        **flow_densities(flows, data.held_out, config.jumps),
     }
     solve = found["flow matching"][0]
     table = {name: summary(*both, solve, data) for name, both in found.items()}
@@ -374,8 +382,8 @@ def _figure(config: Config, table: dict[str, Any], found: dict[str, tuple[np.nda
     axes[0].set(xlabel="nats per held-out event (lower is better)", title=config.data)
     solve = found["flow matching"][0]
     for axis, prefix in ((axes[1], ""), (axes[2], "head, ")):
-        for jumps in (1, 4):
-            name = f"{prefix}{jumps} jump{'s' if jumps > 1 else ''}"
+        for k in config.jumps[::2]:
+            name = prefix + _named(k)
             estimate, valid = found[name]
             axis.plot(solve[valid], estimate[valid], ".", markersize=3, alpha=0.5, label=name)
         axis.axline((solve.mean(), solve.mean()), slope=1, color="black", linewidth=0.8)

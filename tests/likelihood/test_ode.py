@@ -263,3 +263,16 @@ def test_an_evaluation_costs_its_passes(divergence, passes, allowed):
     keys = jax.eval_shape(lambda: jax.random.key(0))
     found = flops(lambda params, x, key: ode.log_density(params, x, key=key), params, x, keys) / forward
     assert 0.98 * passes < found <= allowed
+
+
+@pytest.mark.parametrize("probes", [0, 1])
+def test_a_midpoint_step_takes_one_divergence(probes):
+    """Its first stage gives a point alone: 1 pass, and 1 + d or 1 + 1 at the middle."""
+    velocity, params, x = network()
+    forward = flops(lambda params, x: velocity(params, jnp.float32(0.5), x), params, x)
+    divergence = likelihood.hutchinson(probes) if probes else likelihood.exact()
+    ode = likelihood.along_ode(velocity, divergence, method="midpoint", steps=5)
+    keys = jax.eval_shape(lambda: jax.random.key(0))
+    found = flops(lambda params, x, key: ode.log_density(params, x, key=key), params, x, keys) / forward
+    passes = 2 + (probes or DIM)
+    assert 0.98 * passes < found <= 1.03 * passes
