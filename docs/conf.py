@@ -8,5 +8,7 @@ exclude_patterns = ["_build"]
 autodoc_typehints = "description"
 autodoc_member_order = "bysource"
 napoleon_google_docstring = True
-# The formulas in docstrings are plain text, laid out by indentation.
-suppress_warnings = ["docutils"]
+# Fields are described under "Attributes" alone, and not once more as members.
+napoleon_use_ivar = True
+# The formulas in docstrings are plain text, laid out by indentation; types are named without their modules.
+suppress_warnings = ["docutils", "ref.python"]

@@ -88,8 +88,7 @@ def solved_at_data(bound: BoundFlowMap, x: jax.Array, keys: jax.Array, probes: i
 def maximum_likelihood(flow_map: FlowMap, divergence: likelihood.Divergence) -> likelihood.MaximumLikelihood:
     """The objective of the diagonal, by adaptive steps.
 
-    With few fixed ones the training learns to make their error large: with four of Tsit5 in the plane the loss fell to -7.9
-    nats, where the entropy of the data is 1.33.
+    With few fixed ones the training learns to make their error large, as ``likelihood.maximum_likelihood`` says.
     """
     return likelihood.maximum_likelihood(flow_map.velocity, divergence=divergence, rtol=1e-3, atol=1e-3)
 
