@@ -10,16 +10,19 @@ CPU cores, in 16 dimensions most of it.
 
 Of the N samples x ~ q of each sampler, with q the density of the sampler that ran (``jflow.likelihood``):
 
-    KL(q|rho)     E_q[log q - log rho], and KL(rho|q) = E_rho[log rho - log q] at data, with the jumps inverted
-    nats          E_rho[-log q], beside the entropy E_rho[-log rho]
+    KL(q, rho)    E_q[log q - log rho], and KL(rho, q) = E_rho[log rho - log q] at data, with the jumps inverted
+    nats          of data, E_rho[-log q], beside the entropy E_rho[-log rho]; of samples, E_q[-log rho]
     mean, cov     |E_q x - m|/sqrt(tr C) and |E_q (x-m)(x-m)' - C|_F/|C|_F, m and C the exact ones
     z             the root mean square of these differences in their standard errors: about 1 without bias
     distance      the energy distance to exact samples
 
 mean, cov, z and distance are given again under the self-normalised weights rho/q, with their effective sample size: what is
 left then is noise, z about 1, as long as q reaches all of rho. Where a map folds (the share of such samples is in the table)
-the weights carry the sign of the determinant; log Z, whose exact value is 0, is given without it too. For consistency models
-with more than one jump q is the density given the batch, an upper bound for both KL and for nats.
+the density is that of one branch, less than q: KL(q, rho) is then a lower bound, KL(rho, q) and nats of data upper ones, over
+the data whose preimage was found (the share stands behind). Weights carry the sign of the determinant there; log Z, whose
+exact value is 0, is given without it too. For consistency models with more than one jump q is the density given the batch: an
+upper bound for both KL and for nats; and as their samples are one from each component of a mixture, z of weighted moments is
+below 1.
 
 The error of each estimator of the log-density is taken sample by sample at data x ~ rho, against log rho: the determinants
 of the jumps, the divergence head, the solve with the exact divergence and with one probe of Hutchinson's.
@@ -44,6 +47,8 @@ from jflow.likelihood import LogDensity
 from jflow.types import BoundFlowMap
 
 BASELINE = "flow_matching"
+# Samples for the entropies of the targets.
+ENTROPY = 1_000_000
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -82,6 +87,9 @@ class Config(common.Training):
     def check(self) -> None:
         """As ``Training.check``, and the names of the rows."""
         super().check()
+        common.refuse_unused(
+            self, "path", "parameterization", "velocity", "network", "decoupled", "octaves", "resume", "overwrite"
+        )
         unknown = sorted(set(self.methods) - set(ROWS))
         if unknown:
             raise ValueError(f"--methods: unknown {', '.join(unknown)}; expected some of {', '.join(sorted(ROWS))}")
@@ -96,6 +104,11 @@ class Config(common.Training):
     def kept(self) -> dict[str, Any]:
         """As ``Training.kept``, without what chooses and measures rows and does not change one."""
         return {k: v for k, v in super().kept().items() if k not in ("dims", "methods", "seeds", "points", "jumps")}
+
+    def of_rows(self) -> dict[str, Any]:
+        """What all rows of a table have alike: a row of another configuration is refused."""
+        measured = {"samples": self.samples, "points": self.points, "jumps": list(self.jumps)}
+        return {k: v for k, v in self.kept().items() if k != "seed"} | measured
 
 
 class Row(NamedTuple):
@@ -219,13 +232,17 @@ def moments(x: jax.Array, weights: jax.Array, this: Exact) -> dict[str, float]:
 
 @jax.jit
 def weighted_energy_distance(x: jax.Array, weights: jax.Array, y: jax.Array) -> jax.Array:
-    """2 E|X-Y| - E|X-X'| - E|Y-Y'| of samples x with weights of sum 1 and exact samples y; pairs of one sample left out."""
+    """2 E|X-Y| - E|X-X'| - E|Y-Y'| of samples x with weights of sum 1 and exact samples y; pairs of one sample left out.
+
+    NaN where signed weights are worth less than one sample, and pairs have no law.
+    """
 
     def distances(a: jax.Array) -> jax.Array:
         return jax.lax.map(lambda p: jnp.sqrt(jnp.sum((p[None] - a) ** 2, axis=1)), x, batch_size=64)
 
-    between = weights @ jnp.mean(distances(y), axis=1)
-    within = weights @ (distances(x) @ weights) / (1.0 - jnp.sum(weights**2))
+    pairs = 1.0 - jnp.sum(weights**2)
+    between = jnp.sum(weights * jnp.mean(distances(y), axis=1))
+    within = jnp.sum(weights * jnp.sum(distances(x) * weights[None], axis=1)) / jnp.where(pairs > 0, pairs, jnp.nan)
     own = jax.lax.map(lambda p: jnp.sum(jnp.sqrt(jnp.sum((p[None] - y) ** 2, axis=1))), y, batch_size=64)
     return 2.0 * between - within - jnp.sum(own) / (len(y) * (len(y) - 1))
 
@@ -239,19 +256,21 @@ def _mean(values: np.ndarray) -> tuple[float, float]:
 
 def of_samples(found: LogDensity, this: Exact, key: jax.Array) -> dict[str, Any]:
     """What the samples of one sampler say, without and with weights."""
+    # A singular sample has no density and no weight, but has been drawn.
     usable = np.isfinite(found.log_density) & np.all(np.isfinite(found.x), axis=1)
-    x, log_q, sign = (jnp.asarray(part)[usable] for part in (found.x, found.log_density, found.sign))
+    x = jnp.where(usable[:, None], found.x, 0.0)
     log_p = this.log_density(x)
-    kl, error = _mean(np.asarray(log_q - log_p, np.float64))
+    log_q, sign = jnp.where(usable, found.log_density, 0.0), jnp.where(usable, found.sign, 0.0)
+    kl, error = _mean(np.asarray(log_q - log_p, np.float64)[usable])
     reference = this.sample(key, len(x)).astype(x.dtype)
-    equal = jnp.full(len(x), 1.0 / len(x), x.dtype)
+    equal = (usable / np.sum(usable)).astype(x.dtype)
 
     def weighted(sign: jax.Array) -> dict[str, float]:
         weights, log_z, log_z_error = _normalised(log_p, log_q, sign)
         return {
             **moments(x, weights, this),
             "energy": float(weighted_energy_distance(x, weights, reference)),
-            "ess": float(_effective(weights)) / len(found.valid),
+            "ess": float(_effective(weights)) / len(x),
             "log_z": float(log_z),
             "log_z_error": float(log_z_error),
         }
@@ -259,12 +278,13 @@ def of_samples(found: LogDensity, this: Exact, key: jax.Array) -> dict[str, Any]
     return {
         "kl": kl,
         "kl_error": error,
-        "folded": float(np.mean(found.sign <= 0)),
-        "nats": float(-jnp.mean(log_p)),
+        "singular": float(1.0 - np.mean(usable)),
+        "folded": float(1.0 - np.mean(found.valid)),
+        "nats": float(-np.mean(np.asarray(log_p)[usable])),
         **moments(x, equal, this),
         "energy": float(weighted_energy_distance(x, equal, reference)),
         "weighted": weighted(sign),
-        "without_sign": weighted(jnp.ones_like(sign)),
+        "without_sign": weighted(jnp.abs(sign)),
     }
 
 
@@ -293,18 +313,15 @@ class Job:
 
     def __init__(self, config: Config, dim: int, name: str, seed: int) -> None:
         self.name, self.row, self.dim = name, ROWS[name], dim
-        self.config = dataclasses.replace(wide(config, dim), out=directory(config, dim, name, seed), seed=seed)
+        out = directory(config, dim, name, seed)
+        self.config = dataclasses.replace(wide(config, dim), out=out, seed=seed, resume="auto")
+        self.rows = config.of_rows()
         self.this = exact(dim)
         self.model = model_of(dim, self.config.features, config.depth, config.residual)
         self.problem = problem(self.config, dim)
         self.teacher = None
         if self.row.row is None or catalogue.ROWS[self.row.row].teacher:
             self.teacher, _ = training.restore_params(directory(config, dim, BASELINE, seed) / "map", common.AVERAGE)
-
-    def _resumed(self, config: Config) -> Config:
-        there = config.out / "checkpoints"
-        held = there.is_dir() and any(there.iterdir())
-        return dataclasses.replace(config, resume="yes" if held else "no", overwrite=not held)
 
     def train(self) -> BoundFlowMap:
         """The map."""
@@ -328,15 +345,13 @@ class Job:
             if row.teacher:
                 choices["teacher"] = flow_map.velocity
             objective = objectives.METHODS[row.method].constructor(flow_map, path, **choices)
-        config = self._resumed(config)
-        this = common.trainer(config, problem_, self.model, objective, params=start, teacher=start)
+        teacher = start if self.row.row is not None else None
+        this = common.trainer(config, problem_, self.model, objective, params=start, teacher=teacher)
         return common.train(config, problem_, self.model, this)[0]
 
     def with_head(self, bound: BoundFlowMap) -> BoundFlowMap:
         """The map of States with its trained head."""
         config = dataclasses.replace(self.config, steps=self.config.head_steps)
-        there = self._resumed(dataclasses.replace(config, out=config.out / "head"))
-        config = dataclasses.replace(config, resume=there.resume, overwrite=there.overwrite)
         divergence = likelihood.exact() if self.dim == 2 else likelihood.hutchinson()
         return densities.train_head(config, self.problem, bound, self.model.interpolant, divergence=divergence)
 
@@ -365,12 +380,12 @@ class Job:
                 note(f"head, {jumps}", densities.head_at(headed, at.x0, densities.grid_of(jumps)), at.valid)
         if self.row.velocity:
             samples["solve"] = of_samples(densities.solved_samples(bound, x0), self.this, exact_key)
+            note("solve", densities.solved_at_data(bound, x))
             keys = jax.random.split(probe_key, len(x))
-            note("solve", densities.solved_at_data(bound, x, keys))
             note("solve, one probe", densities.solved_at_data(bound, x, keys, 1))
         np.savez(self.config.out / "estimates.npz", **kept)
         row = {"name": self.name, "dim": dim, "seed": self.config.seed, "samples": samples, "estimates": estimates}
-        common.write_json(self.config.out / "row.json", row)
+        common.write_json(self.config.out / "row.json", {**row, "config": self.rows})
 
     def _through(
         self, bound: BoundFlowMap, jumps: int, x0: jax.Array, x: jax.Array, key: jax.Array
@@ -406,8 +421,26 @@ def floor(config: Config, dim: int) -> dict[str, Any]:
     x = this.sample(key, config.samples)
     log_p = this.log_density(x)
     found = of_samples(LogDensity(log_p, x, x, jnp.ones(len(x), bool), jnp.ones(len(x))), this, again)
-    entropy, error = _mean(-np.asarray(log_p, np.float64))
+    entropy, error = _mean(-np.asarray(this.log_density(this.sample(jax.random.key(78), ENTROPY)), np.float64))
     return {"samples": found, "entropy": entropy, "entropy_error": error}
+
+
+def read(config: Config, dim: int, name: str, seed: int) -> dict[str, Any] | None:
+    """A row that has been written, or None.
+
+    Raises:
+      ValueError: for one of another configuration.
+    """
+    path = directory(config, dim, name, seed) / "row.json"
+    if not path.is_file():
+        return None
+    row = json.loads(path.read_text())
+    # As JSON has it.
+    wanted = json.loads(json.dumps(config.of_rows(), default=str))
+    if row["config"] != wanted:
+        other = sorted(k for k in wanted if row["config"].get(k) != wanted[k])
+        raise ValueError(f"--out: {path} was written with another {', '.join(other)}; choose another directory")
+    return row
 
 
 def collect(config: Config) -> dict[str, Any]:
@@ -416,8 +449,7 @@ def collect(config: Config) -> dict[str, Any]:
     for dim in config.dims:
         rows = {}
         for name in ROWS:
-            paths = [directory(config, dim, name, seed) / "row.json" for seed in range(config.seeds)]
-            rows[name] = [json.loads(path.read_text()) for path in paths if path.is_file()]
+            rows[name] = [row for seed in range(config.seeds) if (row := read(config, dim, name, seed))]
         found[str(dim)] = {"rows": {name: row for name, row in rows.items() if row}, "floor": floor(config, dim)}
     return found
 
@@ -440,7 +472,7 @@ def run(config: Config) -> None:
     if config.quick:
         config = quick(config)
     for dim, name, seed in order(config):
-        if not (directory(config, dim, name, seed) / "row.json").is_file():
+        if read(config, dim, name, seed) is None:
             print(f"--- {name}, {dim} dimensions, seed {seed}", flush=True)
             Job(config, dim, name, seed).run()
     found = collect(config)

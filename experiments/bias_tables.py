@@ -72,13 +72,14 @@ def _line(name: str, jumps: str, rows: list[dict[str, Any]]) -> list[str]:
 
     at, weighted = ("samples", jumps), ("samples", jumps, "weighted")
     estimate = ("estimates", jumps if jumps == "solve" else f"determinant, {jumps}")
-    back = average(rows, *estimate, "bias")
+    back, valid = average(rows, *estimate, "bias"), average(rows, *estimate, "valid")
+    share = "" if valid == 1.0 or not np.isfinite(back) else f" ({valid:.3g})"
     return [
         name,
         jumps,
         both(*at, "kl", second="kl_error", form="{} +- {}"),
-        _said(-back) if not np.isfinite(back) else f"{_said(-back)} +- {number(*estimate, 'bias_error')}",
-        number(*estimate, "nats"),
+        _said(-back) if not np.isfinite(back) else f"{_said(-back)} +- {number(*estimate, 'bias_error')}{share}",
+        number(*estimate, "nats") + share,
         number(*at, "nats"),
         number(*at, "folded"),
         *moments_of(*at),

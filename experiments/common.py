@@ -152,6 +152,18 @@ class Config(Training):
             raise ValueError("--diagonal: expected less than 1: a flow map is learned on the off-diagonal rows")
 
 
+def refuse_unused(config: Training, *names: str) -> None:
+    """Refuses options that an experiment inherits and does not look at.
+
+    Raises:
+      ValueError: for one that is not at its default.
+    """
+    defaults = {field.name: field.default for field in dataclasses.fields(config)}
+    for name in names:
+        if (value := getattr(config, name)) != defaults[name]:
+            raise ValueError(f"--{_flag(name)}: expected {defaults[name]}, for nothing depends on it here, got {value}")
+
+
 def _between(config: Training, name: str, low: float, high: float) -> None:
     value = getattr(config, name)
     if not low <= value <= high:
@@ -303,14 +315,18 @@ def train(
     Args:
       config, problem, model, this: what is trained.
       score: of the map at the averaged parameters, which then are those of the lowest score and not the last.
-      score_every: steps between two scores, a multiple of ``config.log_every``; takes the place of the grids.
+      score_every: steps between two scores, a multiple of ``config.log_every``; takes the place of the grids. A score that is
+        not finite is never the lowest.
 
     Returns:
       (the map at the averaged parameters, seconds that the training took, compilation included).
 
     Raises:
       FirstProcessOnly: on the other processes.
+      ValueError: for a score without ``score_every``, or the reverse.
     """
+    if (score is None) != (score_every == 0):
+        raise ValueError("score, score_every: expected both or neither")
     this = trainer(config, problem, model, objective_of(config, model)) if this is None else this
     log_every = min(config.log_every, config.steps)
     watch = config.watch

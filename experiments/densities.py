@@ -79,8 +79,8 @@ def solved_samples(bound: BoundFlowMap, x0: jax.Array) -> LogDensity:
 
 
 @functools.partial(jax.jit, static_argnums=3)
-def solved_at_data(bound: BoundFlowMap, x: jax.Array, keys: jax.Array, probes: int = 0) -> LogDensity:
-    """The density of the diagonal's ODE at data; with Hutchinson's estimate where there are probes."""
+def solved_at_data(bound: BoundFlowMap, x: jax.Array, keys: jax.Array | None = None, probes: int = 0) -> LogDensity:
+    """The density of the diagonal's ODE at data; with Hutchinson's estimate where there are probes, which need keys."""
     ode = _solved(bound.flow_map, probes)
     return _blocks(lambda row: ode.log_density(bound.params, row[0], key=row[1]), (x, keys))
 
@@ -109,8 +109,13 @@ class Head(NamedTuple):
 
 
 def head_of(flow_map: FlowMap, config: common.Training, event: tuple[int, ...]) -> Head:
-    """A network of the configuration's size as a head."""
-    module = nets.Joined(nets.MLP(features=config.features, depth=config.depth, residual=config.residual))
+    """An embedded network of the configuration's size as a head; one object for all of a size, as for the maps."""
+    return _head(flow_map, config.features, config.depth, config.residual, event)
+
+
+@functools.cache
+def _head(flow_map: FlowMap, features: int, depth: int, residual: bool, event: tuple[int, ...]) -> Head:
+    module = nets.Joined(nets.MLP(features=features, depth=depth, residual=residual))
     zero = State(jnp.zeros(event, jnp.float32), jnp.float32(0.0))
 
     def init(key: jax.Array) -> Any:
@@ -139,7 +144,7 @@ def train_head(
 ) -> BoundFlowMap:
     """Trains the head of a map that has been trained, to ``config.out``/head."""
     head = head_of(bound.flow_map, config, problem.event)
-    config = dataclasses.replace(config, out=config.out / "head")
+    config = dataclasses.replace(config, out=config.out / "head", warmup=min(config.warmup, config.steps // 10))
     model = common.Model(head.flow_map, head.init, path)
     objective = head_objective(head, path, **choices)
     this = common.trainer(config, problem, model, objective, teacher=bound.params)

@@ -128,6 +128,33 @@ def test_weights_with_the_sign_are_unbiased_where_the_map_folds(turn, assert_mea
         assert np.mean(w) > 1.0 + 8 * np.std(w) / np.sqrt(len(w))
 
 
+def test_signs_sum_to_the_degree_of_the_map(assert_mean):
+    """x + softplus(-2x) comes back from infinity: it has degree 0, no point has one preimage, and the weights know it."""
+
+    def mean_velocity(params, s, t, x, cond=None, *, key=None):
+        return jax.nn.softplus(-2.0 * x)
+
+    bound = FlowMap(mean_velocity).bind(None)
+    draw = jax.jit(jax.vmap(lambda x0: likelihood.push(bound, x0, np.array([0.0, 1.0]))))
+    found = draw(jax.random.normal(jax.random.key(3), (20_000, 1)))
+    w = np.exp(log_normal(found.x[:, 0], MEAN, 0.3) - found.log_density)
+    assert_mean(found.sign * w, 0.0)
+    assert abs(np.mean(w)) > 0.1
+
+
+def test_a_sample_without_sign_is_drawn_and_has_no_weight():
+    x, sign = np.random.default_rng(4).normal(size=50), np.ones(50)
+    sign[:10] = 0.0
+    target, sampler = LOG_Z + log_normal(x, MEAN, SPREAD), log_normal(x, 0.0, 1.0)
+    some = likelihood.normalised(target, sampler, sign)
+    few = likelihood.normalised(target[10:], sampler[10:])
+    np.testing.assert_allclose(some.weights, np.append(np.zeros(10), few.weights), rtol=1e-12)
+    np.testing.assert_allclose(some.log_z, few.log_z + np.log(40 / 50), rtol=1e-12)
+    # Narrow densities with a wide sign keep their dtype.
+    narrow = likelihood.normalised(target.astype(np.float32), sampler.astype(np.float32), sign)
+    assert narrow.weights.dtype == np.float32
+
+
 TWO = np.array([0.5, 0.5])
 
 
@@ -143,7 +170,8 @@ TWO = np.array([0.5, 0.5])
         (lambda: likelihood.normalised(TWO - np.inf, TWO), ValueError, "log_target: .*not everywhere"),
         (lambda: likelihood.normalised(TWO, TWO - np.inf), ValueError, "log_sampler: expected finite numbers"),
         (lambda: likelihood.normalised(TWO, TWO, TWO[:1]), ValueError, r"sign: .*\(2\), got \(1,\)"),
-        (lambda: likelihood.normalised(TWO, TWO, -TWO), ValueError, "sign: expected weights of a positive sum"),
+        (lambda: likelihood.normalised(TWO, TWO, -2 * TWO), ValueError, "sign: expected weights of a positive sum"),
+        (lambda: likelihood.normalised(TWO, TWO, TWO), ValueError, "sign: expected 1, 0 or -1"),
         (lambda: likelihood.normalised(TWO, TWO, np.arange(2)), TypeError, "sign: expected floating"),
         (lambda: likelihood.effective_sample_size(TWO[None]), ValueError, "weights: expected an array of shape"),
         (

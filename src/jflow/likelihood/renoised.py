@@ -3,17 +3,20 @@ r"""The density of a sampler that adds noise between its jumps, given the batch 
 The density of the last state of ``samplers.renoise`` is an integral over all states before it. But of N samples drawn
 together, the states before the last jump, at time t,
 
-    x_n = c_n + sigma z_n,    c_n = (beta_t/beta_{t+}) X_{s,t+}(the state before),    sigma = kappa alpha_t
+    x_n = c_n + sigma z_n,    c_n = (beta_t/beta_{t+}) X_{s,t+}(the state before),    sigma = RenoisePlan.noise
 
 are, given those centres, one draw from each of the N components of
 
     m(x) = 1/N sum_n N(x; c_n, sigma^2 I)
 
-and the last jump carries m as it would any base: log q(X_{t,1}(x)) = log m(x) - log|det grad X_{t,1}(x)|. Weights target/q are
-unbiased, E[ 1/N sum_n target(x_n)/q(x_n) f(x_n) ] = int target f: importance sampling from several proposals with the balance
-heuristic. The mean of q over batches is the density of the sampler, so that by Jensen's inequality KL(q | target), KL(target |
-q) and the mean of -log q over data are, in expectation, upper bounds of the sampler's own. They tend to it as N grows, slowly
-where sigma is small beside the distances between the samples, as in many dimensions.
+and the last jump carries m as it would any base: log q(X_{t,1}(x)) = log m(x) - log|det grad X_{t,1}(x)|, where that jump does
+not fold (where it does, ``weights`` says what the sign is for). Weights target/q are unbiased, E[ 1/N sum_n target(x_n)/q(x_n)
+f(x_n) ] = int target f: importance sampling from several proposals with the balance heuristic. The samples are then one from
+each proposal and vary less than independent ones, for which the standard errors of ``weights`` are: those are too large here.
+
+The mean of q over batches is the density of the sampler, so that by Jensen's inequality KL(q | target), KL(target | q) and the
+mean of -log q over data are, in expectation, upper bounds of the sampler's own. They tend to it as N grows, slowly where sigma
+is small beside the distances between the samples, as in many dimensions.
 """
 
 from __future__ import annotations
@@ -58,15 +61,15 @@ def renoised(
         pushed = vmap(lambda x: push(bound, x, grid[-2:], base=before.base))(before.states)
         at_data = vmap(lambda x: log_density(bound, x, grid[-2:], base=before.base))(data)
 
-    The samples are those of ``renoise`` with the same keys. Map the second and third line over blocks: all of them at once
-    hold N times their number of distances.
+    The samples are those of ``renoise`` with the same keys, a base of standard deviation 1 and a network without a key. Map
+    the second and third line over blocks: all of them at once hold N times their number of distances.
 
     Args:
       bound: the flow map with its parameters.
       interpolant: the path that the map was made for.
       keys: one key per sample, ``[N]``.
-      x0: base points, ``[N, ...]``, of the standard normal law at grid[0].
-      grid: strictly ascending times, ``[K + 1]``, K at least 2, from 0 to 1.
+      x0: states at grid[0], ``[N, ...]``.
+      grid: strictly ascending concrete times, ``[K + 1]``, K at least 2, that end at 1.
       kappa: the share of noise made new, in (0, 1]; 1 for consistency sampling.
       cond: conditioning, the same for all samples.
 
@@ -75,7 +78,7 @@ def renoised(
 
     Raises:
       ValueError: as ``samplers.renoise_path``, and for a grid that is traced, has less than two jumps or does not end at 1, or
-        a kappa of 0.
+        a kappa of 0; TypeError for x0 that is not floating-point, or a kappa that is no number.
     """
     checks.number("kappa", kappa, low=0.0, high=1.0, open_low=True)
     times = checks.concrete(grid)

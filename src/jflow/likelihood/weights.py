@@ -8,12 +8,15 @@ biased upward, E exp(log rho + noise) > rho, and likewise 1/rho and every weight
 v the factor is e^{v/2}. Use ``exact()`` for weights.
 
 Where a learned map folds, several base points are sampled at one x, and rho_0/|det| is the density of one of the branches
-alone: weights made of it count x once for each branch. With the sign of the determinant they are right again,
+alone, less than the sampler's: weights made of it count x once for each branch. With the sign of the determinant they are right
+again,
 
-    E_{rho_0}[ sign det grad X  target(X)/(rho_0/|det grad X|) f(X) ] = int det grad X target(X) f(X) dx_0 = int target f
+    E_{rho_0}[ sign det grad X  target(X)/(rho_0/|det grad X|) f(X) ] = int det grad X target(X) f(X) dx_0 = deg X int target f
 
-for the signs of the preimages of a point sum to the map's degree, which is 1 for every smooth map that can be deformed into the
-identity without letting points come back from infinity, as a flow map's own X_{0,t}, t from 1 to 0, does. Pass ``push``'s sign.
+for the signs of the preimages of a point sum to the degree of the map. It is 1 where every jump X_{s,t} can be undone without
+points coming in from infinity: |X_{s,u}(x)| -> infinity with |x|, uniformly in u between s and t, as of a bounded v, or of one
+with |(t-s) v| <= c |x| + C, c < 1. Of a learned map that is an assumption (x + softplus(-2x) has degree 0), and the base must
+reach all preimages in practice; the check is log Z, which is 0 for a normalised target. Pass ``push``'s sign.
 """
 
 from __future__ import annotations
@@ -48,11 +51,13 @@ def normalised(log_target: Array, log_sampler: Array, sign: Array | None = None)
     Args:
       log_target: ``[N]``; minus infinity where the target vanishes.
       log_sampler: ``[N]``, finite.
-      sign: ``[N]``, 1.0, 0.0 or -1.0, of the determinants of a sampler that may fold; by default 1 for all.
+      sign: ``[N]``, each 1, 0 or -1, of the determinants of a sampler that may fold; by default 1 for all. With 0 a sample
+        counts as drawn and has no weight: so pass singular ones, with any finite densities.
 
     Raises:
       ValueError: for other shapes; and (concrete) for numbers that are not finite, but for a log_target of minus infinity,
-        a target that vanishes at all samples, or weights whose sum is not positive. Traced, the weights are then NaN.
+        other signs, a target that vanishes at all samples, or weights whose sum is not positive. Traced, the weights are
+        then NaN.
       TypeError: for arrays that are not floating-point.
     """
     checks.floating("log_target", log_target)
@@ -71,7 +76,11 @@ def normalised(log_target: Array, log_sampler: Array, sign: Array | None = None)
         sign = jnp.ones_like(log_w)
     checks.floating("sign", sign)
     checks.shape("sign", sign, np.shape(log_target))
-    log_sum, total = jax.nn.logsumexp(log_w, b=jnp.asarray(sign).astype(log_w.dtype), return_sign=True)
+    signs = checks.concrete(sign)
+    if signs is not None and not np.all(np.isin(signs, (-1.0, 0.0, 1.0))):
+        raise ValueError(f"sign: expected 1, 0 or -1, got {_short(signs)}")
+    sign = jnp.asarray(sign).astype(log_w.dtype)
+    log_sum, total = jax.nn.logsumexp(log_w, b=sign, return_sign=True)
     whole = checks.concrete(total)
     if whole is not None and not whole > 0:
         raise ValueError("sign: expected weights of a positive sum, got more that are negative")
@@ -84,9 +93,9 @@ def normalised(log_target: Array, log_sampler: Array, sign: Array | None = None)
 
 
 def effective_sample_size(weights: Array) -> Array:
-    """(sum w)^2 / sum w^2 of ``[N]`` weights of any sum, a scalar from 1 to N: so many equal weights are worth as much.
+    """(sum w)^2 / sum w^2 of ``[N]`` weights of any positive sum: so many equal weights are worth as much. A scalar.
 
-    Of weights with signs it may be less than 1.
+    From 1 to N, but of weights with signs it may be less than 1.
 
     Raises:
       ValueError: for another shape, and (concrete) for weights that are not finite, or a sum that is not positive.
@@ -101,7 +110,7 @@ def expectation(weights: Array, values: Array) -> tuple[Array, Array]:
     The bias, of order 1/N, is not in the error; nor is a region of the target that no sample came from.
 
     Args:
-      weights: ``[N]``, of any sum.
+      weights: ``[N]``, of any positive sum.
       values: f(x_n), ``[N, ...]``.
 
     Returns:
@@ -124,7 +133,7 @@ def _weights(weights: Array) -> Array:
     checks.floating("weights", weights)
     checks.shape("weights", weights, (None,))
     values = checks.concrete(weights)
-    if values is not None and not (np.all(np.isfinite(values)) and np.sum(values) > 0):
+    if values is not None and not (np.all(np.isfinite(values)) and 0 < np.sum(values) < np.inf):
         raise ValueError(f"weights: expected finite numbers of a positive sum, got {_short(values)}")
     return jnp.asarray(weights)
 
