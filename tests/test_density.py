@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import os
 import pathlib
@@ -13,8 +14,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from experiments import density
-from jflow import likelihood
+from experiments import common, density
+from jflow import datasets, likelihood, objectives, training
 
 ROOT = pathlib.Path(__file__).resolve().parents[1]
 
@@ -42,8 +43,6 @@ def test_one_gaussian_in_z_is_the_gaussian_of_the_training_data(data):
         covariance = np.corrcoef(rows.T) * len(rows) / (len(rows) - 1)
     else:
         assert found.held_out.shape == (4 * 359, 64) and found.levels == 17
-        from jflow import datasets
-
         levels = np.rint((datasets.digits().train.x1.reshape(-1, 64) + 1) * 8).astype(np.int32)
         levels = levels[np.random.default_rng(1).permutation(len(levels))][len(levels) // 8 :]
         x = likelihood.dequantise(jax.random.key(9), jnp.tile(jnp.asarray(levels), (density.FITTED, 1)), 17)
@@ -86,6 +85,22 @@ def test_the_classics_are_densities_and_choose_by_the_validation_data():
     mixture, chosen = density.gaussian_mixture(data, (1, 4))
     assert 0.15 < bandwidth["bandwidth"] < 0.7 and chosen["components"] in (1, 4)
     assert np.median(np.abs(kernels - exact)) < 0.15 and np.median(np.abs(mixture - exact)) < 0.1
+
+
+def test_training_with_a_score_ends_at_the_lowest_and_not_at_the_last(tmp_path):
+    this = config("wine", steps=8, log_every=4, warmup=1, features=8, depth=2, batch=16, ema=0.5)
+    this = dataclasses.replace(this, out=tmp_path)
+    data = density.load(this)
+    problem = common.Problem(datasets.SampledDataset(data.sample, this.batch), (13,), 1.0, None)
+    model = common.build(this, problem)
+    made = common.trainer(this, problem, model, objectives.flow_matching(model.flow_map, model.interpolant))
+    scores = iter([1.0, 2.0])
+    bound, _ = common.train(this, problem, model, made, score=lambda bound: next(scores), score_every=4)
+    at = {step: training.restore_params(tmp_path, common.AVERAGE, step=step)[0] for step in (4, 8)}
+    same = {step: jax.tree.map(np.array_equal, bound.params, params) for step, params in at.items()}
+    assert all(jax.tree.leaves(same[4])) and not all(jax.tree.leaves(same[8]))
+    with pytest.raises(ValueError, match="score, score_every: expected both"):
+        common.train(this, problem, model, made, score_every=4)
 
 
 def run(*arguments):
