@@ -41,8 +41,8 @@ from jflow.types import BoundFlowMap
 LEVELS = 17
 TABLES = ("breast_cancer", "wine")
 BANDWIDTHS = tuple(np.geomspace(0.1, 1.5, 28).tolist())
-COMPONENTS = (1, 2, 4, 8, 16, 32, 64)
-FLOORS = (1e-2, 0.05, 0.1, 0.2, 0.3, 0.5)
+COMPONENTS = (1, 4, 16, 32)
+FLOORS = (0.05, 0.1, 0.2, 0.4)
 # Dequantisations of each training image that the classics are fitted to.
 FITTED = 4
 
