@@ -497,10 +497,9 @@ def run(config: Config) -> None:
     """Runs what is missing, and writes the table of all that is there to ``config.out``.
 
     Raises:
-      ValueError: with several processes: there are many short trainings, each of which one process measures.
+      ValueError: with several processes.
     """
-    if jax.process_count() > 1:
-        raise ValueError(f"--machine.processes: expected one process, got {jax.process_count()}")
+    common.one_process()
     if config.quick:
         config = quick(config)
     for name, seed in order(config):

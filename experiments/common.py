@@ -295,6 +295,16 @@ def trainer(
     return Trainer(sharding.place(state, shardings), step, chunk, sharding.place(data, sharding.whole(mesh)))
 
 
+def one_process() -> None:
+    """Refuses several processes, where there are many short trainings, each of which one process measures.
+
+    Raises:
+      ValueError: where there are.
+    """
+    if jax.process_count() > 1:
+        raise ValueError(f"--machine.processes: expected one process, got {jax.process_count()}")
+
+
 class FirstProcessOnly(Exception):
     """Raised where all that is left is for the first process to do, on the others."""
 

@@ -321,8 +321,7 @@ def run(config: Config) -> None:
     Raises:
       ValueError: with several processes.
     """
-    if jax.process_count() > 1:
-        raise ValueError(f"--machine.processes: expected one process, got {jax.process_count()}")
+    common.one_process()
     if config.quick:
         config = quick(config)
     data = load(config)
@@ -356,7 +355,8 @@ def run(config: Config) -> None:
     text = common.markdown(header, [[f"{v:.5g}" if isinstance(v, float) else v for v in line] for line in lines])
     print(text)
     (config.out / "table.md").write_text(text + "\n")
-    np.savez(config.out / "densities.npz", **{name: both[0] for name, both in found.items()})
+    kept = {name: np.where(valid, log_density, np.nan) for name, (log_density, valid) in found.items()}
+    np.savez(config.out / "densities.npz", **kept)
     common.write_json(
         config.out / "results.json",
         {
