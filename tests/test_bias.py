@@ -129,6 +129,6 @@ def test_a_quick_run_and_the_rows_that_are_there(tmp_path):
         assert np.median(np.abs(kept[name] - kept["determinant, 2"])) < 0.1
     again = run(*arguments)
     assert again.returncode == 0 and "---" not in again.stdout.split("###")[0]
-    other = bias.quick(bias.Config(out=tmp_path, dims=(2,), depth=3))
-    with pytest.raises(ValueError, match="another depth"):
+    other = bias.quick(bias.Config(out=tmp_path, dims=(2,), learning_rate=0.01))
+    with pytest.raises(ValueError, match="another learning_rate"):
         bias.read(other, 2, "lsd", 0)
