@@ -39,12 +39,12 @@ def gaussian_samples(n, width):
 
 
 def test_weights_remove_the_bias_of_a_sampler_of_known_density():
-    this, found = gaussian_samples(8192, 1.3)
+    this, found = gaussian_samples(4096, 1.3)
     row = bias.of_samples(found, this, jax.random.key(2))
     # The covariance is 1.69 times the target's, and KL(q, rho) = E_q[-log rho] less the entropy of q.
-    assert abs(row["cov"] - 0.69) < 0.05 and row["cov_z"] > 15 and row["mean_z"] < 2.5
+    assert abs(row["cov"] - 0.69) < 0.08 and row["cov_z"] > 10 and row["mean_z"] < 2.5
     entropy = np.log(2 * np.pi * np.e) + 0.5 * np.linalg.slogdet(1.69 * np.asarray(this.cov))[1]
-    assert abs(row["kl"] - (row["nats"] - entropy)) < 4 * np.sqrt(1.0 / 8192)
+    assert abs(row["kl"] - (row["nats"] - entropy)) < 4 * np.sqrt(1.0 / 4096)
     weighted = row["weighted"]
     assert weighted["cov"] < 0.1 and max(weighted["cov_z"], weighted["mean_z"]) < 2.5
     assert abs(weighted["log_z"]) < 4 * weighted["log_z_error"] < 0.2
@@ -53,8 +53,8 @@ def test_weights_remove_the_bias_of_a_sampler_of_known_density():
 
 
 def test_singular_samples_are_counted_and_have_no_weight():
-    this, found = gaussian_samples(8192, 1.3)
-    lost = np.arange(8192) < 2048
+    this, found = gaussian_samples(4096, 1.3)
+    lost = np.arange(4096) < 1024
     some = found._replace(
         log_density=jnp.where(lost, jnp.inf, found.log_density),
         x=jnp.where(lost[:, None], jnp.nan, found.x),
@@ -65,7 +65,7 @@ def test_singular_samples_are_counted_and_have_no_weight():
     assert row["singular"] == row["folded"] == 0.25
     # Three quarters of the target's integral are left, and its moments.
     assert abs(row["weighted"]["log_z"] - np.log(0.75)) < 4 * row["weighted"]["log_z_error"]
-    assert row["weighted"]["cov_z"] < 2.5 and row["cov_z"] > 10
+    assert row["weighted"]["cov_z"] < 2.5 and row["cov_z"] > 7
 
 
 def test_a_singular_sampler_has_no_weights_and_is_no_error():
@@ -121,14 +121,15 @@ def test_a_quick_run_and_the_rows_that_are_there(tmp_path):
     assert all((tmp_path / name).stat().st_size > 0 for name in ("table.md", "bias_2d.png", "scatter_2d_lsd.png"))
     rows = json.loads((tmp_path / "results.json").read_text())["dims"]["2"]["rows"]
     assert set(rows) == {"flow_matching", "consistency_training", "lsd"}
-    assert set(rows["flow_matching"][0]["samples"]) == {"1", "2", "solve"}
+    assert set(rows["flow_matching"][0]["samples"]) == {"2", "solve"}
     assert {"determinant, 2", "head, 2", "solve", "solve, one probe"} <= set(rows["lsd"][0]["estimates"])
     # Of a map near the identity all estimators agree: they are of one density.
     kept = np.load(tmp_path / "2d" / "lsd" / "0" / "estimates.npz")
-    for name in ("determinant, 1", "head, 1", "solve"):
+    for name in ("head, 2", "solve"):
         assert np.median(np.abs(kept[name] - kept["determinant, 2"])) < 0.1
-    again = run(*arguments)
-    assert again.returncode == 0 and "---" not in again.stdout.split("###")[0]
+    this = bias.quick(bias.Config(out=tmp_path, dims=(2,)))
+    assert bias.read(this, 2, "lsd", 0)["samples"] == rows["lsd"][0]["samples"]
+    assert bias.read(this, 2, "mean_flow", 0) is None
     other = bias.quick(bias.Config(out=tmp_path, dims=(2,), learning_rate=0.01))
     with pytest.raises(ValueError, match="another learning_rate"):
         bias.read(other, 2, "lsd", 0)

@@ -128,8 +128,10 @@ def maximum_likelihood(
 
     Unbiased with an estimated divergence, whose probes are fixed within a solve. With few fixed steps the training finds
     velocities that their error flatters, and the loss falls below what any density can reach (four of Tsit5 in the plane: -119
-    nats, where the entropy was 1.34): prefer tolerances. An evaluation costs 1 + d passes with the
-    exact divergence of an event of d entries, 1 + m with m probes, and 2 more for ``jacobian``.
+    nats, where the entropy was 1.34): prefer tolerances.
+
+    An evaluation costs 1 + d passes with the exact divergence of an event of d entries, 1 + m with m probes, and 2 more for
+    ``jacobian``.
 
     Args:
       velocity: ``(params, t, x, cond=None, *, key=None) -> b_t(x)`` of one sample.

@@ -84,7 +84,9 @@ def normalised(log_target: Array, log_sampler: Array, sign: Array | None = None)
     whole = checks.concrete(total)
     if whole is not None and not whole > 0:
         raise ValueError("sign: expected weights of a positive sum, got more that are negative")
-    weights = jnp.where(total > 0, sign * jnp.exp(log_w - log_sum), jnp.nan)
+    # Without a sign a ratio may be of any size, and beyond the largest number.
+    ratios = jnp.exp(jnp.where(sign == 0, -jnp.inf, log_w - log_sum))
+    weights = jnp.where(total > 0, sign * ratios, jnp.nan)
     count = log_w.shape[0]
     log_z = jnp.where(total > 0, log_sum - float(np.log(count)), jnp.nan)
     # Rounding may leave the variance of equal weights below zero.
