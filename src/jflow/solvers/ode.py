@@ -1,4 +1,4 @@
-r"""Diffrax solves of any Velocity: as a FlowMap, as a trajectory, and as an SDE with the same marginals.
+r"""Diffrax solves of any Velocity: as a FlowMap, and as a trajectory.
 
 The mean velocity is itself the end of an ODE in rescaled time tau,
 
@@ -25,7 +25,6 @@ import jax.numpy as jnp
 import numpy as np
 
 from jflow import checks, trees
-from jflow.interpolants import Interpolant
 from jflow.types import BOTH, Array, Cond, Domain, Event, FlowMap, Key, Params, Time, Velocity
 
 # name -> (diffrax class, stages of one step, how many of them a step inherits from the one before)
@@ -38,7 +37,6 @@ METHODS = {
 }
 ADAPTIVE = ("tsit5", "dopri8")
 ADJOINTS = ("forward", "direct", "recursive", "backsolve")
-SDE_METHODS = ("euler", "heun")
 # An adaptive solve's first step in rescaled time. Diffrax's own choice spends evaluations, or starts at 0.01.
 FIRST_STEP = 0.1
 
@@ -177,7 +175,7 @@ def trajectory(
     Raises:
       As ``solve``, and ValueError for times that are not strictly monotone in [0, 1].
     """
-    _check_times("times", times, increasing=False)
+    check_times("times", times, increasing=False)
     checks.floating("x", x)
     x = jax.tree.map(jnp.asarray, x)
     solver = _solver(velocity, method, steps, rtol, atol, max_steps, adjoint)
@@ -194,95 +192,6 @@ def trajectory(
     return solver.states(params, times, x, cond, key)
 
 
-def sde(
-    velocity: Velocity,
-    interpolant: Interpolant,
-    *,
-    method: str = "euler",
-    diffusion: float | Callable[[Time], Array] = 1.0,
-) -> Callable[..., Event]:
-    r"""The SDE with the marginals of the flow, for a standard normal base, on a grid of times that the caller gives.
-
-        dx = [ b_t + sigma_t^2/2 grad log rho_t ] dt + sigma_t dW,   grad log rho_t = (beta b - beta' x)/(alpha w)
-
-    With a number c the noise is sigma_t^2 = 2 c alpha_t w_t and the drift b + c (beta b - beta' x), finite everywhere:
-    nothing divides by alpha, and the noise ends at the data. A function of time is sigma_t itself, in the units of x per
-    square root of time; its drift divides by alpha w and is taken as b where sigma_t is zero.
-
-    Each step uses Diffrax's ``step`` of its Euler (the Ito-Euler scheme, which never looks at the last time) or Heun
-    (drift of weak order 2, two evaluations) with fresh normal increments, inside one ``lax.scan``: any number of steps
-    compiles once, and both modes of differentiation work.
-
-    Args:
-      velocity: b, as in ``solve``; called without a key.
-      interpolant: the path whose marginals they are.
-      method: "euler" or "heun".
-      diffusion: c >= 0, or the function t -> sigma_t.
-
-    Returns:
-      ``(params, key, grid, x0, cond=None) -> x`` at grid[-1], of one sample: ``grid`` is [N], strictly increasing within
-      [0, 1]; x is shaped like x0.
-
-    Raises:
-      ValueError: for an unknown method, c < 0 or not finite; at a call, for a grid that is not strictly increasing in
-        [0, 1].
-      TypeError: for ``diffusion`` that is neither a number nor callable; at a call, for x0 that is not floating-point.
-    """
-    checks.choice("method", method, SDE_METHODS)
-    if not callable(diffusion):
-        checks.number("diffusion", diffusion, low=0.0)
-
-    def sigma(t: Array) -> Array:
-        if callable(diffusion):
-            return jnp.asarray(diffusion(t)).astype(t.dtype)
-        c = interpolant.coefficients(t)
-        return jnp.sqrt(jnp.maximum(2.0 * diffusion * c.alpha * c.w, 0.0))
-
-    def correction(t: Array) -> Array:
-        """What multiplies (beta b - beta' x) in the drift."""
-        if not callable(diffusion):
-            return jnp.asarray(diffusion, t.dtype)
-        c = interpolant.coefficients(t)
-        squared = jnp.square(sigma(t))
-        return jnp.where(squared == 0.0, 0.0, 0.5 * squared / jnp.where(squared == 0.0, 1.0, c.alpha * c.w))
-
-    def simulate(params: Params, key: Key, grid: Array, x0: Event, cond: Cond = None) -> Event:
-        import diffrax
-        import lineax
-
-        _check_times("grid", grid, increasing=True)
-        checks.floating("x0", x0)
-        like = jax.tree.map(jnp.asarray, x0)
-        dtype = trees.at_least_float32(like)
-        grid = jnp.asarray(grid, dtype)
-        start = jax.tree.map(lambda leaf: leaf.astype(dtype), like)
-
-        def drift(t: Array, y: Event, args: Any) -> Event:
-            state = _cast_like(y, like)
-            b = _widen(velocity(params, t, state, cond), dtype)
-            c, factor = interpolant.coefficients(t), correction(t)
-            return trees.combine(1.0 + factor * c.beta, b, -factor * c.beta_dot, y)
-
-        def noise(t: Array, y: Event, args: Any) -> Any:
-            return lineax.DiagonalLinearOperator(jax.tree.map(lambda leaf: jnp.full_like(leaf, sigma(t)), y))
-
-        # "bounded" stages are differentiable in both modes; it is what Diffrax's DirectAdjoint chooses.
-        solver = diffrax.Euler() if method == "euler" else diffrax.Heun(scan_kind="bounded")
-        shapes = jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype), start)
-        terms = diffrax.MultiTerm(
-            diffrax.ODETerm(drift), diffrax.ControlTerm(noise, diffrax.UnsafeBrownianPath(shapes, key))
-        )
-
-        def step(y: Event, pair: tuple[Array, Array]) -> tuple[Event, None]:
-            # Neither solver carries a state from step to step.
-            return solver.step(terms, pair[0], pair[1], y, None, None, False)[0], None
-
-        end, _ = jax.lax.scan(step, start, (grid[:-1], grid[1:]))
-        return _cast_like(end, like)
-
-    return simulate
-
-
 @dataclasses.dataclass(frozen=True)
 class _RescaledField:
     """b_{s + tau (t-s)}(x + (t-s) y) as Diffrax calls it; equal velocities give equal fields, which eager calls need
@@ -294,9 +203,9 @@ class _RescaledField:
     def __call__(self, tau: Array, y: Event, args: tuple) -> Event:
         params, s, t, x, cond, key = args
         key = _as_key(key)
-        moved = _cast_like(trees.axpy(t - s, y, _widen(x, tau.dtype)), x)
+        moved = cast_like(trees.axpy(t - s, y, widen(x, tau.dtype)), x)
         b = self.velocity(params, s + tau.astype(s.dtype) * (t - s), moved, cond, key=key)
-        return _widen(b, tau.dtype)
+        return widen(b, tau.dtype)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -308,8 +217,8 @@ class _StateField:
     def __call__(self, tau: Array, z: Event, args: tuple) -> Event:
         params, s, t, x, cond, key = args
         key = _as_key(key)
-        b = self.velocity(params, s + tau.astype(s.dtype) * (t - s), _cast_like(z, x), cond, key=key)
-        return trees.scale(t - s, _widen(b, tau.dtype))
+        b = self.velocity(params, s + tau.astype(s.dtype) * (t - s), cast_like(z, x), cond, key=key)
+        return trees.scale(t - s, widen(b, tau.dtype))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -336,7 +245,7 @@ class _Solver:
         s, t = jnp.asarray(s).astype(dtype), jnp.asarray(t).astype(dtype)
         start = jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, float), x)
         ys, stats = self._run(_RescaledField(self.velocity), start, (params, s, t, x, cond, _as_data(key)), None)
-        return _cast_like(jax.tree.map(lambda leaf: leaf[-1], ys), x), stats
+        return cast_like(jax.tree.map(lambda leaf: leaf[-1], ys), x), stats
 
     def states(self, params: Params, times: Array, x: Event, cond: Cond, key: Key | None) -> Event:
         """The states at the times, by one adaptive solve."""
@@ -344,8 +253,8 @@ class _Solver:
         times = jnp.asarray(times, dtype)
         s, t = times[0], times[-1]
         save = ((times - s) / (t - s)).astype(float)
-        ys, _ = self._run(_StateField(self.velocity), _widen(x, float), (params, s, t, x, cond, _as_data(key)), save)
-        return _cast_like(ys, x)
+        ys, _ = self._run(_StateField(self.velocity), widen(x, float), (params, s, t, x, cond, _as_data(key)), save)
+        return cast_like(ys, x)
 
     def _run(self, field: Callable, start: Event, args: tuple, save: Array | None) -> tuple[Event, SolveStats]:
         import diffrax
@@ -520,7 +429,7 @@ def _check_time(name: str, value: Any) -> None:
         raise ValueError(f"{name}: expected a time in [0, 1], got {float(number):g}")
 
 
-def _check_times(name: str, times: Any, *, increasing: bool) -> None:
+def check_times(name: str, times: Any, *, increasing: bool) -> None:
     shape = np.shape(times)
     if len(shape) != 1 or shape[0] < 2:
         raise ValueError(f"{name}: expected at least two times in one dimension, got shape {shape}")
@@ -535,9 +444,9 @@ def _check_times(name: str, times: Any, *, increasing: bool) -> None:
         raise ValueError(f"{name}: expected times in [0, 1], got {values}")
 
 
-def _widen(x: Event, dtype: Any) -> Event:
+def widen(x: Event, dtype: Any) -> Event:
     return jax.tree.map(lambda leaf: jnp.asarray(leaf).astype(dtype), x)
 
 
-def _cast_like(x: Event, like: Event) -> Event:
+def cast_like(x: Event, like: Event) -> Event:
     return jax.tree.map(lambda leaf, model: leaf.astype(model.dtype), x, like)
