@@ -19,8 +19,11 @@ SRC = ROOT / "src"
 ROOMS = (
     "checks",
     "trees",
+    "named",
+    "reports",
     "types",
     "sharding",
+    "bases",
     "interpolants",
     "couplings",
     "times",

@@ -100,6 +100,31 @@ def scalar(name: str, value: Any) -> None:
         raise ValueError(f"{name}: expected a scalar (one sample; jax.vmap over a batch), got shape {np.shape(value)}")
 
 
+def time(name: str, value: Any) -> None:
+    """A scalar time in [0, 1]; the value of a traced one cannot be looked at and passes.
+
+    Raises:
+      ValueError: when it has axes, or is outside.
+    """
+    scalar(name, value)
+    number = concrete(value)
+    if number is not None and not 0.0 <= float(number) <= 1.0:
+        raise ValueError(f"{name}: expected a time in [0, 1], got {float(number):g}")
+
+
+def rows(name: str, tree: Any) -> int:
+    """The length of the leading axis that all leaves of a pytree share: the number of rows of a batch.
+
+    Raises:
+      ValueError: when there are no leaves or no rows, or the lengths differ.
+    """
+    sizes = {np.shape(leaf)[:1] for leaf in jax.tree.leaves(tree)}
+    if len(sizes) != 1 or sizes & {(), (0,)}:
+        got = sorted((size[0] if size else "a scalar" for size in sizes), key=str)
+        raise ValueError(f"{name}: expected arrays with the same leading axis of at least one row, got lengths {got}")
+    return int(next(iter(sizes))[0])
+
+
 def floating(name: str, value: Any) -> None:
     """A pytree whose leaves are all floating-point arrays.
 

@@ -10,7 +10,8 @@ Every reduction has the signature ``(params, s, t, difference) -> loss``; only t
     learned            e^{-w} |D|^2 + w, w = w(s, t)                 (2312.02696)
     learned Cauchy     log(1 + e^{-w} |D|^2) + w/2                   (2510.24474)
 
-and three that put another value in the place of D, keep its derivative, and go on with any of the above (``then``):
+|D|^2 becomes a mean over entries with ``per_entry``. Three more put another value in the place of D, keep its derivative,
+and go on with any of the above (``then``):
 
     normalised         D/(|D| + c): the tangent normalisation of 2410.11081 and 2506.14603
     clipped            D min(1, c/|D|)
@@ -31,6 +32,7 @@ import jax
 import jax.numpy as jnp
 
 from jflow import checks, trees
+from jflow.named import named
 from jflow.types import Array, Event, Params, Time
 
 Reduction = Callable[[Params, Time, Time, Event], Array]
@@ -57,11 +59,11 @@ def adaptive(p: float = 1.0, c: float = 0.01) -> Reduction:
     """|D|^2 / sg(|D|^2 + c)^p.
 
     Raises:
-      ValueError: when p is negative or c not positive; TypeError when they are no numbers.
+      ValueError: when p is negative or c not positive; TypeError when they are not numbers.
     """
     checks.number("p", p, low=0.0)
     checks.number("c", c, low=0.0, open_low=True)
-    return weighted(lambda square: (square + c) ** -p)
+    return named("adaptive", weighted(lambda square: (square + c) ** -p), p=p, c=c)
 
 
 def shaped(shape: Callable[[Event], Event], then: Reduction = squared) -> Reduction:
@@ -81,54 +83,92 @@ def normalised(c: float = 0.1, then: Reduction = squared) -> Reduction:
     """``then`` of D/(|D| + c), with the derivative of D.
 
     Raises:
-      ValueError: when c is not positive; TypeError when it is no number.
+      ValueError: when c is not positive; TypeError when it is not a number.
     """
     checks.number("c", c, low=0.0, open_low=True)
-    return shaped(lambda d: trees.scale(1.0 / (jnp.sqrt(trees.sq_norm(d)) + c), d), then)
+    shape = shaped(lambda d: trees.scale(1.0 / (jnp.sqrt(trees.sq_norm(d)) + c), d), then)
+    return named("normalised", shape, c=c, then=then)
 
 
 def clipped(c: float = 1.0, then: Reduction = squared) -> Reduction:
     """``then`` of D min(1, c/|D|), with the derivative of D.
 
     Raises:
-      ValueError: when c is not positive; TypeError when it is no number.
+      ValueError: when c is not positive; TypeError when it is not a number.
     """
     checks.number("c", c, low=0.0, open_low=True)
-    return shaped(lambda d: trees.scale(c / jnp.maximum(jnp.sqrt(trees.sq_norm(d)), c), d), then)
+    shape = shaped(lambda d: trees.scale(c / jnp.maximum(jnp.sqrt(trees.sq_norm(d)), c), d), then)
+    return named("clipped", shape, c=c, then=then)
 
 
 def clamped(c: float = 1.0, then: Reduction = squared) -> Reduction:
     """``then`` of D with every entry cut off at +-c, with the derivative of D.
 
     Raises:
-      ValueError: when c is not positive; TypeError when it is no number.
+      ValueError: when c is not positive; TypeError when it is not a number.
     """
     checks.number("c", c, low=0.0, open_low=True)
-    return shaped(lambda d: jax.tree.map(lambda leaf: jnp.clip(leaf, -c, c), d), then)
+    shape = shaped(lambda d: jax.tree.map(lambda leaf: jnp.clip(leaf, -c, c), d), then)
+    return named("clamped", shape, c=c, then=then)
 
 
-def pseudo_huber(c: float = 0.03) -> Reduction:
-    """sqrt(|D|^2 + c^2) - c.
+def per_entry(then: Reduction = squared) -> Reduction:
+    """``then`` of D/sqrt(d), d counting the entries of the event: |D|^2 becomes its mean over the entries.
+
+    Published losses are often means over pixels and channels. A cut-off of entries goes outside:
+    ``clamped(1.0, then=per_entry(adaptive(0.5, 1e-3)))``.
+    """
+
+    def reduction(params: Params, s: Time, t: Time, difference: Event) -> Array:
+        return then(params, s, t, trees.scale(trees.size(difference) ** -0.5, difference))
+
+    return named("per_entry", reduction, then=then)
+
+
+def scaled(factor: float, of: Reduction) -> Reduction:
+    """``factor`` times a reduction.
 
     Raises:
-      ValueError: when c is not positive; TypeError when it is no number.
+      ValueError: when the factor is not positive and finite; TypeError when it is not a number.
     """
-    checks.number("c", c, low=0.0, open_low=True)
+    checks.number("factor", factor, low=0.0, open_low=True)
+
+    def reduction(params: Params, s: Time, t: Time, difference: Event) -> Array:
+        return factor * of(params, s, t, difference)
+
+    return named("scaled", reduction, factor=factor, of=of)
+
+
+def pseudo_huber(c: float = 0.03, *, times_root_size: bool = False) -> Reduction:
+    """sqrt(|D|^2 + c^2) - c; with c = 0 it is |D|, whose gradient at D = 0 is taken as zero.
+
+    Args:
+      c: in the units of |D|, at least 0.
+      times_root_size: whether c is multiplied with sqrt(d), d counting the entries of the event: 0.00054 sqrt(d) in
+        improved consistency training (2310.14189).
+
+    Raises:
+      ValueError: when c is negative; TypeError when it is not a number.
+    """
+    checks.number("c", c, low=0.0)
 
     def reduction(params: Params, s: Time, t: Time, difference: Event) -> Array:
         del params, s, t
         square = trees.sq_norm(difference)
-        # The difference of two nearly equal numbers, without the cancellation.
-        return square / (jnp.sqrt(square + c * c) + c)
+        width = c * trees.size(difference) ** 0.5 if times_root_size else c
+        within = square + width * width
+        # The difference of two nearly equal numbers, without the cancellation; and no root of zero.
+        root = jnp.sqrt(jnp.where(within == 0.0, 1.0, within))
+        return jnp.where(within == 0.0, 0.0, square / (root + width))
 
-    return reduction
+    return named("pseudo_huber", reduction, c=c, times_root_size=times_root_size)
 
 
 def cauchy(c: float = 1.0) -> Reduction:
     """(c^2/2) log(1 + |D|^2/c^2).
 
     Raises:
-      ValueError: when c is not positive; TypeError when it is no number.
+      ValueError: when c is not positive; TypeError when it is not a number.
     """
     checks.number("c", c, low=0.0, open_low=True)
 
@@ -136,7 +176,7 @@ def cauchy(c: float = 1.0) -> Reduction:
         del params, s, t
         return 0.5 * c * c * jnp.log1p(trees.sq_norm(difference) / (c * c))
 
-    return reduction
+    return named("cauchy", reduction, c=c)
 
 
 def learned(log_weight: Callable[[Params, Time, Time], Array], of: Reduction = squared) -> Reduction:
@@ -150,7 +190,7 @@ def learned(log_weight: Callable[[Params, Time, Time], Array], of: Reduction = s
         checks.shape("log_weight's output", w, ())
         return jnp.exp(-w) * of(params, s, t, difference) + w
 
-    return reduction
+    return named("learned", reduction, log_weight=log_weight, of=of)
 
 
 def learned_cauchy(log_weight: Callable[[Params, Time, Time], Array]) -> Reduction:
@@ -161,7 +201,7 @@ def learned_cauchy(log_weight: Callable[[Params, Time, Time], Array]) -> Reducti
         checks.shape("log_weight's output", w, ())
         return jnp.log1p(jnp.exp(-w) * trees.sq_norm(difference)) + 0.5 * w
 
-    return reduction
+    return named("learned_cauchy", reduction, log_weight=log_weight)
 
 
 REDUCTIONS: dict[str, Callable[[], Reduction]] = {

@@ -192,6 +192,50 @@ def vmap(
     return mapped
 
 
+def each_device(function: Callable[..., PyTree], shared: PyTree, *rows: PyTree) -> list[PyTree]:
+    """``function(shared, *rows)``, each device with its share of the rows, on the mesh of the training step.
+
+    Where every device has the whole parameters it works alone, so that the gradients of all terms are summed there first,
+    and over devices once. Where they lie in parts, the compiler is told how the rows lie, and collects what it needs.
+    Outside such a step it is the plain call.
+
+    Args:
+      function: ``(shared, *rows) -> [part, ...]``, one part for each of ``rows``, with the same leading axis.
+      shared: what all rows see, such as parameters.
+      rows: pytrees whose leaves have one leading axis, or None; the numbers of rows need not be divisible by the number of
+        devices. A row may be a group of samples, which then lies on one device.
+
+    Returns:
+      What the function returns.
+    """
+    mesh = jax.sharding.get_abstract_mesh()
+    if mesh.empty or mesh.axis_names != AXES:
+        return function(shared, *rows)
+    spread, same = PartitionSpec(AXES), PartitionSpec()
+    counts = [len(jax.tree.leaves(part)[0]) if jax.tree.leaves(part) else 0 for part in rows]
+    padded = [_pad(part, -count % mesh.size) for part, count in zip(rows, counts, strict=True)]
+    if mesh.shape["fsdp"] > 1:
+        results = function(shared, *jax.lax.with_sharding_constraint(padded, spread))
+    else:
+        each = jax.shard_map(function, in_specs=(same, *[spread] * len(rows)), out_specs=spread, check_vma=False)
+        results = each(shared, *padded)
+    return [jax.tree.map(lambda leaf, n=n: leaf[:n], part) for part, n in zip(results, counts, strict=True)]
+
+
+def _pad(rows: PyTree, more: int) -> PyTree:
+    """The rows, with the first one repeated ``more`` times at the end; what comes of those is dropped."""
+
+    def leaf_rows(leaf: jax.Array) -> jax.Array:
+        if not jnp.issubdtype(leaf.dtype, jax.dtypes.prng_key):
+            return jnp.concatenate([leaf, jnp.broadcast_to(leaf[:1], (more, *leaf.shape[1:]))])
+        # Zero keys, because jax's key-reuse check rejects a key that is used twice.
+        data = jax.random.key_data(leaf)
+        data = jnp.concatenate([data, jnp.zeros((more, *data.shape[1:]), data.dtype)])
+        return jax.random.wrap_key_data(data, impl=jax.random.key_impl(leaf))
+
+    return jax.tree.map(leaf_rows, rows) if more else rows
+
+
 def _placed(leaf: Any, sharding: NamedSharding) -> jax.Array:
     if isinstance(leaf, jax.Array) and jnp.issubdtype(leaf.dtype, jax.dtypes.prng_key):
         return jax.random.wrap_key_data(_placed(jax.random.key_data(leaf), sharding), impl=jax.random.key_impl(leaf))

@@ -12,9 +12,14 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from jflow import checks
-from jflow.types import Array, Key
+from jflow.named import named
+from jflow.types import Array, Domain, Key
+
+# How many times are drawn when a law is checked.
+DRAWN = 256
 
 Law = Callable[[Key, int], Array]
 PairLaw = Callable[[Key, int], tuple[Array, Array]]
@@ -43,7 +48,7 @@ def uniform(low: float = 0.0, high: float = 1.0, *, stratified: bool = False) ->
     """Uniform on [low, high); ``stratified`` puts one sample into each of n equal cells, in random order.
 
     Raises:
-      ValueError: when not 0 <= low < high <= 1; TypeError when they are no numbers.
+      ValueError: when not 0 <= low < high <= 1; TypeError when they are not numbers.
     """
     checks.number("low", low, low=0.0, high=1.0)
     checks.number("high", high, low=low, high=1.0, open_low=True)
@@ -55,28 +60,32 @@ def uniform(low: float = 0.0, high: float = 1.0, *, stratified: bool = False) ->
             u = jax.random.permutation(order_key, (jnp.arange(n, dtype=u.dtype) + u) / n)
         return low + (high - low) * u
 
-    return law
+    return named("uniform", law, low=low, high=high, stratified=stratified)
 
 
 def logit_normal(mean: float = 0.0, std: float = 1.0) -> Law:
     """sigmoid(mean + std z), z ~ N(0, 1) (2403.03206).
 
     Raises:
-      ValueError: when std is not positive; TypeError when they are no numbers.
+      ValueError: when std is not positive; TypeError when they are not numbers.
     """
     checks.number("mean", mean)
     checks.number("std", std, low=0.0, open_low=True)
-    return lambda key, n: jax.nn.sigmoid(mean + std * jax.random.normal(key, (n,)))
+
+    def law(key: Key, n: int) -> Array:
+        return jax.nn.sigmoid(mean + std * jax.random.normal(key, (n,)))
+
+    return named("logit_normal", law, mean=mean, std=std)
 
 
 def constant(value: float) -> Law:
     """The fixed time ``value``.
 
     Raises:
-      ValueError: when it is outside [0, 1]; TypeError when it is no number.
+      ValueError: when it is outside [0, 1]; TypeError when it is not a number.
     """
     checks.number("value", value, low=0.0, high=1.0)
-    return lambda key, n: jnp.full((n,), value)
+    return named("constant", lambda key, n: jnp.full((n,), value), value=value)
 
 
 def triangle(*, stratified: bool = False) -> PairLaw:
@@ -92,18 +101,24 @@ def triangle(*, stratified: bool = False) -> PairLaw:
         s = jax.random.uniform(start_key, (n,)) * (1.0 - gap)
         return s, jnp.minimum(s + gap, 1.0)
 
-    return law
+    return named("triangle", law, stratified=stratified)
 
 
-def ordered(law: Law) -> PairLaw:
-    """Two independent draws of a law, s the smaller (2505.13447)."""
+def ordered(law: Law, other: Law | None = None) -> PairLaw:
+    """Two independent draws, s the smaller (2505.13447): of one law, or of two (2510.24474)."""
+    second_law = law if other is None else other
 
     def pair(key: Key, n: int) -> tuple[Array, Array]:
         first_key, second_key = jax.random.split(key)
-        first, second = law(first_key, n), law(second_key, n)
+        first, second = law(first_key, n), second_law(second_key, n)
         return jnp.minimum(first, second), jnp.maximum(first, second)
 
-    return pair
+    return named("ordered", pair, law=law, **({} if other is None else {"other": other}))
+
+
+def source(pair: PairLaw) -> Law:
+    """The law of s in a law of pairs: ``source(ordered(law))`` is that of the smaller of two draws."""
+    return named("source", lambda key, n: pair(key, n)[0], pair=pair)
 
 
 def independent(source: Law, target: Law) -> PairLaw:
@@ -113,7 +128,7 @@ def independent(source: Law, target: Law) -> PairLaw:
         source_key, target_key = jax.random.split(key)
         return source(source_key, n), target(target_key, n)
 
-    return pair
+    return named("independent", pair, source=source, target=target)
 
 
 def gapped(gap: Law) -> PairLaw:
@@ -125,7 +140,7 @@ def gapped(gap: Law) -> PairLaw:
         s = jax.random.uniform(start_key, (n,)) * (1.0 - g)
         return s, jnp.minimum(s + g, 1.0)
 
-    return pair
+    return named("gapped", pair, gap=gap)
 
 
 def mixed(laws: Sequence[PairLaw], weights: Sequence[float]) -> PairLaw:
@@ -146,7 +161,7 @@ def mixed(laws: Sequence[PairLaw], weights: Sequence[float]) -> PairLaw:
         pick = lambda values: jnp.take_along_axis(jnp.stack(values), chosen[None], axis=0)[0]  # noqa: E731
         return pick([s for s, _ in drawn]), pick([t for _, t in drawn])
 
-    return pair
+    return named("mixed", pair, laws=tuple(laws), weights=tuple(weights))
 
 
 def to_data(source: Law | None = None) -> PairLaw:
@@ -172,28 +187,87 @@ def cells(count: Array | int) -> PairLaw:
         start = jnp.minimum(jnp.floor(u * of), of - 1.0)
         return start / of, (start + 1.0) / of
 
-    return pair
+    return named("cells", pair, count=count)
 
 
 def dyadic(levels: int) -> PairLaw:
-    """The shortcut model's law (2410.12557): a gap 2^-k, k uniform on 0..levels - 1, and s uniform on its multiples.
+    """The law of the shortcut model (2410.12557): a gap 2^-k, k uniform on 0..levels, and s uniform on its multiples.
 
-    The smallest gap that it draws is twice the smallest cell, so that the midpoint lies on the grid of 2^levels cells.
+    The smallest gap of the grid is drawn too: in the paper's code the flow-matching rows carry it.
 
     Raises:
-      ValueError: when levels is not a positive whole number; TypeError when it is no number.
+      ValueError: when levels is not a positive whole number; TypeError when it is not a number.
     """
     checks.integer("levels", levels, low=1)
 
     def pair(key: Key, n: int) -> tuple[Array, Array]:
         level_key, start_key = jax.random.split(key)
-        cells = 2 ** jax.random.randint(level_key, (n,), 0, levels)
+        cells = 2 ** jax.random.randint(level_key, (n,), 0, levels + 1)
         u = jax.random.uniform(start_key, (n,))
         count = cells.astype(u.dtype)
         start = jnp.floor(u * count)
         return start / count, (start + 1.0) / count
 
-    return pair
+    return named("dyadic", pair, levels=levels)
+
+
+def check_law(name: str, law: Law) -> None:
+    """Draws from a law of one time and refuses what is not ``[n]`` times in [0, 1]; traced times pass.
+
+    Args:
+      name: how the message calls it.
+      law: ``(key, n) -> [n]``.
+
+    Raises:
+      ValueError: for another shape, or times outside [0, 1] or not finite.
+      TypeError: for times that are not floating-point.
+    """
+    _check_drawn(name, law(jax.random.key(0), DRAWN), "times")
+
+
+def check_pairs(name: str, law: PairLaw, domain: Domain) -> None:
+    """Draws from a law of pairs and refuses what is not two arrays ``[n]`` of times within the domain; traced times pass.
+
+    Args:
+      name: how the message calls it.
+      law: ``(key, n) -> (s [n], t [n])``.
+      domain: of the map that is trained at these times.
+
+    Raises:
+      ValueError: for anything but a pair, another shape, times outside [0, 1] or not finite, or a pair outside the domain.
+      TypeError: for times that are not floating-point.
+    """
+    drawn = law(jax.random.key(0), DRAWN)
+    if not isinstance(drawn, tuple) or len(drawn) != 2:
+        raise ValueError(
+            f"{name}: expected a law that returns a pair (s [n], t [n]), it returned {type(drawn).__name__}"
+        )
+    s, t = (_check_drawn(name, part, which) for part, which in zip(drawn, ("s", "t"), strict=True))
+    if s is None or t is None:
+        return
+    outside = np.flatnonzero(~domain.contains_all(s, t))
+    if outside.size:
+        place = outside[0]
+        raise ValueError(
+            f"{name}: expected pairs (s, t) within the domain, {domain.name}; the law drew ({s[place]:g}, {t[place]:g})"
+        )
+
+
+def _check_drawn(name: str, drawn: Any, which: str) -> np.ndarray | None:
+    """The times as numpy, checked; None while they are traced."""
+    shape, dtype = jnp.shape(drawn), jax.dtypes.result_type(drawn)
+    if shape != (DRAWN,):
+        raise ValueError(f"{name}: expected a law (key, n) that returns {which} of shape [n] = ({DRAWN},), got {shape}")
+    if not jnp.issubdtype(dtype, jnp.floating):
+        raise TypeError(f"{name}: expected a law that returns floating-point {which}, got {dtype}")
+    values = checks.concrete(drawn)
+    if values is None:
+        return None
+    values = values.astype(np.float64)
+    wrong = values[~((values >= 0.0) & (values <= 1.0))]
+    if wrong.size:
+        raise ValueError(f"{name}: expected a law of times in [0, 1], it drew {which} = {wrong[0]:g}")
+    return values
 
 
 LAWS: dict[str, Callable[[], Law]] = {"uniform": uniform, "logit_normal": logit_normal}

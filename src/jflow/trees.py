@@ -9,6 +9,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 Array = jax.Array
 
@@ -42,6 +43,11 @@ def sq_norm(x: Any) -> Array:
     """|x|^2, summed over all leaves and axes, accumulated in at least float32; a scalar."""
     dtype = at_least_float32(x)
     return sum((jnp.sum(jnp.square(leaf.astype(dtype))) for leaf in jax.tree.leaves(x)), start=jnp.zeros((), dtype))
+
+
+def size(x: Any) -> int:
+    """The number of entries of all leaves."""
+    return sum(int(np.size(leaf)) for leaf in jax.tree.leaves(x))
 
 
 def at_least_float32(x: Any) -> jnp.dtype:

@@ -64,24 +64,38 @@ class Domain:
 
     def contains(self, s: float, t: float) -> bool:
         """Whether the pair of concrete times (s, t) lies in the domain; the diagonal s = t always does."""
-        s, t = float(s), float(t)
-        if not (0.0 <= s <= 1.0 and 0.0 <= t <= 1.0):
-            return False
-        if s == t:
-            return True
-        if s > t and not self.backward:
-            return False
-        if self.target is not None and abs(t - self.target) > 1e-6:
-            return False
-        if self.source is not None and abs(s - self.source) > 1e-6:
-            return False
+        return bool(self.contains_all(np.asarray(s, np.float64), np.asarray(t, np.float64)))
+
+    def contains_all(self, s: np.ndarray, t: np.ndarray) -> np.ndarray:
+        """``contains`` for arrays of concrete times, entry by entry."""
+        inside = (s >= 0.0) & (s <= 1.0) & (t >= 0.0) & (t <= 1.0)
+        allowed = np.ones_like(inside)
+        if not self.backward:
+            allowed &= s <= t
+        if self.target is not None:
+            allowed &= np.abs(t - self.target) <= 1e-6
+        if self.source is not None:
+            allowed &= np.abs(s - self.source) <= 1e-6
         if self.levels is not None:
             cells = 2**self.levels
             # float32 grids hold a dyadic number exactly only up to rounding of the caller's own arithmetic.
-            start, gap = s * cells, abs(t - s) * cells
-            power = np.log2(max(gap, 1e-30))
-            return bool(abs(start - round(start)) < 1e-3 and abs(power - round(power)) < 1e-3 and power > -0.5)
-        return True
+            start, gap = s * cells, np.abs(t - s) * cells
+            power = np.log2(np.maximum(gap, 1e-30))
+            allowed &= (np.abs(start - np.round(start)) < 1e-3) & (np.abs(power - np.round(power)) < 1e-3)
+            allowed &= power > -0.5
+        return inside & (allowed | (s == t))
+
+    def check_times(self, s: Time, t: Time) -> None:
+        """Refuses scalar times outside [0, 1] and a jump outside the domain; traced times cannot be looked at and pass.
+
+        Raises:
+          ValueError: naming the time or the jump, or for times that are not scalars.
+        """
+        checks.time("s", s)
+        checks.time("t", t)
+        source, target = checks.concrete(s), checks.concrete(t)
+        if source is not None and target is not None and not self.contains(float(source), float(target)):
+            raise ValueError(f"s, t: the jump from {source:g} to {target:g} is outside the map's domain, {self.name}")
 
     def check_grid(self, grid: Sequence[float] | Array | np.ndarray) -> None:
         """Refuses a grid of times with a jump outside the domain.
@@ -201,6 +215,25 @@ class Batch(NamedTuple):
     cond: Cond = None
 
 
+def as_batch(batch: Any) -> Batch:
+    """A Batch as it is; an array as its data; a dictionary with the keys x1, x0 and cond, of which x1 or x0 is there.
+
+    Raises:
+      TypeError: for anything else. A plain tuple could mean (data, labels) as well as (data, base points).
+    """
+    if isinstance(batch, Batch):
+        return batch
+    if isinstance(batch, (jax.Array, np.ndarray)):
+        return Batch(batch)
+    if isinstance(batch, dict) and set(batch) <= set(Batch._fields) and {"x1", "x0"} & set(batch):
+        return Batch(batch.get("x1"), batch.get("x0"), batch.get("cond"))
+    keys = f" with the keys {sorted(map(str, batch))}" if isinstance(batch, dict) else ""
+    raise TypeError(
+        "batch: expected a Batch(x1=..., x0=..., cond=...), an array of data, or a dictionary with the keys x1, x0 and "
+        f"cond, got {type(batch).__name__}{keys}"
+    )
+
+
 class Context(NamedTuple):
     """What a method needs beside parameters and data, and a checkpoint keeps: traced pytrees only.
 
@@ -208,10 +241,31 @@ class Context(NamedTuple):
       step: the number of optimizer steps taken, an int32 scalar (curricula).
       ema: exponential moving average of the parameters, or None.
       teacher: frozen parameters of the teacher, or None.
-      reduction: a reduction's own state, or None.
+      state: the objective's own state, ``()`` for an objective without one (``objectives.init``).
     """
 
     step: Array | int = 0
     ema: Params = None
     teacher: Params = None
-    reduction: PyTree = None
+    state: PyTree = ()
+
+
+class Aux(NamedTuple):
+    """What an objective returns beside the loss.
+
+    Attributes:
+      state: the objective's next state, of the structure, shapes and dtypes of ``context.state``.
+      metrics: reports by name (``jflow.reports``): what a person wants to look at.
+    """
+
+    state: PyTree = ()
+    metrics: dict[str, Any] = {}  # noqa: RUF012
+
+
+class ObjectiveFn(Protocol):
+    """What is trained: the loss of each row of a batch, ``[B]``; the caller averages.
+
+    An objective with a state of its own also has ``init(key, params) -> state``; see ``objectives.init``.
+    """
+
+    def __call__(self, params: Params, key: Key, batch: Batch, context: Context) -> tuple[Array, Aux]: ...

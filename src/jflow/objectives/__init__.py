@@ -1,9 +1,13 @@
-"""Objectives: ``(params, key, batch, context) -> (loss [B], info)``, each method a choice of parts over the identities."""
+"""Objectives: ``(params, key, batch, context) -> (loss [B], aux)``, each method a choice of parts over the identities.
 
-from jflow.objectives import curriculum, velocities
-from jflow.objectives.compose import Leg, Objective, OffDiagonal, Row
+``METHODS`` is the catalogue. A method is a function that makes an ``Objective`` of a ``Term``, with its row, ``method(...)``,
+above it; ``sequence`` and ``weighted_sum`` make objectives of objectives.
+"""
+
+from jflow.objectives import curriculum, velocity_estimates
+from jflow.objectives.combine import sequence, weighted_sum
 from jflow.objectives.consistency import consistency_distillation, consistency_training, ect, ict
-from jflow.objectives.curriculum import sequence
+from jflow.objectives.distributions import energy_distance
 from jflow.objectives.eulerian import (
     ayf_emd,
     decoupled_mean_flow,
@@ -16,6 +20,7 @@ from jflow.objectives.eulerian import (
     scd,
     sct,
 )
+from jflow.objectives.group import Group, GroupObjective
 from jflow.objectives.lagrangian import (
     ayf_lmd,
     fmm,
@@ -25,12 +30,13 @@ from jflow.objectives.lagrangian import (
     pid,
     tvm,
 )
-from jflow.objectives.method import PASSES, Method
-from jflow.objectives.registry import METHODS
+from jflow.objectives.method import METHODS, PASSES, Method, method
+from jflow.objectives.objective import Choices, Objective, init
 from jflow.objectives.regression import (
     flow_matching,
     reflow,
 )
+from jflow.objectives.row import Estimate, Leg, Row, Term
 from jflow.objectives.semigroup import (
     alpha_flow,
     ctm,
@@ -45,11 +51,15 @@ from jflow.objectives.semigroup import (
 __all__ = [
     "METHODS",
     "PASSES",
+    "Choices",
+    "Estimate",
+    "Group",
+    "GroupObjective",
     "Leg",
     "Method",
     "Objective",
-    "OffDiagonal",
     "Row",
+    "Term",
     "alpha_flow",
     "ayf_emd",
     "ayf_lmd",
@@ -60,6 +70,7 @@ __all__ = [
     "decoupled_mean_flow",
     "ect",
     "emd",
+    "energy_distance",
     "esd",
     "facm",
     "flow_matching",
@@ -67,9 +78,11 @@ __all__ = [
     "free_flow",
     "ict",
     "improved_mean_flow",
+    "init",
     "lmd",
     "lsd",
     "mean_flow",
+    "method",
     "pid",
     "pixel_mean_flow",
     "progressive_distillation",
@@ -83,5 +96,6 @@ __all__ = [
     "soflow",
     "split_mean_flow",
     "tvm",
-    "velocities",
+    "velocity_estimates",
+    "weighted_sum",
 ]

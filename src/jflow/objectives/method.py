@@ -1,12 +1,14 @@
-"""What a row of the catalogue is: a method's constructor, its parts in words, and what it declares of itself."""
+"""A row of the catalogue: a method's constructor, its parts in words, and what it declares of itself."""
 
 from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable, Mapping
-from typing import Any
+from typing import Any, TypeVar
 
-from jflow.objectives.compose import Objective
+from jflow.objectives.objective import Objective
+
+Constructor = TypeVar("Constructor", bound=Callable[..., Objective])
 
 # What a piece of work costs, in forward passes of the network on one sample.
 PASSES = {
@@ -19,9 +21,9 @@ PASSES = {
 }
 
 
-@dataclasses.dataclass(frozen=True)
+@dataclasses.dataclass(frozen=True, kw_only=True)
 class Method:
-    """A row of the catalogue.
+    """A row of the catalogue; ``method`` makes it, above the constructor.
 
     Attributes:
       constructor: ``(flow_map, interpolant, **choices) -> Objective``.
@@ -47,9 +49,9 @@ class Method:
     source: str
     identity: str
     velocity: str
-    stop_gradient: str
-    derivative: str
     when: str
+    stop_gradient: str = "-"
+    derivative: str = "-"
     cost: Mapping[str, int] = dataclasses.field(default_factory=dict)
     stationary: str = "exact"
     order: int = 0
@@ -64,3 +66,27 @@ class Method:
     def off_diagonal_passes(self) -> int | None:
         """The cost of one off-diagonal sample in forward passes, None without such samples."""
         return sum(PASSES[piece] * count for piece, count in self.cost.items()) or None
+
+
+# The catalogue: every method that ``method`` declares, by the name of its constructor.
+METHODS: dict[str, Method] = {}
+
+
+def method(**row: Any) -> Callable[[Constructor], Constructor]:
+    """Declares the function below as a method of the catalogue: ``METHODS[its name]``.
+
+    Args:
+      **row: the attributes of ``Method``, but for the constructor.
+
+    Raises:
+      ValueError: for a name that the catalogue has already; TypeError for attributes that ``Method`` does not have.
+    """
+
+    def declare(constructor: Constructor) -> Constructor:
+        name = constructor.__name__
+        if name in METHODS:
+            raise ValueError(f"method: the catalogue has a method {name!r} already")
+        METHODS[name] = Method(constructor=constructor, **row)
+        return constructor
+
+    return declare

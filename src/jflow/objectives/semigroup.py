@@ -8,16 +8,17 @@ off-diagonal sample, in forward passes of the network.
 from __future__ import annotations
 
 import functools
-from typing import Any
+from typing import Any, Unpack
 
 import jax.numpy as jnp
 
 from jflow import checks, identities, times, types
 from jflow.interpolants import Interpolant
-from jflow.objectives.compose import Leg, Objective, OffDiagonal, Row
 from jflow.objectives.curriculum import Schedule, value_at
-from jflow.objectives.method import Method
-from jflow.types import Array, Event, FlowMap, move
+from jflow.objectives.method import method
+from jflow.objectives.objective import Choices, Objective, default_pairs
+from jflow.objectives.row import Leg, Row, Term
+from jflow.types import Array, Event, FlowMap, Time, move
 
 
 def solver_step(leg: Leg, method: str, steps: int, s: Array, u: Array, x: Event) -> Event:
@@ -31,55 +32,51 @@ def solver_step(leg: Leg, method: str, steps: int, s: Array, u: Array, x: Event)
     return solvers.solve(velocity, method, steps=steps).mean_velocity(None, s, u, x)
 
 
-def _semigroup(leg: str) -> OffDiagonal:
+def semigroup_term(leg: str, stop: str = "target", smallest: float = 0.0) -> Term:
+    """The semigroup residual as a term.
+
+    Args:
+      leg: whose two legs: "own", "ema" or "teacher".
+      stop: as in ``identities.semigroup``.
+      smallest: legs shorter than this gap are asked at s = t, where the velocity is.
+    """
+
     def residual(row: Row) -> identities.Residual:
-        return identities.semigroup(row.own.v, row.s, row.t, row.x, row.gamma, legs=row.leg(leg).v)
+        legs = row.leg(leg).v
 
-    return residual
+        def asked(s: Time, u: Time, x: Event) -> Event:
+            # Half-way between the smallest gap and half of it, which rounding does not reach.
+            return legs(s, jnp.where(jnp.abs(u - s) < 0.75 * smallest, s, u), x)
 
+        on_grid = asked if smallest else legs
+        return identities.semigroup(row.own.v, row.s, row.t, row.x, _gamma(row), legs=on_grid, stop=stop)
 
-def psd_m(flow_map: FlowMap, interpolant: Interpolant, *, leg: str = "own", **choices: Any) -> Objective:
-    """R( v_{s,t} - sg[ v_{s,u}/2 + v_{u,t}(X_{s,u})/2 ] ) + tangent, u the midpoint: progressive self-distillation
-    (2505.18825).
-
-    ``leg`` is whose legs: "own", "ema" or "teacher". Cost: 5 passes.
-    """
-    return Objective("psd_m", flow_map, interpolant, _semigroup(leg), "semigroup", **choices)
+    return Term("semigroup", residual, ("gamma", "teacher") if leg == "teacher" else ("gamma",))
 
 
-def psd_u(flow_map: FlowMap, interpolant: Interpolant, *, leg: str = "own", **choices: Any) -> Objective:
-    """R( v_{s,t} - sg[ (1-gamma) v_{s,u} + gamma v_{u,t}(X_{s,u}) ] ) + tangent, gamma uniform: progressive
-    self-distillation with a random middle (2505.18825).
-
-    Cost: 5 passes.
-    """
-    choices = {"gammas": times.uniform(), **choices}
-    return Objective("psd_u", flow_map, interpolant, _semigroup(leg), "semigroup", **choices)
+def _gamma(row: Row) -> Array:
+    assert row.gamma is not None
+    return row.gamma
 
 
-def shortcut(
-    flow_map: FlowMap, interpolant: Interpolant, *, levels: int = 7, leg: str = "ema", **choices: Any
-) -> Objective:
-    """``psd_m`` on the dyadic grid of 2^levels cells with the legs of an average: shortcut models (2410.12557).
-
-    An eighth of the batch is off the diagonal. The network should see (s, t - s), as ``nets.MLP`` does. Cost: 5 passes.
-    """
-    checks.integer("levels", levels, low=1)
-    choices = {"diagonal": 0.875, "pairs": times.dyadic(levels), "domain": types.dyadic(levels), **choices}
-    return Objective("shortcut", flow_map, interpolant, _semigroup(leg), "semigroup", **choices)
-
-
-def split_mean_flow(flow_map: FlowMap, interpolant: Interpolant, **choices: Any) -> Objective:
-    """``psd_u``, with a ``teacher``'s velocity on the diagonal where one is given: SplitMeanFlow (2507.16884).
-
-    Cost: 5 passes.
-    """
-    choices = {"gammas": times.uniform(), **choices}
-    return Objective("split_mean_flow", flow_map, interpolant, _semigroup("own"), "semigroup", **choices)
-
-
+@method(
+    title="progressive distillation, PFMM",
+    source="2202.00512, 2406.07507",
+    identity="semigroup, midpoint",
+    velocity="teacher legs",
+    stop_gradient="both legs",
+    when="no derivative at all and targets that stand still; the steps halve with each stage",
+    cost={"forward": 3, "backward": 1},
+    needs=("map teacher",),
+    published_passes=5,
+)
 def progressive_distillation(
-    flow_map: FlowMap, interpolant: Interpolant, *, cells: Schedule = 1, solver: str | None = None, **choices: Any
+    flow_map: FlowMap,
+    interpolant: Interpolant,
+    *,
+    cells: Schedule = 1,
+    solver: str | None = None,
+    **choices: Unpack[Choices],
 ) -> Objective:
     """R( v_{s,t} - [ v'_{s,u}/2 + v'_{u,t}(X'_{s,u})/2 ] ), u the midpoint: progressive distillation (2202.00512, and of flow
     maps 2406.07507), v' the teacher's.
@@ -93,18 +90,136 @@ def progressive_distillation(
 
     def residual(row: Row) -> identities.Residual:
         teacher = row.leg("teacher")
-        legs = teacher.v
-        if solver is not None:
-            legs = functools.partial(solver_step, teacher, solver, 1)
-        return identities.semigroup(row.own.v, row.s, row.t, row.x, row.gamma, legs=legs)
+        legs = teacher.v if solver is None else functools.partial(solver_step, teacher, solver, 1)
+        return identities.semigroup(row.own.v, row.s, row.t, row.x, _gamma(row), legs=legs)
 
     def cell(step: Array) -> times.PairLaw:
         return times.cells(value_at(cells, step))
 
+    term = Term("semigroup", residual, ("gamma", "teacher"))
     choices = {"diagonal": 0.0, "pairs": times.ByStep(cell), **choices}
-    return Objective("progressive_distillation", flow_map, interpolant, residual, "semigroup", **choices)
+    return Objective("progressive_distillation", flow_map, interpolant, term, **choices)
 
 
+@method(
+    title="progressive self-distillation, midpoint",
+    source="2505.18825",
+    identity="semigroup, midpoint, + tangent",
+    velocity="self legs",
+    stop_gradient="both legs",
+    when="networks that refuse forward mode; cheap steps",
+    cost={"forward": 3, "backward": 1},
+    published_passes=8,
+)
+def psd_m(
+    flow_map: FlowMap,
+    interpolant: Interpolant,
+    *,
+    leg: str = "own",
+    stop: str = "target",
+    **choices: Unpack[Choices],
+) -> Objective:
+    """R( v_{s,t} - sg[ v_{s,u}/2 + v_{u,t}(X_{s,u})/2 ] ) + tangent, u the midpoint: progressive self-distillation
+    (2505.18825).
+
+    ``leg`` is whose legs: "own", "ema" or "teacher"; ``stop`` is what gets no gradient, as in ``identities.semigroup``.
+    Cost: 5 passes.
+    """
+    return Objective("psd_m", flow_map, interpolant, semigroup_term(leg, stop), **choices)
+
+
+@method(
+    title="progressive self-distillation, uniform",
+    source="2505.18825",
+    identity="semigroup, random middle, + tangent",
+    velocity="self legs",
+    stop_gradient="both legs",
+    when="as PSD-M, with every split of a jump",
+    cost={"forward": 3, "backward": 1},
+    published_passes=8,
+)
+def psd_u(
+    flow_map: FlowMap,
+    interpolant: Interpolant,
+    *,
+    leg: str = "own",
+    stop: str = "target",
+    **choices: Unpack[Choices],
+) -> Objective:
+    """R( v_{s,t} - sg[ (1-gamma) v_{s,u} + gamma v_{u,t}(X_{s,u}) ] ) + tangent, gamma uniform: progressive
+    self-distillation with a random middle (2505.18825).
+
+    ``leg`` and ``stop`` as in ``psd_m``. Cost: 5 passes.
+    """
+    term = semigroup_term(leg, stop)
+    return Objective("psd_u", flow_map, interpolant, term, **{"gammas": times.uniform(), **choices})
+
+
+@method(
+    title="shortcut model",
+    source="2410.12557",
+    identity="semigroup, midpoint, on a dyadic grid, + tangent",
+    velocity="self legs (average)",
+    stop_gradient="both legs",
+    when="step counts that are powers of two are all that is wanted",
+    cost={"forward": 3, "backward": 1},
+    needs=("ema",),
+    published_passes=8,
+)
+def shortcut(
+    flow_map: FlowMap,
+    interpolant: Interpolant,
+    *,
+    levels: int = 7,
+    leg: str = "ema",
+    stop: str = "target",
+    **choices: Unpack[Choices],
+) -> Objective:
+    """``psd_m`` on the dyadic grid of 2^levels cells with the legs of an average: shortcut models (2410.12557).
+
+    An eighth of the batch is off the diagonal. Legs shorter than a cell are asked at s = t, as in the paper, so that a jump
+    over one cell is trained to be two Euler steps of the diagonal, and a longer one to be two jumps over half of it. The
+    network should see (s, t - s), as ``nets.MLP`` does. Cost: 5 passes.
+    """
+    checks.integer("levels", levels, low=1)
+    on_grid = default_pairs({**choices}, times.dyadic(levels), types.dyadic(levels))
+    term = semigroup_term(leg, stop, 2.0**-levels)
+    return Objective("shortcut", flow_map, interpolant, term, **{"diagonal": 0.875, **on_grid})
+
+
+@method(
+    title="SplitMeanFlow",
+    source="2507.16884",
+    identity="semigroup, random middle, + tangent",
+    velocity="self legs; teacher on the diagonal",
+    stop_gradient="both legs",
+    when="PSD-U with a teacher's diagonal",
+    cost={"forward": 3, "backward": 1},
+    published_passes=9,
+)
+def split_mean_flow(flow_map: FlowMap, interpolant: Interpolant, **choices: Unpack[Choices]) -> Objective:
+    """``psd_u``, with a ``teacher``'s velocity on the diagonal where one is given: SplitMeanFlow (2507.16884).
+
+    Cost: 5 passes.
+    """
+    choices = {"gammas": times.uniform(), **choices}
+    return Objective("split_mean_flow", flow_map, interpolant, semigroup_term("own"), **choices)
+
+
+@method(
+    title="consistency trajectory model",
+    source="2310.02279",
+    identity="semigroup compared at t = 1, + tangent",
+    velocity="teacher's solver step, self legs",
+    stop_gradient="target side",
+    when="any-to-any jumps from a teacher, compared where they matter, at the data",
+    cost={"forward": 6, "backward": 1, "input_backward": 1},
+    stationary="order",
+    order=3,
+    at=lambda h: {"fraction": h},
+    needs=("teacher",),
+    published_passes=7,
+)
 def ctm(
     flow_map: FlowMap,
     interpolant: Interpolant,
@@ -112,7 +227,7 @@ def ctm(
     solver: str = "heun",
     steps: int = 1,
     fraction: Schedule | None = None,
-    **choices: Any,
+    **choices: Unpack[Choices],
 ) -> Objective:
     """R( X_{t,1}(X_{s,t}(x)) - sg[ X_{t,1}(X_{u,t}(S_{s,u}(x))) ] ) + tangent: consistency trajectory models (2310.02279).
 
@@ -122,7 +237,7 @@ def ctm(
     """
 
     def residual(row: Row) -> identities.Residual:
-        gamma = row.gamma if fraction is None else 1.0 - value_at(fraction, row.step).astype(row.s.dtype)
+        gamma = _gamma(row) if fraction is None else 1.0 - value_at(fraction, row.step).astype(row.s.dtype)
         u = gamma * row.s + (1.0 - gamma) * row.t
         source = row.frozen if row.teacher is None else row.teacher
         first = solver_step(source, solver, steps, row.s, u, row.x)
@@ -135,146 +250,65 @@ def ctm(
 
         return two._replace(prediction=end(two.prediction), target=end(two.target))
 
-    choices = {"gammas": times.uniform(), "diagonal": 0.5, **choices}
-    return Objective("ctm", flow_map, interpolant, residual, "semigroup", **choices)
+    # A fraction takes the place of the law of gamma.
+    random = {"gammas": times.uniform()} if fraction is None else {}
+    term = Term("semigroup", residual, ("gamma", "teacher") if random else ("teacher",))
+    return Objective("ctm", flow_map, interpolant, term, **{"diagonal": 0.5, **random, **choices})
 
 
-def alpha_flow(flow_map: FlowMap, interpolant: Interpolant, *, alpha: Schedule = 0.05, **choices: Any) -> Objective:
+@method(
+    title="alpha-Flow",
+    source="2510.20771",
+    identity="semigroup with a conditional first leg, + tangent",
+    velocity="conditional, self",
+    stop_gradient="target side",
+    when="from flow matching to MeanFlow by one parameter, without derivatives",
+    cost={"forward": 2, "backward": 1},
+    stationary="limit",
+    order=1,
+    at=lambda h: {"alpha": h},
+)
+def alpha_flow(
+    flow_map: FlowMap, interpolant: Interpolant, *, alpha: Schedule = 0.05, **choices: Unpack[Choices]
+) -> Objective:
     """R( ( v_{s,t} - sg[ alpha I_s' + (1-alpha) v_{u,t}(x + (u-s) I_s') ] )/alpha ) + tangent, u = s + alpha (t-s): alpha-Flow
     (2510.20771).
 
     The gradient is that of the paper's R/alpha. alpha falls from 1 (flow matching for every t) towards 0, where the method
     is MeanFlow (``curriculum.falling_sigmoid``). With a ``teacher`` its velocity takes the place of I_s'. Cost: 4 passes.
     """
-    return _moved("alpha_flow", flow_map, interpolant, alpha, choices)
+    return Objective("alpha_flow", flow_map, interpolant, _moved(alpha), **choices)
 
 
-def soflow(flow_map: FlowMap, interpolant: Interpolant, *, fraction: Schedule = 0.05, **choices: Any) -> Objective:
+@method(
+    title="SoFlow",
+    source="2512.15657",
+    identity="Eulerian, as a difference, + tangent",
+    velocity="conditional",
+    stop_gradient="target side",
+    derivative="finite difference along the velocity",
+    when="MeanFlow without forward mode",
+    cost={"forward": 2, "backward": 1},
+    stationary="order",
+    order=1,
+    at=lambda h: {"fraction": h},
+    published_passes=7,
+)
+def soflow(
+    flow_map: FlowMap, interpolant: Interpolant, *, fraction: Schedule = 0.05, **choices: Unpack[Choices]
+) -> Objective:
     """R( (X_{s,t}(x) - sg X_{u,t}(x + (u-s) I_s'))/(u-s) ) + tangent, in the gradient of v: solution flow (2512.15657).
 
     u = s + fraction (t-s), with a fraction that falls during training. The residual is alpha-Flow's with alpha = fraction;
     the two differ in their schedules and weights. Cost: 4 passes.
     """
-    return _moved("soflow", flow_map, interpolant, fraction, choices)
+    return Objective("soflow", flow_map, interpolant, _moved(fraction), **choices)
 
 
-def _moved(
-    name: str, flow_map: FlowMap, interpolant: Interpolant, fraction: Schedule, choices: dict[str, Any]
-) -> Objective:
+def _moved(fraction: Schedule) -> Term:
     def residual(row: Row) -> identities.Residual:
         share = value_at(fraction, row.step).astype(row.s.dtype)
         two = identities.semigroup(row.own.v, row.s, row.t, row.x, 1.0 - share, first=row.conditional)
         return two.rescaled(prediction=1.0, difference=1.0 / share)
 
-    return Objective(name, flow_map, interpolant, residual, "semigroup", **choices)
-
-
-METHODS: dict[str, Method] = {
-    "progressive_distillation": Method(
-        progressive_distillation,
-        "progressive distillation, PFMM",
-        "2202.00512, 2406.07507",
-        "semigroup, midpoint",
-        "teacher legs",
-        "both legs",
-        "-",
-        "no derivative at all and targets that stand still; the steps halve with each stage",
-        {"forward": 3, "backward": 1},
-        needs=("map teacher",),
-        published_passes=5,
-    ),
-    "psd_m": Method(
-        psd_m,
-        "progressive self-distillation, midpoint",
-        "2505.18825",
-        "semigroup, midpoint, + tangent",
-        "self legs",
-        "both legs",
-        "-",
-        "networks that refuse forward mode; cheap steps",
-        {"forward": 3, "backward": 1},
-        published_passes=8,
-    ),
-    "psd_u": Method(
-        psd_u,
-        "progressive self-distillation, uniform",
-        "2505.18825",
-        "semigroup, random middle, + tangent",
-        "self legs",
-        "both legs",
-        "-",
-        "as PSD-M, with every split of a jump",
-        {"forward": 3, "backward": 1},
-        published_passes=8,
-    ),
-    "shortcut": Method(
-        shortcut,
-        "shortcut model",
-        "2410.12557",
-        "semigroup, midpoint, on a dyadic grid, + tangent",
-        "self legs (average)",
-        "both legs",
-        "-",
-        "step counts that are powers of two are all that is wanted",
-        {"forward": 3, "backward": 1},
-        needs=("ema",),
-        published_passes=8,
-    ),
-    "split_mean_flow": Method(
-        split_mean_flow,
-        "SplitMeanFlow",
-        "2507.16884",
-        "semigroup, random middle, + tangent",
-        "self legs; teacher on the diagonal",
-        "both legs",
-        "-",
-        "PSD-U with a teacher's diagonal",
-        {"forward": 3, "backward": 1},
-        published_passes=9,
-    ),
-    "ctm": Method(
-        ctm,
-        "consistency trajectory model",
-        "2310.02279",
-        "semigroup compared at t = 1, + tangent",
-        "teacher's solver step, self legs",
-        "target side",
-        "-",
-        "any-to-any jumps from a teacher, compared where they matter, at the data",
-        {"forward": 6, "backward": 1, "input_backward": 1},
-        stationary="order",
-        order=3,
-        at=lambda h: {"fraction": h},
-        needs=("teacher",),
-        published_passes=7,
-    ),
-    "alpha_flow": Method(
-        alpha_flow,
-        "alpha-Flow",
-        "2510.20771",
-        "semigroup with a conditional first leg, + tangent",
-        "conditional, self",
-        "target side",
-        "-",
-        "from flow matching to MeanFlow by one parameter, without derivatives",
-        {"forward": 2, "backward": 1},
-        stationary="limit",
-        order=1,
-        at=lambda h: {"alpha": h},
-    ),
-    "soflow": Method(
-        soflow,
-        "SoFlow",
-        "2512.15657",
-        "Eulerian, as a difference, + tangent",
-        "conditional",
-        "target side",
-        "finite difference along the velocity",
-        "MeanFlow without forward mode",
-        {"forward": 2, "backward": 1},
-        stationary="order",
-        order=1,
-        at=lambda h: {"fraction": h},
-        published_passes=7,
-    ),
-}
+    return Term("semigroup", residual, ("velocity",))

@@ -1,0 +1,46 @@
+"""Functions that print as the call that made them: ``logit_normal(mean=0.4, std=1.0)``."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Mapping
+from typing import Any, Generic, ParamSpec, TypeVar
+
+P = ParamSpec("P")
+R = TypeVar("R")
+
+
+@dataclasses.dataclass(frozen=True, repr=False, eq=False)
+class Named(Generic[P, R]):
+    """A function with the name and the arguments of its maker, which its ``repr`` shows.
+
+    Attributes:
+      name: the maker's.
+      arguments: the maker's, by name.
+      function: what is called.
+    """
+
+    name: str
+    arguments: Mapping[str, Any]
+    function: Callable[P, R]
+
+    def __call__(self, *args: P.args, **kwargs: P.kwargs) -> R:
+        return self.function(*args, **kwargs)
+
+    def __repr__(self) -> str:
+        return f"{self.name}({', '.join(f'{name}={shown(value)}' for name, value in self.arguments.items())})"
+
+
+def named(name: str, function: Callable[P, R], **arguments: Any) -> Named[P, R]:
+    """The function, printed as ``name(**arguments)``."""
+    return Named(name, arguments, function)
+
+
+def shown(value: Any) -> str:
+    """A short text for a value: the name of a function, the type of what would print long."""
+    if callable(value) and hasattr(value, "__name__"):
+        return value.__name__
+    if callable(value) and hasattr(value, "func"):
+        return f"partial({shown(value.func)})"
+    text = repr(value)
+    return text if len(text) <= 100 and "\n" not in text and " at 0x" not in text else type(value).__name__

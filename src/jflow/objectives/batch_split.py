@@ -1,0 +1,82 @@
+"""The split of a batch into diagonal and off-diagonal rows: static numbers, chosen at random within equal blocks."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+from jflow.types import Array, Key, PyTree
+
+
+class BatchSplit(NamedTuple):
+    """Places of both kinds of rows within each block; None where all rows are of one kind.
+
+    Rows are taken within blocks, so that no row leaves its device where each device holds whole blocks.
+
+    Attributes:
+      diagonal: ``[blocks, n]``, or None.
+      off_diagonal: ``[blocks, m]``, or None.
+      counts: the numbers of rows of either kind in the batch.
+    """
+
+    diagonal: Array | None
+    off_diagonal: Array | None
+    counts: tuple[int, int]
+
+    @property
+    def mask(self) -> Array:
+        """Which rows are on the diagonal, ``[B]``."""
+        on, off = self.counts
+        return self.put(jnp.ones((on,), bool), jnp.zeros((off,), bool))
+
+    def take(self, tree: PyTree) -> tuple[PyTree, PyTree]:
+        """The rows of either kind, block after block; None where there is none."""
+        on, off = self.counts
+        return (_take(tree, self.diagonal) if on else None), (_take(tree, self.off_diagonal) if off else None)
+
+    def put(self, on: Array | None, off: Array | None) -> Array:
+        """Values of the rows of either kind, in batch order, ``[B]``."""
+        if self.diagonal is None or self.off_diagonal is None:
+            (whole,) = (part for part, count in zip((on, off), self.counts, strict=True) if count)
+            return whole
+        blocks = self.diagonal.shape[0]
+        whole = jnp.zeros((blocks, sum(self.counts) // blocks), jnp.result_type(on))
+        for places, values in ((self.diagonal, on), (self.off_diagonal, off)):
+            put = jax.vmap(lambda block, place, value: block.at[place].set(value))
+            whole = put(whole, places, values.reshape(places.shape))
+        return whole.reshape(-1)
+
+
+def split_batch(key: Key, size: int, share: float, blocks: int) -> BatchSplit:
+    """A random split with the nearest number of diagonal rows in each block.
+
+    Raises:
+      ValueError: for a size that the blocks do not divide, or one too small for the share of either kind.
+    """
+    if size % blocks:
+        raise ValueError(f"batch: expected a size divisible by blocks = {blocks}, got {size}")
+    block = size // blocks
+    diagonal = round(share * block)
+    if (share > 0 and diagonal == 0) or (share < 1 and diagonal == block):
+        raise ValueError(
+            f"batch: {size} rows in {blocks} blocks leave none for one kind at diagonal = {share:g}; "
+            "expected a larger batch or another share"
+        )
+    counts = (diagonal * blocks, (block - diagonal) * blocks)
+    if 0 in counts:
+        return BatchSplit(None, None, counts)
+    order = jax.vmap(lambda k: jax.random.permutation(k, block))(jax.random.split(key, blocks))
+    return BatchSplit(order[:, :diagonal], order[:, diagonal:], counts)
+
+
+def _take(tree: PyTree, places: Array | None) -> PyTree:
+    if places is None:
+        return tree
+
+    def rows(leaf: Array) -> Array:
+        blocks = leaf.reshape(places.shape[0], -1, *leaf.shape[1:])
+        return jax.vmap(lambda block, place: block[place])(blocks, places).reshape(-1, *leaf.shape[1:])
+
+    return jax.tree.map(rows, tree)

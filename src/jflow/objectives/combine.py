@@ -1,0 +1,144 @@
+"""Objectives made of objectives: stages one after another, or a weighted sum."""
+
+from __future__ import annotations
+
+import dataclasses
+import itertools
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from jflow import checks, trees
+from jflow.objectives.objective import init
+from jflow.reports import Report, as_reports
+from jflow.types import Array, Aux, Batch, Context, Key, ObjectiveFn, Params, PyTree
+
+
+@dataclasses.dataclass(frozen=True)
+class Stages:
+    """The objective of the stage in force; made by ``sequence``, and called as every other.
+
+    Attributes:
+      starts: the first step of each stage.
+      objectives: the stages; the state is the tuple of theirs.
+    """
+
+    starts: tuple[int, ...]
+    objectives: tuple[ObjectiveFn, ...]
+
+    def init(self, key: Key, params: Params) -> PyTree:
+        """The states of all stages."""
+        return _init_all(self.objectives, key, params)
+
+    def __call__(self, params: Params, key: Key, batch: Batch, context: Context | None = None) -> tuple[Array, Aux]:
+        """The loss of each row, and the metrics of all stages; those of a stage not in force are empty."""
+        context = Context() if context is None else context
+        states = _states(context, len(self.objectives))
+        operands = (params, key, batch, context._replace(state=states))
+        calls = [_stage(objective, place) for place, objective in enumerate(self.objectives)]
+        outputs = [jax.eval_shape(call, *operands) for call in calls]
+        union: dict[str, Report] = {name: report for _, aux in outputs for name, report in aux.metrics.items()}
+        width = outputs[0][0].dtype
+
+        def branch(call: Callable[..., tuple[Array, Aux]]) -> Callable[..., tuple[Array, Aux]]:
+            def padded(*operands: Any) -> tuple[Array, Aux]:
+                loss, aux = call(*operands)
+                metrics = {name: aux.metrics.get(name, report.neutral()) for name, report in union.items()}
+                return loss.astype(width), aux._replace(metrics=metrics)
+
+            return padded
+
+        index = jnp.sum(jnp.asarray(context.step) >= jnp.asarray(self.starts, jnp.int32)[1:])
+        return jax.lax.switch(index, [branch(call) for call in calls], *operands)
+
+
+def sequence(stages: Sequence[tuple[int, ObjectiveFn]]) -> ObjectiveFn:
+    """The objective of the last stage whose first step has been reached: ``[(0, flow_matching), (2000, lsd)]``.
+
+    Only the stage in force is computed (``jax.lax.switch`` on ``context.step``), so that a start on the diagonal alone
+    costs what flow matching costs. The metrics of the other stages count nothing.
+
+    Raises:
+      ValueError: when there is no stage, the first does not start at step 0, or the starts do not increase.
+      TypeError: when a start is not a whole number.
+    """
+    starts = [checks.integer("stages: first step", start) for start, _ in stages]
+    if not starts or starts[0] != 0 or any(b <= a for a, b in itertools.pairwise(starts)):
+        raise ValueError(f"stages: expected first steps that increase from 0, got {starts}")
+    if len(stages) == 1:
+        return stages[0][1]
+    return Stages(tuple(starts), tuple(objective for _, objective in stages))
+
+
+@dataclasses.dataclass(frozen=True)
+class WeightedSum:
+    """The sum of the losses of several objectives; made by ``weighted_sum``, and called as every other.
+
+    Attributes:
+      names: put before the metrics of each; "" leaves them as they are.
+      weights: of the losses.
+      objectives: the terms; the state is the tuple of theirs.
+    """
+
+    names: tuple[str, ...]
+    weights: tuple[float, ...]
+    objectives: tuple[ObjectiveFn, ...]
+
+    def init(self, key: Key, params: Params) -> PyTree:
+        """The states of all terms."""
+        return _init_all(self.objectives, key, params)
+
+    def __call__(self, params: Params, key: Key, batch: Batch, context: Context | None = None) -> tuple[Array, Aux]:
+        """The weighted sum of the losses of each row, and the metrics of all terms."""
+        context = Context() if context is None else context
+        keys, states = jax.random.split(key, len(self.objectives)), _states(context, len(self.objectives))
+        loss, next_states, metrics = None, [], {}
+        terms = zip(self.names, self.weights, self.objectives, keys, states, strict=True)
+        for name, weight, objective, its_key, state in terms:
+            added, aux = objective(params, its_key, batch, context._replace(state=state))
+            loss = trees.scale(weight, added) if loss is None else trees.axpy(weight, added, loss)
+            next_states.append(aux.state)
+            metrics |= {f"{name}_{entry}" if name else entry: report for entry, report in aux.metrics.items()}
+        assert loss is not None
+        return loss, Aux(tuple(next_states), metrics)
+
+
+def weighted_sum(objective: ObjectiveFn, **more: tuple[ObjectiveFn, float]) -> ObjectiveFn:
+    """The sum of objectives of the same params and batch: joint training, ``weighted_sum(lsd, head=(head, 0.1))``.
+
+    Args:
+      objective: the first, of weight one; its metrics keep their names.
+      **more: under a name, an objective and the weight of its loss; NAME_ is put before its metrics.
+
+    Returns:
+      The objective.
+
+    Raises:
+      ValueError: for a weight that is negative or not finite; TypeError when it is not a number.
+    """
+    weights = [checks.number(name, weight, low=0.0) for name, (_, weight) in more.items()]
+    return WeightedSum(("", *more), (1.0, *weights), (objective, *(other for other, _ in more.values())))
+
+
+def _init_all(objectives: Sequence[ObjectiveFn], key: Key, params: Params) -> PyTree:
+    keys = jax.random.split(key, len(objectives))
+    return tuple(init(objective, k, params) for objective, k in zip(objectives, keys, strict=True))
+
+
+def _states(context: Context, count: int) -> tuple[PyTree, ...]:
+    """The states of the parts; a caller without one has no part with a state."""
+    stateless = isinstance(context.state, tuple) and not context.state
+    return ((),) * count if stateless else context.state
+
+
+def _stage(objective: ObjectiveFn, place: int) -> Callable[..., tuple[Array, Aux]]:
+    """The stage at this place, given and returning the states of all."""
+
+    def call(params: Params, key: Key, batch: Batch, context: Context) -> tuple[Array, Aux]:
+        states = context.state
+        loss, aux = objective(params, key, batch, context._replace(state=states[place]))
+        return loss, Aux((*states[:place], aux.state, *states[place + 1 :]), as_reports(aux.metrics))
+
+    return call

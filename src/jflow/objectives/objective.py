@@ -1,0 +1,382 @@
+"""Objective: split a batch, evaluate a residual for each row, reduce it to a loss, report metrics.
+
+An objective is ``(params, key, batch, context) -> (loss [B], aux)``; the caller averages. A batch is split, statically, into
+a fixed number of diagonal rows (s = t), which cost one pass and no derivative, and off-diagonal rows, which carry the
+method's own residual. The rows are chosen at random, within equal blocks of the batch, so that a batch that is sharded over
+devices is split evenly on each.
+
+An objective with a state of its own (a discriminator with its optimizer, a running scale, a queue) is any object with
+
+    init(key, params) -> state
+    __call__(params, key, batch, context) -> (loss [B], Aux(next state, metrics)),   the state in context.state
+
+and ``init`` below is what the training state calls.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Any, NamedTuple, TypedDict
+
+import jax
+import jax.numpy as jnp
+
+from jflow import checks, couplings, reductions, reports, sharding, trees
+from jflow import times as laws
+from jflow.identities import tangent
+from jflow.interpolants import Interpolant
+from jflow.named import shown
+from jflow.objectives import velocity_estimates
+from jflow.objectives.batch_split import BatchSplit, split_batch
+from jflow.objectives.row import Estimate, Leg, Row, Term
+from jflow.types import (
+    Array,
+    Aux,
+    Batch,
+    Cond,
+    Context,
+    Domain,
+    Event,
+    FlowMap,
+    Key,
+    ObjectiveFn,
+    Params,
+    PyTree,
+    Velocity,
+    as_batch,
+)
+
+# Means by t and by t - s are taken over this many equal bins.
+BINS = 8
+# A choice that was not made: the default takes its place where the method reads it.
+_UNSET: Any = None
+
+
+class Choices(TypedDict, total=False):
+    """The choices of every method; see ``Objective`` for what they are."""
+
+    diagonal: float
+    times: laws.Law | laws.ByStep
+    pairs: laws.PairLaw | laws.ByStep
+    gammas: laws.Law | laws.ByStep
+    reduction: reductions.Reduction
+    diagonal_reduction: reductions.Reduction
+    velocity: Estimate
+    teacher: FlowMap | Velocity | None
+    coupling: couplings.Coupling
+    blocks: int
+    domain: Domain
+
+
+class Sample(NamedTuple):
+    """What is drawn for rows of one kind, ``[n, ...]`` each: times, pairs, conditions and keys."""
+
+    s: Array
+    t: Array
+    gamma: Array | None
+    x0: Event
+    x1: Event
+    cond: Cond
+    network_key: Key
+    row_key: Key
+
+
+class Found(NamedTuple):
+    """What is found for rows of one kind, ``[n]`` each.
+
+    Attributes:
+      loss: the reduced loss.
+      square: |D|^2 of the raw residual.
+      tangent: |.|^2 of its derivative term; None on the diagonal.
+    """
+
+    loss: Array
+    square: Array
+    tangent: Array | None
+
+
+class Shared(NamedTuple):
+    """What all rows see: parameters, averaged and teacher parameters, and the data of the batch."""
+
+    params: Params
+    context: Context
+    data: Event
+
+
+@dataclasses.dataclass(frozen=True, repr=False)
+class Objective:
+    """A term and the choices around it; call it as ``objective(params, key, batch, context) -> (loss [B], aux)``.
+
+    Attributes:
+      name: as in ``METHODS``.
+      flow_map: the map that is trained.
+      interpolant: the path.
+      term: the residual of a row with s < t, or None for flow matching alone.
+      diagonal: the share of the batch with s = t, which learns the velocity of its pair.
+      times: the law of t on the diagonal; uniform by default.
+      pairs: the law of (s, t) off it; uniform on the triangle by default.
+      gammas: the law of gamma, for semigroup residuals; 1/2 by default.
+      reduction: residual to loss, off the diagonal; squared by default.
+      diagonal_reduction: the same on the diagonal.
+      velocity: the estimate of b at the sampled points, in the tangent term and wherever the method has a conditional
+        velocity: ``velocity_estimates.pair``; ``velocity_estimates.batch``, which needs independent pairs without
+        conditioning; ``velocity_estimates.teacher``, the default where ``teacher`` is given; or a function of the row.
+      teacher: any Velocity, or a FlowMap, at the parameters ``context.teacher``; by default ``flow_map``, at these
+        parameters, where there are any.
+      coupling: ``(key, x1, cond) -> x0`` where the batch holds no x0; independent by default.
+      blocks: the number of equal blocks, in batch order, that are each split alike: a multiple of the number of
+        devices that a batch is spread over.
+      domain: where the map is trained, if it is less than the map's own domain.
+      needs: what else the method needs: "x0", pairs made beforehand; "no data", whose x1 may be None.
+
+    Raises:
+      ValueError: for numbers out of range, a law that draws times outside [0, 1] or the domain or that returns another
+        shape than asked for, or a choice that nothing reads.
+      TypeError: for arguments of another type.
+    """
+
+    name: str
+    flow_map: FlowMap
+    interpolant: Interpolant
+    term: Term | None = None
+    diagonal: float = 0.75
+    times: laws.Law | laws.ByStep = _UNSET
+    pairs: laws.PairLaw | laws.ByStep = _UNSET
+    gammas: laws.Law | laws.ByStep = _UNSET
+    reduction: reductions.Reduction = _UNSET
+    diagonal_reduction: reductions.Reduction = _UNSET
+    velocity: Estimate = _UNSET
+    teacher: FlowMap | Velocity | None = None
+    coupling: couplings.Coupling = _UNSET
+    blocks: int = 1
+    domain: Domain = _UNSET
+    needs: tuple[str, ...] = ()
+
+    def __post_init__(self) -> None:
+        self._check()
+        estimate = velocity_estimates.pair if self.teacher is None else velocity_estimates.teacher
+        defaults = {"velocity": estimate, "coupling": couplings.independent, "domain": self.flow_map.domain}
+        if self.diagonal > 0:
+            defaults |= {"times": laws.uniform(), "diagonal_reduction": reductions.squared}
+        if self.term is not None:
+            defaults |= {"pairs": laws.triangle(), "reduction": reductions.squared}
+            if "gamma" in self.term.reads:
+                defaults |= {"gammas": laws.constant(0.5)}
+        for name, value in defaults.items():
+            if getattr(self, name) is None:
+                object.__setattr__(self, name, value)
+        if self.velocity is velocity_estimates.batch and self.coupling is not couplings.independent:
+            raise ValueError("velocity: expected an independent coupling with the batch's velocity, which assumes it")
+        for name in ("times", "gammas"):
+            if getattr(self, name) is not None:
+                laws.check_law(name, laws.at_step(getattr(self, name), 0))
+        if self.pairs is not None:
+            laws.check_pairs("pairs", laws.at_step(self.pairs, 0), self.domain)
+
+    def _check(self) -> None:
+        if not isinstance(self.flow_map, FlowMap):
+            raise TypeError(
+                "flow_map: expected a FlowMap (jflow.flow_map(network, form) makes one of a network), got "
+                f"{type(self.flow_map).__name__}"
+            )
+        if not isinstance(self.interpolant, Interpolant):
+            raise TypeError(
+                f"interpolant: expected an Interpolant, such as interpolants.linear(), got {self.interpolant!r}"
+            )
+        checks.number("diagonal", self.diagonal, low=0.0, high=1.0)
+        checks.integer("blocks", self.blocks, low=1)
+        if self.term is None and self.diagonal != 1.0:
+            raise ValueError(f"diagonal: expected 1 for a method without off-diagonal rows, got {self.diagonal}")
+        for name in ("times", "pairs", "gammas"):
+            law = getattr(self, name)
+            if law is not None and not isinstance(law, laws.ByStep):
+                checks.function(name, law, "(key, n) -> times, a law of jflow.times")
+        for name in ("reduction", "diagonal_reduction", "velocity", "coupling", "teacher"):
+            if (value := getattr(self, name)) is not None and not isinstance(value, FlowMap):
+                checks.function(name, value, "as Objective documents it")
+        for name, why in self._unread().items():
+            if getattr(self, name) is not None:
+                raise ValueError(
+                    f"{name}: expected no choice of it for {self.name}, {why}; got {getattr(self, name)!r}"
+                )
+
+    def _unread(self) -> dict[str, str]:
+        """The choices that nothing reads, and why."""
+        reads = () if self.term is None else self.term.reads
+        unread = {}
+        if self.term is None:
+            unread |= dict.fromkeys(("pairs", "reduction", "domain"), "which has no off-diagonal rows")
+        if "gamma" not in reads:
+            unread["gammas"] = "which has no middle time"
+        if self.diagonal == 0.0:
+            unread |= dict.fromkeys(("times", "diagonal_reduction"), "which has no diagonal rows")
+            if "velocity" not in reads:
+                unread["velocity"] = "which reads no conditional velocity"
+                if "teacher" not in reads:
+                    unread["teacher"] = "which reads no teacher"
+        return unread
+
+    def __repr__(self) -> str:
+        choices = {
+            field.name: getattr(self, field.name)
+            for field in dataclasses.fields(self)
+            if field.name not in ("name", "flow_map", "interpolant", "term", "needs")
+        }
+        made = (f"{name}={shown(value)}" for name, value in choices.items() if value is not None)
+        return f"{self.name}({', '.join((f'path={self.interpolant.name!r}', *made))})"
+
+    def init(self, key: Key, params: Params) -> PyTree:
+        """The state before the first step: ``()``, for a term has none."""
+        del key, params
+        return ()
+
+    def __call__(self, params: Params, key: Key, batch: Batch, context: Context | None = None) -> tuple[Array, Aux]:
+        """The loss of each sample, in batch order, and what a person wants to look at.
+
+        Args:
+          params: the map's parameters.
+          key: a PRNG key; split once, every use named.
+          batch: data, ``[B, ...]``; floating point. x1 may be None beside an x0 where the method needs no data.
+          context: step, averaged and teacher parameters (``Context()`` by default).
+
+        Returns:
+          (loss [B], aux). ``aux.metrics["diagonal_rows"]`` says which rows have s = t. For each term, "tangent" on the
+          diagonal and the method's own off it: ``TERM/raw``, the mean of |D|^2; ``TERM/loss``, the mean reduced loss;
+          ``TERM/raw_by_t``, means by 8 equal bins of t; off the diagonal also ``TERM/raw_by_gap`` and
+          ``TERM/tangent_norm``, the root mean square of the derivative term.
+
+        Raises:
+          ValueError, TypeError: while tracing, for leaves of different lengths, a size that cannot be split, an x0
+            that does not match x1, or data that is not floating point.
+        """
+        context = Context() if context is None else context
+        batch = self._complete(as_batch(batch))
+        split, on, off = self._draw(key, batch, context)
+        shared = Shared(params, context._replace(state=()), batch.x1)
+        found = sharding.each_device(self._evaluate, shared, on, off)
+        return self._gather(split, (on, off), found)
+
+    def _complete(self, batch: Batch) -> Batch:
+        """The batch, checked, with x1 filled in where the method needs no data."""
+        if "x0" in self.needs and batch.x0 is None:
+            raise ValueError(f"batch.x0: expected pairs for {self.name} (couplings.reflow makes them), got None")
+        if batch.x1 is None:
+            if "no data" not in self.needs or self.diagonal > 0:
+                raise ValueError(f"batch.x1: expected data for {self.name}, got None")
+            # I_0 is x0 whatever x1 is: the constructor has made sure that the path starts at the base.
+            batch = batch._replace(x1=batch.x0)
+        checks.floating("batch.x1", batch.x1)
+        if self.velocity is velocity_estimates.batch and (batch.x0 is not None or batch.cond is not None):
+            raise ValueError(
+                "batch: expected neither x0 nor cond with the batch's velocity, which assumes independence"
+            )
+        return batch
+
+    def _draw(self, key: Key, batch: Batch, context: Context) -> tuple[BatchSplit, Sample | None, Sample | None]:
+        """The split of the batch, and what is drawn for either kind of rows."""
+        size = checks.rows("batch", (batch.x1, batch.x0, batch.cond))
+        coupling_key, split_key, time_key, pair_key, gamma_key, network_key, row_key = jax.random.split(key, 7)
+        x0 = self.coupling(coupling_key, batch.x1, batch.cond) if batch.x0 is None else batch.x0
+        checks.same_structure("batch.x0", x0, "batch.x1", batch.x1)
+        split = split_batch(split_key, size, self.diagonal, self.blocks)
+        keys = jax.random.split(network_key, size), jax.random.split(row_key, size)
+        first, second = split.take((x0, batch.x1, batch.cond, *keys))
+        dtype = trees.at_least_float32(batch.x1)
+
+        def drawn(law: Any, law_key: Key, rows: int) -> Any:
+            return jax.tree.map(lambda t: t.astype(dtype), laws.at_step(law, context.step)(law_key, rows))
+
+        on = off = None
+        diagonal, off_diagonal = split.counts
+        if diagonal:
+            t = drawn(self.times, time_key, diagonal)
+            on = Sample(t, t, None, *first)
+        if off_diagonal:
+            gamma = None if self.gammas is None else drawn(self.gammas, gamma_key, off_diagonal)
+            off = Sample(*drawn(self.pairs, pair_key, off_diagonal), gamma, *second)
+        return split, on, off
+
+    def _evaluate(self, shared: Shared, on: Sample | None, off: Sample | None) -> list[Found | None]:
+        """Losses and residuals of both kinds of rows; each device calls it with its own rows."""
+        found = []
+        for sample, one in ((on, self._on), (off, self._off)):
+            each = jax.vmap(lambda drawn, one=one: one(shared.params, self._row(shared, drawn)))
+            found.append(None if sample is None else each(sample))
+        return found
+
+    def _row(self, shared: Shared, drawn: Sample) -> Row:
+        params, context, data = shared
+        cond, key = drawn.cond, drawn.network_key
+        teacher = None
+        if self.teacher is not None or context.teacher is not None:
+            model = self.flow_map if self.teacher is None else self.teacher
+            teacher = Leg(model, context.teacher, cond, key)
+        return Row(
+            s=drawn.s,
+            t=drawn.t,
+            x0=drawn.x0,
+            x1=drawn.x1,
+            x=self.interpolant.interpolate(drawn.s, drawn.x0, drawn.x1),
+            cond=cond,
+            key=drawn.row_key,
+            gamma=drawn.gamma,
+            step=jnp.asarray(context.step),
+            own=Leg(self.flow_map, params, cond, key),
+            frozen=Leg(self.flow_map, jax.lax.stop_gradient(params), cond, key),
+            ema=None if context.ema is None else Leg(self.flow_map, context.ema, cond, key),
+            teacher=teacher,
+            data=data,
+            interpolant=self.interpolant,
+            estimate=self.velocity,
+        )
+
+    def _on(self, params: Params, row: Row) -> Found:
+        """The tangent residual of a diagonal row, reduced."""
+        residual = tangent(lambda _, t, x: row.own.velocity(t, x), row.t, row.x, row.conditional)
+        difference = residual.difference
+        return Found(self.diagonal_reduction(params, row.t, row.t, difference), trees.sq_norm(difference), None)
+
+    def _off(self, params: Params, row: Row) -> Found:
+        """The method's residual of an off-diagonal row, reduced."""
+        assert self.term is not None
+        residual = self.term.residual(row)
+        difference = residual.difference
+        loss = self.reduction(params, row.s, row.t, difference)
+        if not isinstance(residual.weight, float) or residual.weight != 1.0:
+            loss = loss * jax.lax.stop_gradient(jnp.asarray(residual.weight).astype(loss.dtype))
+        return Found(loss, trees.sq_norm(difference), trees.sq_norm(residual.tangent))
+
+    def _gather(
+        self, split: BatchSplit, samples: tuple[Sample | None, Sample | None], found: list[Found | None]
+    ) -> tuple[Array, Aux]:
+        """Losses in batch order, and the metrics of each term."""
+        names = ("tangent", "" if self.term is None else self.term.name)
+        metrics: dict[str, reports.Report] = {"diagonal_rows": reports.PerRow(split.mask)}
+        for name, sample, part in zip(names, samples, found, strict=True):
+            if sample is not None and part is not None:
+                metrics |= _reported(name, sample, jax.lax.stop_gradient(part))
+        dtype = trees.at_least_float32([s.x1 for s in samples if s is not None])
+        losses = [None if part is None else part.loss.astype(dtype) for part in found]
+        return split.put(*losses), Aux((), metrics)
+
+
+def default_pairs(choices: dict[str, Any], pairs: laws.PairLaw, domain: Domain) -> dict[str, Any]:
+    """A method's own law of (s, t) and the domain that goes with it, unless another law is chosen."""
+    return choices if "pairs" in choices else {"pairs": pairs, "domain": domain, **choices}
+
+
+def init(objective: ObjectiveFn, key: Key, params: Params) -> PyTree:
+    """The state of an objective before the first step: what its ``init(key, params)`` makes, ``()`` if it has none."""
+    return objective.init(key, params) if hasattr(objective, "init") else ()
+
+
+def _reported(term: str, sample: Sample, found: Found) -> dict[str, reports.Report]:
+    metrics: dict[str, reports.Report] = {
+        f"{term}/raw": reports.mean(found.square),
+        f"{term}/loss": reports.mean(found.loss),
+        f"{term}/raw_by_t": reports.binned(found.square, sample.t, BINS),
+    }
+    if found.tangent is not None:
+        metrics[f"{term}/raw_by_gap"] = reports.binned(found.square, jnp.abs(sample.t - sample.s), BINS)
+        metrics[f"{term}/tangent_norm"] = reports.RootMean(*reports.mean(found.tangent))
+    return metrics

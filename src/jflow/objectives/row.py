@@ -1,0 +1,142 @@
+"""The row: what the residual of one sample is made of, and the term that makes a residual of it."""
+
+from __future__ import annotations
+
+import zlib
+from collections.abc import Callable
+from typing import NamedTuple
+
+import jax
+
+from jflow import checks, identities
+from jflow.interpolants import Interpolant
+from jflow.types import Array, Cond, Event, FlowMap, Key, Params, Time, Velocity, move
+
+# What a term may ask of a row beyond the map itself; see ``Term.reads``.
+READS = ("velocity", "gamma", "teacher")
+
+
+class Leg(NamedTuple):
+    """A model at certain parameters, with a sample's condition and key filled in.
+
+    Another condition is ``leg._replace(cond=null)``: a guided target is made of two such legs.
+
+    Attributes:
+      model: a FlowMap, or a Velocity, which has no jumps.
+      params: its parameters.
+      cond: the sample's condition, or None.
+      key: the key that the network gets.
+    """
+
+    model: FlowMap | Velocity
+    params: Params
+    cond: Cond
+    key: Key
+
+    def v(self, s: Time, t: Time, x: Event) -> Event:
+        """v_{s,t}(x), shaped like x.
+
+        Raises:
+          ValueError: for a Velocity.
+        """
+        if not isinstance(self.model, FlowMap):
+            raise ValueError("teacher: expected a FlowMap, whose jumps the method needs, got a Velocity")
+        return self.model.mean_velocity(self.params, s, t, x, self.cond, key=self.key)
+
+    def jump(self, s: Time, t: Time, x: Event) -> Event:
+        """X_{s,t}(x), shaped like x.
+
+        Raises:
+          ValueError: for a Velocity.
+        """
+        return move(x, s, t, self.v(s, t, x))
+
+    def velocity(self, t: Time, x: Event) -> Event:
+        """b_t(x) = v_{t,t}(x), shaped like x."""
+        velocity = self.model.velocity if isinstance(self.model, FlowMap) else self.model
+        return velocity(self.params, t, x, self.cond, key=self.key)
+
+
+class Row(NamedTuple):
+    """One sample of a batch, on the diagonal (s = t) or off it, and everything that its residual may be made of.
+
+    Attributes:
+      s, t: source and target time, scalars; equal on the diagonal.
+      x0, x1: the pair.
+      x: the point I_s.
+      cond: the sample's condition, or None.
+      key: for random numbers of the row's own (``key_for``); the networks get another.
+      gamma: where the middle time of a semigroup residual lies, from the objective's law; None on the diagonal.
+      step: the optimizer's step, an int32 scalar.
+      own: the map being trained, through which gradients flow.
+      frozen: the same map, with gradients to its points and not to its parameters.
+      ema: the map at the averaged parameters, or None where the context holds none.
+      teacher: the teacher, or None.
+      data: the data of the whole batch, ``[B, ...]``.
+      interpolant: the path.
+      estimate: the objective's choice of velocity; its value is ``conditional``.
+    """
+
+    s: Array
+    t: Array
+    x0: Event
+    x1: Event
+    x: Event
+    cond: Cond
+    key: Key
+    gamma: Array | None
+    step: Array
+    own: Leg
+    frozen: Leg
+    ema: Leg | None
+    teacher: Leg | None
+    data: Event
+    interpolant: Interpolant
+    estimate: Callable[[Row], Event]
+
+    @property
+    def conditional(self) -> Event:
+        """An estimate of b_s(x) whose mean, given x, is b_s(x): I_s' of the row's own pair, or better; no gradient."""
+        return jax.lax.stop_gradient(self.estimate(self))
+
+    def pair(self, s: Time, u: Time) -> Event:
+        """(I_u - I_s)/(u - s), the mean velocity of the row's own pair."""
+        return self.interpolant.mean_derivative(s, u, self.x0, self.x1)
+
+    def key_for(self, use: str) -> Key:
+        """A key for one use of random numbers, told by its name: a middle time, a probe."""
+        return jax.random.fold_in(self.key, zlib.crc32(use.encode()))
+
+    def leg(self, which: str) -> Leg:
+        """The map "own", "frozen", "ema" or "teacher".
+
+        Raises:
+          ValueError: for another name, or one that the context does not hold.
+        """
+        checks.choice("leg", which, ("own", "frozen", "ema", "teacher"))
+        found = getattr(self, which)
+        if found is None:
+            raise ValueError(
+                f"context.{which}: expected parameters, got None: the method needs "
+                + ("an average of its own (make_step's ema)" if which == "ema" else "a teacher (init_state's teacher)")
+            )
+        return found
+
+
+# An estimate of b_s(x) at a row's point, shaped like x.
+Estimate = Callable[[Row], Event]
+
+
+class Term(NamedTuple):
+    """The residual of a row off the diagonal.
+
+    Attributes:
+      name: the label of its metrics.
+      residual: ``row -> identities.Residual``.
+      reads: what it asks of the row beyond the map: "velocity" (``row.conditional``), "gamma", "teacher". A choice of
+        the objective that neither this term nor the diagonal reads is refused.
+    """
+
+    name: str
+    residual: Callable[[Row], identities.Residual]
+    reads: tuple[str, ...] = ()
