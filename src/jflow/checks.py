@@ -12,6 +12,9 @@ from typing import Any
 import jax
 import numpy as np
 
+# Times that differ by less are the same: arithmetic in float32 may leave 1.0000001 of a one.
+ROUNDING = 1e-6
+
 
 def concrete(value: Any) -> np.ndarray | None:
     """The value as a numpy array, or None while it is being traced."""
@@ -101,14 +104,14 @@ def scalar(name: str, value: Any) -> None:
 
 
 def time(name: str, value: Any) -> None:
-    """A scalar time in [0, 1]; the value of a traced one cannot be looked at and passes.
+    """A scalar time in [0, 1], but for rounding; the value of a traced one cannot be looked at and passes.
 
     Raises:
       ValueError: when it has axes, or is outside.
     """
     scalar(name, value)
     number = concrete(value)
-    if number is not None and not 0.0 <= float(number) <= 1.0:
+    if number is not None and not -ROUNDING <= float(number) <= 1.0 + ROUNDING:
         raise ValueError(f"{name}: expected a time in [0, 1], got {float(number):g}")
 
 

@@ -44,7 +44,7 @@ class MeanVelocity(Protocol):
     ) -> Event: ...
 
 
-@dataclasses.dataclass(frozen=True)
+@dataclasses.dataclass(frozen=True, repr=False)
 class Domain:
     """The pairs (s, t) at which a flow map is defined, all within [0, 1].
 
@@ -61,6 +61,9 @@ class Domain:
     target: float | None = None
     levels: int | None = None
     source: float | None = None
+
+    def __repr__(self) -> str:
+        return f"Domain({self.name!r})"
 
     def contains(self, s: float, t: float) -> bool:
         """Whether the pair of concrete times (s, t) lies in the domain; the diagonal s = t always does."""
@@ -94,7 +97,10 @@ class Domain:
         checks.time("s", s)
         checks.time("t", t)
         source, target = checks.concrete(s), checks.concrete(t)
-        if source is not None and target is not None and not self.contains(float(source), float(target)):
+        if source is None or target is None:
+            return
+        # Times that rounding has put beyond an end are taken for the end.
+        if not self.contains(*np.clip((float(source), float(target)), 0.0, 1.0)):
             raise ValueError(f"s, t: the jump from {source:g} to {target:g} is outside the map's domain, {self.name}")
 
     def check_grid(self, grid: Sequence[float] | Array | np.ndarray) -> None:
@@ -129,6 +135,20 @@ def dyadic(levels: int) -> Domain:
 
 
 @dataclasses.dataclass(frozen=True)
+class _InDomain:
+    """A mean velocity that refuses concrete times outside its domain; equal functions in equal domains are equal."""
+
+    function: MeanVelocity
+    domain: Domain
+
+    def __call__(
+        self, params: Params, s: Time, t: Time, x: Event, cond: Cond = None, *, key: Key | None = None
+    ) -> Event:
+        self.domain.check_times(s, t)
+        return self.function(params, s, t, x, cond, key=key)
+
+
+@dataclasses.dataclass(frozen=True)
 class FlowMap:
     """A flow map, given by its mean velocity.
 
@@ -141,6 +161,9 @@ class FlowMap:
       jump_override: a more accurate X_{s,t}, where one exists (an oracle's closed form).
       velocity_override: a more accurate or cheaper v_{t,t} (a closed form, or a head of its own).
       form: the name of the parameterization that it was made with, "" where there is none: some methods need one.
+
+    Its functions raise ValueError for times that are not scalars, and for concrete times outside [0, 1] or a jump outside
+    the domain; traced times cannot be looked at.
     """
 
     mean_velocity: MeanVelocity
@@ -149,9 +172,15 @@ class FlowMap:
     velocity_override: Velocity | None = None
     form: str = ""
 
+    def __post_init__(self) -> None:
+        function = self.mean_velocity
+        inner = function.function if isinstance(function, _InDomain) else function
+        object.__setattr__(self, "mean_velocity", _InDomain(inner, self.domain))
+
     def jump(self, params: Params, s: Time, t: Time, x: Event, cond: Cond = None, *, key: Key | None = None) -> Event:
         """X_{s,t}(x), shaped like x."""
         if self.jump_override is not None:
+            self.domain.check_times(s, t)
             return self.jump_override(params, s, t, x, cond, key=key)
         v = self.mean_velocity(params, s, t, x, cond, key=key)
         return move(x, s, t, v)
@@ -159,6 +188,7 @@ class FlowMap:
     def velocity(self, params: Params, t: Time, x: Event, cond: Cond = None, *, key: Key | None = None) -> Event:
         """b_t(x) = v_{t,t}(x), shaped like x."""
         if self.velocity_override is not None:
+            checks.time("t", t)
             return self.velocity_override(params, t, x, cond, key=key)
         return self.mean_velocity(params, t, t, x, cond, key=key)
 

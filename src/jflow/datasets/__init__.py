@@ -7,11 +7,13 @@ memory comes from ``files``, through Grain, to ``jflow.training.Feed``.
 from jflow.datasets.arrays import ArrayDataset, CoupledDataset, SampledDataset, coupled
 from jflow.datasets.examples import CHECKERBOARD_STD, Split, checkerboard, checkerboard_log_density, digits
 from jflow.datasets.files import array_folder, images, npz, pipeline
+from jflow.datasets.grouped import GroupedDataset, grouped
 
 __all__ = [
     "CHECKERBOARD_STD",
     "ArrayDataset",
     "CoupledDataset",
+    "GroupedDataset",
     "SampledDataset",
     "Split",
     "array_folder",
@@ -19,6 +21,7 @@ __all__ = [
     "checkerboard_log_density",
     "coupled",
     "digits",
+    "grouped",
     "images",
     "npz",
     "pipeline",

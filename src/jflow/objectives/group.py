@@ -2,7 +2,7 @@
 
 The rows of a batch are cut, in their order, into groups of M consecutive rows, which lie on one device. The loss of a group is
 given to each of its rows, so that the mean over the rows is the mean over the groups, and the objective combines with any
-other (``weighted_sum``). ``datasets.GroupedDataset`` draws batches whose groups share a class.
+other (``weighted_sum``). ``datasets.grouped`` draws batches whose groups share a class.
 """
 
 from __future__ import annotations
@@ -174,6 +174,6 @@ def _agree(cond: Cond, groups: int) -> Array:
     if value is not None and not value.all():
         raise ValueError(
             f"batch.cond: expected one condition in each group of consecutive rows, got several in {np.sum(~value)} of "
-            f"{groups} groups (datasets.GroupedDataset draws such batches)"
+            f"{groups} groups (datasets.grouped draws such batches)"
         )
     return agree
