@@ -124,6 +124,11 @@ def _fall(first: float, last: float) -> Callable[[Config], dict[str, Any]]:
     return lambda config: {"fraction": optax.exponential_decay(first, config.steps, last / first)}
 
 
+def _stairs(first: float, last: float, every: int) -> optax.Schedule:
+    """From the first to the last value by doubling or halving, ``every`` steps each."""
+    return optax.exponential_decay(first, max(every, 1), 2.0 if last > first else 0.5, staircase=True, end_value=last)
+
+
 def _warmup(config: Config) -> dict[str, Any]:
     return {"warmup": optax.linear_schedule(0.0, 0.99, max(config.steps // 4, 1))}
 
@@ -143,10 +148,8 @@ def _rows() -> dict[str, Row]:
         # through a chain of smaller ones to s = 0.
         "consistency_training": Row("consistency_training", choices=_fall(0.5, 0.1)),
         "consistency_distillation": Row("consistency_distillation", choices=lambda c: {"fraction": 0.2}, **taught),
-        "ict": Row("ict", choices=lambda c: {"cells": curriculum.doubling(4, 16, max(c.steps // 4, 1))}),
-        "ect": Row(
-            "ect", choices=lambda c: {"fraction": curriculum.shrinking(max(c.steps // 6, 1), 2.0, 0.1)}, **taught
-        ),
+        "ict": Row("ict", choices=lambda c: {"cells": _stairs(4.0, 16.0, c.steps // 4)}),
+        "ect": Row("ect", choices=lambda c: {"fraction": _stairs(1.0, 0.1, c.steps // 6)}, **taught),
         # Most of its residual is near the data, where consistency models put most of their samples (2310.14189).
         "facm": Row("facm", choices=lambda c: {"pairs": times.to_data(times.logit_normal(1.1, 2.0))}, trained=TO_DATA),
         "sct": Row("sct", path="trigonometric", parameterization="trigonometric"),
@@ -232,14 +235,15 @@ class Job:
         """The objective, and where the map is trained."""
         row, flow_map, path = self.row, self.model.flow_map, self.model.interpolant
         choices = row.choices(self.config)
-        # The pairs made beforehand are not independent: the batch's velocity would be wrong for them.
-        if row.pairs == "data" and not row.teacher:
-            choices["velocity"] = objectives.velocities.VELOCITIES[self.config.velocity]
         if row.method == "progressive_distillation":
             return self._progressive(), ONE_JUMP
         if row.teacher and row.pairs == "data" and row.method != "ect":
             choices["teacher"] = flow_map.velocity
         made = self.method.constructor(flow_map, path, **choices)
+        # Pairs made beforehand are not independent: the batch's velocity would be wrong for them.
+        if row.pairs == "data" and not row.teacher and "velocity" in made.reads:
+            estimate = objectives.velocity_estimates.ESTIMATES[self.config.velocity]
+            made = dataclasses.replace(made, velocity=estimate)
         return made, row.trained or made.domain
 
     def _progressive(self) -> Callable[..., Any]:

@@ -232,7 +232,7 @@ def objective_of(config: Config, model: Model) -> Callable[..., Any]:
         from_noise = times.independent(times.constant(0.0), times.uniform(stratified=config.stratified))
         pairs = times.mixed([pairs, from_noise], [1.0 - config.full_jumps, config.full_jumps])
     single = times.uniform(stratified=config.stratified)
-    estimate = objectives.velocities.VELOCITIES[config.velocity]
+    estimate = objectives.velocity_estimates.ESTIMATES[config.velocity]
     method = objectives.METHODS[config.objective].constructor(
         model.flow_map,
         model.interpolant,

@@ -200,6 +200,11 @@ class Objective:
                     f"{name}: expected no choice of it for {self.name}, {why}; got {getattr(self, name)!r}"
                 )
 
+    @property
+    def reads(self) -> tuple[str, ...]:
+        """The names of the choices that the method reads; any other is refused."""
+        return tuple(name for name in Choices.__annotations__ if name not in self._unread())
+
     def _unread(self) -> dict[str, str]:
         """The choices that nothing reads, and why."""
         reads = () if self.term is None else self.term.reads
