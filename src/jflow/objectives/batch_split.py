@@ -29,7 +29,7 @@ class BatchSplit(NamedTuple):
     def mask(self) -> Array:
         """Which rows are on the diagonal, ``[B]``."""
         on, off = self.counts
-        return self.put(jnp.ones((on,), bool), jnp.zeros((off,), bool))
+        return self.put(jnp.ones((on,), bool) if on else None, jnp.zeros((off,), bool) if off else None)
 
     def take(self, tree: PyTree) -> tuple[PyTree, PyTree]:
         """The rows of either kind, block after block; None where there is none."""
@@ -37,9 +37,10 @@ class BatchSplit(NamedTuple):
         return (_take(tree, self.diagonal) if on else None), (_take(tree, self.off_diagonal) if off else None)
 
     def put(self, on: Array | None, off: Array | None) -> Array:
-        """Values of the rows of either kind, in batch order, ``[B]``."""
-        if self.diagonal is None or self.off_diagonal is None:
-            (whole,) = (part for part, count in zip((on, off), self.counts, strict=True) if count)
+        """Values of the rows of either kind, in batch order, ``[B]``; None for a kind that has no rows."""
+        if on is None or off is None or self.diagonal is None or self.off_diagonal is None:
+            whole = off if on is None else on
+            assert whole is not None
             return whole
         blocks = self.diagonal.shape[0]
         whole = jnp.zeros((blocks, sum(self.counts) // blocks), jnp.result_type(on))

@@ -13,6 +13,7 @@ A law of times that changes is a ``times.ByStep``, and an objective that changes
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -20,7 +21,7 @@ import jax.numpy as jnp
 from jflow import checks
 from jflow.types import Array
 
-Schedule = float | Array | Callable[[Array], Array]
+Schedule = float | Array | Callable[[Any], Any]
 
 
 def value_at(schedule: Schedule, step: Array | int) -> Array:

@@ -10,7 +10,7 @@ multiplies the derivative (1 by default).
 
 from __future__ import annotations
 
-from typing import Any, TypedDict, Unpack
+from typing import Any, NotRequired, TypedDict, Unpack
 
 import jax.numpy as jnp
 
@@ -31,7 +31,7 @@ class DerivativeChoices(Choices, total=False):
     derivative: Derivative
 
 
-class Reads(TypedDict, total=False):
+class Reads(TypedDict):
     """What an Eulerian residual is made of.
 
     Attributes:
@@ -41,8 +41,8 @@ class Reads(TypedDict, total=False):
     """
 
     velocity: str
-    along: str
     stop: str
+    along: NotRequired[str]
 
 
 def eulerian_term(reads: Reads, warmup: Schedule | None = None, derivative: Derivative | None = None) -> Term:

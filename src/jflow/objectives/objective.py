@@ -298,7 +298,8 @@ class Objective:
             on = Sample(t, t, None, *first)
         if off_diagonal:
             gamma = None if self.gammas is None else drawn(self.gammas, gamma_key, off_diagonal)
-            off = Sample(*drawn(self.pairs, pair_key, off_diagonal), gamma, *second)
+            s, t = drawn(self.pairs, pair_key, off_diagonal)
+            off = Sample(s, t, gamma, *second)
         return split, on, off
 
     def _evaluate(self, shared: Shared, on: Sample | None, off: Sample | None) -> list[Found | None]:
@@ -372,7 +373,8 @@ def default_pairs(choices: dict[str, Any], pairs: laws.PairLaw, domain: Domain) 
 
 def init(objective: ObjectiveFn, key: Key, params: Params) -> PyTree:
     """The state of an objective before the first step: what its ``init(key, params)`` makes, ``()`` if it has none."""
-    return objective.init(key, params) if hasattr(objective, "init") else ()
+    make = getattr(objective, "init", None)
+    return () if make is None else make(key, params)
 
 
 def _reported(term: str, sample: Sample, found: Found) -> dict[str, reports.Report]:
