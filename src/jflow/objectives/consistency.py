@@ -13,7 +13,6 @@ from collections.abc import Callable
 from typing import Any, Unpack
 
 import jax.numpy as jnp
-import optax
 
 from jflow import identities, reductions
 from jflow.interpolants import Interpolant
@@ -24,9 +23,6 @@ from jflow.objectives.objective import Choices, Objective
 from jflow.objectives.row import Row, Term
 from jflow.objectives.semigroup import solver_step
 from jflow.types import Array, Event, FlowMap
-
-# Easy consistency tuning's share of the remaining time.
-HALVING: Schedule = optax.exponential_decay(1.0, 1000, 0.5, staircase=True, end_value=0.01)
 
 
 @method(
@@ -155,8 +151,15 @@ def ect(
     sqrt(|D|^2 + c^2) - c with c = 0. The weight here is 1/(u - s); on the linear path, the paper's 1/(sigma_s - sigma_u)
     with sigma = (1-t)/t is u s/(u - s), so that the two differ by the factor u s. Cost: 4 passes.
     """
-    share = _share(HALVING if fraction is None else fraction)
+    share = _share(_halving() if fraction is None else fraction)
     return _consistency("ect", flow_map, interpolant, {**choices}, _term(share, _pair, "own"))
+
+
+def _halving() -> Schedule:
+    # Imported here, for ``import jflow`` should take little more time than ``import jax``.
+    import optax
+
+    return optax.exponential_decay(1.0, 1000, 0.5, staircase=True, end_value=0.01)
 
 
 def _share(fraction: Schedule) -> Callable[[Row], Array]:
