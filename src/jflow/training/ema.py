@@ -4,8 +4,8 @@ An average a follows the parameters p as
 
     a_{n+1} = a_n + w_n (p_{n+1} - a_n),        a_0 = p_0,
 
-where n counts the updates made before and the weight of the new parameters, w_n = 1 - decay_n, comes from a schedule. A
-schedule returns w rather than the decay because 1 - 0.9999 in float32 has lost four digits.
+where n counts the optimizer's updates made before and the weight of the new parameters, w_n = 1 - decay_n, comes from a
+schedule. A schedule returns w rather than the decay because 1 - 0.9999 in float32 has lost four digits.
 
     constant(d)    w_n = 1 - d
     warmup(d)      w_n = 1 - min(d, (1 + n)/(10 + n))
@@ -108,7 +108,9 @@ def init(params: Params) -> Params:
 
 
 def update(average: Params, params: Params, weight: Array | float) -> Params:
-    """a + w (p - a), leaf by leaf, in the average's dtype; leaves that are no floats are replaced.
+    """a + w (p - a), leaf by leaf, in the average's dtype; leaves that are not floating point are replaced.
+
+    With a weight of zero the average stays as it is, even where the parameters are not finite.
 
     Args:
       average: a pytree like params.
@@ -124,7 +126,7 @@ def update(average: Params, params: Params, weight: Array | float) -> Params:
     def leaf(a: Array, p: Array) -> Array:
         if not jnp.issubdtype(a.dtype, jnp.inexact):
             return p
-        return a + weight.astype(a.dtype) * (p.astype(a.dtype) - a)
+        return jnp.where(weight == 0, a, a + weight.astype(a.dtype) * (p.astype(a.dtype) - a))
 
     return jax.tree.map(leaf, average, params)
 

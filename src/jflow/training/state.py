@@ -8,6 +8,7 @@ import jax
 import jax.numpy as jnp
 
 from jflow.training import ema as averages
+from jflow.training.optimizers import check_optimizer
 from jflow.types import Array, Key, Params, PyTree
 
 
@@ -27,7 +28,11 @@ class TrainState(NamedTuple):
     """The state of a run, a pytree of arrays.
 
     Attributes:
-      step: the number of optimizer steps taken, an int32 scalar; also the position in the data.
+      step: the number of steps taken, an int32 scalar: the position in the data, and what the key is folded with.
+      updates: the number of updates that the optimizer has made, an int32 scalar. Averages, curricula and updates of the
+        teacher follow it. Below ``step`` where several steps make one update (``optax.MultiSteps``), or an update was left
+        out (``optax.apply_if_finite``).
+      broken: how many of the last steps, in a row, had a loss, gradient or update that was not finite; an int32 scalar.
       params: the parameters being trained.
       opt_state: the optimizer's state.
       ema: averages of the parameters by name ("0.999"), in at least float32.
@@ -36,6 +41,8 @@ class TrainState(NamedTuple):
     """
 
     step: Array
+    updates: Array
+    broken: Array
     params: Params
     opt_state: PyTree
     ema: dict[str, Params]
@@ -59,7 +66,7 @@ def init_state(
 
     Args:
       params: a pytree of arrays.
-      optimizer: an optax ``GradientTransformation``.
+      optimizer: an optax ``GradientTransformation``, or ``optax.MultiSteps``.
       key: a typed PRNG key (``jax.random.key``).
       ema: decays, or names with schedules of ``training.ema``; give ``make_step`` the same.
       teacher: frozen parameters, or None.
@@ -76,6 +83,8 @@ def init_state(
         opt_state = optimizer.init(params)
     state = TrainState(
         step=jnp.zeros((), jnp.int32),
+        updates=jnp.zeros((), jnp.int32),
+        broken=jnp.zeros((), jnp.int32),
         params=params,
         opt_state=opt_state,
         ema={name: averages.init(params) for name in averages.resolve(ema)},
@@ -83,18 +92,6 @@ def init_state(
         context_extras=Extras(teacher, reduction),
     )
     return jax.tree.map(_private_copy, state)
-
-
-def check_optimizer(optimizer: Any) -> None:
-    """Refuses a learning rate, or an optimizer that was not called.
-
-    Raises:
-      TypeError: naming its type.
-    """
-    if not (hasattr(optimizer, "init") and hasattr(optimizer, "update")):
-        raise TypeError(
-            f"optimizer: expected an optax GradientTransformation, as optax.adam(1e-3), got {type(optimizer).__name__}"
-        )
 
 
 def _is_key(leaf: Any) -> bool:

@@ -14,7 +14,8 @@ from jax.sharding import NamedSharding, PartitionSpec
 from jflow import checks
 from jflow.training import ema as averages
 from jflow.training.metrics_log import average
-from jflow.training.state import TrainState, check_optimizer
+from jflow.training.optimizers import check_optimizer, has_updated, with_extra_args
+from jflow.training.state import TrainState
 from jflow.types import Array, Batch, Context, Key, Params, PyTree
 
 Metrics = dict[str, Array]
@@ -34,29 +35,41 @@ def make_step(
     context_ema: str | None = None,
     teacher_updates: When = (),
 ) -> Step:
-    """A pure function ``(state, batch) -> (state, metrics)``: one gradient step on the mean loss of a batch.
+    """A pure function ``(state, batch) -> (state, metrics)``: one call of the optimizer with the mean loss of a batch.
 
         loss   = mean_i objective(params, fold_in(key, step), batch, context)[i]
         params <- params + optimizer's update of grad loss,   then every average in ``ema`` follows.
 
+    Batches and keys go by ``state.step``. Averages, ``context.step`` (curricula, laws of times) and ``teacher_updates`` go
+    by ``state.updates``, the number of updates that the optimizer has made: with ``optax.MultiSteps(optimizer, 4)`` they
+    move at every fourth step (``training.optimizers.has_updated`` says which wrappers are known).
+
+    The optimizer is given what any of optax may ask for: ``value``, the loss; ``grad``; and ``value_fn``, the loss at
+    other parameters with the same key, batch and context, for line searches.
+
     Args:
-      objective: ``(params, key, batch, context) -> (loss [B], info)``. Its Context holds the step, one average cast to
-        the parameters' dtypes, the teacher and the reduction's state.
-      optimizer: an optax ``GradientTransformation``.
+      objective: ``(params, key, batch, context) -> (loss [B], info)``. Its Context holds the number of updates, one average
+        cast to the parameters' dtypes, the teacher and the reduction's state.
+      optimizer: an optax ``GradientTransformation``, or ``optax.MultiSteps``.
       ema: as given to ``init_state``.
       context_ema: the name of the average that the Context holds; by default the first.
       teacher_updates: when the teacher becomes the average that the Context holds, or, without one, the parameters: a
-        sequence of steps, or a traced ``step -> bool``. A step is named by the number taken before it, ``state.step``, and
-        the objective sees the new teacher from that very step on: the rounds of progressive distillation (2202.00512),
-        in each of which the student of the last one teaches. Nothing else is reset: the optimizer's state, the
-        averages and the reduction's state go on.
+        sequence of steps, or a traced ``step -> bool``. A step is named by the number of updates made before it,
+        ``state.updates``, and the objective sees the new teacher from that very step on: the rounds of progressive
+        distillation (2202.00512), in each of which the student of the last one teaches. Nothing else is reset: the
+        optimizer's state, the averages and the reduction's state go on.
 
     Returns:
       The step. Its metrics are ``loss``, ``grad_norm``, ``update_norm`` (of the parameters' change), ``param_norm``
-      (after the step), all scalars; ``finite``, whether loss, gradient and update are; and from ``info`` every scalar
-      and vector. Entries with one value per row (named ``..._rows``, or as long as the loss and not named
-      ``..._by_...``) are averaged over the rows; other arrays of higher rank are dropped; ``info["reduction"]`` is the
-      next state of the reduction.
+      (after the step), all scalars; ``finite``, whether loss, gradient and update are; ``updates``, the number of updates
+      after the step, and ``updated``, one where it made one and else zero; ``broken_steps``, one where the loss or the
+      gradient is not finite and the new parameters are, and ``broken_run``, how many steps up to this one, in a row, were
+      not finite; and from ``info`` every scalar and vector. Entries with one value per row (named ``..._rows``, or as
+      long as the loss and not named ``..._by_...``) are averaged over the rows; other arrays of higher rank are dropped;
+      ``info["reduction"]`` is the next state of the reduction.
+
+      A step whose loss or gradient is not finite leaves the reduction's state as it was. Averages never move to
+      parameters that are not finite.
 
     Raises:
       ValueError: for a ``context_ema`` that is not in ``ema``, or a negative step in ``teacher_updates``; TypeError for one
@@ -66,6 +79,7 @@ def make_step(
     """
     checks.function("objective", objective, "(params, key, batch, context) -> (loss, info)")
     check_optimizer(optimizer)
+    optimizer = with_extra_args(optimizer)
     schedules = averages.resolve(ema)
     due = _when(teacher_updates)
     if context_ema is None:
@@ -76,48 +90,45 @@ def make_step(
     def step(state: TrainState, batch: Batch) -> tuple[TrainState, Metrics]:
         if set(state.ema) != set(schedules):
             raise ValueError(f"state.ema: expected the averages {sorted(schedules)}, got {sorted(state.ema)}")
-        with jax.numpy_dtype_promotion("standard"):
-            expected = jax.tree.structure(jax.eval_shape(optimizer.init, state.params))
-        if (got := jax.tree.structure(state.opt_state)) != expected:
-            raise ValueError(f"state.opt_state: expected that of this optimizer, {expected}, got {got}")
-        key = jax.random.fold_in(state.key, state.step)
         extras = state.context_extras
         followed = None if context_ema is None else averages.as_params(state.ema[context_ema], state.params)
         if due is not None:
-            extras = extras._replace(teacher=_next_teacher(due(state.step), extras.teacher, followed, state.params))
-        context = Context(state.step, followed, extras.teacher, extras.reduction)
+            extras = extras._replace(teacher=_next_teacher(due(state.updates), extras.teacher, followed, state.params))
+        context = Context(state.updates, followed, extras.teacher, extras.reduction)
 
         def mean_loss(params: Params) -> tuple[Array, tuple[int, dict[str, Any]]]:
-            found = objective(params, key, batch, context)
-            if not (isinstance(found, tuple) and len(found) == 2 and isinstance(found[1], Mapping)):
-                raise TypeError(
-                    f"objective: expected it to return (loss [B], info, a mapping), got {type(found).__name__}"
-                )
-            loss, info = found
-            if jnp.ndim(loss) != 1:
-                raise ValueError(f"objective: expected a loss of shape [B], got {jnp.shape(loss)}")
-            return jnp.mean(averages.widen(loss)), (loss.shape[0], info)
+            # Made here, for a line search draws the same numbers again: the key itself would be used twice.
+            key = jax.random.fold_in(state.key, state.step)
+            return _mean_loss(objective(params, key, batch, context))
 
         (loss, (rows, info)), grads = jax.value_and_grad(mean_loss, has_aux=True)(state.params)
-        # Optax's own arithmetic (decay**count) does not pass where the session promotes strictly.
-        with jax.numpy_dtype_promotion("standard"):
-            updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
-            params = optax.apply_updates(state.params, updates)
-        new = TrainState(
-            step=state.step + 1,
-            params=params,
-            opt_state=opt_state,
-            ema={
-                name: averages.update(state.ema[name], params, weight(state.step)) for name, weight in schedules.items()
-            },
-            key=state.key,
-            context_extras=extras._replace(reduction=_next_reduction(extras.reduction, info)),
-        )
+        # In the session's own floats: optax's backtracking transposes a Python 1.0 through it.
+        value_fn = lambda params: mean_loss(params)[0].astype(float)  # noqa: E731
+        params, opt_state = _optimize(optimizer, state, loss, grads, value_fn)
         # The change itself: kept apart, the updates would cost another pass, and rounding may have eaten them.
         change = jax.tree.map(jnp.subtract, params, state.params)
         norms = {"grad_norm": _norm(grads), "update_norm": _norm(change), "param_norm": _norm(params)}
-        finite = jnp.isfinite(loss) & jnp.isfinite(norms["grad_norm"]) & jnp.isfinite(norms["update_norm"])
-        return new, {**_reported(info, rows), "loss": loss, **norms, "finite": finite}
+        # From finite parameters a finite change leads to finite ones.
+        alive = jnp.isfinite(norms["update_norm"])
+        finite = jnp.isfinite(loss) & jnp.isfinite(norms["grad_norm"]) & alive
+        updated = has_updated(state.opt_state, opt_state, norms["update_norm"] != 0)
+        new = TrainState(
+            step=state.step + 1,
+            updates=state.updates + updated.astype(jnp.int32),
+            broken=jnp.where(finite, 0, state.broken + 1),
+            params=params,
+            opt_state=opt_state,
+            ema=_next_averages(schedules, state, params, updated & alive),
+            key=state.key,
+            context_extras=extras._replace(reduction=_next_reduction(extras.reduction, info, finite)),
+        )
+        counts = {
+            "updates": new.updates,
+            "updated": updated.astype(jnp.float32),
+            "broken_steps": (alive & ~finite).astype(jnp.int32),
+            "broken_run": new.broken,
+        }
+        return new, {**_reported(info, rows), "loss": loss, **norms, **counts, "finite": finite}
 
     return step
 
@@ -144,9 +155,8 @@ def make_chunk(
       donate: whether the state is donated.
 
     Returns:
-      The chunk. Its metrics are those of the step averaged over the steps (means by bins weighted with their counts),
-      with ``finite`` true when it was in every step, ``last_loss``, the loss of the last one, and ``param_norm`` after
-      the last one.
+      The chunk. Its metrics are those of the step over all its steps, as ``metrics_log.average`` takes them together, with
+      ``first_loss`` and ``last_loss``, those of its first and last step, and ``param_norm`` after the last one.
     """
     checks.function("batch_fn", batch_fn, "(data, step) -> batch, as dataset.batch")
     if batch_sharding is not None and not isinstance(batch_sharding, NamedSharding):
@@ -170,10 +180,52 @@ def make_chunk(
             else jax.sharding.use_abstract_mesh(batch_sharding.mesh.abstract_mesh)
         ):
             state, stacked = jax.lax.scan(body, state, None, length=steps)
-        metrics = average({**stacked, "last_loss": stacked["loss"]}, jnp.ones((steps,), jnp.float32))
+        ends = {"first_loss": stacked["loss"], "last_loss": stacked["loss"]}
+        metrics = average({**stacked, **ends}, jnp.ones((steps,), jnp.float32))
         return state, {**metrics, "param_norm": _norm(state.params)}
 
     return jax.jit(chunk, static_argnums=2, donate_argnums=(0,) if donate else (), out_shardings=(state_sharding, None))
+
+
+def _mean_loss(found: Any) -> tuple[Array, tuple[int, dict[str, Any]]]:
+    """(mean of the loss, (number of rows, info)) of what an objective has returned."""
+    if not (isinstance(found, tuple) and len(found) == 2 and isinstance(found[1], Mapping)):
+        raise TypeError(f"objective: expected it to return (loss [B], info, a mapping), got {type(found).__name__}")
+    loss, info = found
+    if jnp.ndim(loss) != 1:
+        raise ValueError(f"objective: expected a loss of shape [B], got {jnp.shape(loss)}")
+    return jnp.mean(averages.widen(loss)), (loss.shape[0], info)
+
+
+def _optimize(
+    optimizer: optax.GradientTransformationExtraArgs,
+    state: TrainState,
+    loss: Array,
+    grads: Params,
+    value_fn: Callable[[Params], Array],
+) -> tuple[Params, PyTree]:
+    """The parameters and the optimizer's state after one call of the optimizer."""
+    # Optax's own arithmetic (decay**count) does not pass where the session promotes strictly.
+    with jax.numpy_dtype_promotion("standard"):
+        expected = jax.tree.structure(jax.eval_shape(optimizer.init, state.params))
+        if (got := jax.tree.structure(state.opt_state)) != expected:
+            raise ValueError(f"state.opt_state: expected that of this optimizer, {expected}, got {got}")
+        updates, opt_state = optimizer.update(
+            grads, state.opt_state, state.params, value=loss, grad=grads, value_fn=value_fn
+        )
+        return optax.apply_updates(state.params, updates), opt_state
+
+
+def _next_averages(
+    schedules: Mapping[str, averages.Schedule], state: TrainState, params: Params, moves: Array
+) -> dict[str, Params]:
+    """The averages after a step; they stay as they are unless it ``moves`` them."""
+
+    def weight(schedule: averages.Schedule) -> Array:
+        found = jnp.asarray(schedule(state.updates))
+        return jnp.where(moves, found, jnp.zeros_like(found))
+
+    return {name: averages.update(state.ema[name], params, weight(schedule)) for name, schedule in schedules.items()}
 
 
 def _norm(tree: PyTree) -> Array:
@@ -232,7 +284,7 @@ def _next_teacher(due: Array, teacher: Params, followed: Params, params: Params)
     return jax.lax.cond(due, lambda: new, lambda: teacher)
 
 
-def _next_reduction(state: PyTree, info: Mapping[str, Any]) -> PyTree:
+def _next_reduction(state: PyTree, info: Mapping[str, Any], finite: Array) -> PyTree:
     if "reduction" not in info:
         return state
     new = info["reduction"]
@@ -242,4 +294,4 @@ def _next_reduction(state: PyTree, info: Mapping[str, Any]) -> PyTree:
 
     if jax.tree.structure(new) != jax.tree.structure(state) or kind(new) != kind(state):
         raise ValueError(f"info['reduction']: expected the state's own kind, {kind(state)}, got {kind(new)}")
-    return new
+    return jax.tree.map(lambda after, before: jnp.where(finite, after, before), new, state)

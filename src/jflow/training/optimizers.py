@@ -1,0 +1,75 @@
+"""Calls an optax optimizer with everything that one may ask for, and tells whether it has made an update."""
+
+from __future__ import annotations
+
+import inspect
+from typing import Any
+
+import jax.numpy as jnp
+import optax
+
+from jflow.types import Array, PyTree
+
+# Wrappers that return zeros at some of their calls, and whose states do not say at which.
+SILENT = (optax.ConditionallyMaskState, optax.ApplyEvery)
+
+
+def check_optimizer(optimizer: Any) -> None:
+    """Refuses a learning rate, or an optimizer that was not called.
+
+    Raises:
+      TypeError: naming its type.
+    """
+    if not (hasattr(optimizer, "init") and hasattr(optimizer, "update")):
+        raise TypeError(
+            f"optimizer: expected an optax GradientTransformation, as optax.adam(1e-3), got {type(optimizer).__name__}"
+        )
+
+
+def with_extra_args(optimizer: Any) -> optax.GradientTransformationExtraArgs:
+    """The optimizer with an ``update`` that takes extra arguments, and ignores them where the optimizer has no use for them.
+
+    ``optax.with_extra_args_support``, but an ``update`` that does take ``**extra_args`` gets them, whatever its class is:
+    ``optax.MultiSteps``, and its ``gradient_transformation()``, hand them to the optimizer that they wrap.
+    """
+    if _takes_keywords(optimizer.update):
+        return optax.GradientTransformationExtraArgs(optimizer.init, optimizer.update)
+    return optax.with_extra_args_support(optax.GradientTransformation(optimizer.init, optimizer.update))
+
+
+def has_updated(before: PyTree, after: PyTree, changed: Array) -> Array:
+    """Whether the optimizer has made an update between two of its states: a scalar bool.
+
+    It has where the parameters have changed. Where they have not (the learning rate is zero, or rounding has eaten the
+    update) the states decide, at any depth of them:
+
+        MultiSteps                          an update was made if ``gradient_step`` has moved
+        apply_if_finite                     if the last gradient was finite
+        conditionally_mask, apply_every     their states do not tell, so an update that changes nothing is not counted
+        none of these                       every call makes an update
+
+    With several of them all must agree.
+
+    Args:
+      before: the optimizer's state before the call.
+      after: the one after it.
+      changed: whether any parameter has changed, a scalar bool.
+    """
+    said = [
+        new.gradient_step != old.gradient_step
+        for old, new in zip(_states(before, optax.MultiStepsState), _states(after, optax.MultiStepsState), strict=True)
+    ]
+    said += [state.last_finite for state in _states(after, optax.ApplyIfFiniteState)]
+    said += [jnp.asarray(False) for kind in SILENT for _ in _states(after, kind)]
+    return changed | jnp.all(jnp.asarray(said, bool))
+
+
+def _states(state: PyTree, kind: type) -> list[Any]:
+    """The states of one class within an optimizer's state, one inside another as well."""
+    found = optax.tree.get_all_with_path(state, kind.__name__, lambda _, value: isinstance(value, kind))
+    return [value for _, value in found]
+
+
+def _takes_keywords(update: Any) -> bool:
+    kinds = [parameter.kind for parameter in inspect.signature(update).parameters.values()]
+    return inspect.Parameter.VAR_KEYWORD in kinds
