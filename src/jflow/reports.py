@@ -2,11 +2,13 @@ r"""Reported values: numbers for a person, each of which knows how it is average
 
     Mean(total, count)     total/count; totals and counts add up: means over rows, also by bins
     RootMean(total, count) sqrt(total/count)
+    Residual(square, by)   the mean square of a term's residual, with means by bins; watched for explosions
+    Tangent(square, by)    the root mean square of a term's derivative, likewise
     PerRow(values)         one value for each row of a batch; reported as its mean over the rows
-    Total(value)           a number of events; adds up over steps
-    Largest(value)         the largest over steps
-    Last(value)            the one of the last step
-    Every(value)           a truth value; true if it was true in every step
+    Total(count)           a number of events; adds up over steps
+    Largest(number)        the largest over steps
+    First, Last(number)    the one of the first, or of the last step
+    Every(truth)           a truth value; true if it was true in every step
 
 A report is a pytree. Reports of many steps, chunks or devices are stacked along a leading axis and become one by ``merged``,
 on the device or on the host; ``value`` is the number that a log shows. Their names are labels: no code reads meaning from them.
@@ -53,13 +55,13 @@ class Mean(NamedTuple):
     total: Values
     count: Values
 
-    def merged(self) -> Mean:
+    def merged(self) -> Self:
         """Sums of totals and counts."""
-        return Mean(_sum(self.total), _sum(self.count))
+        return type(self)(self.total.sum(0), self.count.sum(0))
 
-    def neutral(self) -> Mean:
+    def neutral(self) -> Self:
         """Nothing, counted zero times."""
-        return Mean(*jax.tree.map(_zeros, tuple(self)))
+        return type(self)(_zeros(self.total), _zeros(self.count))
 
     def value(self) -> Values:
         """total/count, NaN where the count is zero."""
@@ -77,17 +79,57 @@ class RootMean(NamedTuple):
     total: Values
     count: Values
 
-    def merged(self) -> RootMean:
+    def merged(self) -> Self:
         """Sums of totals and counts."""
-        return RootMean(_sum(self.total), _sum(self.count))
+        return type(self)(self.total.sum(0), self.count.sum(0))
 
-    def neutral(self) -> RootMean:
+    def neutral(self) -> Self:
         """Nothing, counted zero times."""
-        return RootMean(*jax.tree.map(_zeros, tuple(self)))
+        return type(self)(_zeros(self.total), _zeros(self.count))
 
     def value(self) -> Values:
         """sqrt(total/count), NaN where the count is zero."""
         return _ratio(self.total, self.count) ** 0.5
+
+
+class Residual(NamedTuple):
+    """The mean square of a term's residual; an alarm watches it.
+
+    Attributes:
+      square: the mean over the rows.
+      by: means by equal bins of [0, 1], under the name of what is binned: "t", "gap".
+    """
+
+    square: Mean
+    by: dict[str, Mean]
+
+    def merged(self) -> Self:
+        """The means, each merged."""
+        return type(self)(self.square.merged(), {key: mean.merged() for key, mean in self.by.items()})
+
+    def neutral(self) -> Self:
+        """Nothing, counted zero times."""
+        return type(self)(self.square.neutral(), {key: mean.neutral() for key, mean in self.by.items()})
+
+    def value(self) -> Values:
+        """The mean over the rows."""
+        return self.square.value()
+
+    def bins(self) -> dict[str, Values]:
+        """The means by bins."""
+        return {key: mean.value() for key, mean in self.by.items()}
+
+
+class Tangent(Residual):
+    """The root mean square of the derivative in a term's residual, with its own bins; an alarm watches it."""
+
+    def value(self) -> Values:
+        """The root of the mean over the rows."""
+        return self.square.value() ** 0.5
+
+    def bins(self) -> dict[str, Values]:
+        """The roots of the means by bins."""
+        return {key: mean.value() ** 0.5 for key, mean in self.by.items()}
 
 
 class PerRow(NamedTuple):
@@ -124,7 +166,7 @@ class Total(NamedTuple):
 
     def merged(self) -> Total:
         """The sum."""
-        return Total(_sum(self.count))
+        return Total(self.count.sum(0))
 
     def neutral(self) -> Total:
         """No events."""
@@ -149,6 +191,24 @@ class Largest(NamedTuple):
         dtype = self.number.dtype
         least = -jnp.inf if jnp.issubdtype(dtype, jnp.inexact) else jnp.iinfo(dtype).min
         return Largest(jnp.full(self.number.shape, least, dtype))
+
+    def value(self) -> Values:
+        """The number."""
+        return self.number
+
+
+class First(NamedTuple):
+    """The number of the first step."""
+
+    number: Values
+
+    def merged(self) -> First:
+        """The first."""
+        return First(self.number[0])
+
+    def neutral(self) -> First:
+        """Zero, for there is no neutral first number."""
+        return First(_zeros(self.number))
 
     def value(self) -> Values:
         """The number."""
@@ -191,7 +251,9 @@ class Every(NamedTuple):
         return self.truth
 
 
-KINDS = (Mean, RootMean, PerRow, Total, Largest, Last, Every)
+# Averages, in which a step may count nothing; and all.
+AVERAGES = (Mean, RootMean, Residual)
+KINDS = (*AVERAGES, PerRow, Total, Largest, First, Last, Every)
 
 
 def mean(values: Values) -> Mean:
@@ -232,8 +294,29 @@ def merged(metrics: Mapping[str, Report]) -> dict[str, Report]:
 
 
 def values(metrics: Mapping[str, Report]) -> dict[str, Values]:
-    """The numbers to show."""
-    return {name: report.value() for name, report in metrics.items()}
+    """The numbers to show by name; the bins of a residual or a tangent stand beside it, as NAME_by_t."""
+    shown = {}
+    for name, report in metrics.items():
+        shown[name] = report.value()
+        if isinstance(report, Residual):
+            shown |= {bins_name(name, key): bins for key, bins in report.bins().items()}
+    return shown
+
+
+def bins_name(name: str, key: str) -> str:
+    """The name, among ``values``, of a report's means by bins of ``key``."""
+    return f"{name}_by_{key}"
+
+
+def leave_out(metrics: Mapping[str, Report], left_out: Values) -> dict[str, Report]:
+    """The reports of one step, whose averages count nothing where the step is to be left out, a scalar bool."""
+
+    def of(report: Report) -> Report:
+        if not isinstance(report, AVERAGES):
+            return report
+        return jax.tree.map(lambda kept, empty: jnp.where(left_out, empty, kept), report, report.neutral())
+
+    return {name: of(report) for name, report in metrics.items()}
 
 
 def _once(name: str, value: Any) -> Mean:
@@ -243,10 +326,6 @@ def _once(name: str, value: Any) -> Mean:
         raise TypeError(f"metrics: expected a report or a number under {name!r}, got {type(value).__name__}") from error
     array = array if jnp.issubdtype(array.dtype, jnp.inexact) else array.astype(jnp.float32)
     return Mean(array, jnp.ones_like(array))
-
-
-def _sum(stacked: Values) -> Values:
-    return stacked.sum(0)
 
 
 def _zeros(like: Values) -> Values:

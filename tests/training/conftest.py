@@ -10,9 +10,10 @@ import numpy as np
 import optax
 import pytest
 
+from jflow import reports
 from jflow.datasets import ArrayDataset
 from jflow.training import init_state, make_chunk, make_step
-from jflow.types import Batch
+from jflow.types import Aux, Batch
 
 BATCH = 16
 
@@ -48,16 +49,14 @@ def objective(params: Any, key: Any, batch: Batch, context: Any) -> Any:
     loss = jnp.sum((predicted - noisy) ** 2, axis=1)
     if context.ema is not None:
         loss = loss + 0.1 * jnp.sum((predicted - apply(context.ema, batch.x1)) ** 2, axis=1)
-    place = (batch.x1[:, 0] > 0).astype(jnp.int32)
-    count = jnp.zeros((2,), loss.dtype).at[place].add(1.0)
-    return loss, {
-        "fit/raw": jnp.mean(loss),
-        "fit/raw_by_t": jnp.zeros((2,), loss.dtype).at[place].add(loss) / jnp.maximum(count, 1.0),
-        "fit/count_by_t": count,
-        "diagonal_rows": batch.x1[:, 1] > 0,
-        "unnamed": jnp.arange(len(loss)),
-        "matrix": jnp.ones((2, 3)),
+    place = (batch.x1[:, 0] > 0).astype(loss.dtype)
+    metrics = {
+        "fit/raw": reports.Residual(reports.mean(loss), {"t": reports.binned(loss, place / 2, 2)}),
+        "diagonal_rows": reports.PerRow(batch.x1[:, 1] > 0),
+        "largest": reports.Largest(jnp.max(loss)),
+        "plain": jnp.sum(loss),
     }
+    return loss, Aux(metrics=metrics)
 
 
 def make_problem(dtype: Any = jnp.float32) -> Problem:

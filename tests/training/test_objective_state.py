@@ -135,7 +135,9 @@ def test_the_state_moves_and_does_not_depend_on_the_layout(name):
             state, metrics = chunk(state, data, 2)
             losses.append(float(metrics["loss"].value()))
         results[mesh] = (losses, jax.device_get(state))
-        moved = [np.any(a != b) for a, b in zip(jax.tree.leaves(start), jax.tree.leaves(state.objective_state), strict=True)]
+        moved = [
+            np.any(a != b) for a, b in zip(jax.tree.leaves(start), jax.tree.leaves(state.objective_state), strict=True)
+        ]
         assert any(moved)
     losses, expected = results[None]
     assert np.all(np.isfinite(losses))
@@ -207,7 +209,9 @@ def test_a_state_that_is_missing_or_changes_its_kind_is_refused():
     dataset = ArrayDataset(Batch(ROWS), 48, seed=1)
     batch = dataset.batch(dataset.data, jnp.int32(0))
     stateless = make_state(objectives.lsd(FLOW_MAP, PATH))()
-    with pytest.raises(ValueError, match=r"state\.objective_state: expected .*init_state\(\.\.\., objective=objective\)"):
+    with pytest.raises(
+        ValueError, match=r"state\.objective_state: expected .*init_state\(\.\.\., objective=objective\)"
+    ):
         make_step(objective, OPTIMIZER, ema=(0.9,))(stateless, batch)
 
     class Growing(RunningScale):

@@ -246,9 +246,9 @@ class Objective:
 
         Returns:
           (loss [B], aux). ``aux.metrics["diagonal_rows"]`` says which rows have s = t. For each term, "tangent" on the
-          diagonal and the method's own off it: ``TERM/raw``, the mean of |D|^2; ``TERM/loss``, the mean reduced loss;
-          ``TERM/raw_by_t``, means by 8 equal bins of t; off the diagonal also ``TERM/raw_by_gap`` and
-          ``TERM/tangent_norm``, the root mean square of the derivative term.
+          diagonal and the method's own off it: ``TERM/raw``, the mean of |D|^2, with means by 8 equal bins of t, and off
+          the diagonal of t - s; ``TERM/loss``, the mean reduced loss; off the diagonal also ``TERM/tangent_norm``, the root
+          mean square of the derivative term, with the same bins.
 
         Raises:
           ValueError, TypeError: while tracing, for leaves of different lengths, a size that cannot be split, an x0
@@ -378,12 +378,17 @@ def init(objective: ObjectiveFn, key: Key, params: Params) -> PyTree:
 
 
 def _reported(term: str, sample: Sample, found: Found) -> dict[str, reports.Report]:
+    by = {"t": sample.t}
+    if found.tangent is not None:
+        by["gap"] = jnp.abs(sample.t - sample.s)
+
+    def binned(values: Array) -> tuple[reports.Mean, dict[str, reports.Mean]]:
+        return reports.mean(values), {key: reports.binned(values, place, BINS) for key, place in by.items()}
+
     metrics: dict[str, reports.Report] = {
-        f"{term}/raw": reports.mean(found.square),
+        f"{term}/raw": reports.Residual(*binned(found.square)),
         f"{term}/loss": reports.mean(found.loss),
-        f"{term}/raw_by_t": reports.binned(found.square, sample.t, BINS),
     }
     if found.tangent is not None:
-        metrics[f"{term}/raw_by_gap"] = reports.binned(found.square, jnp.abs(sample.t - sample.s), BINS)
-        metrics[f"{term}/tangent_norm"] = reports.RootMean(*reports.mean(found.tangent))
+        metrics[f"{term}/tangent_norm"] = reports.Tangent(*binned(found.tangent))
     return metrics

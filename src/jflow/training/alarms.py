@@ -26,6 +26,8 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
+from jflow.reports import Report, Residual, Tangent, bins_name
+
 # A value this many times the median of its rows so far, or its value at the start, has exploded. Of runs with rows of a
 # hundred steps, the healthy ones stayed below 2 for tangents and 9 for residuals (of the median); where a tangent blew up, it
 # came to thousands.
@@ -34,8 +36,10 @@ FACTOR = 20.0
 ROWS = 5
 # What residuals or tangents must at least have grown by for a loss or gradient to be believed.
 CONFIRMED = 2.0
-TANGENT, RESIDUAL = "/tangent_norm", "/raw"
-LOSS, GRADIENT = "loss", "grad_norm"
+# What a number is: of a term, or of the whole step.
+TANGENT, RESIDUAL, LOSS, GRADIENT = "tangent", "residual", "loss", "gradient"
+# The names of the last two in a row.
+ROW = {LOSS: "loss", GRADIENT: "grad_norm"}
 # What the value measures, and what may help.
 WORDS = {
     TANGENT: (
@@ -51,20 +55,41 @@ WORDS = {
     LOSS: ("loss", "mean", "lower the learning rate, lengthen its warm-up, or clip the gradient"),
     GRADIENT: ("gradient", "norm", "lower the learning rate, lengthen its warm-up, or clip the gradient"),
 }
-# Bins are equal parts of [0, 1].
-BINS = {"t": "t", "gap": "t - s"}
+# Bins are equal parts of [0, 1]; what they are bins of.
+SYMBOLS = {"gap": "t - s"}
+
+
+class Watched(NamedTuple):
+    """The metrics of a row that an alarm looks at beside the loss and the gradient, with the keys of their bins.
+
+    Attributes:
+      residual: the keys of the bins by the name of the metric.
+      tangent: likewise.
+    """
+
+    residual: dict[str, tuple[str, ...]]
+    tangent: dict[str, tuple[str, ...]]
+
+
+def watched(metrics: Mapping[str, Report]) -> Watched:
+    """What of these metrics is watched: residuals and tangents, by what they are and not by their names."""
+    tangents = {name: tuple(report.by) for name, report in metrics.items() if isinstance(report, Tangent)}
+    residuals = {name: tuple(report.by) for name, report in metrics.items() if isinstance(report, Residual)}
+    return Watched({name: keys for name, keys in residuals.items() if name not in tangents}, tangents)
 
 
 class Found(NamedTuple):
     """A number that has exploded.
 
     Attributes:
+      kind: TANGENT, RESIDUAL, LOSS or GRADIENT.
       name: of the metric.
       value: in this row.
       reference: what it is compared with.
       what: the reference in words.
     """
 
+    kind: str
     name: str
     value: float
     reference: float
@@ -79,10 +104,13 @@ class Watch:
     or not finite are not counted.
 
     Args:
+      names: the metrics that are watched, or None where they are not known yet (``expect``).
       rows: those before; of other kinds than "train", or without such metrics, they may be there as well.
     """
 
-    def __init__(self, rows: Iterable[Mapping[str, Any]] = ()) -> None:
+    def __init__(self, names: Watched | None = None, rows: Iterable[Mapping[str, Any]] = ()) -> None:
+        self._names = Watched({}, {})
+        self._kept = list(rows)
         # Sorted values by name; the scale of residuals; what the loss and the gradient were with the present terms.
         self._seen: dict[str, list[float]] = {}
         self._first: dict[str, float] = {}
@@ -92,7 +120,18 @@ class Watch:
         self._has_scale = True
         # Training rows in all, and those since the terms changed.
         self._rows = self._same = 0
-        for row in rows:
+        if names is not None:
+            self._start_with(names)
+
+    def expect(self, metrics: Mapping[str, Report]) -> None:
+        """Says what the metrics of the rows are, before the first row; later calls change nothing."""
+        if not any(self._names):
+            self._start_with(watched(metrics))
+
+    def _start_with(self, names: Watched) -> None:
+        """Looks at the rows before, once, now that it is known what to look at."""
+        self._names, kept, self._kept = names, self._kept, []
+        for row in kept:
             if row.get("kind") == "train":
                 self._keep(row)
 
@@ -103,17 +142,17 @@ class Watch:
         gradient; and of each the worst.
         """
         self._begin(row)
-        found = next(filter(None, (self._worst(row, ending) for ending in (TANGENT, RESIDUAL))), None)
+        found = next(filter(None, (self._worst(row, kind) for kind in (TANGENT, RESIDUAL))), None)
         found = found or self._loss(row) or self._gradient(row)
         self._keep(row)
-        return None if found is None else _sentence(row, found)
+        return None if found is None else self._sentence(row, found)
 
     def _begin(self, row: Mapping[str, Any]) -> None:
         """Starts the loss and the gradient anew where the terms in force change, and sees whether the loss has a scale."""
-        terms = frozenset(name for name, _ in _values(row, RESIDUAL))
+        terms = frozenset(name for name, _ in self._values(row, RESIDUAL))
         if terms != self._terms:
             self._terms, self._start, self._same = terms, {}, 0
-        first, loss = (_number(row.get(name)) for name in ("first_loss", LOSS))
+        first, loss = (_number(row.get(name)) for name in ("first_loss", ROW[LOSS]))
         if self._rows == 0 and first is not None:
             self._has_scale &= first > 0
             self._start[LOSS] = first
@@ -121,31 +160,31 @@ class Watch:
 
     def _keep(self, row: Mapping[str, Any]) -> None:
         self._begin(row)
-        for name, value in (*_values(row, TANGENT), *_values(row, RESIDUAL)):
+        for name, value in (*self._values(row, TANGENT), *self._values(row, RESIDUAL)):
             if self._rows == 0 or name in self._seen:
                 self._first.setdefault(name, value)
             bisect.insort(self._seen.setdefault(name, []), value)
         if self._rows == 0:
-            self._scale = max((value for _, value in _values(row, RESIDUAL)), default=0.0)
+            self._scale = max((value for _, value in self._values(row, RESIDUAL)), default=0.0)
         if self._rows == 0 or self._same > 0:
             for name in (LOSS, GRADIENT):
-                if (value := _positive(row.get(name))) is not None:
+                if (value := _positive(row.get(ROW[name]))) is not None:
                     self._start.setdefault(name, value)
         self._rows, self._same = self._rows + 1, self._same + 1
 
-    def _worst(self, row: Mapping[str, Any], ending: str) -> Found | None:
+    def _worst(self, row: Mapping[str, Any], kind: str) -> Found | None:
         """The value that is most above its reference, where any is too far above it."""
-        found = [self._exploded(name, value, ending) for name, value in _values(row, ending)]
+        found = [self._exploded(name, value, kind) for name, value in self._values(row, kind)]
         return max(filter(None, found), key=lambda entry: entry.value / entry.reference, default=None)
 
-    def _exploded(self, name: str, value: float, ending: str) -> Found | None:
+    def _exploded(self, name: str, value: float, kind: str) -> Found | None:
         median, first = self._median(name), self._first.get(name)
         if median is not None and value > FACTOR * median:
-            return Found(name, value, median, "the median so far")
-        if first is None or (ending == TANGENT and median is not None):
+            return Found(kind, name, value, median, "the median so far")
+        if first is None or (kind == TANGENT and median is not None):
             return None
-        reference = first if ending == TANGENT else max(first, self._scale)
-        return Found(name, value, reference, "that at the start") if value > FACTOR * reference else None
+        reference = first if kind == TANGENT else max(first, self._scale)
+        return Found(kind, name, value, reference, "that at the start") if value > FACTOR * reference else None
 
     def _median(self, name: str) -> float | None:
         seen = self._seen.get(name, ())
@@ -153,49 +192,52 @@ class Watch:
         return None if len(seen) < ROWS else (seen[half] + seen[-half - 1]) / 2
 
     def _loss(self, row: Mapping[str, Any]) -> Found | None:
-        value, first = _positive(row.get(LOSS)), self._start.get(LOSS)
+        value, first = _positive(row.get(ROW[LOSS])), self._start.get(LOSS)
         if not self._has_scale or value is None or first is None or value <= FACTOR * first or not self._confirmed(row):
             return None
-        return Found(LOSS, value, first, "that at the start")
+        return Found(LOSS, ROW[LOSS], value, first, "that at the start")
 
     def _gradient(self, row: Mapping[str, Any]) -> Found | None:
-        value, first = _positive(row.get(GRADIENT)), self._start.get(GRADIENT)
+        value, first = _positive(row.get(ROW[GRADIENT])), self._start.get(GRADIENT)
         if value is None or first is None or value <= FACTOR**2 * first or not self._confirmed(row):
             return None
-        return Found(GRADIENT, value, first, "that at the start")
+        return Found(GRADIENT, ROW[GRADIENT], value, first, "that at the start")
 
     def _confirmed(self, row: Mapping[str, Any]) -> bool:
         """Whether a residual or a tangent has grown too, where there are any to compare with."""
-        values = [(value, self._first.get(name)) for end in (TANGENT, RESIDUAL) for name, value in _values(row, end)]
+        values = [
+            (value, self._first.get(name)) for kind in (TANGENT, RESIDUAL) for name, value in self._values(row, kind)
+        ]
         known = [(value, first) for value, first in values if first is not None]
         return not known or any(value > CONFIRMED * first for value, first in known)
 
+    def _values(self, row: Mapping[str, Any], kind: str) -> list[tuple[str, float]]:
+        """The metrics of a kind in a row, and their values, where these are above zero."""
+        names = self._names.tangent if kind == TANGENT else self._names.residual
+        values = ((name, _positive(row.get(name))) for name in names)
+        return [(name, value) for name, value in values if value is not None]
 
-def _values(row: Mapping[str, Any], ending: str) -> list[tuple[str, float]]:
-    """The metrics of a row with this ending, and their values, where these are above zero."""
-    values = ((name, _positive(row[name])) for name in row if name.endswith(ending))
-    return [(name, value) for name, value in values if value is not None]
-
-
-def _sentence(row: Mapping[str, Any], found: Found) -> str:
-    term, _, ending = found.name.rpartition("/")
-    what, number, remedy = WORDS[f"/{ending}" if term else ending]
-    first, last = row["step"] - row["steps"] + 1, row["step"]
-    steps = f"step {last}" if first == last else f"steps {first}-{last}"
-    bins = (_worst_bin(row, f"{term}{RESIDUAL}_by_{key}", symbol) for key, symbol in BINS.items())
-    where = " and ".join(filter(None, bins)) if term else ""
-    return (
-        f"{steps}: the {what}{term and f' of {term!r}'} exploded: its {number} {found.value:.2g} is "
-        f"{found.value / found.reference:.3g} times {found.what} ({found.reference:.2g}){where and f', worst at {where}'}; "
-        f"{remedy}"
-    )
+    def _sentence(self, row: Mapping[str, Any], found: Found) -> str:
+        what, number, remedy = WORDS[found.kind]
+        first, last = row["step"] - row["steps"] + 1, row["step"]
+        steps = f"step {last}" if first == last else f"steps {first}-{last}"
+        keys = {**self._names.residual, **self._names.tangent}.get(found.name, ())
+        bins = (_worst_bin(row, bins_name(found.name, key), SYMBOLS.get(key, key)) for key in keys)
+        where = " and ".join(filter(None, bins))
+        named = f" {found.name!r}" if found.kind in (TANGENT, RESIDUAL) else ""
+        return (
+            f"{steps}: the {what}{named} exploded: its {number} {found.value:.2g} is "
+            f"{found.value / found.reference:.3g} times {found.what} ({found.reference:.2g})"
+            f"{where and f', worst at {where}'}; {remedy}"
+        )
 
 
 def _worst_bin(row: Mapping[str, Any], name: str, symbol: str) -> str | None:
     values = np.asarray(row.get(name, ()), np.float64)
-    if values.ndim != 1 or not values.any() or not np.isfinite(values).all():
+    # A bin without rows is not a number, null in the file.
+    if values.ndim != 1 or np.isinf(values).any() or not np.any(values > 0):
         return None
-    place = int(values.argmax())
+    place = int(np.nanargmax(values))
     return f"{symbol} in [{place / len(values):.3g}, {(place + 1) / len(values):.3g}]"
 
 

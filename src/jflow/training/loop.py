@@ -14,9 +14,9 @@ import jax
 
 from jflow import checks
 from jflow.training import throughput
+from jflow.training.alarms import Watch
 from jflow.training.checkpoints import Checkpoints, absolute, as_json
 from jflow.training.distributed import Notice, PreemptedError, Watchdog, first_process, together
-from jflow.training.alarms import Watch
 from jflow.training.feeds import Feed
 from jflow.training.metrics_log import MetricsLog, read
 from jflow.training.progress import progress
@@ -235,7 +235,7 @@ def fit(
             if first_process():
                 log = stack.enter_context(MetricsLog(out / "metrics.jsonl", kept))
                 if resumed:
-                    watch = Watch(read(log.path))
+                    watch = Watch(rows=read(log.path))
         step = _begun(state, total_steps)
         feed = data if isinstance(data, Feed) else None
         if feed is not None:

@@ -1,4 +1,4 @@
-"""Metrics of a run: averages over steps, and a file of JSON lines that outlives the process and is resumed."""
+"""A file of JSON lines, one row of metrics each, that outlives the process and is resumed."""
 
 from __future__ import annotations
 
@@ -6,65 +6,12 @@ import json
 import math
 import os
 import pathlib
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from typing import Any
 
-import jax.numpy as jnp
 import numpy as np
 
 from jflow import checks
-
-# Metrics of which something else than a mean is taken over steps.
-TAKEN: dict[str, Callable[[Any], Any]] = {
-    "finite": lambda values: values.all(0),
-    "broken_steps": lambda values: values.sum(0),
-    "broken_run": lambda values: values.max(0),
-    "updates": lambda values: values[-1],
-    "first_loss": lambda values: values[0],
-    "last_loss": lambda values: values[-1],
-}
-
-
-def average(stacked: Mapping[str, Any], weights: Any) -> dict[str, Any]:
-    """Metrics of many steps, ``[K, ...]`` each, as one: means with weights ``[K]``.
-
-    ``finite`` is true when all are, ``broken_steps`` the sum, ``broken_run`` the largest, ``updates`` and ``last_loss`` the
-    last one, ``first_loss`` the first. Broken steps, of which there are ``broken_steps`` [K], are left out of the means
-    unless all are broken. A mean by bins, ``NAME/raw_by_...``, has one weight per bin, ``NAME/count_by_...``, where there is
-    one, since an empty bin says nothing; ``update_norm`` is the mean over the steps that made an update, with
-    ``updated`` [K]. Works on numpy and on jax arrays.
-    """
-    sound = _sound(weights, stacked.get("broken_steps"))
-    result = {}
-    for name, values in stacked.items():
-        counts = stacked.get("updated" if name == "update_norm" else name.replace("/raw_by_", "/count_by_"))
-        if name in TAKEN:
-            result[name] = TAKEN[name](values)
-        elif counts is not None and counts is not values:
-            result[name] = _mean(values, counts.astype(values.dtype) * _column(sound, values))
-        else:
-            result[name] = _mean(values, _column(sound, values))
-    return result
-
-
-def _sound(weights: Any, broken: Any) -> Any:
-    """The weights without the broken steps; as they were where no other step is left."""
-    if broken is None:
-        return weights
-    left = weights - broken.astype(weights.dtype)
-    return left + weights * (left.sum(0) == 0).astype(weights.dtype)
-
-
-def _column(weights: Any, values: Any) -> Any:
-    return weights.reshape((-1,) + (1,) * (values.ndim - 1)).astype(values.dtype)
-
-
-def _mean(values: Any, weights: Any) -> Any:
-    total = weights.sum(0)
-    module = np if isinstance(values, np.ndarray) else jnp
-    # What has no weight may be not a number: zero times that would not be zero.
-    weighed = module.where(weights == 0, module.zeros_like(values), values * weights)
-    return weighed.sum(0) / (total + (total == 0).astype(total.dtype))
 
 
 class MetricsLog:

@@ -9,10 +9,11 @@ from typing import Any
 import jax
 import numpy as np
 
+from jflow import reports
 from jflow.training import throughput
-from jflow.training.checkpoints import Checkpoints
 from jflow.training.alarms import Watch
-from jflow.training.metrics_log import MetricsLog, average
+from jflow.training.checkpoints import Checkpoints
+from jflow.training.metrics_log import MetricsLog
 from jflow.training.progress import Report
 from jflow.training.step import Metrics
 
@@ -33,7 +34,7 @@ class NonFiniteError(RuntimeError):
         self.first_step, self.last_step, self.checkpoint = first_step, last_step, checkpoint
         numbers = ", ".join(
             f"{name} {np.asarray(metrics[name]):.4g}"
-            for name in ("loss", "grad_norm", "update_norm")
+            for name in ("last_loss", "grad_norm", "update_norm")
             if name in metrics
         )
         good = "there is no checkpoint" if checkpoint is None else f"the last good checkpoint is of step {checkpoint}"
@@ -88,14 +89,14 @@ class Recorder:
         chunks = jax.device_get([metrics for _, _, metrics in interval])
         now = time.perf_counter()
         first, last = interval[0][0], interval[-1][1]
-        weights = np.asarray([stop - start for start, stop, _ in interval], np.float64)
-        stacked = {name: np.stack([_wide(metrics[name]) for metrics in chunks]) for name in chunks[0]}
+        found = reports.merged(jax.tree.map(lambda *leaves: np.stack([_wide(leaf) for leaf in leaves]), *chunks))
+        self._watch.expect(found)
         rate = (last - first) / (now - self._last)
         row = {
             "kind": "train",
             "step": last,
             "steps": last - first,
-            **average(stacked, weights),
+            **reports.values(found),
             "steps_per_second": rate,
             "seconds": now - self._began,
             **_work(self.flops, rate),
@@ -105,8 +106,8 @@ class Recorder:
         self._write(row if warning is None else {**row, "warning": warning})
         self._report(last, rate, float(row["loss"]), warning)
         for (start, stop, _), metrics in zip(interval, chunks, strict=True):
-            if not self._forgiven(metrics):
-                raise NonFiniteError(start + 1, stop, self._last_good(), metrics)
+            if not self._forgiven(reports.values(metrics)):
+                raise NonFiniteError(start + 1, stop, self._last_good(), reports.values(metrics))
 
     def eval(self, step: int, values: Mapping[str, Any]) -> None:
         """One row of what an evaluation found; TypeError when that is no mapping."""

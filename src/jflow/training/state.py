@@ -7,21 +7,13 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
+from jflow import objectives
 from jflow.training import ema as averages
 from jflow.training.optimizers import check_optimizer
-from jflow.types import Array, Key, Params, PyTree
+from jflow.types import Array, Key, ObjectiveFn, Params, PyTree
 
-
-class Extras(NamedTuple):
-    """What a method keeps beside parameters and averages; handed to the objective in its Context.
-
-    Attributes:
-      teacher: frozen parameters of a teacher, or None.
-      reduction: a reduction's own state, or None; replaced by ``info["reduction"]`` where the objective returns one.
-    """
-
-    teacher: Params = None
-    reduction: PyTree = None
+# A state prints the shapes of parts with at most so many arrays.
+LEAVES_SHOWN = 12
 
 
 class TrainState(NamedTuple):
@@ -37,7 +29,8 @@ class TrainState(NamedTuple):
       opt_state: the optimizer's state.
       ema: averages of the parameters by name ("0.999"), in at least float32.
       key: a typed PRNG key that never changes; step n draws from ``jax.random.fold_in(key, n)``.
-      context_extras: teacher parameters and a reduction's state.
+      teacher: frozen parameters of a teacher, or None.
+      objective_state: the objective's own state, ``()`` for one without.
     """
 
     step: Array
@@ -47,7 +40,13 @@ class TrainState(NamedTuple):
     opt_state: PyTree
     ema: dict[str, Params]
     key: Key
-    context_extras: Extras = Extras()
+    teacher: Params = None
+    objective_state: PyTree = ()
+
+    def __repr__(self) -> str:
+        """Shapes and dtypes, a line for each part."""
+        parts = (f"  {name}={_shapes(value)}" for name, value in zip(self._fields, self, strict=True))
+        return "TrainState(\n" + ",\n".join(parts) + ",\n)"
 
 
 def init_state(
@@ -57,7 +56,7 @@ def init_state(
     *,
     ema: averages.Averages = (),
     teacher: Params = None,
-    reduction: PyTree = None,
+    objective: ObjectiveFn | None = None,
 ) -> TrainState:
     """The state before the first step.
 
@@ -70,7 +69,8 @@ def init_state(
       key: a typed PRNG key (``jax.random.key``).
       ema: decays, or names with schedules of ``training.ema``; give ``make_step`` the same.
       teacher: frozen parameters, or None.
-      reduction: the initial state of a reduction, or None.
+      objective: the objective, whose ``init(key, params)`` makes its state; needed where it has one. Its key is
+        ``jax.random.fold_in(key, 2**32 - 1)``, which no step uses.
 
     Raises:
       TypeError: when the key is no single typed key, or ``ema`` or the optimizer is of another type.
@@ -89,7 +89,10 @@ def init_state(
         opt_state=opt_state,
         ema={name: averages.init(params) for name in averages.resolve(ema)},
         key=key,
-        context_extras=Extras(teacher, reduction),
+        teacher=teacher,
+        objective_state=()
+        if objective is None
+        else objectives.init(objective, jax.random.fold_in(key, 2**32 - 1), params),
     )
     return jax.tree.map(_private_copy, state)
 
@@ -104,3 +107,22 @@ def _private_copy(leaf: Any) -> Array:
         return jax.random.wrap_key_data(data, impl=jax.random.key_impl(leaf))
     # The explicit dtype also makes a weakly typed leaf strong: else the second step would trace anew.
     return jnp.array(leaf, dtype=jnp.result_type(leaf), copy=True)
+
+
+def _shapes(tree: PyTree) -> str:
+    """A pytree of short texts such as float32[3, 2]; of one with many leaves, how many there are and their size."""
+    leaves = jax.tree.leaves(tree)
+    if len(leaves) > LEAVES_SHOWN:
+        size = sum(jnp.size(leaf) for leaf in leaves)
+        return f"<{len(leaves)} arrays, {size:,} numbers>"
+    return str(jax.tree.map(_shape, tree))
+
+
+class _shape:
+    """A leaf that prints as its dtype and shape."""
+
+    def __init__(self, leaf: Any) -> None:
+        self.text = f"{jnp.result_type(leaf)}{list(jnp.shape(leaf))}"
+
+    def __repr__(self) -> str:
+        return self.text

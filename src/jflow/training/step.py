@@ -11,15 +11,14 @@ import jax.numpy as jnp
 import optax
 from jax.sharding import NamedSharding, PartitionSpec
 
-from jflow import checks
+from jflow import checks, objectives
+from jflow.reports import Every, First, Largest, Last, Mean, Report, Total, as_reports, leave_out, mean, merged
 from jflow.training import ema as averages
-from jflow.training.metrics_log import average
 from jflow.training.optimizers import check_optimizer, has_updated, with_extra_args
 from jflow.training.state import TrainState
-from jflow.types import Array, Batch, Context, Key, Params, PyTree
+from jflow.types import Array, Aux, Batch, Context, Key, ObjectiveFn, Params, PyTree
 
-Metrics = dict[str, Array]
-Objective = Callable[[Params, Key, Batch, Context], tuple[Array, dict[str, Any]]]
+Metrics = dict[str, Report]
 Step = Callable[[TrainState, Batch], tuple[TrainState, Metrics]]
 BatchFn = Callable[[PyTree, Array], Batch]
 Chunk = Callable[[TrainState, PyTree, int], tuple[TrainState, Metrics]]
@@ -28,7 +27,7 @@ When = Sequence[int] | Callable[[Array], Array]
 
 
 def make_step(
-    objective: Objective,
+    objective: ObjectiveFn,
     optimizer: Any,
     *,
     ema: averages.Averages = (),
@@ -48,8 +47,9 @@ def make_step(
     other parameters with the same key, batch and context, for line searches.
 
     Args:
-      objective: ``(params, key, batch, context) -> (loss [B], info)``. Its Context holds the number of updates, one average
-        cast to the parameters' dtypes, the teacher and the reduction's state.
+      objective: ``(params, key, batch, context) -> (loss [B], aux)``. Its Context holds the number of updates, one average
+        cast to the parameters' dtypes, the teacher and the objective's state. In place of ``Aux`` it may return a mapping of
+        metrics.
       optimizer: an optax ``GradientTransformation``, or ``optax.MultiSteps``.
       ema: as given to ``init_state``.
       context_ema: the name of the average that the Context holds; by default the first.
@@ -57,27 +57,26 @@ def make_step(
         sequence of steps, or a traced ``step -> bool``. A step is named by the number of updates made before it,
         ``state.updates``, and the objective sees the new teacher from that very step on: the rounds of progressive
         distillation (2202.00512), in each of which the student of the last one teaches. Nothing else is reset: the
-        optimizer's state, the averages and the reduction's state go on.
+        optimizer's state, the averages and the objective's state go on.
 
     Returns:
-      The step. Its metrics are ``loss``, ``grad_norm``, ``update_norm`` (of the parameters' change), ``param_norm``
-      (after the step), all scalars; ``finite``, whether loss, gradient and update are; ``updates``, the number of updates
-      after the step, and ``updated``, one where it made one and else zero; ``broken_steps``, one where the loss or the
-      gradient is not finite and the new parameters are, and ``broken_run``, how many steps up to this one, in a row, were
-      not finite; and from ``info`` every scalar and vector. Entries with one value per row (named ``..._rows``, or as
-      long as the loss and not named ``..._by_...``) are averaged over the rows; other arrays of higher rank are dropped;
-      ``info["reduction"]`` is the next state of the reduction.
+      The step. Its metrics are reports (``jflow.reports``): those of the objective, and ``loss``; ``grad_norm``;
+      ``update_norm``, of the parameters' change, over the steps that made an update; ``param_norm``, after the step;
+      ``finite``, whether loss, gradient and update are; ``updates``, the number of updates after the step;
+      ``broken_steps``, one where the loss or the gradient is not finite and the new parameters are; ``broken_run``, how many
+      steps up to this one, in a row, were not finite; ``first_loss`` and ``last_loss``. Averages count the other steps only.
 
-      A step whose loss or gradient is not finite leaves the reduction's state as it was. Averages never move to
+      A step whose loss or gradient is not finite leaves the objective's state as it was. Averages never move to
       parameters that are not finite.
 
     Raises:
       ValueError: for a ``context_ema`` that is not in ``ema``, or a negative step in ``teacher_updates``; TypeError for one
-        that is no whole number. The step raises, while tracing, ValueError when the state's averages are others than
+        that is not a whole number. The step raises, while tracing, ValueError when the state's averages are others than
         ``ema``, its teacher is to be updated and not like the parameters, the loss is not of rank one, or the
-        reduction's state changes its structure or shapes; TypeError when ``teacher_updates`` returns no scalar bool.
+        objective's state is missing or changes its structure, shapes or dtypes; TypeError when ``teacher_updates`` returns
+        no scalar bool, or the objective anything but a loss and an Aux.
     """
-    checks.function("objective", objective, "(params, key, batch, context) -> (loss, info)")
+    checks.function("objective", objective, "(params, key, batch, context) -> (loss, aux)")
     check_optimizer(optimizer)
     optimizer = with_extra_args(optimizer)
     schedules = averages.resolve(ema)
@@ -90,28 +89,29 @@ def make_step(
     def step(state: TrainState, batch: Batch) -> tuple[TrainState, Metrics]:
         if set(state.ema) != set(schedules):
             raise ValueError(f"state.ema: expected the averages {sorted(schedules)}, got {sorted(state.ema)}")
-        extras = state.context_extras
+        _check_objective_state(objective, state)
         followed = None if context_ema is None else averages.as_params(state.ema[context_ema], state.params)
+        teacher = state.teacher
         if due is not None:
-            extras = extras._replace(teacher=_next_teacher(due(state.updates), extras.teacher, followed, state.params))
-        context = Context(state.updates, followed, extras.teacher, extras.reduction)
+            teacher = _next_teacher(due(state.updates), teacher, followed, state.params)
+        context = Context(state.updates, followed, teacher, state.objective_state)
 
-        def mean_loss(params: Params) -> tuple[Array, tuple[int, dict[str, Any]]]:
+        def mean_loss(params: Params) -> tuple[Array, tuple[Array, Aux]]:
             # Made here, for a line search draws the same numbers again: the key itself would be used twice.
             key = jax.random.fold_in(state.key, state.step)
-            return _mean_loss(objective(params, key, batch, context))
+            return _mean_loss(*_called(objective, params, key, batch, context))
 
-        (loss, (rows, info)), grads = jax.value_and_grad(mean_loss, has_aux=True)(state.params)
+        (loss, (rows, aux)), grads = jax.value_and_grad(mean_loss, has_aux=True)(state.params)
         # In the session's own floats: optax's backtracking transposes a Python 1.0 through it.
         value_fn = lambda params: mean_loss(params)[0].astype(float)  # noqa: E731
         params, opt_state = _optimize(optimizer, state, loss, grads, value_fn)
         # The change itself: kept apart, the updates would cost another pass, and rounding may have eaten them.
         change = jax.tree.map(jnp.subtract, params, state.params)
-        norms = {"grad_norm": _norm(grads), "update_norm": _norm(change), "param_norm": _norm(params)}
+        grad_norm, update_norm = _norm(grads), _norm(change)
         # From finite parameters a finite change leads to finite ones.
-        alive = jnp.isfinite(norms["update_norm"])
-        finite = jnp.isfinite(loss) & jnp.isfinite(norms["grad_norm"]) & alive
-        updated = has_updated(state.opt_state, opt_state, norms["update_norm"] != 0)
+        alive = jnp.isfinite(update_norm)
+        finite = jnp.isfinite(loss) & jnp.isfinite(grad_norm) & alive
+        updated = has_updated(state.opt_state, opt_state, update_norm != 0)
         new = TrainState(
             step=state.step + 1,
             updates=state.updates + updated.astype(jnp.int32),
@@ -120,15 +120,24 @@ def make_step(
             opt_state=opt_state,
             ema=_next_averages(schedules, state, params, updated & alive),
             key=state.key,
-            context_extras=extras._replace(reduction=_next_reduction(extras.reduction, info, finite)),
+            teacher=teacher,
+            objective_state=_next_objective_state(state.objective_state, aux.state, finite),
         )
-        counts = {
-            "updates": new.updates,
-            "updated": updated.astype(jnp.float32),
-            "broken_steps": (alive & ~finite).astype(jnp.int32),
-            "broken_run": new.broken,
+        broken = alive & ~finite
+        metrics = {
+            **as_reports(aux.metrics),
+            "loss": Mean(loss * rows, rows),
+            "grad_norm": mean(grad_norm),
+            "update_norm": Mean(jnp.where(updated, update_norm, 0.0), updated.astype(update_norm.dtype)),
+            "param_norm": Last(_norm(params)),
+            "finite": Every(finite),
+            "updates": Last(new.updates),
+            "broken_steps": Total(broken.astype(jnp.int32)),
+            "broken_run": Largest(new.broken),
+            "first_loss": First(loss),
+            "last_loss": Last(loss),
         }
-        return new, {**_reported(info, rows), "loss": loss, **norms, **counts, "finite": finite}
+        return new, leave_out(metrics, broken)
 
     return step
 
@@ -155,8 +164,7 @@ def make_chunk(
       donate: whether the state is donated.
 
     Returns:
-      The chunk. Its metrics are those of the step over all its steps, as ``metrics_log.average`` takes them together, with
-      ``first_loss`` and ``last_loss``, those of its first and last step, and ``param_norm`` after the last one.
+      The chunk. Its metrics are those of the step, merged over its steps.
     """
     checks.function("batch_fn", batch_fn, "(data, step) -> batch, as dataset.batch")
     if batch_sharding is not None and not isinstance(batch_sharding, NamedSharding):
@@ -180,21 +188,29 @@ def make_chunk(
             else jax.sharding.use_abstract_mesh(batch_sharding.mesh.abstract_mesh)
         ):
             state, stacked = jax.lax.scan(body, state, None, length=steps)
-        ends = {"first_loss": stacked["loss"], "last_loss": stacked["loss"]}
-        metrics = average({**stacked, **ends}, jnp.ones((steps,), jnp.float32))
-        return state, {**metrics, "param_norm": _norm(state.params)}
+        return state, {**merged(stacked), "param_norm": Last(_norm(state.params))}
 
     return jax.jit(chunk, static_argnums=2, donate_argnums=(0,) if donate else (), out_shardings=(state_sharding, None))
 
 
-def _mean_loss(found: Any) -> tuple[Array, tuple[int, dict[str, Any]]]:
-    """(mean of the loss, (number of rows, info)) of what an objective has returned."""
-    if not (isinstance(found, tuple) and len(found) == 2 and isinstance(found[1], Mapping)):
-        raise TypeError(f"objective: expected it to return (loss [B], info, a mapping), got {type(found).__name__}")
-    loss, info = found
+def _called(objective: ObjectiveFn, params: Params, key: Key, batch: Batch, context: Context) -> tuple[Array, Aux]:
+    """What the objective returns, checked; a mapping of metrics becomes an Aux."""
+    found = objective(params, key, batch, context)
+    if not (isinstance(found, tuple) and len(found) == 2 and isinstance(found[1], (Aux, Mapping))):
+        raise TypeError(
+            "objective: expected it to return (loss [B], Aux) or (loss [B], a mapping of metrics), got "
+            f"{type(found).__name__}"
+        )
+    loss, aux = found
     if jnp.ndim(loss) != 1:
         raise ValueError(f"objective: expected a loss of shape [B], got {jnp.shape(loss)}")
-    return jnp.mean(averages.widen(loss)), (loss.shape[0], info)
+    return loss, aux if isinstance(aux, Aux) else Aux(context.state, dict(aux))
+
+
+def _mean_loss(loss: Array, aux: Aux) -> tuple[Array, tuple[Array, Aux]]:
+    """(mean of the loss, (number of rows, aux))."""
+    wide = averages.widen(loss)
+    return jnp.mean(wide), (jnp.asarray(len(loss), wide.dtype), aux)
 
 
 def _optimize(
@@ -237,23 +253,6 @@ def _norm(tree: PyTree) -> Array:
     return jnp.sqrt(sum((square.astype(dtype) for square in squares), jnp.zeros((), dtype)))
 
 
-def _reported(info: Mapping[str, Any], rows: int) -> Metrics:
-    """What of an objective's info becomes a metric."""
-    metrics = {}
-    for name, value in info.items():
-        if name == "reduction":
-            continue
-        value = jnp.asarray(value)
-        if not jnp.issubdtype(value.dtype, jnp.inexact):
-            value = value.astype(jnp.float32)
-        per_row = name.endswith("_rows") or (value.shape[:1] == (rows,) and "_by_" not in name)
-        if per_row:
-            value = jnp.mean(value)
-        if value.ndim <= 1:
-            metrics[name] = value
-    return metrics
-
-
 def _when(steps: When) -> Callable[[Array], Array] | None:
     """Whether it is time, as a function of the traced step; None for never."""
     if callable(steps):
@@ -277,21 +276,31 @@ def _next_teacher(due: Array, teacher: Params, followed: Params, params: Params)
     new = params if followed is None else followed
     if teacher is None:
         raise ValueError("teacher_updates: expected a teacher in the state (init_state(..., teacher=...)), got None")
-    checks.same_structure("state.context_extras.teacher", teacher, "the parameters", params)
+    checks.same_structure("state.teacher", teacher, "the parameters", params)
     got, expected = (jax.tree.map(lambda leaf: jnp.result_type(leaf).name, tree) for tree in (teacher, params))
     if got != expected:
-        raise ValueError(f"state.context_extras.teacher: expected the parameters' dtypes, {expected}, got {got}")
+        raise ValueError(f"state.teacher: expected the parameters' dtypes, {expected}, got {got}")
     return jax.lax.cond(due, lambda: new, lambda: teacher)
 
 
-def _next_reduction(state: PyTree, info: Mapping[str, Any], finite: Array) -> PyTree:
-    if "reduction" not in info:
-        return state
-    new = info["reduction"]
+def _check_objective_state(objective: ObjectiveFn, state: TrainState) -> None:
+    """Refuses a training state that was not made for this objective."""
+    key = jax.eval_shape(lambda: jax.random.key(0))
+    with jax.numpy_dtype_promotion("standard"):
+        expected = jax.eval_shape(lambda key: objectives.init(objective, key, state.params), key)
+    if (got := jax.tree.structure(state.objective_state)) != jax.tree.structure(expected):
+        raise ValueError(
+            f"state.objective_state: expected what the objective's init makes, {jax.tree.structure(expected)}, got {got}: "
+            "make the state with init_state(..., objective=objective)"
+        )
+
+
+def _next_objective_state(state: PyTree, new: PyTree, finite: Array) -> PyTree:
+    """The objective's next state; a step that is not finite leaves it as it was."""
 
     def kind(tree: PyTree) -> Any:
-        return jax.tree.map(lambda leaf: (jnp.shape(leaf), jnp.result_type(leaf).name), tree)
+        return jax.tree.map(lambda leaf: f"{jnp.result_type(leaf)}{list(jnp.shape(leaf))}", tree)
 
     if jax.tree.structure(new) != jax.tree.structure(state) or kind(new) != kind(state):
-        raise ValueError(f"info['reduction']: expected the state's own kind, {kind(state)}, got {kind(new)}")
+        raise ValueError(f"aux.state: expected the state's own kind, {kind(state)}, got {kind(new)}")
     return jax.tree.map(lambda after, before: jnp.where(finite, after, before), new, state)
