@@ -63,8 +63,11 @@ def test_the_message_of_a_residual_and_the_worst_of_several():
 def test_where_the_line_is():
     assert Watch(steady(tangent__raw=1.0))(row(1100, tangent__raw=0.999 * FACTOR)) is None
     assert Watch(steady(tangent__raw=1.0))(row(1100, tangent__raw=1.001 * FACTOR))
-    # A median needs rows.
-    assert Watch(steady(ROWS - 1, tangent__raw=1.0))(row(1100, tangent__raw=1e9)) is None
+    # A median needs rows; before, it is compared with the start.
+    assert "times the median so far" in Watch(steady(ROWS, tangent__raw=1.0))(row(1100, tangent__raw=1e9))
+    assert "times that at the start" in Watch(steady(ROWS - 1, tangent__raw=1.0))(row(1100, tangent__raw=1e9))
+    scale = max(1.0, steady(1)[0]["eulerian/raw"])
+    assert Watch(steady(ROWS - 1, tangent__raw=1.0))(row(1100, tangent__raw=0.999 * FACTOR * scale)) is None
     assert Watch(steady(ROWS, tangent__raw=1.0))(row(1100, tangent__raw=1e9))
     # One row that exploded does not move it, nor does it silence the next.
     watch = Watch(steady(tangent__raw=1.0))
@@ -239,14 +242,16 @@ def test_no_absolute_alarm_at_healthy_runs(seed):
         for n in range(30)
     ]
     # Learned weights: the loss falls below zero, and crosses it.
-    weights = [
-        training(100 * (n + 1), loss, noise(), first_loss=first, tangent__raw=50.0 * noise())
-        for first in (0.02,)
-        for n, loss in enumerate([0.5 * noise(), *(random.normal(size=30) * 5.0)])
+    learned = [
+        [
+            training(100 * (n + 1), loss, noise(), first_loss=first, tangent__raw=50.0 * noise())
+            for n, loss in enumerate([start, *(random.normal(size=30) * 5.0)])
+        ]
+        for first, start in ((60.0, 8.0), (0.02, 0.5), (-0.02, 0.5), (0.0, 0.5))
     ]
     # Gradients have heavy tails.
     tails = [training(100 * (n + 1), noise(), float(np.exp(1.2 * random.normal()))) for n in range(60)]
-    for rows in (rising, weights[1:], tails):
+    for rows in (rising, *learned, tails):
         assert not said(rows)
 
 

@@ -8,13 +8,14 @@ absolute    a number above FACTOR times what it was at the start of the run, fro
             - a raw residual, above FACTOR times the largest raw residual of the run's first row, or FACTOR times its own
               first row, whichever is more. Residuals are mean squares of velocities, so those of the first row are the scale
               of the data: a residual between two outputs of the network that starts near zero may well rise to it.
-            - a tangent norm, while it has fewer than ROWS rows, above FACTOR times its own first row.
+            - a tangent norm, while it has fewer than ROWS rows, above FACTOR times their median (the lower of two).
             - the loss, above FACTOR times the loss of the first step; grad_norm, above FACTOR^2 times its first row.
 
 The loss and grad_norm mean something else when the objective changes, as in a curriculum. So their start is that of the
 present terms (the raw residuals that are above zero), and where a row has residuals or tangents, one of these must have
-grown by CONFIRMED as well. A loss that has been negative, as with learned weights, or zero at the first step has no scale: it
-is not judged, its residuals are. The first row of a term that starts later is not used: it may be a mean over steps without it.
+grown by CONFIRMED as well. In the first row, where there is nothing to compare with, the loss must come within FACTOR of the
+largest residual. A loss that has been negative, as with learned weights, or zero at the first step has no scale: it is not
+judged, its residuals are. The first row of a term that starts later is not used: it may be a mean over steps without it.
 """
 
 from __future__ import annotations
@@ -111,9 +112,10 @@ class Watch:
     def __init__(self, names: Watched | None = None, rows: Iterable[Mapping[str, Any]] = ()) -> None:
         self._names = Watched({}, {})
         self._kept = list(rows)
-        # Sorted values by name; the scale of residuals; what the loss and the gradient were with the present terms.
+        # Sorted values by name, and the first few of each in order; the scale of residuals; what the loss and the gradient
+        # were with the present terms.
         self._seen: dict[str, list[float]] = {}
-        self._first: dict[str, float] = {}
+        self._early: dict[str, list[float]] = {}
         self._scale = 0.0
         self._terms: frozenset[str] | None = None
         self._start: dict[str, float] = {}
@@ -161,8 +163,9 @@ class Watch:
     def _keep(self, row: Mapping[str, Any]) -> None:
         self._begin(row)
         for name, value in (*self._values(row, TANGENT), *self._values(row, RESIDUAL)):
-            if self._rows == 0 or name in self._seen:
-                self._first.setdefault(name, value)
+            early = self._early.setdefault(name, [])
+            if (self._rows == 0 or name in self._seen) and len(early) < ROWS:
+                early.append(value)
             bisect.insort(self._seen.setdefault(name, []), value)
         if self._rows == 0:
             self._scale = max((value for _, value in self._values(row, RESIDUAL)), default=0.0)
@@ -178,12 +181,12 @@ class Watch:
         return max(filter(None, found), key=lambda entry: entry.value / entry.reference, default=None)
 
     def _exploded(self, name: str, value: float, kind: str) -> Found | None:
-        median, first = self._median(name), self._first.get(name)
+        median, early = self._median(name), self._early.get(name, [])
         if median is not None and value > FACTOR * median:
             return Found(kind, name, value, median, "the median so far")
-        if first is None or (kind == TANGENT and median is not None):
+        if not early or (kind == TANGENT and median is not None):
             return None
-        reference = first if kind == TANGENT else max(first, self._scale)
+        reference = sorted(early)[(len(early) - 1) // 2] if kind == TANGENT else max(early[0], self._scale)
         return Found(kind, name, value, reference, "that at the start") if value > FACTOR * reference else None
 
     def _median(self, name: str) -> float | None:
@@ -204,12 +207,14 @@ class Watch:
         return Found(GRADIENT, ROW[GRADIENT], value, first, "that at the start")
 
     def _confirmed(self, row: Mapping[str, Any]) -> bool:
-        """Whether a residual or a tangent has grown too, where there are any to compare with."""
-        values = [
-            (value, self._first.get(name)) for kind in (TANGENT, RESIDUAL) for name, value in self._values(row, kind)
-        ]
-        known = [(value, first) for value, first in values if first is not None]
-        return not known or any(value > CONFIRMED * first for value, first in known)
+        """Whether a residual or a tangent has grown too, where the row has any."""
+        values = [*self._values(row, TANGENT), *self._values(row, RESIDUAL)]
+        if self._rows == 0:
+            # Nothing to compare with yet: a loss far below the residuals, near zero by chance, is not their mean.
+            largest = max((value for _, value in self._values(row, RESIDUAL)), default=0.0)
+            return FACTOR * row[ROW[LOSS]] > largest
+        known = [(value, self._early[name][0]) for name, value in values if self._early.get(name)]
+        return not values or any(value > CONFIRMED * first for value, first in known)
 
     def _values(self, row: Mapping[str, Any], kind: str) -> list[tuple[str, float]]:
         """The metrics of a kind in a row, and their values, where these are above zero."""
