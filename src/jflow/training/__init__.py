@@ -4,8 +4,9 @@ from jflow.training import distributed, ema, feeds, grids, posthoc, throughput
 from jflow.training.checkpoints import Checkpoints, restore_params
 from jflow.training.distributed import PreemptedError
 from jflow.training.feeds import Feed
-from jflow.training.loop import NonFiniteError, fit
+from jflow.training.loop import fit
 from jflow.training.metrics_log import MetricsLog
+from jflow.training.recorder import NonFiniteError
 from jflow.training.state import Extras, TrainState, init_state
 from jflow.training.step import make_chunk, make_step
 from jflow.training.tensorboard import TensorBoard

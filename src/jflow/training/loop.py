@@ -7,47 +7,23 @@ import dataclasses
 import os
 import pathlib
 import shutil
-import time
 from collections.abc import Callable, Collection, Mapping, Sequence
 from typing import Any, Literal, NamedTuple
 
 import jax
-import numpy as np
 
 from jflow import checks
 from jflow.training import throughput
+from jflow.training.alarms import Watch
 from jflow.training.checkpoints import Checkpoints, absolute, as_json
 from jflow.training.distributed import Notice, PreemptedError, Watchdog, first_process, together
-from jflow.training.divergence import Watch
 from jflow.training.feeds import Feed
-from jflow.training.metrics_log import MetricsLog, average, read
-from jflow.training.progress import Report, progress
+from jflow.training.metrics_log import MetricsLog, read
+from jflow.training.progress import progress
+from jflow.training.recorder import Interval, Recorder, Row
 from jflow.training.state import TrainState
 from jflow.training.step import Chunk, Metrics
 from jflow.types import Array, Params, PyTree
-
-Row = dict[str, Any]
-# The steps taken before a chunk and after it, and its metrics, still on the device.
-Interval = list[tuple[int, int, Metrics]]
-
-
-class NonFiniteError(RuntimeError):
-    """A loss, gradient or update was not finite.
-
-    Attributes:
-      first_step, last_step: the steps among which it happened, both counted from 1.
-      checkpoint: the step of the newest checkpoint, from before it happened, or None.
-    """
-
-    def __init__(self, first_step: int, last_step: int, checkpoint: int | None, metrics: Mapping[str, Any]) -> None:
-        self.first_step, self.last_step, self.checkpoint = first_step, last_step, checkpoint
-        numbers = ", ".join(
-            f"{name} {np.asarray(metrics[name]):.4g}"
-            for name in ("loss", "grad_norm", "update_norm")
-            if name in metrics
-        )
-        good = "there is no checkpoint" if checkpoint is None else f"the last good checkpoint is of step {checkpoint}"
-        super().__init__(f"not finite within steps {first_step} to {last_step} (means: {numbers}); {good}")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -129,6 +105,7 @@ def fit(
     keep: int = 3,
     keep_best: int = 0,
     best: str | None = None,
+    forgive: int = 0,
     stall_seconds: float | None = None,
     count_flops: bool = False,
     profile: tuple[int, int] | None = None,
@@ -168,6 +145,11 @@ def fit(
       keep: how many checkpoints are kept.
       keep_best: how many checkpoints are kept beside them, those of the lowest ``best``.
       best: an entry of what ``eval_fn`` returns. The checkpoints compared are those of steps with an evaluation.
+      forgive: how many broken steps in a row the run may go on after: steps whose loss or gradient is not finite, and that
+        leave the parameters finite, since the optimizer leaves such an update out (``optax.apply_if_finite``,
+        ``optax.MultiSteps`` with ``optax.skip_not_finite``, ``optax.zero_nans``). Runs of them are counted over chunks
+        and resumptions. In rows ``broken_steps`` says how many there were, ``broken_run`` the most in a row so far, and
+        means are over the other steps, if there are any.
       stall_seconds: when no chunk has ended for so long, compilation included, the process says so and ends with exit code
         ``EXIT_STALLED``; None to wait for ever. For runs of several processes.
       count_flops: let XLA count the floating-point operations of a step, which compiles one more chunk; rows have
@@ -180,10 +162,11 @@ def fit(
     Returns:
       The state after ``total_steps`` steps. Rows have ``kind`` ("train" or "eval"), ``step``, the metrics, and in those
       of training ``steps`` (averaged over), ``steps_per_second`` and ``seconds`` since the call, and ``warning``, a
-      sentence that is shown as well, where a tangent or a residual has exploded (``training.divergence``).
+      sentence that is shown as well, where a tangent or a residual has exploded (``training.alarms``).
 
     Raises:
-      NonFiniteError: when a loss, gradient or update is not finite; nothing is saved after it.
+      NonFiniteError: when a loss, gradient or update is not finite, or more than ``forgive`` in a row are, or the
+        parameters after a step; nothing is saved after it.
       PreemptedError: when asked to stop; the state has been saved.
       FileExistsError: when ``out_dir`` holds a run and neither ``resume`` nor ``overwrite`` is set.
       FileNotFoundError: when there is nothing to resume, or no checkpoint that is whole.
@@ -217,6 +200,7 @@ def fit(
     as_json("config", config or {})
     checks.integer("keep", keep, low=1)
     checks.integer("keep_best", keep_best)
+    checks.integer("forgive", forgive)
     watchdog = Watchdog(stall_seconds)
     if not resume:
         _begun(state, total_steps)
@@ -260,7 +244,7 @@ def fit(
         report = stack.enter_context(progress(total_steps, step, show_progress))
         trace = stack.enter_context(_Trace(out / "profile" if profile else None, profile))
         stack.enter_context(watchdog)
-        recorder = Recorder(checkpoints, log, watch, callbacks, report)
+        recorder = Recorder(checkpoints, log, watch, callbacks, report, forgive)
 
         def save() -> None:
             score = None if best is None else recorder.score(step, best)
@@ -340,87 +324,6 @@ class _Trace:
             self._running, self._directory = False, None
 
 
-class Recorder:
-    """Reads metrics from the device, refuses those that are not finite, and writes rows."""
-
-    def __init__(
-        self,
-        checkpoints: Checkpoints | None,
-        log: MetricsLog | None,
-        watch: Watch,
-        callbacks: Sequence[Callable[[Row], None]],
-        report: Report,
-    ) -> None:
-        self._checkpoints, self._log, self._watch = checkpoints, log, watch
-        self._callbacks, self._report = callbacks, report
-        # Of one step, counted by XLA; None where nobody asked.
-        self.flops: float | None = None
-        self._evaluated: tuple[int, Mapping[str, Any]] = (-1, {})
-        self._began = self._last = time.perf_counter()
-
-    def train(self, interval: Interval) -> None:
-        """One row for the chunks of an interval; waits until they are done."""
-        if not interval:
-            return
-        chunks = jax.device_get([metrics for _, _, metrics in interval])
-        now = time.perf_counter()
-        first, last = interval[0][0], interval[-1][1]
-        weights = np.asarray([stop - start for start, stop, _ in interval], np.float64)
-        stacked = {name: np.stack([_wide(metrics[name]) for metrics in chunks]) for name in chunks[0]}
-        rate = (last - first) / (now - self._last)
-        row = {
-            "kind": "train",
-            "step": last,
-            "steps": last - first,
-            **average(stacked, weights),
-            "steps_per_second": rate,
-            "seconds": now - self._began,
-            **_work(self.flops, rate),
-        }
-        self._last = now
-        warning = self._watch(row)
-        self._write(row if warning is None else {**row, "warning": warning})
-        self._report(last, rate, float(row["loss"]), warning)
-        for (start, stop, _), metrics in zip(interval, chunks, strict=True):
-            if not metrics["finite"]:
-                raise NonFiniteError(start + 1, stop, self._last_good(), metrics)
-
-    def eval(self, step: int, values: Mapping[str, Any]) -> None:
-        """One row of what an evaluation found; TypeError when that is no mapping."""
-        if not isinstance(values, Mapping):
-            raise TypeError(f"eval_fn: expected a mapping of names to numbers, it returned {type(values).__name__}")
-        values = jax.device_get(dict(values))
-        self._evaluated = step, values
-        self._write({"kind": "eval", "step": step, **values})
-        # The time it took is not the training's.
-        self._last = time.perf_counter()
-
-    def score(self, step: int, name: str) -> float | None:
-        """What the evaluation at this step found under this name; None where there was none.
-
-        Raises:
-          ValueError: when it found nothing of that name.
-        """
-        at, values = self._evaluated
-        if at != step:
-            return None
-        if name not in values:
-            raise ValueError(f"best: expected an entry of what eval_fn returns, {sorted(values)}, got {name!r}")
-        return float(values[name])
-
-    def _write(self, row: Row) -> None:
-        if self._log is not None:
-            self._log.write(row)
-        for callback in self._callbacks:
-            callback(row)
-
-    def _last_good(self) -> int | None:
-        if self._checkpoints is None:
-            return None
-        self._checkpoints.wait()
-        return max(self._checkpoints.steps(), default=None)
-
-
 def _check_arguments(state: Any, data: Any, eval_fn: Any, callbacks: Any) -> None:
     """Refuses what would fail only after the first steps, or in the words of jax."""
     if not isinstance(state, TrainState):
@@ -447,19 +350,6 @@ def _begun(state: TrainState, total_steps: int) -> int:
     if step > total_steps:
         raise ValueError(f"total_steps: the state has taken {step} steps already, got {total_steps}")
     return step
-
-
-def _work(flops: float | None, rate: float) -> Row:
-    """What a row says of the floating-point operations, where they are known."""
-    if flops is None:
-        return {}
-    share = throughput.utilisation(flops, rate)
-    return {"flops_per_second": flops * rate, **({} if share is None else {"utilisation": share})}
-
-
-def _wide(value: Any) -> np.ndarray:
-    value = np.asarray(value)
-    return value if value.dtype == bool else value.astype(np.float64)
 
 
 def _open(out_dir: str | os.PathLike[str], resume: bool, overwrite: bool) -> pathlib.Path:

@@ -14,7 +14,6 @@ import numpy as np
 
 from jflow import checks
 
-
 # Metrics of which something else than a mean is taken over steps.
 TAKEN: dict[str, Callable[[Any], Any]] = {
     "finite": lambda values: values.all(0),

@@ -57,9 +57,7 @@ def has_updated(before: PyTree, after: PyTree, changed: Array) -> Array:
     """
     said = [
         new.gradient_step != old.gradient_step
-        for old, new in zip(
-            _states(before, optax.MultiStepsState), _states(after, optax.MultiStepsState), strict=True
-        )
+        for old, new in zip(_states(before, optax.MultiStepsState), _states(after, optax.MultiStepsState), strict=True)
     ]
     said += [state.last_finite for state in _states(after, optax.ApplyIfFiniteState)]
     said += [jnp.asarray(False) for kind in SILENT for _ in _states(after, kind)]

@@ -102,7 +102,9 @@ def make_step(
             return _mean_loss(objective(params, key, batch, context))
 
         (loss, (rows, info)), grads = jax.value_and_grad(mean_loss, has_aux=True)(state.params)
-        params, opt_state = _optimize(optimizer, state, loss, grads, lambda params: mean_loss(params)[0])
+        # In the session's own floats: optax's backtracking transposes a Python 1.0 through it.
+        value_fn = lambda params: mean_loss(params)[0].astype(float)  # noqa: E731
+        params, opt_state = _optimize(optimizer, state, loss, grads, value_fn)
         # The change itself: kept apart, the updates would cost another pass, and rounding may have eaten them.
         change = jax.tree.map(jnp.subtract, params, state.params)
         norms = {"grad_norm": _norm(grads), "update_norm": _norm(change), "param_norm": _norm(params)}

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 from jflow.training import fit
-from jflow.training.divergence import FACTOR, ROWS, Watch
+from jflow.training.alarms import FACTOR, ROWS, Watch
 from jflow.training.metrics_log import read
 
 
@@ -63,8 +63,11 @@ def test_the_message_of_a_residual_and_the_worst_of_several():
 def test_where_the_line_is():
     assert Watch(steady(tangent__raw=1.0))(row(1100, tangent__raw=0.999 * FACTOR)) is None
     assert Watch(steady(tangent__raw=1.0))(row(1100, tangent__raw=1.001 * FACTOR))
-    # A median needs rows.
-    assert Watch(steady(ROWS - 1, tangent__raw=1.0))(row(1100, tangent__raw=1e9)) is None
+    # A median needs rows; before, it is compared with the start.
+    assert "times the median so far" in Watch(steady(ROWS, tangent__raw=1.0))(row(1100, tangent__raw=1e9))
+    assert "times that at the start" in Watch(steady(ROWS - 1, tangent__raw=1.0))(row(1100, tangent__raw=1e9))
+    scale = max(1.0, steady(1)[0]["eulerian/raw"])
+    assert Watch(steady(ROWS - 1, tangent__raw=1.0))(row(1100, tangent__raw=0.999 * FACTOR * scale)) is None
     assert Watch(steady(ROWS, tangent__raw=1.0))(row(1100, tangent__raw=1e9))
     # One row that exploded does not move it, nor does it silence the next.
     watch = Watch(steady(tangent__raw=1.0))
@@ -159,3 +162,138 @@ def test_it_is_shown_above_the_bar(problem, tmp_path, capsys, monkeypatch):
     run(problem, tmp_path, 56)
     shown = capsys.readouterr().out
     assert "warning: steps 49-56: the tangent of 'fit' exploded" in shown and "worst at t in [" in shown
+
+
+def training(step, loss, grad_norm=None, **values):
+    """A row of a hundred steps; grad_norm follows the loss's root unless given."""
+    gradient = abs(loss) ** 0.5 if grad_norm is None else grad_norm
+    return row(step, loss=loss, grad_norm=gradient, **values)
+
+
+def said(rows):
+    """The warnings of a run, by step."""
+    watch = Watch()
+    return {r["step"]: text for r in rows if (text := watch(r)) is not None}
+
+
+@pytest.mark.parametrize(
+    "losses",
+    [
+        (2.7e3, 2.8e5),
+        (2.7e3, 2e4, 2.8e5),
+        (2.7e3, 9e3, 3e4, 2.8e5),
+        (2.7e3, 9e3, 2.0e4, 3.5e4, 5.3e4, 2.8e5),
+    ],
+)
+@pytest.mark.parametrize("raw", [False, True])
+def test_a_loss_that_explodes_in_the_first_rows(losses, raw):
+    values = [{"lagrangian__raw": loss / 3, "tangent__raw": 400.0} if raw else {} for loss in losses]
+    rows = [training(100 * (n + 1), loss, **v) for n, (loss, v) in enumerate(zip(losses, values, strict=True))]
+    found = said(rows)
+    assert list(found) == [100 * len(losses)]
+    what = "residual of 'lagrangian' exploded: its mean square 9.3e+04" if raw else "loss exploded: its mean 2.8e+05"
+    (text,) = found.values()
+    assert what in text and "is 104 times that at the start" in text and "learning rate" in text
+
+
+def test_a_loss_that_explodes_within_the_first_row():
+    text = Watch()(training(100, 9e4, first_loss=2.7e3, last_loss=2.8e5))
+    assert text.startswith(
+        "steps 1-100: the loss exploded: its mean 9e+04 is 33.3 times that at the start (2.7e+03); lower"
+    )
+    # It is compared with the first step in the rows after it, too.
+    found = said([training(100, 5e4, first_loss=2.7e3), training(200, 8e4, first_loss=4e4)])
+    assert list(found) == [200]
+    # The first step of a later row is nothing to compare with.
+    assert not said([training(100, 2.0, first_loss=2.7e3), training(200, 1.5, first_loss=1e-3)])
+
+
+def test_a_tangent_and_a_gradient_that_explode_in_the_first_rows():
+    values = {"eulerian__raw": 2.0}
+    rows = [training(100, 3.0, eulerian__tangent_norm=430.0, **values)]
+    rows.append(training(200, 3.0, eulerian__tangent_norm=5.2e4, **values))
+    (text,) = said(rows).values()
+    assert text.startswith(
+        "steps 101-200: the tangent of 'eulerian' exploded: its norm 5.2e+04 is 121 times that at the"
+    )
+    (text,) = said([training(100, 3.0, 1.0), training(200, 4.0, 500.0)]).values()
+    assert text.startswith("steps 101-200: the gradient exploded: its norm 5e+02 is 500 times that at the start (1); ")
+    assert not said([training(100, 3.0, 1.0), training(200, 3.0, FACTOR**2 - 1)])
+
+
+@pytest.mark.parametrize("seed", range(5))
+def test_no_absolute_alarm_at_healthy_runs(seed):
+    random = np.random.default_rng(seed)
+
+    def noise():
+        return float(np.exp(0.5 * random.normal()))
+
+    # Residuals between two outputs of a network start near zero, and rise to the scale of the data; a tangent warms up.
+    rising = [
+        training(
+            100 * (n + 1),
+            400.0 * 0.9**n * noise(),
+            noise(),
+            first_loss=500.0,
+            tangent__raw=400.0 * 0.9**n * noise(),
+            semigroup__raw=(1e-4 if n == 0 else 30.0) * noise(),
+            eulerian__tangent_norm=(n + 0.5) * noise(),
+        )
+        for n in range(30)
+    ]
+    # Learned weights: the loss falls below zero, and crosses it.
+    learned = [
+        [
+            training(100 * (n + 1), loss, noise(), first_loss=first, tangent__raw=50.0 * noise())
+            for n, loss in enumerate([start, *(random.normal(size=30) * 5.0)])
+        ]
+        for first, start in ((60.0, 8.0), (0.02, 0.5), (-0.02, 0.5), (0.0, 0.5))
+    ]
+    # Gradients have heavy tails.
+    tails = [training(100 * (n + 1), noise(), float(np.exp(1.2 * random.normal()))) for n in range(60)]
+    for rows in (rising, *learned, tails):
+        assert not said(rows)
+
+
+def test_a_curriculum_that_changes_the_objective_is_no_explosion():
+    before = [training(100 * (n + 1), 2.0, 1.0, tangent__raw=2.0, lagrangian__raw=0.0) for n in range(7)]
+    # The stage begins within row 8: a mean of both.
+    mixed = [training(800, 12.0, 30.0, tangent__raw=2.0, lagrangian__raw=0.3)]
+    after = [training(100 * n, 2e3, 3e3, tangent__raw=2.1, lagrangian__raw=30.0) for n in range(9, 20)]
+    assert not said([*before, *mixed, *after])
+    assert not said([*before[:1], *mixed, *after])
+    # The same terms with other weights: the loss and its gradient jump, the residuals do not.
+    heavier = [training(100 * n, 2e3, 1e3, tangent__raw=2.1) for n in range(8, 12)]
+    assert not said([*before, *heavier])
+    # An explosion after the change is one.
+    broken = training(2000, 2e5, 3e5, tangent__raw=300.0, lagrangian__raw=3e4)
+    assert list(said([*before, *mixed, *after, broken])) == [2000]
+    assert list(said([*before[:1], *mixed, *after[:1], broken])) == [2000]
+
+
+def test_a_resumed_watch_says_the_same_at_every_row():
+    random = np.random.default_rng(3)
+    rows = []
+    for n in range(14):
+        scale = 1e3 if n in (1, 4, 9) else 1.0
+        late = float(n > 5)
+        rows.append(
+            training(
+                100 * (n + 1),
+                scale * float(random.uniform(1, 3)) if n < 11 else -1.0,
+                scale * float(random.uniform(1, 3)),
+                first_loss=1.0,
+                tangent__raw=scale * float(random.uniform(1, 3)),
+                eulerian__tangent_norm=late * scale * float(random.uniform(1, 3)),
+                eulerian__raw=late * float(random.uniform(1, 3)),
+            )
+        )
+    whole = said(rows)
+    assert list(whole) == [200, 500, 1000]
+    for at in range(len(rows)):
+        # As read from the file, with the warnings that were written and rows of other kinds.
+        kept = [{**r, "warning": "said"} for r in rows[:at]] + [{"kind": "eval", "step": 100 * at, "loss": 1e9}]
+        watch = Watch(json.loads(json.dumps(kept)))
+        assert {r["step"]: text for r in rows[at:] if (text := watch(r))} == {
+            step: text for step, text in whole.items() if step > 100 * at
+        }
