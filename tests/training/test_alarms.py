@@ -9,9 +9,19 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from jflow.training import fit
-from jflow.training.alarms import FACTOR, ROWS, Watch
+from jflow import reports
+from jflow.training import alarms, fit
+from jflow.training.alarms import FACTOR, ROWS
 from jflow.training.metrics_log import read
+
+TERMS = ("eulerian", "lagrangian", "semigroup", "tangent")
+NAMES = alarms.Watched(
+    {f"{term}/raw": ("t", "gap") for term in TERMS}, {f"{term}/tangent_norm": ("t", "gap") for term in TERMS}
+)
+
+
+def Watch(rows=()):
+    return alarms.Watch(NAMES, rows)
 
 
 def row(step, **values):
@@ -36,12 +46,12 @@ def test_the_message_of_a_tangent():
             3100,
             eulerian__tangent_norm=5.2e4,
             eulerian__raw=1e6,
-            eulerian__raw_by_t=bins,
-            eulerian__raw_by_gap=bins[::-1],
+            eulerian__tangent_norm_by_t=bins,
+            eulerian__tangent_norm_by_gap=bins[::-1],
         )
     )
     assert said == (
-        f"steps 3001-3100: the tangent of 'eulerian' exploded: its norm 5.2e+04 is {5.2e4 / median:.3g} times the median "
+        f"steps 3001-3100: the tangent 'eulerian/tangent_norm' exploded: its norm 5.2e+04 is {5.2e4 / median:.3g} times the median "
         f"so far ({median:.2g}), worst at t in [0.875, 1] and t - s in [0, 0.125]; lower the learning rate, normalise or "
         "clip the tangent (jflow.reductions), or lengthen its warm-up"
     )
@@ -51,12 +61,12 @@ def test_the_message_of_a_residual_and_the_worst_of_several():
     watch = Watch(steady(tangent__raw=1.0))
     said = watch(row(1100, eulerian__tangent_norm=430.0, eulerian__raw=50.0, tangent__raw=90.0))
     assert said.startswith(
-        "steps 1001-1100: the residual of 'tangent' exploded: its mean square 90 is 90 times the median"
+        "steps 1001-1100: the residual 'tangent/raw' exploded: its mean square 90 is 90 times the median"
     )
     assert "worst" not in said and "reduction" in said
     # The tangent is the cause, however large the residual.
     said = watch(row(1200, eulerian__tangent_norm=1e4, tangent__raw=1e4))
-    assert said.startswith("steps 1101-1200: the tangent of 'eulerian'")
+    assert said.startswith("steps 1101-1200: the tangent 'eulerian/tangent_norm'")
     assert watch({**row(1201, tangent__raw=90.0), "steps": 1}).startswith("step 1201: ")
 
 
@@ -114,7 +124,9 @@ def explosive(problem):
         state, metrics = problem.chunk(state, data, steps)
         exploded = ((state.step > 48) & (state.step <= 56)) | (state.step > 64)
         norm = jnp.where(exploded, 1e4, 1.0 + 0.1 * jnp.sin(state.step.astype(jnp.float32)))
-        return state, {**metrics, "fit/tangent_norm": norm}
+        one = jnp.ones_like(norm)
+        bins = {"t": reports.Mean(jnp.stack([0.5 * norm, norm]) ** 2, jnp.stack([one, one]))}
+        return state, {**metrics, "fit/tangent_norm": reports.Tangent(reports.Mean(norm**2, one), bins)}
 
     return chunk
 
@@ -134,7 +146,7 @@ def test_the_loop_shows_and_keeps_it_and_resumed_runs_say_the_same(problem, tmp_
     shown = capsys.readouterr().out
     warned = [(r["step"], r["warning"]) for r in rows if "warning" in r]
     assert [step for step, _ in warned] == [56, 72]
-    assert warned[0][1].startswith("steps 49-56: the tangent of 'fit' exploded: its norm 1e+04 is ")
+    assert warned[0][1].startswith("steps 49-56: the tangent 'fit/tangent_norm' exploded: its norm 1e+04 is ")
     assert "worst at t in [" in warned[0][1]
     # One line of its own, before that of the row.
     lines = shown.splitlines()
@@ -161,7 +173,7 @@ def test_it_is_shown_above_the_bar(problem, tmp_path, capsys, monkeypatch):
     monkeypatch.setenv("COLUMNS", "400")
     run(problem, tmp_path, 56)
     shown = capsys.readouterr().out
-    assert "warning: steps 49-56: the tangent of 'fit' exploded" in shown and "worst at t in [" in shown
+    assert "warning: steps 49-56: the tangent 'fit/tangent_norm' exploded" in shown and "worst at t in [" in shown
 
 
 def training(step, loss, grad_norm=None, **values):
@@ -191,7 +203,7 @@ def test_a_loss_that_explodes_in_the_first_rows(losses, raw):
     rows = [training(100 * (n + 1), loss, **v) for n, (loss, v) in enumerate(zip(losses, values, strict=True))]
     found = said(rows)
     assert list(found) == [100 * len(losses)]
-    what = "residual of 'lagrangian' exploded: its mean square 9.3e+04" if raw else "loss exploded: its mean 2.8e+05"
+    what = "residual 'lagrangian/raw' exploded: its mean square 9.3e+04" if raw else "loss exploded: its mean 2.8e+05"
     (text,) = found.values()
     assert what in text and "is 104 times that at the start" in text and "learning rate" in text
 
@@ -214,7 +226,7 @@ def test_a_tangent_and_a_gradient_that_explode_in_the_first_rows():
     rows.append(training(200, 3.0, eulerian__tangent_norm=5.2e4, **values))
     (text,) = said(rows).values()
     assert text.startswith(
-        "steps 101-200: the tangent of 'eulerian' exploded: its norm 5.2e+04 is 121 times that at the"
+        "steps 101-200: the tangent 'eulerian/tangent_norm' exploded: its norm 5.2e+04 is 121 times that at the"
     )
     (text,) = said([training(100, 3.0, 1.0), training(200, 4.0, 500.0)]).values()
     assert text.startswith("steps 101-200: the gradient exploded: its norm 5e+02 is 500 times that at the start (1); ")

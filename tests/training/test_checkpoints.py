@@ -31,8 +31,8 @@ def state_of(step, value=1.0):
         "wide": jnp.full((), value, jnp.float64),
         "none": jnp.zeros((0, 3), jnp.float32),
     }
-    state = init_state(params, optax.adam(1e-3), jax.random.key(5), ema=(0.9,), reduction=(jnp.ones(3, bool), None))
-    return state._replace(step=jnp.int32(step))
+    state = init_state(params, optax.adam(1e-3), jax.random.key(5), ema=(0.9,))
+    return state._replace(step=jnp.int32(step), objective_state=(jnp.ones(3, bool), None))
 
 
 def write(directory, steps=(10, 20, 30), **kwargs):

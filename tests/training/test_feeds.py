@@ -117,7 +117,7 @@ def test_training_sees_the_batches_of_the_iterator(problem, unbroken):
     state, metrics = make_chunk(problem.step, take)(problem.state(), (X, Y), TOTAL)
     for got, expected in zip(jax.tree.leaves(unbroken[0].params), jax.tree.leaves(state.params), strict=True):
         np.testing.assert_allclose(got, expected, rtol=1e-5, atol=1e-6)
-    np.testing.assert_allclose(unbroken[1]["last_loss"], metrics["last_loss"], rtol=1e-5)
+    np.testing.assert_allclose(unbroken[1]["last_loss"].value(), metrics["last_loss"].value(), rtol=1e-5)
 
 
 @pytest.mark.parametrize("stop", [4, 8, 9])

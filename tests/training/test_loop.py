@@ -71,9 +71,9 @@ def test_resumed_runs_are_the_same_bit_for_bit(problem, unbroken, tmp_path, asse
 
 def test_resumed_runs_are_the_same_where_the_teacher_changes(problem, tmp_path, assert_same):
     def objective(params, key, batch, context):
-        loss, info = problem.objective(params, key, batch, context)
+        loss, aux = problem.objective(params, key, batch, context)
         apart = jax.tree.map(lambda a, b: jnp.sum((a - b) ** 2), params, context.teacher)
-        return loss + sum(jax.tree.leaves(apart)), info
+        return loss + sum(jax.tree.leaves(apart)), aux
 
     step = make_step(objective, problem.optimizer, ema=(0.9, 0.99), teacher_updates=(5, 16, 21))
     chunk = make_chunk(step, problem.dataset.batch)
@@ -83,7 +83,7 @@ def test_resumed_runs_are_the_same_where_the_teacher_changes(problem, tmp_path, 
     resumed = run(problem, tmp_path / "broken", 24, chunk=chunk, state=start(), resume=True)
     assert_same(resumed, unbroken)
     assert rows_of(tmp_path / "broken") == rows_of(tmp_path / "unbroken")
-    taught = jax.tree.leaves(unbroken.context_extras.teacher)
+    taught = jax.tree.leaves(unbroken.teacher)
     assert any(np.any(a != b) for a, b in zip(taught, jax.tree.leaves(problem.params), strict=True))
 
 
@@ -295,7 +295,7 @@ def test_rows_are_means_over_the_steps(problem, unbroken):
     state, losses = problem.state(), []
     for _ in range(8):
         state, metrics = problem.chunk(state, problem.dataset.data, 1)
-        losses.append(float(metrics["loss"]))
+        losses.append(float(metrics["loss"].value()))
     row = rows_of(unbroken[1])[0]
     assert row["loss"] == pytest.approx(np.mean(losses), rel=1e-5)
     assert row["last_loss"] == pytest.approx(losses[-1], rel=1e-4)

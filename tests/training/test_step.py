@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import NamedTuple
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -9,8 +11,10 @@ import optax
 import pytest
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
-from jflow.training import Extras, init_state, make_chunk, make_step
-from jflow.types import Batch, Context
+from jflow import reports
+from jflow.reports import values
+from jflow.training import init_state, make_chunk, make_step
+from jflow.types import Aux, Batch, Context
 
 
 def test_a_step_is_one_optimizer_step_on_the_mean_loss(problem64):
@@ -35,6 +39,7 @@ def test_a_step_is_one_optimizer_step_on_the_mean_loss(problem64):
         expected = jax.tree.map(lambda old, p, d=decay: d * old + (1 - d) * p, state.params, params)
         # The weight of an average is a float32.
         jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-6, atol=1e-9), new.ema[name], expected)
+    metrics = values(metrics)
     np.testing.assert_allclose(metrics["loss"], loss, rtol=1e-12)
     np.testing.assert_allclose(metrics["grad_norm"], optax.tree.norm(grads), rtol=1e-10)
     np.testing.assert_allclose(metrics["update_norm"], optax.tree.norm(updates), rtol=1e-8)
@@ -42,14 +47,15 @@ def test_a_step_is_one_optimizer_step_on_the_mean_loss(problem64):
     assert int(new.step) == 1 and bool(metrics["finite"])
 
 
-def test_info_becomes_metrics(problem):
+def test_what_the_objective_reports_becomes_metrics(problem):
     state, data = problem.state(), problem.dataset.data
     batch = jax.jit(problem.dataset.batch)(data, state.step)
     _, metrics = jax.jit(problem.step)(state, batch)
-    assert metrics["fit/raw_by_t"].shape == (2,)
-    assert float(metrics["diagonal_rows"]) == np.mean(np.asarray(batch.x1)[:, 1] > 0)
-    assert float(metrics["unnamed"]) == np.mean(np.arange(16))
-    assert "matrix" not in metrics
+    assert isinstance(metrics["fit/raw"], reports.Residual) and metrics["fit/raw"].by["t"].value().shape == (2,)
+    # What is reported per row is a mean over the rows, and a bare number a mean over steps.
+    assert float(metrics["diagonal_rows"].value()) == np.mean(np.asarray(batch.x1)[:, 1] > 0)
+    assert isinstance(metrics["plain"], reports.Mean)
+    assert float(metrics["plain"].value()) == pytest.approx(16 * float(metrics["fit/raw"].value()), rel=1e-6)
 
 
 def test_chunks_equal_steps(problem, assert_same):
@@ -64,13 +70,16 @@ def test_chunks_equal_steps(problem, assert_same):
     assert int(chunked.step) == 6
     for a, b in zip(jax.tree.leaves(chunked.params), jax.tree.leaves(state.params), strict=True):
         np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-6)
+    shown, each = values(metrics), [values(row) for row in rows]
     for name in ("loss", "grad_norm", "diagonal_rows", "fit/raw"):
-        np.testing.assert_allclose(metrics[name], np.mean([row[name] for row in rows]), rtol=1e-5)
+        np.testing.assert_allclose(shown[name], np.mean([row[name] for row in each]), rtol=1e-5)
+    np.testing.assert_allclose(shown["largest"], np.max([row["largest"] for row in each]), rtol=1e-5)
     for name, last in (("last_loss", "loss"), ("param_norm", "param_norm")):
-        np.testing.assert_allclose(metrics[name], rows[-1][last], rtol=1e-5)
-    count = np.stack([row["fit/count_by_t"] for row in rows])
-    raw = np.stack([row["fit/raw_by_t"] for row in rows])
-    np.testing.assert_allclose(metrics["fit/raw_by_t"], (raw * count).sum(0) / count.sum(0), rtol=1e-5)
+        np.testing.assert_allclose(shown[name], each[-1][last], rtol=1e-5)
+    np.testing.assert_allclose(shown["first_loss"], each[0]["loss"], rtol=1e-5)
+    count = np.stack([row["fit/raw"].by["t"].count for row in rows])
+    raw = np.stack([row["fit/raw_by_t"] for row in each])
+    np.testing.assert_allclose(shown["fit/raw_by_t"], (raw * count).sum(0) / count.sum(0), rtol=1e-5)
     # Chunks of chunks are the same to the bit.
     twice = problem.chunk(problem.chunk(problem.state(), problem.dataset.data, 6)[0], problem.dataset.data, 6)[0]
     again = problem.chunk(chunked, problem.dataset.data, 6)[0]
@@ -113,40 +122,48 @@ def test_the_caller_keeps_parameters_and_key(problem):
 def test_key_and_step_decide_the_noise(problem):
     batch = jax.jit(problem.dataset.batch)(problem.dataset.data, jnp.int32(0))
     step = jax.jit(problem.step)
-    loss = lambda state: float(step(state, batch)[1]["loss"])  # noqa: E731
+    loss = lambda state: float(step(state, batch)[1]["loss"].value())  # noqa: E731
     assert loss(problem.state(1)) == loss(problem.state(1))
     assert loss(problem.state(1)) != loss(problem.state(2))
     assert loss(problem.state(1)) != loss(problem.state(1)._replace(step=jnp.int32(1)))
 
 
-def test_the_context_holds_teacher_ema_and_reduction():
-    seen = []
+class Remembering(NamedTuple):
+    """An objective with a state, which keeps the contexts that it has seen."""
 
-    def objective(params, key, batch, context):
-        seen.append(context)
+    seen: list
+
+    def init(self, key, params):
+        return {"mean": jnp.zeros(())}
+
+    def __call__(self, params, key, batch, context):
+        self.seen.append(context)
         loss = jnp.sum((batch.x1 * params["w"] - context.teacher["w"]) ** 2, axis=1)
-        return loss, {"reduction": {"mean": 0.5 * context.reduction["mean"] + 0.5 * jnp.mean(loss)}}
+        return loss, Aux({"mean": 0.5 * context.state["mean"] + 0.5 * jnp.mean(loss)})
 
-    optimizer = optax.sgd(0.1)
+
+def test_the_context_holds_teacher_ema_and_state():
+    objective, optimizer = Remembering([]), optax.sgd(0.1)
     state = init_state(
         {"w": jnp.ones(())},
         optimizer,
         jax.random.key(0),
         ema={"fast": lambda n: jnp.float32(0.5), "slow": lambda n: jnp.float32(0.1)},
         teacher={"w": jnp.full((), 2.0)},
-        reduction={"mean": jnp.zeros(())},
+        objective=objective,
     )
-    assert state.context_extras == Extras(state.context_extras.teacher, state.context_extras.reduction)
+    assert state.objective_state == {"mean": 0.0}
     ema = {"fast": lambda n: jnp.float32(0.5), "slow": lambda n: jnp.float32(0.1)}
     step = make_step(objective, optimizer, ema=ema, context_ema="slow")
     state, metrics = step(state, Batch(jnp.full((4, 1), 3.0)))
     # loss (3 - 2)^2 = 1, gradient 2 * 3 * (3 - 2) = 6
     assert float(state.params["w"]) == pytest.approx(1 - 0.6)
     assert float(state.ema["fast"]["w"]) == pytest.approx(0.7)
-    assert float(state.context_extras.reduction["mean"]) == pytest.approx(0.5)
-    assert "reduction" not in metrics
+    assert float(state.objective_state["mean"]) == pytest.approx(0.5)
     step(state, Batch(jnp.full((4, 1), 3.0)))
-    assert float(seen[1].ema["w"]) == pytest.approx(0.94) and int(seen[1].step) == 1
+    assert float(objective.seen[1].ema["w"]) == pytest.approx(0.94) and int(objective.seen[1].step) == 1
+    # A state prints its shapes, not its numbers.
+    assert "w" in repr(state) and "float64[]" in repr(state) and len(repr(state)) < 600
 
 
 def teaching(params, key, batch, context):
@@ -164,7 +181,8 @@ def taught(steps, **kwargs):
 
     def body(state, _):
         state, metrics = step(state, Batch(jnp.ones((2, 1), jnp.float32)))
-        return state, (metrics["teacher"], metrics["w"], {name: value["w"] for name, value in state.ema.items()})
+        shown = values(metrics)
+        return state, (shown["teacher"], shown["w"], {name: value["w"] for name, value in state.ema.items()})
 
     state, rows = jax.jit(lambda state: jax.lax.scan(body, state, None, length=steps))(state)
     return [np.asarray(row) for row in rows[:2]], rows[2], state
@@ -173,7 +191,7 @@ def taught(steps, **kwargs):
 def test_the_teacher_becomes_the_parameters_at_its_steps_and_is_seen_from_then_on():
     (teacher, w), _, state = taught(6, teacher_updates=(2, 5))
     np.testing.assert_array_equal(teacher, [10, 10, w[2], w[2], w[2], w[5]])
-    assert len(set(w)) == 6 and float(state.context_extras.teacher["w"]) == w[5]
+    assert len(set(w)) == 6 and float(state.teacher["w"]) == w[5]
     # The loss is towards that teacher from that step on: by hand, one step of size 1/2.
     np.testing.assert_allclose(w[1:], (w - 0.5 * (w - teacher - 1.0))[:-1], rtol=1e-6)
     (never, _), _, _ = taught(6)
@@ -208,13 +226,13 @@ def test_refusals_of_teacher_updates(problem):
     state = init_state(problem.params, optimizer, jax.random.key(0))
     with pytest.raises(ValueError, match="teacher_updates: expected a teacher in the state"):
         step(state, batch)
-    with_teacher = lambda teacher: state._replace(context_extras=Extras(teacher))  # noqa: E731
+    with_teacher = lambda teacher: state._replace(teacher=teacher)  # noqa: E731
     for teacher, message in (
         ({"w": jnp.ones(2)}, "the pytree structure of the parameters"),
         (jax.tree.map(lambda leaf: leaf[:1], problem.params), "the shape of the parameters"),
         (jax.tree.map(lambda leaf: leaf.astype(jnp.float16), problem.params), "the parameters' dtypes"),
     ):
-        with pytest.raises(ValueError, match=rf"state\.context_extras\.teacher: expected {message}"):
+        with pytest.raises(ValueError, match=rf"state\.teacher: expected {message}"):
             step(with_teacher(teacher), batch)
     number = make_step(problem.objective, optimizer, teacher_updates=lambda step: step)
     with pytest.raises(TypeError, match="teacher_updates: expected a function step -> scalar bool"):
@@ -224,9 +242,9 @@ def test_refusals_of_teacher_updates(problem):
 def test_non_finite_is_flagged_and_stays(problem):
     broken = Batch(problem.dataset.data.x1.at[7].set(jnp.nan), problem.dataset.data.x0, problem.dataset.data.cond)
     _, metrics = problem.chunk(problem.state(), broken, 6)
-    assert not metrics["finite"] and np.isnan(metrics["loss"])
+    assert not metrics["finite"].value() and np.isnan(metrics["loss"].value())
     _, metrics = problem.chunk(problem.state(), problem.dataset.data, 6)
-    assert metrics["finite"]
+    assert metrics["finite"].value()
 
 
 @pytest.mark.skipif(jax.device_count() < 8, reason="needs 8 (virtual) devices")

@@ -7,13 +7,12 @@ from jflow.training.feeds import Feed
 from jflow.training.loop import fit
 from jflow.training.metrics_log import MetricsLog
 from jflow.training.recorder import NonFiniteError
-from jflow.training.state import Extras, TrainState, init_state
+from jflow.training.state import TrainState, init_state
 from jflow.training.step import make_chunk, make_step
 from jflow.training.tensorboard import TensorBoard
 
 __all__ = [
     "Checkpoints",
-    "Extras",
     "Feed",
     "MetricsLog",
     "NonFiniteError",
