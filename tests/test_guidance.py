@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import functools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from jflow import guidance, interpolants, oracles, parameterizations, types
+from jflow import guidance, interpolants, nets, oracles, parameterizations, types
 
 PATH = interpolants.linear()
 MEANS, VARIANCES = np.array([[1.0, -0.5], [-2.0, 0.3]]), np.array([[0.3, 0.6], [0.5, 0.2]])
@@ -150,6 +152,108 @@ def test_events_and_conditions_may_be_trees():
     guided = guidance.classifier_free(net, 3.0, {"y": 0.0, "label": 0})
     np.testing.assert_allclose(guided(1.0, 0.5, x, cond)["a"], 3.0 * (2.0 * X + 1.0))
     np.testing.assert_allclose(guided(1.0, 0.5, x, cond)["b"], 9.0)
+
+
+def echo(params, t, x, cond=None, *, key=None):
+    """The condition itself, so that the guided value is null + w (cond - null)."""
+    return jnp.asarray(cond).astype(jnp.float64) * jnp.ones_like(x)
+
+
+LABELS = [
+    (jnp.uint8(7), 256),
+    (np.uint8(200), 255),
+    (np.uint8(200), jnp.int16(-3)),
+    (jnp.int8(-7), 200),
+    (jnp.int8(7), jnp.uint8(200)),
+    (jnp.uint32(2**32 - 1), -1),
+    (7, np.int64(2**40)),
+    (jnp.bool_(True), False),
+]
+FLOATS = [
+    (jnp.float16(7), 1e6),
+    (jnp.float16(7), np.float32(7e4)),
+    (jnp.bfloat16(7), np.float32(257.0)),
+    (jnp.bfloat16(256), jnp.float16(2049)),
+    (jnp.float32(3), np.float64(1e-60)),
+]
+
+
+@pytest.mark.parametrize(("cond", "null"), LABELS + FLOATS, ids=repr)
+@pytest.mark.parametrize("interval", [guidance.ALWAYS, (0.2, 0.8)])
+def test_no_dtype_changes_the_condition_or_the_null(cond, null, interval):
+    """Eager, jitted with the null known, and with both traced."""
+    guided = guidance.classifier_free(echo, 2.0, null, interval)
+    traced = jax.jit(lambda p, t, x, c, n: guidance.classifier_free(echo, 2.0, n, interval)(p, t, x, c))
+    expected = np.full(2, 2.0 * float(cond) - float(null))
+    for call in (guided, jax.jit(guided), functools.partial(traced, n=null)):
+        np.testing.assert_array_equal(call(None, 0.5, jnp.ones(2), cond), expected)
+
+
+def test_a_null_that_fits_keeps_the_dtype_of_the_condition():
+    seen = []
+
+    def net(params, t, x, cond=None, *, key=None):
+        seen.append(cond.dtype)
+        return x
+
+    for cond, null, dtype in [
+        (jnp.uint8(7), 255, "uint8"),
+        (jnp.uint8(7), 256, "int64"),
+        (jnp.uint8(7), jnp.int16(256), "int16"),
+        (jnp.bfloat16(0.5), 0.1, "bfloat16"),
+        (jnp.float32(0.5), np.zeros(()), "float32"),
+        (jnp.float32(0.5), 0, "float32"),
+        (jnp.float16(0.5), 7e4, "float64"),
+    ]:
+        for wrap in (lambda f: f, jax.jit):
+            seen.clear()
+            wrap(guidance.classifier_free(net, 2.0, null))(None, 0.5, X, cond)
+            assert set(seen) == {jnp.dtype(dtype)}, (cond, null)
+
+
+@pytest.mark.parametrize(
+    ("cond", "null"),
+    [
+        (7, 256.0),
+        (jnp.uint8(7), jnp.float32(0)),
+        (True, 2),
+        (jnp.float32(3), True),
+        (jnp.float16(3), 2049),
+        (jnp.uint64(7), jnp.int64(-1)),
+    ],
+    ids=repr,
+)
+def test_kinds_that_no_dtype_holds_are_refused(cond, null):
+    guided = guidance.classifier_free(echo, 2.0, {"y": null})
+    for call in (guided, jax.jit(guided)):
+        with pytest.raises(TypeError, match=r"null\['y'\]: expected .*kind of cond\['y'\]"):
+            call(None, 0.5, X, {"y": cond})
+
+
+def test_values_that_jax_would_cut_are_refused():
+    with jax.enable_x64(False):
+        with pytest.raises(ValueError, match=r"null: expected values that fit int32.* got 4294967297"):
+            guidance.classifier_free(echo, 2.0, np.int64(2**32 + 1))
+        with pytest.raises(ValueError, match=r"cond: expected values that fit int32.* got 4294967297"):
+            guidance.classifier_free(echo, 2.0, 3)(None, 0.5, jnp.ones(1), np.int64(2**32 + 1))
+
+
+@pytest.mark.parametrize("interval", [guidance.ALWAYS, (0.2, 0.8)])
+def test_labels_outside_the_classes_are_refused_by_the_network_guided_or_not(interval):
+    """As uint8, int32 or a Python number; in the condition or in the null; traced, they give NaN."""
+    net = nets.MLP(features=4, depth=2, trunk=4, num_classes=3, param_dtype=jnp.float64)
+    params = net.init(jax.random.key(0), 0.5, 0.5, X)["params"]
+    flow = parameterizations.flow_map(nets.from_linen(net), parameterizations.mean_velocity_form())
+    guided = guidance.classifier_free(flow, 2.0, 3, interval)
+    for label in (4, jnp.uint8(255), -1, jnp.int8(-128), np.int32(2**30)):
+        for call in (flow.velocity, guided):
+            with pytest.raises(ValueError, match=f"cond: expected a label from 0 to 3 .*got {int(label)}"):
+                call(params, 0.5, X, label)
+            assert np.all(np.isnan(jax.jit(call)(params, 0.5, X, label)))
+        with pytest.raises(ValueError, match=f"from 0 to 3 .*got {int(label)}"):
+            guidance.classifier_free(flow, 2.0, label, interval)(params, 0.5, X, 1)
+    for label in (0, jnp.uint8(3)):
+        assert np.all(np.isfinite(guided(params, 0.5, X, label)))
 
 
 def test_refusals():

@@ -127,6 +127,119 @@ def test_frechet_distance_of_covariances_that_do_not_commute():
     np.testing.assert_allclose(metrics.frechet_distance(x, x + 2.0), 12.0, rtol=1e-9)
 
 
+def of_rank(rank, n, dimension, seed=0):
+    rng = np.random.default_rng(seed)
+    return rng.normal(size=(n, rank)) @ rng.normal(size=(rank, dimension))
+
+
+def with_moments(mean, root, n, seed):
+    """n points of exactly this mean and covariance root root'."""
+    z = np.random.default_rng(seed).normal(size=(n, len(root)))
+    z = np.linalg.qr(z - z.mean(axis=0))[0] * math.sqrt(n - 1)
+    return mean + z @ root.T
+
+
+@pytest.mark.parametrize(
+    ("rank", "n", "dimension"), [(8, 3000, 256), (256, 3000, 256), (20, 12, 64), (1, 2, 5), (1, 9, 1)]
+)
+@pytest.mark.parametrize("offset", [0.0, 1e6])
+def test_frechet_distance_of_a_set_with_itself_and_shifted(rank, n, dimension, offset):
+    """At any rank, with fewer samples than features, and far from the origin."""
+    # Multiples of 2^-20 below 2^10: the sums with the offset and the shift are exact.
+    x = np.round(of_rank(rank, n, dimension) * 2.0**20) / 2.0**20
+    shift = np.round(np.random.default_rng(1).normal(size=dimension) * 2.0**10) / 2.0**10
+    trace = np.var(x, axis=0, ddof=1).sum()
+    x = x + offset
+    for y in (x, x[::-1]):
+        assert 0.0 <= metrics.frechet_distance(x, y) <= 1e-12 * trace
+    np.testing.assert_allclose(metrics.frechet_distance(x, x + shift), shift @ shift, rtol=1e-9)
+    np.testing.assert_allclose(metrics.frechet_distance(x + shift, x[::-1]), shift @ shift, rtol=1e-9)
+
+
+def test_frechet_distance_of_known_gaussians():
+    """Commuting covariances: |a|² + sum (s - r)²; and planes at an angle φ: 2 - 2 |cos φ| for two lines of variance 1."""
+    rng = np.random.default_rng(2)
+    turn, shift = np.linalg.qr(rng.normal(size=(6, 6)))[0], rng.normal(size=6)
+    first, second = np.array([3.0, 1.0, 0.5, 1e-6, 0.0, 0.0]), np.array([1.0, 2.0, 0.0, 1e-3, 0.7, 0.0])
+    x = with_moments(0.0, turn * first, 40, 3)
+    y = with_moments(shift, turn * second, 50, 4)
+    expected = shift @ shift + np.sum((first - second) ** 2)
+    np.testing.assert_allclose(metrics.frechet_distance(x, y), expected, rtol=1e-12)
+    np.testing.assert_allclose(metrics.frechet_distance(y, x), expected, rtol=1e-12)
+    for angle in (1e-5, 0.3, np.pi / 2, 3.0):
+        line = np.array([-1.0, 1.0])[:, None] / math.sqrt(2)
+        x, y = line * [1.0, 0.0], line * [math.cos(angle), math.sin(angle)]
+        # 4 sin² of half the angle between the lines, which loses no digits.
+        half = min(angle, np.pi - angle) / 2
+        np.testing.assert_allclose(metrics.frechet_distance(x, y), 4 * math.sin(half) ** 2, rtol=1e-9)
+
+
+def test_frechet_distance_is_that_of_the_matrix_root():
+    linalg = pytest.importorskip("scipy.linalg")
+    x, y = of_rank(20, 300, 20) + 100.0, of_rank(20, 200, 20, 1)
+    cov_x, cov_y = np.cov(x, rowvar=False), np.cov(y, rowvar=False)
+    root = linalg.sqrtm(cov_x @ cov_y).real
+    expected = np.sum((x.mean(0) - y.mean(0)) ** 2) + np.trace(cov_x + cov_y - 2 * root)
+    np.testing.assert_allclose(metrics.frechet_distance(x, y), expected, rtol=1e-9)
+    np.testing.assert_allclose(jax.jit(metrics.frechet_distance)(x, y), expected, rtol=1e-9)
+
+
+def test_frechet_distance_of_constant_features_is_the_squared_shift():
+    x = np.tile(np.array([3.0, -2.0, 1e5]), (7, 1))
+    assert metrics.frechet_distance(x, x[:4]) == 0.0
+    np.testing.assert_allclose(metrics.frechet_distance(x, x + np.array([1.0, 2.0, 2.0])), 9.0, rtol=1e-12)
+
+
+@pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16, jnp.float16])
+@pytest.mark.parametrize("x64", [True, False])
+def test_frechet_distance_of_narrow_features_is_that_of_their_values(dtype, x64):
+    x, y = (of_rank(4, n, 30, n).astype(dtype) for n in (200, 150))
+    expected = metrics.frechet_distance(x.astype(np.float64), y.astype(np.float64))
+    with jax.enable_x64(x64):
+        got = metrics.frechet_distance(x, y)
+        assert got.dtype == (jnp.float64 if x64 else jnp.float32)
+        np.testing.assert_allclose(got, expected, rtol=1e-12 if x64 else 1e-7)
+        jitted = jax.jit(metrics.frechet_distance)
+        assert jitted(x, y) == got
+        assert jnp.isnan(jitted(jnp.asarray(x).at[0, 0].set(jnp.nan), y))
+        both = jax.vmap(metrics.frechet_distance, (0, None))(jnp.stack([x[:150], y]), y)
+        assert both[1] <= 1e-12 * np.var(y.astype(np.float64), axis=0).sum() < both[0]
+
+
+def test_frechet_distance_needs_two_samples():
+    with pytest.raises(ValueError, match="y: expected at least 2 samples, got shape \\(1, 3\\)"):
+        metrics.frechet_distance(np.ones((2, 3)), np.ones((1, 3)))
+
+
+@pytest.mark.parametrize("name", ["energy_distance", "mmd", "sliced_wasserstein", "median_bandwidth"])
+@pytest.mark.parametrize("dimension", [2, 12])
+def test_a_common_offset_changes_no_digits(name, dimension):
+    """Float64 samples far from the origin, where jax has no float64: they are moved before they are rounded."""
+    x, y = (np.round(z * 2.0**12) / 2.0**12 for z in sets(18, 60, 50, dimension))
+    measure = getattr(metrics, name)
+    if name == "sliced_wasserstein":
+        measure = lambda x, y: metrics.sliced_wasserstein(jax.random.key(8), x, y)  # noqa: E731
+    with jax.enable_x64(False):
+        expected, moved = measure(x, y), measure(x + 1e9, y + 1e9)
+    np.testing.assert_allclose(jax.tree.leaves(moved), jax.tree.leaves(expected), rtol=1e-4)
+
+
+def test_kernel_distance_of_float32_features_with_a_large_mean():
+    """The kernel is 1e6 here, and the statistic 1e-4 of it: the double sums in float64 say what it is."""
+    x, y = (z.astype(np.float32) for z in sets(19, 300, 250, 30, 0.0, 1.02))
+    x, y = x + np.float32(10), y + np.float32(10.01)
+    wide, narrow = (metrics.kernel_distance(x.astype(d), y.astype(d)) for d in (np.float64, np.float32))
+    xx, yy, xy = (
+        (a @ b.T / 30 + 1) ** 3
+        for a, b in ((x, x), (y, y), (x, y))
+        for a, b in [(a.astype(np.float64), b.astype(np.float64))]
+    )
+    off = [k[~np.eye(len(k), dtype=bool)].mean() for k in (xx, yy)]
+    np.testing.assert_allclose(wide.value, sum(off) - 2 * xy.mean(), rtol=1e-7)
+    np.testing.assert_allclose(narrow.value, wide.value, rtol=1e-4)
+    np.testing.assert_allclose(narrow.standard_error, wide.standard_error, rtol=1e-4)
+
+
 @pytest.mark.parametrize("p", [1, 2])
 def test_sliced_wasserstein_on_the_line_couples_quantiles(p):
     x, y = (z[:, 0] for z in sets(7, 6, 4, 1))

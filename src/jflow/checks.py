@@ -6,7 +6,8 @@ concrete; ``concrete`` returns None for a traced array, and the caller then skip
 
 from __future__ import annotations
 
-from collections.abc import Collection, Sequence
+import math
+from collections.abc import Collection, Iterator, Sequence
 from typing import Any
 
 import jax
@@ -14,6 +15,8 @@ import numpy as np
 
 # Times that differ by less are the same: arithmetic in float32 may leave 1.0000001 of a one.
 ROUNDING = 1e-6
+# Elements of an array that ``fits`` looks at together, so that of a memory-mapped array little is in memory.
+_BLOCK = 2**20
 
 
 def concrete(value: Any) -> np.ndarray | None:
@@ -154,3 +157,51 @@ def same_structure(name: str, value: Any, like_name: str, like: Any) -> None:
     for a, b in zip(jax.tree.leaves(value), jax.tree.leaves(like), strict=True):
         if np.shape(a) != np.shape(b):
             raise ValueError(f"{name}: expected the shape of {like_name}, {np.shape(b)}, got {np.shape(a)}")
+
+
+def fits(name: str, tree: Any) -> None:
+    """Host arrays whose values the dtypes that jax gives them on a device can hold.
+
+    Where jax has no 64-bit types (``jax_enable_x64`` is off) int64 becomes int32, uint64 uint32, float64 float32 and
+    complex128 complex64. Whole numbers must come out unchanged, and finite ones finite: rounding is allowed, underflow to
+    zero included. Values that are NaN or infinite already stay so. Arrays of jax are on a device already, and pass.
+
+    Args:
+      name: the argument.
+      tree: numpy arrays or their like; read once, in blocks, and only where the dtype changes.
+
+    Raises:
+      ValueError: naming the leaf, the first value that does not fit, and both dtypes.
+    """
+    for path, leaf in jax.tree_util.tree_leaves_with_path(tree):
+        if isinstance(leaf, jax.Array):
+            continue
+        array = np.asanyarray(leaf)
+        if (
+            array.dtype.kind not in "iufc"
+            or (narrow := jax.dtypes.result_type(np.empty(0, array.dtype))) == array.dtype
+        ):
+            continue
+        for block in _blocks(array):
+            lost = _lost(block, narrow)
+            if lost.any():
+                raise ValueError(
+                    f"{name}{jax.tree_util.keystr(path)}: expected values that fit {narrow}, which jax makes of "
+                    f"{array.dtype} unless jax_enable_x64 is set, got {block[lost][0]}"
+                )
+
+
+def _blocks(array: np.ndarray) -> Iterator[np.ndarray]:
+    """The array in parts of about ``_BLOCK`` elements, each with at least one axis."""
+    array = np.atleast_1d(array)
+    rows = max(1, _BLOCK // max(1, math.prod(array.shape[1:])))
+    for start in range(0, len(array), rows):
+        yield np.asarray(array[start : start + rows])
+
+
+def _lost(values: np.ndarray, dtype: np.dtype) -> np.ndarray:
+    """Which values a cast would change: any whole number, and finite numbers that become infinite."""
+    # What overflows is what is looked for here.
+    with np.errstate(over="ignore", invalid="ignore"):
+        cast = values.astype(dtype)
+    return cast != values if values.dtype.kind in "iu" else np.isfinite(values) & ~np.isfinite(cast)

@@ -16,11 +16,13 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from jflow import checks, trees
 from jflow.types import Array, Cond, Event, FlowMap, Key, Params, Time, Velocity
 
 ALWAYS = (0.0, 1.0)
+KINDS = (jnp.bool_, jnp.integer, jnp.floating, jnp.complexfloating)
 
 
 class Guided(NamedTuple):
@@ -42,7 +44,12 @@ def classifier_free(
 
     Cost: two passes at a time inside, one outside where t is shared by the batch (not itself vmapped), and one
     everywhere at a concrete scale of 1. With a null condition and without an interval the two go through the network
-    as one vmapped call, which does but once what does not depend on the condition.
+    as one vmapped call, which does but once what does not depend on the condition; at an eager call they are two, so that
+    the network sees concrete labels, and refuses those outside its classes. Traced, such a label gives what the network
+    makes of it: NaN for those of ``jflow.nets``.
+
+    No dtype loses a value of the other: the null condition is cast to that of ``cond`` where it is known to stay the same
+    (a Python float may be rounded), else both are promoted, so uint8 labels and the null label 256 become int32.
 
     Args:
       velocity: a conditional model, or a FlowMap, of which the velocity v_{t,t} is taken.
@@ -57,8 +64,10 @@ def classifier_free(
     Raises:
       ValueError: for a scale that is no finite scalar, or an interval that is not 0 <= first <= last <= 1; when called,
         without a condition, or with one unlike ``null`` in structure or shapes.
-      TypeError: for a model that cannot be called, or numbers that are none.
+      TypeError: for a model that cannot be called, or a scale or time that is not a number; when called, for a condition
+        and a null of different kinds (labels and floating-point numbers), or of dtypes that no common one can hold.
     """
+    checks.fits("null", null)
     model = _velocity("velocity", velocity)
     scale, one = _scale(scale)
     _check_interval(interval)
@@ -68,14 +77,17 @@ def classifier_free(
             raise ValueError("cond: expected the condition to guide towards, got None")
         if null is not None:
             checks.same_structure("cond", cond, "null", null)
+            checks.fits("cond", cond)
+            both = jax.tree_util.tree_map_with_path(_stack, cond, null)
         if one:
             return model(params, t, x, cond, key=key)
         if null is None or interval != ALWAYS:
             strong = model(params, t, x, cond, key=key)
             return _extrapolate(strong, lambda: model(params, t, x, null, key=key), scale, interval, t)
-        both = jax.tree.map(_stack, cond, null)
-        out = jax.vmap(lambda c: model(params, t, x, c, key=key))(both)
-        strong, weak = (jax.tree.map(lambda leaf, i=i: leaf[i], out) for i in range(2))
+        if _eager(t, x, both):
+            strong, weak = (model(params, t, x, c, key=key) for c in _pair(both))
+        else:
+            strong, weak = _pair(jax.vmap(lambda c: model(params, t, x, c, key=key))(both))
         return _extrapolate(strong, lambda: weak, scale, interval, t)
 
     return guided
@@ -138,9 +150,63 @@ def _extrapolate(strong: Event, weak: Any, scale: float | Array, interval: tuple
     return trees.add(strong, jax.lax.cond(inside, correction, lambda: trees.zeros_like(strong)))
 
 
-def _stack(cond: Any, null: Any) -> Array:
-    cond = jnp.asarray(cond)
-    return jnp.stack([cond, jnp.asarray(null).astype(cond.dtype)])
+def _eager(*trees: Any) -> bool:
+    """Whether nothing is traced."""
+    return all(checks.concrete(leaf) is not None for leaf in jax.tree.leaves(trees))
+
+
+def _pair(stacked: Any) -> tuple[Any, Any]:
+    """Both entries of the leading axis."""
+    return tuple(jax.tree.map(lambda leaf, i=i: leaf[i], stacked) for i in range(2))
+
+
+def _stack(path: Any, cond: Any, null: Any) -> Array:
+    """[cond, null] in a dtype that holds both."""
+    # Looked at as it came: under jit an array made of a concrete value is traced.
+    value = checks.concrete(null)
+    cond, null = jnp.asarray(cond), jnp.asarray(null)
+    dtype = _common(jax.tree_util.keystr(path), cond, null, value)
+    return jnp.stack([cond.astype(dtype), null.astype(dtype)])
+
+
+def _common(path: str, cond: Array, null: Array, value: np.ndarray | None) -> np.dtype:
+    """The dtype of the condition where the null loses nothing in it, else the promotion of both."""
+    if cond.dtype == null.dtype:
+        return cond.dtype
+    of_cond, of_null = (next((k for k in KINDS if jnp.issubdtype(z.dtype, k)), None) for z in (cond, null))
+    # A null of 0 is common beside floating-point conditions.
+    if value is not None and (of_cond is of_null or (of_cond, of_null) == (jnp.floating, jnp.integer)):
+        if _survives(value, cond.dtype, rounding=of_null is jnp.floating and null.weak_type):
+            return cond.dtype
+    if of_cond is of_null:
+        # Explicit, whatever the session allows to happen by itself.
+        with jax.numpy_dtype_promotion("standard"):
+            dtype = jnp.promote_types(cond.dtype, null.dtype)
+        if of_cond is not jnp.integer or all(_holds(dtype, z.dtype) for z in (cond, null)):
+            return dtype
+    raise TypeError(
+        f"null{path}: expected a null condition of the kind of cond{path}, {cond.dtype}, and values that one dtype can "
+        f"hold, got {null.dtype}{'' if value is None else f' {value}'}"
+    )
+
+
+def _survives(value: np.ndarray, dtype: np.dtype, *, rounding: bool) -> bool:
+    """Whether a cast leaves the value as it is, or with ``rounding`` finite."""
+    with np.errstate(over="ignore", invalid="ignore"):
+        cast = value.astype(dtype)
+        if rounding:
+            return bool(np.all(np.isfinite(cast) == np.isfinite(value)))
+        same = np.array_equal(cast.astype(value.dtype), value, equal_nan=True)
+    # Between signed and unsigned integers a value that wraps around comes back.
+    return same and np.array_equal(cast < 0, value < 0)
+
+
+def _holds(wide: np.dtype, narrow: np.dtype) -> bool:
+    """Whether an integer dtype has every value of another."""
+    if not jnp.issubdtype(wide, jnp.integer):
+        return False
+    a, b = jnp.iinfo(wide), jnp.iinfo(narrow)
+    return a.min <= b.min and b.max <= a.max
 
 
 def _velocity(name: str, model: Velocity | FlowMap) -> Velocity:

@@ -99,7 +99,12 @@ def init(make: Callable[..., PyTree], mesh: Mesh, *args: Any) -> PyTree:
 
 
 def place(tree: PyTree, shardings: PyTree) -> PyTree:
-    """Copies of arrays, the same on every process, laid out so: ``shardings`` is one, or a pytree like ``tree``."""
+    """Copies of arrays, the same on every process, laid out so: ``shardings`` is one, or a pytree like ``tree``.
+
+    Raises:
+      ValueError: when the structures differ, or a value does not fit the dtype that jax gives it (``checks.fits``).
+    """
+    checks.fits("tree", tree)
     if isinstance(shardings, NamedSharding):
         shardings = jax.tree.map(lambda _: shardings, tree)
     got, expected = jax.tree.structure(shardings), jax.tree.structure(tree)
@@ -108,7 +113,7 @@ def place(tree: PyTree, shardings: PyTree) -> PyTree:
     return jax.tree.map(_placed, tree, shardings)
 
 
-def split(tree: PyTree, mesh: Mesh) -> PyTree:
+def split(tree: PyTree, mesh: Mesh, *, name: str = "tree") -> PyTree:
     """Rows of host arrays spread over all devices, with rows of zeros at the end where their number is not divisible.
 
     Each process reads the rows of its own devices only: of a memory-mapped array it loads only those.
@@ -116,13 +121,18 @@ def split(tree: PyTree, mesh: Mesh) -> PyTree:
     Args:
       tree: numpy arrays, or their like, [N, ...].
       mesh: from ``mesh``.
+      name: how error messages call the arrays.
 
     Returns:
       jax arrays [M, ...], M the next multiple of the number of devices.
+
+    Raises:
+      ValueError: for an array without a leading axis, or a value of this process's rows that does not fit the dtype that
+        jax gives it (``checks.fits``).
     """
     sharding = rows(mesh)
 
-    def of(leaf: Any) -> jax.Array:
+    def of(path: Any, leaf: Any) -> jax.Array:
         if not getattr(leaf, "shape", ()):
             raise ValueError(f"tree: expected arrays [N, ...], got {type(leaf).__name__} without a leading axis")
         count, *rest = leaf.shape
@@ -131,12 +141,13 @@ def split(tree: PyTree, mesh: Mesh) -> PyTree:
         def block(index: tuple[slice, ...]) -> np.ndarray:
             start, stop, _ = index[0].indices(padded)
             part = np.asarray(leaf[start : min(stop, count)])
+            checks.fits(f"{name}{jax.tree_util.keystr(path)}", part)
             missing = stop - start - len(part)
             return np.concatenate([part, np.zeros((missing, *rest), part.dtype)]) if missing else part
 
         return jax.make_array_from_callback((padded, *rest), sharding, block)
 
-    return jax.tree.map(of, tree)
+    return jax.tree_util.tree_map_with_path(of, tree)
 
 
 def local(tree: PyTree) -> PyTree:

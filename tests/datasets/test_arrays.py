@@ -10,7 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from jflow import datasets
+from jflow import couplings, datasets, sharding
 from jflow.datasets import ArrayDataset, SampledDataset, arrays
 from jflow.types import Batch
 
@@ -111,3 +111,44 @@ def test_sampled_batches_are_functions_of_seed_and_step():
 def test_refusals_name_the_argument(call, message):
     with pytest.raises(ValueError, match=message):
         call()
+
+
+MESHES = {"one": lambda: None, "mesh": lambda: sharding.mesh(devices=jax.devices()[:2])}
+
+
+@pytest.mark.parametrize("mesh", MESHES)
+@pytest.mark.parametrize(
+    ("data", "message"),
+    [
+        (
+            Batch(np.zeros((3, 1)), cond=np.array([1, 2**32 + 1, 2])),
+            r"data.cond: expected values that fit int32.* 4294967297",
+        ),
+        (Batch({"a": np.array([1.0, 1e40])}), r"data.x1\['a'\]: expected values that fit float32.* 1e\+40"),
+        (Batch(np.zeros(2), x0=np.array([0, 2**63], np.uint64)), r"data.x0: expected values that fit uint32"),
+    ],
+)
+def test_values_that_do_not_fit_on_the_device_are_refused(data, message, mesh):
+    with jax.enable_x64(False), pytest.raises(ValueError, match=message):
+        ArrayDataset(data, 2, mesh=MESHES[mesh]())
+    ArrayDataset(data, 2, mesh=MESHES[mesh]())
+
+
+@pytest.mark.parametrize("mesh", MESHES)
+def test_values_that_fit_are_narrowed(mesh):
+    x, y = np.array([0.1, np.nan, np.inf, 1e-300]), np.array([0, -(2**31), 2**31 - 1, 7])
+    with jax.enable_x64(False):
+        data = ArrayDataset(Batch(x, cond=y), 2, mesh=MESHES[mesh]()).data
+        assert data.x1.dtype == jnp.float32 and data.cond.dtype == jnp.int32
+        np.testing.assert_array_equal(data.x1, x.astype(np.float32))
+        np.testing.assert_array_equal(data.cond, y)
+
+
+def test_pairs_that_do_not_fit_are_refused():
+    def couple(x0, x1, cond):
+        return couplings.Assignment(x0.astype(np.float64) * 1e40, 1.0, 1.0)
+
+    with jax.enable_x64(False):
+        dataset = ArrayDataset(Batch(np.ones((4, 1), np.float32)), 2)
+        with pytest.raises(ValueError, match=r"data.x0: expected values that fit float32"):
+            datasets.coupled(dataset, 2, couple=couple)

@@ -115,6 +115,16 @@ def with_bytes(name, content, read):
         (ValueError, folder_of(a=X[:0]), "expected rows in the files"),
         (
             ValueError,
+            with_bytes("a.npz", b"", datasets.array_folder),
+            "expected the arrays in files NAME.npy, got .*a.npz",
+        ),
+        (
+            ValueError,
+            with_bytes("a.NPY", b"", datasets.array_folder),
+            "expected the arrays in files NAME.npy, got .*a.NPY",
+        ),
+        (
+            ValueError,
             folder_of(a=X, b=X[:, :2]),
             r"b.npy: expected rows like those of a.npy, .*\[3, 2\].* got .*\[2, 2\]",
         ),
@@ -149,7 +159,7 @@ LEVELS = RANDOM.integers(0, 256, (4, 6, 5, 3)).astype(np.uint8)
 def test_images(tmp_path, save):
     for index, name in enumerate(["b.png", "a.PNG", "c.png"]):
         save(tmp_path / name, LEVELS[index])
-    (tmp_path / "notes.txt").write_text("")
+    (tmp_path / ".DS_Store").write_text("")
     (tmp_path / "empty").mkdir()
     source = datasets.images(tmp_path)
     assert [path.rpartition("/")[2] for path in source.paths] == ["a.PNG", "b.png", "c.png"] and source.classes == ()
@@ -171,6 +181,114 @@ def test_images_in_folders_have_labels(tmp_path, save):
     np.testing.assert_array_equal(rows[3].x1, LEVELS[0] / np.float32(127.5) - 1)
 
 
+# What turns the stored pixels upright, for each value of the tag.
+TURNS = {
+    1: lambda a: a,
+    2: lambda a: a[:, ::-1],
+    3: lambda a: a[::-1, ::-1],
+    4: lambda a: a[::-1],
+    5: lambda a: a.transpose(1, 0, 2),
+    6: lambda a: np.rot90(a, -1),
+    7: lambda a: np.rot90(a, 2).transpose(1, 0, 2),
+    8: lambda a: np.rot90(a),
+    9: lambda a: a,
+}
+ENDINGS = ["png", "TIFF", "tif", "webp", "jpg", "JPEG", "bmp", "gif"]
+
+
+def write_oriented(path, levels, orientation, **options):
+    image = pytest.importorskip("PIL.Image")
+    exif = image.Exif()
+    exif[0x0112] = orientation
+    image.fromarray(levels).save(path, exif=exif, **options)
+
+
+@pytest.mark.parametrize("ending", ENDINGS[:6])
+@pytest.mark.parametrize("orientation", TURNS)
+def test_images_are_turned_upright(tmp_path, ending, orientation):
+    """All eight orientations (and one that is none), with sizes taken afterwards; blocks of 16 survive in JPEG files."""
+    stored = np.repeat(np.repeat(LEVELS[0], 16, axis=0), 16, axis=1)
+    exact = ending.lower() not in ("jpg", "jpeg")
+    options = {"lossless": True} if ending == "webp" else {} if exact else {"quality": 100, "subsampling": 0}
+    path = tmp_path / f"a.{ending}"
+    write_oriented(path, stored, orientation, **options)
+    upright = TURNS[orientation](stored) / np.float32(127.5) - 1
+    source = datasets.images(tmp_path)
+    np.testing.assert_allclose(source[0].x1, upright, atol=0 if exact else 0.03)
+    # Where the square is cut out depends on the orientation as well.
+    low = (upright.shape[0] - 80) // 2
+    left = (upright.shape[1] - 80) // 2
+    cut = upright[low : low + 80, left : left + 80]
+    np.testing.assert_allclose(datasets.images(tmp_path, size=80)[0].x1, cut, atol=0 if exact else 0.03)
+
+
+def test_sizes_are_compared_upright(tmp_path, save):
+    write_oriented(tmp_path / "a.png", LEVELS[0], 6)
+    save(tmp_path / "b.png", np.ascontiguousarray(LEVELS[1].transpose(1, 0, 2)))
+    assert [row.x1.shape for row in datasets.images(tmp_path)] == [(5, 6, 3)] * 2
+    save(tmp_path / "b.png", LEVELS[1])
+    with pytest.raises(ValueError, match=r"a.png is 6x5 pixels, .*b.png is 5x6"):
+        datasets.images(tmp_path)
+
+
+def test_an_orientation_after_the_pixels_of_a_png_file_is_seen(tmp_path):
+    write_oriented(tmp_path / "a.png", LEVELS[0], 8)
+    whole = (tmp_path / "a.png").read_bytes()
+    start = whole.index(b"eXIf") - 4
+    chunk = whole[start : start + 12 + int.from_bytes(whole[start : start + 4], "big")]
+    rest = whole.replace(chunk, b"")
+    (tmp_path / "a.png").write_bytes(rest[:-12] + chunk + rest[-12:])
+    np.testing.assert_array_equal(datasets.images(tmp_path)[0].x1, np.rot90(LEVELS[0]) / np.float32(127.5) - 1)
+
+
+@pytest.mark.parametrize("ending", ENDINGS)
+def test_images_of_every_ending_are_read(tmp_path, save, ending):
+    flat = np.full((4, 4, 3), 96, np.uint8)
+    save(tmp_path / f"a.{ending}", flat)
+    np.testing.assert_allclose(datasets.images(tmp_path)[0].x1, flat / np.float32(127.5) - 1, atol=0.01)
+
+
+@pytest.mark.parametrize("name", ["a.ppm", "a.heic", "a.AVIF", "a.npy", "notes.txt", "a", "cat/labels.csv"])
+def test_other_files_are_named(tmp_path, save, name):
+    """Only hidden files are left out."""
+    save(tmp_path / ("cat/a.png" if "/" in name else "a.png"), LEVELS[0])
+    save(tmp_path / ".hidden" / "a.png", LEVELS[0])
+    (tmp_path / ".DS_Store").write_text("")
+    assert len(datasets.images(tmp_path)) == 1
+    (tmp_path / name).write_text("")
+    with pytest.raises(ValueError, match=rf"expected images alone .*, got .*{name}"):
+        datasets.images(tmp_path)
+
+
+def test_several_frames_are_refused(tmp_path):
+    image = pytest.importorskip("PIL.Image")
+    frames = [image.fromarray(levels) for levels in LEVELS[:2]]
+    for ending in ("gif", "tif", "png", "webp"):
+        (tmp_path / ending).mkdir()
+        frames[0].save(tmp_path / ending / f"a.{ending}", save_all=True, append_images=frames[1:])
+        source = datasets.images(tmp_path / ending)
+        with pytest.raises(ValueError, match=rf"a.{ending}: expected one image"):
+            source[0]
+
+
+def test_classes_are_in_natural_order(tmp_path, save):
+    names = ["10", "2", "007", "7", "1", "a10", "a2", "a", "B", "b3c20", "b3c4", "é1"]
+    for name in names:
+        save(tmp_path / name / "10.png", LEVELS[0])
+        save(tmp_path / name / "9.png", LEVELS[1])
+    source = datasets.images(tmp_path)
+    assert source.classes == ("1", "2", "007", "7", "10", "B", "a", "a2", "a10", "b3c4", "b3c20", "é1")
+    assert [int(row.cond) for row in source] == [label for label in range(12) for _ in range(2)]
+    np.testing.assert_array_equal(source[0].x1, LEVELS[1] / np.float32(127.5) - 1)
+
+
+def test_array_files_are_in_natural_order(tmp_path):
+    for name, part in {"10": slice(3, 7), "9": slice(0, 3)}.items():
+        np.save(tmp_path / f"{name}.npy", X[part])
+        np.save(tmp_path / f"{name}.cond.npy", LABELS[part])
+    assert_rows(datasets.array_folder(tmp_path), X, LABELS)
+
+
 def test_images_are_cut_in_the_centre_and_resized(tmp_path, save):
     wide = np.zeros((8, 24, 3), np.uint8)
     wide[:, 8:16] = [255, 0, 128]
@@ -184,9 +302,9 @@ def test_images_are_cut_in_the_centre_and_resized(tmp_path, save):
 
 
 def test_images_refused(tmp_path, save):
-    with pytest.raises(FileNotFoundError, match=r"images: .*no does not exist; .* a folder of PNG"):
+    with pytest.raises(FileNotFoundError, match=r"images: .*no does not exist; .* a folder of images"):
         datasets.images(tmp_path / "no")
-    with pytest.raises(ValueError, match="expected PNG or JPEG files in"):
+    with pytest.raises(ValueError, match=r"expected images .* in"):
         datasets.images(tmp_path)
     save(tmp_path / "sizes" / "a.png", LEVELS[0])
     save(tmp_path / "sizes" / "b.png", LEVELS[0][:5])

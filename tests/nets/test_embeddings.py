@@ -81,6 +81,46 @@ def test_derivatives_are_bounded_by_the_frequencies(name):
     assert np.abs(first).max() <= 2 * np.pi * 3.0
 
 
+TABLE = jnp.arange(514.0).reshape(257, 2)
+
+
+@pytest.mark.parametrize("dtype", ["int8", "uint8", "int16", "uint16", "int32", "uint32", "int64", "uint64"])
+def test_labels_of_every_dtype(dtype):
+    """The table has 257 rows, a number that wraps around to 1 in 8 bits."""
+    low, high = jnp.iinfo(dtype).min, jnp.iinfo(dtype).max
+    traced = jax.jit(lambda index: embeddings.label(TABLE, index))
+    for value in {0, 1, 127, 255, 256} & set(range(256 if high == 255 else min(257, high + 1))):
+        index = jnp.asarray(value, dtype)
+        for got in (embeddings.label(TABLE, index), embeddings.label(TABLE, np.asarray(index)), traced(index)):
+            np.testing.assert_array_equal(got, TABLE[value])
+    for value in (
+        v for v in (low, -1, -257, 257, 258, 2**32, 2**32 + 1, high) if low <= v <= high and not 0 <= v < 257
+    ):
+        index = jnp.asarray(value, dtype)
+        assert np.all(np.isnan(traced(index)))
+        with pytest.raises(ValueError, match=f"label: expected a label from 0 to 256 .*got {value}"):
+            embeddings.label(TABLE, index)
+
+
+def test_labels_have_gradients_only_in_their_own_row():
+    gradient = jax.jit(jax.grad(lambda table, index: jnp.sum(embeddings.label(table, index) ** 2)))
+    expected = np.zeros(TABLE.shape)
+    expected[5] = 2 * TABLE[5]
+    np.testing.assert_array_equal(gradient(TABLE, 5), expected)
+
+
+def test_labels_refused():
+    for index in (1.0, True):
+        with pytest.raises(TypeError, match="y: expected an integer label, got dtype"):
+            embeddings.label(TABLE, index, name="y")
+    with pytest.raises(ValueError, match="label: expected a scalar"):
+        embeddings.label(TABLE, jnp.arange(2))
+    with pytest.raises(ValueError, match="table: expected an array of shape"):
+        embeddings.label(TABLE[0], 0)
+    with jax.enable_x64(False), pytest.raises(ValueError, match="label: expected values that fit int32"):
+        embeddings.label(jnp.ones((3, 2)), np.int64(2**32 + 1))
+
+
 def test_refusals():
     with pytest.raises(ValueError, match=r"t: expected a scalar .*got shape \(3,\)"):
         embeddings.sinusoidal(jnp.zeros(3), 8)

@@ -247,6 +247,21 @@ def test_labels(name):
     np.testing.assert_allclose(vmapped, jnp.stack(outs), rtol=1e-10)
 
 
+def test_conditions_that_jax_would_cut_are_refused():
+    net = MLP(**SMALL, num_classes=300, cond_features=1)
+    x, times = jnp.ones(2, jnp.float32), (jnp.float32(0.2), jnp.float32(0.7))
+    with jax.enable_x64(False):
+        params = random_params(net, *times, x, 0.5)
+        run = lambda label, y: net.apply({"params": params}, *times, x, {"label": label, "y": y})  # noqa: E731
+        # 300 classes and a null: their number wraps around in uint8.
+        np.testing.assert_array_equal(run(jnp.uint8(7), 0.5), run(7, np.float64(0.5)))
+        assert np.abs(run(7, 0.5) - run(8, 0.5)).max() > 1e-6
+        with pytest.raises(ValueError, match=r"cond\['label'\]: expected values that fit int32"):
+            run(np.int64(2**32 + 1), 0.5)
+        with pytest.raises(ValueError, match=r"cond\['y'\]: expected values that fit float32.* got 1e\+40"):
+            run(1, np.float64(1e40))
+
+
 def test_floating_conditions():
     net = MLP(**SMALL, zero_init=False, cond_features=3, num_classes=2)
     x, cond = jnp.ones(2), {"y": jnp.asarray([0.1, 0.2]), "scale": jnp.asarray(1.5), "label": 1}

@@ -274,6 +274,25 @@ def sharded(size):
     return NamedSharding(jax.make_mesh((size,), ("data",), axis_types=(AxisType.Auto,)), PartitionSpec("data"))
 
 
+@pytest.mark.parametrize("size", [None, 4])
+def test_values_that_do_not_fit_on_the_device_are_refused(size):
+    """At the batch that has them; those that fit are narrowed."""
+    good = Batch(np.full((4, 2), 0.1), cond=np.array([0, 1, -(2**31), 2**31 - 1]))
+    cases = [
+        (good._replace(cond=good.cond + 2**32 + 1), r"step 2: batch.cond: expected values that fit int32.* 4294967297"),
+        (good._replace(x1=good.x1 * 1e40), r"step 2: batch.x1: expected values that fit float32"),
+    ]
+    for bad, message in cases:
+        with jax.enable_x64(False), Feed(Given(good, good, bad), sharding=size and sharded(size)) as feed:
+            feed.start(0, None, lambda step: 2 if step == 0 else 1, 3)
+            taken = feed.take().batches
+            assert taken.x1.dtype == jnp.float32 and taken.cond.dtype == jnp.int32
+            np.testing.assert_array_equal(taken.x1[1], good.x1.astype(np.float32))
+            np.testing.assert_array_equal(taken.cond[1], good.cond)
+            with pytest.raises(ValueError, match=message):
+                feed.take()
+
+
 def test_other_refusals():
     feed = Feed(Reader())
     with pytest.raises(RuntimeError, match="start"):

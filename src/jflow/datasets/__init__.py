@@ -6,8 +6,9 @@ memory comes from ``files``, through Grain, to ``jflow.training.Feed``.
 
 from jflow.datasets.arrays import ArrayDataset, CoupledDataset, SampledDataset, coupled
 from jflow.datasets.examples import CHECKERBOARD_STD, Split, checkerboard, checkerboard_log_density, digits
-from jflow.datasets.files import array_folder, images, npz, pipeline
+from jflow.datasets.files import array_folder, npz, pipeline
 from jflow.datasets.grouped import GroupedDataset, grouped
+from jflow.datasets.image_files import images
 
 __all__ = [
     "CHECKERBOARD_STD",

@@ -39,14 +39,17 @@ class ArrayDataset:
     A batch that spans the end of an epoch may hold a row twice.
 
     Args:
-      data: a Batch (or another pytree) of arrays with the same leading axis of N rows; copied to the device.
+      data: a Batch (or another pytree) of arrays with the same leading axis of N rows; copied to the device. Where jax has
+        no 64-bit types (``jax_enable_x64`` is off) float64 is rounded to float32, and int64 becomes int32.
       batch_size: B, rows per batch; may exceed N.
       seed: of the order; any whole number from 0.
       mesh: from ``sharding.mesh``, to spread the rows over its devices; each process then reads its own rows of the arrays
         only, and a batch alone travels between devices. The batches are the same. None for the default device.
 
     Raises:
-      ValueError: when leading axes differ, there are no rows, or N or B is 2^28 or more.
+      ValueError: when leading axes differ, there are no rows, N or B is 2^28 or more, or a value does not fit the dtype
+        that it gets on the device: an int64 beyond int32, a finite float64 beyond float32. The message names the leaf.
+      TypeError: for arrays that hold no numbers.
     """
 
     def __init__(self, data: PyTree, batch_size: int, seed: int = 0, *, mesh: Mesh | None = None) -> None:
@@ -60,7 +63,11 @@ class ArrayDataset:
         self.size = checks.integer("the number of rows", next(iter(sizes))[0], low=1, high=2**28 - 1)
         self.batch_size = checks.integer("batch_size", batch_size, low=1, high=2**28 - 1)
         self.seed = checks.integer("seed", seed, high=2**32 - 1)
-        self.data = jax.tree.map(jnp.asarray, data) if mesh is None else sharding.split(data, mesh)
+        if mesh is not None:
+            self.data = sharding.split(data, mesh, name="data")
+            return
+        checks.fits("data", data)
+        self.data = jax.tree.map(jnp.asarray, data)
 
     def batch(self, data: PyTree, step: Array) -> PyTree:
         """The batch of a step: leaves ``[B, ...]`` like those of ``data``."""
@@ -184,6 +191,7 @@ def coupled(
             raise ValueError("dataset: expected batches that are a Batch without x0")
         return batch, couplings.independent(jax.random.fold_in(key, step), batch.x1)
 
+    checks.fits("dataset: data", dataset.data)
     pairs, costs = [], []
     for step in range(batches):
         batch, x0 = jax.device_get(draw(dataset.data, np.int32(step)))

@@ -9,7 +9,6 @@ has them will do. Sources are read from several threads at once.
 
 from __future__ import annotations
 
-import operator
 import os
 import pathlib
 import struct
@@ -22,14 +21,10 @@ import jax
 import numpy as np
 
 from jflow import checks
+from jflow.datasets.paths import Path, existing, listed, place
 from jflow.types import Batch, PyTree
 
-Path = str | os.PathLike[str]
 Transform = Callable[[PyTree, np.random.Generator], PyTree]
-
-SUFFIXES = (".jpeg", ".jpg", ".png")
-# Pillow's modes of at most 8 bits a channel: of others its conversion would cut values off.
-MODES = ("1", "L", "LA", "P", "PA", "RGB", "RGBA", "CMYK", "YCbCr")
 
 
 class Source(Protocol):
@@ -62,10 +57,10 @@ class Rows:
         return int(self._ends[-1])
 
     def __getitem__(self, index: int) -> Batch:
-        index = _index(index, len(self))
+        index = place(index, len(self))
         part = int(np.searchsorted(self._ends, index, side="right"))
-        place = index - int(self._ends[part])
-        return jax.tree.map(lambda array: np.array(array[place]), self._parts[part])
+        row = index - int(self._ends[part])
+        return jax.tree.map(lambda array: np.array(array[row]), self._parts[part])
 
 
 def npz(path: Path, x1: str = "x1", cond: str | None = None) -> Rows:
@@ -82,7 +77,7 @@ def npz(path: Path, x1: str = "x1", cond: str | None = None) -> Rows:
       FileNotFoundError: when there is no such file.
       ValueError: when it is no .npz file, lacks a name, or holds arrays of objects, of no rows, or of different numbers.
     """
-    path = _existing("npz", path, "an .npz file, as numpy.savez writes it", folder=False)
+    path = existing("npz", path, "an .npz file, as numpy.savez writes it", folder=False)
     try:
         with zipfile.ZipFile(path) as archive:
             batch = Batch(*(None if name is None else _member(path, archive, name) for name in (x1, None, cond)))
@@ -100,19 +95,23 @@ def array_folder(directory: Path) -> Rows:
         NAME.npy        x1, [n, ...]
         NAME.cond.npy   its conditioning, [n, ...]; for all files or for none
 
-    The files follow each other in the order of their names; a hidden one, ``.NAME``, is left out. Each stays open: the
-    system's limit on open files (``ulimit -n``) must exceed their number.
+    The files follow each other in the natural order of their names (``2.npy`` before ``10.npy``). Hidden files, ``.NAME``,
+    and files that are no arrays are left out. Each file stays open: the system's limit on open files (``ulimit -n``) must
+    exceed their number.
 
     Args:
       directory: the folder; its sub-folders are not looked at.
 
     Raises:
       FileNotFoundError: when there is no such folder.
-      ValueError: naming the file, when there is none, one cannot be read, one lacks the conditioning that another has, or
-        shapes, dtypes or numbers of rows differ.
+      ValueError: naming the file, when there is none, one is an .npz file (or ends in .NPY) or cannot be read, one lacks
+        the conditioning that another has, or shapes, dtypes or numbers of rows differ.
     """
-    directory = _existing("array_folder", directory, "a folder of .npy files", folder=True)
-    names = sorted(name for name in _listed(directory) if name.endswith(".npy"))
+    directory = existing("array_folder", directory, "a folder of .npy files", folder=True)
+    names = [name for name in listed(directory) if name.lower().endswith((".npy", ".npz"))]
+    for name in names:
+        if not name.endswith(".npy"):
+            raise ValueError(f"array_folder: expected the arrays in files NAME.npy, got {directory / name}")
     labels = {name for name in names if name.endswith(".cond.npy")}
     data = [name for name in names if name not in labels]
     if not data:
@@ -136,97 +135,6 @@ def array_folder(directory: Path) -> Rows:
     if not sum(len(part.x1) for part in parts):
         raise ValueError(f"array_folder: expected rows in the files of {directory}, found none")
     return Rows(parts)
-
-
-class Images:
-    """Image files; made by ``images``.
-
-    ``images[i]`` is Batch(x1 ``[H, W, C]`` float32 in [-1, 1], cond an int32 scalar, or None); IndexError past the end.
-
-    Attributes:
-      paths: the files, in order.
-      classes: the names of the classes, in the order of their labels; empty without sub-folders.
-    """
-
-    def __init__(
-        self,
-        paths: Sequence[str],
-        labels: Sequence[int] | None,
-        classes: Sequence[str],
-        size: int | None,
-        channels: int,
-    ) -> None:
-        self.paths, self.classes = tuple(paths), tuple(classes)
-        self._labels = None if labels is None else np.asarray(labels, np.int32)
-        self._size, self._mode = size, {1: "L", 3: "RGB"}[channels]
-
-    def __len__(self) -> int:
-        return len(self.paths)
-
-    def __getitem__(self, index: int) -> Batch:
-        index = _index(index, len(self))
-        return Batch(
-            x1=_pixels(self.paths[index], self._mode, self._size),
-            cond=None if self._labels is None else np.array(self._labels[index]),
-        )
-
-
-def images(directory: Path, size: int | None = None, *, channels: int = 3) -> Images:
-    """PNG and JPEG files, level/127.5 - 1 of 256 levels, sorted by path; where they lie in sub-folders, with labels.
-
-        directory/NAME.png            no labels
-        directory/CLASS/.../NAME.png  cond = the place of CLASS among the sorted names of the sub-folders
-
-    Hidden files and folders are left out. Without ``size`` the header of every file is read at once.
-
-    Args:
-      directory: the folder.
-      size: the images' height and width: the largest square in the centre, resized (bicubic, antialiased). None to keep
-        them as they are, all of one size.
-      channels: 3 for RGB or 1 for grey; other images are converted.
-
-    Raises:
-      FileNotFoundError: when there is no such folder.
-      ValueError: naming the folder or file, when there are no images, some lie beside the sub-folders of others, a
-        sub-folder has none, or, without ``size``, sizes differ; and when one is read, if it is damaged, not opaque or has
-        more than 8 bits a channel. TypeError when ``size`` is no whole number.
-      ImportError: when Pillow is missing.
-    """
-    image = _pillow()
-    directory = _existing(
-        "images", directory, "a folder of PNG or JPEG files, or of one such folder for each class", folder=True
-    )
-    checks.choice("channels", channels, (1, 3))
-    if size is not None:
-        checks.integer("size", size, low=1)
-    folders = [name for name in _listed(directory) if (directory / name).is_dir()]
-    found = {name: _images_in(directory / name, deep=True) for name in folders}
-    paths, labels, classes = _images_in(directory, deep=False), None, []
-    if any(found.values()):
-        for name in folders:
-            if not found[name]:
-                raise ValueError(f"images: expected PNG or JPEG files in every sub-folder, {directory / name} has none")
-        if paths:
-            raise ValueError(
-                f"images: expected images in sub-folders alone, since there are such, got {paths[0]} as well"
-            )
-        classes = folders
-        paths = [path for name in folders for path in found[name]]
-        labels = [label for label, name in enumerate(folders) for _ in found[name]]
-    if not paths:
-        raise ValueError(f"images: expected PNG or JPEG files in {directory}, found none")
-    if size is None:
-        sizes = {}
-        for path in paths:
-            with _opened(image, path) as opened:
-                sizes.setdefault(opened.size, path)
-            if len(sizes) > 1:
-                (first, other), names = sizes, list(sizes.values())
-                raise ValueError(
-                    f"images: expected one size of image, or size=..., to which all are brought; {names[0]} is "
-                    f"{first[0]}x{first[1]} pixels, {names[1]} is {other[0]}x{other[1]}"
-                )
-    return Images(paths, labels, classes, size, channels)
 
 
 def pipeline(
@@ -313,39 +221,6 @@ def pipeline(
     return iter(batches.to_iter_dataset(grain.ReadOptions(num_threads=threads, prefetch_buffer_size=buffer)))
 
 
-def _index(index: int, length: int) -> int:
-    index = operator.index(index)
-    if not 0 <= index < length:
-        raise IndexError(f"row {index} of {length}")
-    return index
-
-
-def _existing(name: str, path: Path, what: str, folder: bool) -> pathlib.Path:
-    """The path, which is there."""
-    path = pathlib.Path(path).expanduser()
-    if not path.exists():
-        raise FileNotFoundError(f"{name}: {path} does not exist; jflow brings no data sets, pass the path of {what}")
-    if path.is_dir() != folder:
-        raise ValueError(f"{name}: expected {what}, got the {'file' if folder else 'folder'} {path}")
-    return path
-
-
-def _listed(directory: pathlib.Path) -> list[str]:
-    return sorted(name for name in os.listdir(directory) if not name.startswith("."))
-
-
-def _images_in(directory: pathlib.Path, deep: bool) -> list[str]:
-    """The image files of a folder, sorted; with ``deep`` those of the folders in it as well."""
-    found = []
-    for name in _listed(directory):
-        path = directory / name
-        if path.is_dir():
-            found += _images_in(path, deep) if deep else []
-        elif path.suffix.lower() in SUFFIXES:
-            found.append(str(path))
-    return found
-
-
 def _check_lengths(name: str, path: pathlib.Path, batch: Batch) -> None:
     for array in jax.tree.leaves(batch):
         if array.dtype.hasobject:
@@ -388,46 +263,6 @@ def _mapped(path: pathlib.Path) -> np.ndarray:
         return np.load(path, mmap_mode="r", allow_pickle=False)
     except (OSError, ValueError, EOFError) as error:
         raise ValueError(f"array_folder: {path} cannot be read as an .npy file: {error}") from error
-
-
-def _opened(image: Any, path: str) -> Any:
-    """The image of a file, of which only the header is read as yet."""
-    try:
-        return image.open(path, formats=("JPEG", "PNG"))
-    except Exception as error:
-        raise ValueError(f"images: {path} cannot be read: {error}") from error
-
-
-def _pixels(path: str, mode: str, size: int | None) -> np.ndarray:
-    """[H, W, C], float32."""
-    image = _pillow()
-    with _opened(image, path) as picture:
-        if picture.mode not in MODES:
-            raise ValueError(f"images: {path}: expected at most 8 bits a channel, got Pillow's mode {picture.mode}")
-        try:
-            picture.load()
-        except Exception as error:
-            # Pillow's decoders raise whatever they meet in a damaged file.
-            raise ValueError(f"images: {path} cannot be read: {error}") from error
-        if picture.has_transparency_data and picture.convert("RGBA").getchannel("A").getextrema()[0] < 255:
-            raise ValueError(f"images: {path}: expected an opaque image; put it on a background of your choice")
-        picture = picture.convert(mode)
-    if size is not None:
-        side, (width, height) = min(picture.size), picture.size
-        left, top = (width - side) // 2, (height - side) // 2
-        # Cut first: resizing within a box lets pixels from outside in at its edges.
-        square = picture.crop((left, top, left + side, top + side))
-        picture = square.resize((size, size), image.Resampling.BICUBIC)
-    pixels = np.asarray(picture, np.float32) / np.float32(127.5) - np.float32(1.0)
-    return pixels.reshape(*pixels.shape[:2], -1)
-
-
-def _pillow() -> Any:
-    try:
-        from PIL import Image
-    except ImportError as error:
-        raise ImportError("images: they are read with Pillow, which is missing: pip install pillow") from error
-    return Image
 
 
 def _grain() -> Any:

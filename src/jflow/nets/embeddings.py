@@ -1,4 +1,4 @@
-r"""Features of times and of low-dimensional points.
+r"""Features of times, of low-dimensional points, and of class labels.
 
 Sinusoidal features of a scalar t at frequencies f_k, in cycles per unit of t:
 
@@ -136,6 +136,38 @@ def random_fourier(x: Array, features: int, *, scale: float = 0.5, seed: int = 0
     # A sum, for a matmul would be rounded to tf32 on GPUs.
     phases = 2 * np.pi * jnp.sum(frequencies * x[None, :], axis=1)
     return jnp.concatenate([x, jnp.sin(phases), jnp.cos(phases)])
+
+
+def label(table: Array, index: Array | int, *, name: str = "label") -> Array:
+    """The row of a table that belongs to a class label.
+
+    Args:
+      table: ``[n, features]``, a row for each label from 0 to n - 1.
+      index: the label, a scalar of any integer dtype.
+      name: how error messages call the label.
+
+    Returns:
+      ``[features]``, in the dtype of the table. A traced label cannot be refused: outside 0 to n - 1 its row is NaN, so
+      that it is never taken for another class.
+
+    Raises:
+      ValueError: when the label has axes, or is concrete and outside 0 to n - 1.
+      TypeError: when the label is not an integer (a bool is not).
+    """
+    checks.shape("table", table, (None, None))
+    checks.scalar(name, index)
+    checks.fits(name, index)
+    value, rows = checks.concrete(index), table.shape[0]
+    index = jnp.asarray(index)
+    if not jnp.issubdtype(index.dtype, jnp.integer):
+        raise TypeError(f"{name}: expected an integer label, got dtype {index.dtype}")
+    if value is not None and not 0 <= int(value) < rows:
+        raise ValueError(f"{name}: expected a label from 0 to {rows - 1} for a table of {rows} rows, got {value}")
+    # In a narrow dtype the number of rows would wrap around, 256 to 0 in uint8, and take() counts -1 from the end.
+    index = index.astype(jnp.int32) if index.dtype.itemsize < 4 else index
+    inside = (index >= 0) & (index < rows)
+    place = jnp.where(inside, index, rows).astype(jnp.int32)
+    return jnp.take(table, place, axis=0, mode="fill", fill_value=jnp.nan)
 
 
 def _waves(t: Array, frequencies: np.ndarray) -> Array:

@@ -195,7 +195,7 @@ class MLP(nn.Module):
             return parts
         normal = nn.initializers.normal(1.0)
         table = self.param("label", normal, (self.num_classes + 1, self.trunk), self.param_dtype)
-        return [jnp.take(table.astype(dtype), label, axis=0, mode="fill", fill_value=jnp.nan), *parts]
+        return [embeddings.label(table.astype(dtype), label, name="cond"), *parts]
 
     def _points(self, s: Array | float, x: Array) -> Array:
         if self.points == "octaves":
@@ -239,8 +239,11 @@ def _event(x: Any) -> Array:
 
 def _split(cond: Any, num_classes: int, cond_features: int) -> tuple[Array | int, list[Array]]:
     """The label (the null label when there is none) and the floating-point leaves of a condition."""
-    leaves = [jnp.asarray(leaf) for leaf in jax.tree.leaves(cond)]
-    labels = [leaf for leaf in leaves if jnp.issubdtype(leaf.dtype, jnp.integer)]
+    checks.fits("cond", cond)
+    values = jax.tree.leaves(cond)
+    leaves = [jnp.asarray(value) for value in values]
+    # The label stays as it came: under jit an array made of a concrete one would be traced, and could not be checked.
+    labels = [value for value, leaf in zip(values, leaves, strict=True) if jnp.issubdtype(leaf.dtype, jnp.integer)]
     other = [leaf for leaf in leaves if not jnp.issubdtype(leaf.dtype, jnp.integer)]
     checks.floating("cond", other)
     size = sum(leaf.size for leaf in other)
@@ -251,10 +254,4 @@ def _split(cond: Any, num_classes: int, cond_features: int) -> tuple[Array | int
             f"cond: expected {'at most one label' if num_classes else 'no label (num_classes=0)'}, "
             f"got {len(labels)} integer leaves"
         )
-    if not labels:
-        return num_classes, other
-    checks.scalar("cond: label", labels[0])
-    value = checks.concrete(labels[0])
-    if value is not None and not 0 <= value <= num_classes:
-        raise ValueError(f"cond: expected a label from 0 to {num_classes} (the null label), got {value}")
-    return jnp.where(labels[0] < 0, num_classes + 1, labels[0]), other  # take() would wrap a negative one
+    return labels[0] if labels else num_classes, other

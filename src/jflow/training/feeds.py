@@ -78,7 +78,8 @@ class Feed:
     """Chunks of batches from an iterator, put on the devices by a thread of its own.
 
     The iterator is the caller's, and only this feed may use it. Its arrays are copied, so it may use its buffers again.
-    A float64 becomes a float32 where jax has no 64-bit types, as everywhere in jax.
+    Where jax has no 64-bit types (``jax_enable_x64`` is off when the feed is started) float64 is rounded to float32, and
+    int64 becomes int32; a value that does not fit is refused.
 
     With a ``sharding``, row i of process p's B/P rows is row p B/P + i of the batch of B, whatever the devices: the
     batch does not depend on how many there are, nor, if the iterator's rows do not, on the number of processes P.
@@ -165,7 +166,8 @@ class Feed:
         Raises:
           ValueError: naming the step, when the data ended, no chunk is left before ``total_steps``, or a batch is unlike
             the first one, has leaves of different numbers of rows, or rows that the sharding does not divide or wants
-            on another process; TypeError when it holds no numbers.
+            on another process, or a value does not fit the dtype that it gets on the device (an int64 beyond int32, a
+            finite float64 beyond float32); TypeError when it holds no numbers.
           RuntimeError: before ``start`` and after ``close``.
           Exception: whatever else the iterator or ``length`` raised, after the chunks before it were taken.
         """
@@ -292,6 +294,7 @@ def _chunks(
                 kind = got
             elif jax.tree.flatten(got) != jax.tree.flatten(kind):
                 raise ValueError(f"iterator: expected batches like the first, {kind}, got {got} at step {step}")
+            checks.fits(f"iterator: step {step}: batch", values)
             if chunk is None:
                 chunk = jax.tree.map(lambda leaf: np.empty((count, *leaf.shape), leaf.dtype), values)  # noqa: B023
             # Copied one by one: the iterator may use its buffers again for the next batch.

@@ -1,0 +1,201 @@
+"""Two-sample statistics of a kernel: energy distance, maximum mean discrepancy, and the kernel distance of features."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable, Sequence
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from jflow import checks
+from jflow.metrics.samples import Estimate, as_pair
+from jflow.types import Array, Params
+
+_CHUNK = 512
+# Up to this dimension pair differences are taken directly; above it, by a matrix product.
+_DIRECT_DIMENSIONS = 8
+MEDIAN_MULTIPLES = (0.5, 1.0, 2.0)
+
+
+def _squared_distances(x: Array, y: Array) -> Array:
+    """|x_i - y_j|² as [n, m]."""
+    if x.shape[1] <= _DIRECT_DIMENSIONS:
+        return sum(jnp.square(x[:, k, None] - y[None, :, k]) for k in range(x.shape[1]))
+    cross = jnp.matmul(x, y.T, precision="highest")
+    norms = jnp.sum(x * x, axis=1)[:, None] + jnp.sum(y * y, axis=1)[None, :]
+    return jnp.maximum(norms - 2 * cross, 0)
+
+
+def _minus_distance(_: None, x: Array, y: Array) -> Array:
+    return -jnp.sqrt(_squared_distances(x, y))
+
+
+def _gaussians(bandwidths: Array, x: Array, y: Array) -> Array:
+    squares = _squared_distances(x, y)
+    # In a loop of its own the exponential is vectorised; fused into the sums over rows and columns it is not.
+    terms = jax.lax.map(lambda h: jnp.exp(-squares / (2 * h * h)), bandwidths)
+    return jnp.mean(terms, axis=0)
+
+
+def _cubic(centre: Array, x: Array, y: Array) -> Array:
+    """k(a,b) - k(a,c) - k(c,b) + k(c,c) with k(a,b) = (a·b/d + 1)³, of points x = a - c and y = b - c.
+
+    What depends on one point alone cancels in the statistic and in its jackknife error. Left out by algebra, it costs no
+    digits, of which k itself would lose most where the mean c of the features is large. With p = c·x/d, r = c·y/d,
+    q = x·y/d, g = 1 + |c|²/d and w = g + p + r the rest is 3 p r (g + w) + q (3 w² + 3 w q + q²).
+    """
+    d = x.shape[1]
+    p, r = (jnp.sum(z * centre[None, :], axis=1) / d for z in (x, y))
+    p, r, q = p[:, None], r[None, :], jnp.matmul(x, y.T, precision="highest") / d
+    g = 1 + jnp.sum(centre * centre) / d
+    w = g + p + r
+    return 3 * p * r * (g + w) + q * (3 * w * w + 3 * w * q + q * q)
+
+
+def _pair_means(kernel: Callable, params: Params, x: Array, y: Array, chunk: int, same: bool) -> tuple[Array, Array]:
+    """Means of k(x_i, y_j) over j, [n], and over i, [m], with no pair matrix larger than chunk by chunk.
+
+    With ``same`` (y is x), the pairs i = j are left out and only half of the blocks are visited.
+    """
+    n, m = x.shape[0], y.shape[0]
+    chunk = min(chunk, max(n, m))
+    rows, columns = -(-n // chunk), -(-m // chunk)
+    x = jnp.pad(x, ((0, rows * chunk - n), (0, 0))).reshape(rows, chunk, -1)
+    y = jnp.pad(y, ((0, columns * chunk - m), (0, 0))).reshape(columns, chunk, -1)
+    blocks = np.array([(i, j) for i in range(rows) for j in range(i if same else 0, columns)], np.int32)
+    inside = jnp.arange(chunk, dtype=jnp.int32)
+
+    def visit(sums: tuple[Array, Array], block: Array) -> tuple[tuple[Array, Array], None]:
+        i, j = block[0], block[1]
+        row, column = i * chunk + inside, j * chunk + inside
+        keep = (row < n)[:, None] & (column < m)[None, :]
+        if same:
+            keep = keep & (row[:, None] != column[None, :])
+        values = jnp.where(keep, kernel(params, x[i], y[j]), 0)
+        across, down = sums
+        across = across.at[i].add(jnp.sum(values, axis=1))
+        # With y = x a block off the diagonal stands for its mirror image too; one on it is complete.
+        down = down.at[j].add(jnp.where(same & (i == j), 0, jnp.sum(values, axis=0)))
+        return (across, down), None
+
+    zeros = jnp.zeros((rows, chunk), x.dtype), jnp.zeros((columns, chunk), x.dtype)
+    (across, down), _ = jax.lax.scan(visit, zeros, blocks)
+    if same:
+        mean = (across + down).reshape(-1)[:n] / (n - 1)
+        return mean, mean
+    return across.reshape(-1)[:n] / m, down.reshape(-1)[:m] / n
+
+
+def _jackknife(within: Array, between: Array) -> Array:
+    """Jackknife variance of the U-statistic from one side's mean kernels, [n]: exact leave-one-out values."""
+    n = within.shape[0]
+    change = 2 * (between - jnp.mean(between)) / (n - 1) - 2 * (within - jnp.mean(within)) / (n - 2)
+    return (n - 1) / n * jnp.sum(change * change)
+
+
+@functools.partial(jax.jit, static_argnames=("kernel", "chunk"))
+def _two_samples(kernel: Callable, params: Params, x: Array, y: Array, biased: bool, chunk: int) -> Estimate:
+    """E k(X,X') + E k(Y,Y') - 2 E k(X,Y) with its jackknife standard error."""
+    xx, _ = _pair_means(kernel, params, x, x, chunk, True)
+    yy, _ = _pair_means(kernel, params, y, y, chunk, True)
+    xy, yx = _pair_means(kernel, params, x, y, chunk, False)
+    error = jnp.sqrt(_jackknife(xx, xy) + _jackknife(yy, yx))
+    own = jax.vmap(lambda a: kernel(params, a[None], a[None])[0, 0])
+    xx, yy = (k + jnp.where(biased, (own(z) - k) / z.shape[0], 0) for k, z in ((xx, x), (yy, y)))
+    # Differences first, means after: the three terms nearly cancel, and float32 sums of each would not.
+    return Estimate(jnp.mean(xx - xy) + jnp.mean(yy - yx), error)
+
+
+def energy_distance(x: Array, y: Array, *, biased: bool = False, chunk: int = _CHUNK) -> Estimate:
+    """The (squared) energy distance 2 E|X-Y| - E|X-X'| - E|Y-Y'|, zero only for equal laws.
+
+    Unbiased by default (a U-statistic, which may be slightly negative); ``biased`` gives the V-statistic,
+    which pairs each sample with itself too and is not negative but for rounding. Cost: (n² + m²)/2 + nm distances, in
+    blocks: on one CPU core a minute for two sets of 100,000 in the plane.
+
+    Args:
+      x: samples ``[n, ...]``, n >= 3.
+      y: samples ``[m, ...]`` of the same event size, m >= 3.
+      biased: the V-statistic instead of the U-statistic.
+      chunk: pairs are visited in blocks of chunk by chunk.
+
+    Returns:
+      The distance, in the units of x, and the jackknife standard error of the U-statistic. At equal laws the
+      statistic is degenerate (its law is not normal, of order 1/n), and the jackknife is conservative there.
+
+    Raises:
+      ValueError: for too few samples, unequal dimensions or a sample that is not finite.
+    """
+    x, y, _ = as_pair(x, y, least=3)
+    return _two_samples(_minus_distance, None, x, y, biased, checks.integer("chunk", chunk, low=1))
+
+
+def median_bandwidth(x: Array, y: Array, *, points: int = 1000) -> Array:
+    """The median of |a - b| over pairs of the first ``points`` of each set, pooled; in the units of x.
+
+    Raises:
+      ValueError: as ``mmd``.
+    """
+    x, y, _ = as_pair(x, y, least=2)
+    points = checks.integer("points", points, low=2)
+    pooled = jnp.concatenate([x[:points], y[:points]])
+    upper = np.triu_indices(pooled.shape[0], 1)
+    return jnp.sqrt(jnp.median(_squared_distances(pooled, pooled)[upper]))
+
+
+def mmd(
+    x: Array,
+    y: Array,
+    *,
+    bandwidths: Sequence[float] | Array | None = None,
+    biased: bool = False,
+    chunk: int = _CHUNK,
+) -> Estimate:
+    """The squared maximum mean discrepancy with k(a,b) = mean over h of exp(-|a-b|²/(2h²)) (0805.2368).
+
+    Args:
+      x: samples ``[n, ...]``, n >= 3.
+      y: samples ``[m, ...]``, m >= 3.
+      bandwidths: the h, in the units of x; None takes ``median_bandwidth`` times each of MEDIAN_MULTIPLES,
+        which depends on the samples, so state the bandwidths to compare several runs.
+      biased: the V-statistic, not negative but for rounding; else unbiased.
+      chunk: pairs are visited in blocks of chunk by chunk.
+
+    Returns:
+      The squared discrepancy, dimensionless, in [0, 2] up to noise, and its jackknife standard error
+      (conservative at equal laws).
+
+    Raises:
+      ValueError: for too few samples, unequal dimensions, a sample that is not finite, or a bandwidth that is
+        not positive.
+    """
+    x, y, _ = as_pair(x, y, least=3)
+    if bandwidths is None:
+        widths = median_bandwidth(x, y) * jnp.asarray(MEDIAN_MULTIPLES, x.dtype)
+    else:
+        widths = jnp.asarray(bandwidths, x.dtype)
+    values = checks.concrete(widths)
+    positive = values is None or (np.isfinite(values) & (values > 0)).all()
+    if widths.ndim != 1 or widths.size == 0 or not positive:
+        raise ValueError(f"bandwidths: expected one or more positive numbers in a list, got {bandwidths!r}")
+    return _two_samples(_gaussians, widths, x, y, biased, checks.integer("chunk", chunk, low=1))
+
+
+def kernel_distance(x: Array, y: Array, *, chunk: int = _CHUNK) -> Estimate:
+    """The kernel distance of features, KID (1801.01401): the unbiased MMD² with k(a,b) = (a·b/d + 1)³.
+
+    Args:
+      x: features ``[n, d]``, n >= 3.
+      y: features ``[m, d]``, m >= 3.
+      chunk: pairs are visited in blocks of chunk by chunk.
+
+    Returns:
+      The squared discrepancy and its jackknife standard error.
+
+    Raises:
+      ValueError: for too few samples, unequal dimensions or a feature that is not finite.
+    """
+    x, y, centre = as_pair(x, y, least=3)
+    return _two_samples(_cubic, centre, x, y, False, checks.integer("chunk", chunk, low=1))

@@ -1,0 +1,97 @@
+"""Samples as arrays of points, checked; and the number that is measured on them."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from jflow import checks
+from jflow.types import Array
+
+
+class Estimate(NamedTuple):
+    """A number measured on samples.
+
+    Attributes:
+      value: the estimate, a scalar.
+      standard_error: its standard error, a scalar in the same units.
+    """
+
+    value: Array
+    standard_error: Array
+
+
+def _wide(dtype: np.dtype) -> np.dtype:
+    """Float32, or float64 for float64 (strict promotion refuses to say so)."""
+    return dtype if dtype.itemsize > 4 else np.dtype("float32")
+
+
+def as_points(name: str, samples: Array, *, least: int = 1, dimension: int | None = None) -> Array:
+    """Samples ``[N, ...]`` as ``[N, d]`` in float32 or wider, checked.
+
+    Raises:
+      TypeError: for samples that are not floating-point numbers.
+      ValueError: for fewer than ``least`` samples, another dimension than asked, a value that is not finite, or one that
+        does not fit the dtype that jax gives it.
+    """
+    points = rows(name, samples, least=least, dimension=dimension)
+    return jnp.asarray(points).astype(_wide(jax.dtypes.result_type(points)))
+
+
+def rows(name: str, samples: Array, *, least: int, dimension: int | None = None) -> np.ndarray | Array:
+    """Samples as [N, d] in their own dtype, checked: a numpy array, or a traced one."""
+    if np.ndim(samples) < 1:
+        raise ValueError(f"{name}: expected samples [N, ...], got shape {np.shape(samples)}")
+    values = checks.concrete(samples)
+    points = samples if values is None else values
+    checks.floating(name, points)
+    shape = points.shape
+    if shape[0] < least:
+        raise ValueError(f"{name}: expected at least {least} samples, got shape {shape}")
+    points = points.reshape(shape[0], -1)
+    if points.shape[1] == 0 or (dimension is not None and points.shape[1] != dimension):
+        wanted = "at least one" if dimension is None else str(dimension)
+        raise ValueError(f"{name}: expected samples of {wanted} dimension(s), got shape {shape}")
+    if values is not None:
+        if not np.isfinite(points).all():
+            bad = int(np.sum(~np.isfinite(points).all(axis=1)))
+            raise ValueError(f"{name}: expected finite samples, got NaN or infinity in {bad} of {len(points)}")
+        checks.fits(name, points)
+    return points
+
+
+def both(x: Array, y: Array, *, least: int) -> tuple[np.ndarray | Array, np.ndarray | Array]:
+    """Two sets of one dimension, [n, d] and [m, d], each as ``rows`` gives it."""
+    x, y = rows("x", x, least=least), rows("y", y, least=least)
+    if x.shape[1] != y.shape[1]:
+        raise ValueError(f"y: expected samples of the dimension of x, {x.shape[1]}, got {y.shape[1]}")
+    return x, y
+
+
+class Pair(NamedTuple):
+    """Two sets [n, d] and [m, d] of one dtype, less a ``centre`` [d], the mean of the first."""
+
+    x: Array
+    y: Array
+    centre: Array
+
+
+def as_pair(x: Array, y: Array, *, least: int) -> Pair:
+    """Two sets as a Pair in float32 or wider."""
+    x, y = both(x, y, least=least)
+    dtype = max((_wide(z.dtype) for z in (x, y)), key=lambda dtype: dtype.itemsize)
+    if isinstance(x, np.ndarray) and isinstance(y, np.ndarray):
+        # Before float64 samples become float32 (where jax has nothing wider): the offset would take their digits.
+        return Pair(*(jnp.asarray(z.astype(dtype)) for z in centred(x, y)))
+    x, y = (jnp.asarray(z).astype(dtype) for z in (x, y))
+    centre = jnp.mean(x, axis=0)
+    return Pair(x - centre[None, :], y - centre[None, :], centre)
+
+
+def centred(x: np.ndarray, y: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Both sets less the mean of the first, and that mean, in float64."""
+    centre = np.mean(x, axis=0, dtype=np.float64)
+    return x.astype(np.float64) - centre, y.astype(np.float64) - centre, centre
