@@ -21,6 +21,7 @@ ROOMS = (
     "trees",
     "types",
     "sharding",
+    "bases",
     "interpolants",
     "couplings",
     "times",

@@ -17,7 +17,7 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 
-from jflow import trees
+from jflow import bases, trees
 from jflow.interpolants import Interpolant
 from jflow.types import Array, Event
 
@@ -32,6 +32,7 @@ class Points(NamedTuple):
       x1: data points [n, ...].
       data: all data points of the batch [B, ...].
       teacher: ``(t [n], x [n, ...]) -> b [n, ...]``, or None.
+      base: the law of x0.
     """
 
     interpolant: Interpolant
@@ -40,6 +41,7 @@ class Points(NamedTuple):
     x1: Event
     data: Event
     teacher: Callable[[Array, Event], Event] | None = None
+    base: bases.Base = bases.STANDARD_NORMAL
 
 
 Estimate = Callable[[Points], Event]
@@ -63,23 +65,30 @@ def teacher(points: Points) -> Event:
 
 
 def batch(points: Points) -> Event:
-    """The mean of I_t' over the data points of the batch, given the point: with x = alpha x0 + beta x1,
+    """The mean of I_t' over the data points of the batch, given the point: for a base N(m, diag(s^2)), with
+    x = alpha x0 + beta x1,
 
-        p_j ~ exp( -|x - beta x1_j|^2 / (2 alpha^2) ),   I_t' + (w/alpha) ( sum_j p_j x1_j - x1 ).
+        p_j ~ exp( -|(x - beta x1_j - alpha m)/s|^2 / (2 alpha^2) ),   I_t' + (w/alpha) ( sum_j p_j x1_j - x1 ).
 
-    For independent standard normal base points and no conditioning: a coupling, or data that differ in kind, would change
-    the probabilities. Where alpha < 1e-3 it is ``pair``, to which it tends.
+    For base points that are independent of the data, and no conditioning: a coupling, or data that differ in kind, would
+    change the probabilities. Where alpha < 1e-3 it is ``pair``, to which it tends.
+
+    Raises:
+      ValueError: for a base that is not a ``bases.Normal``, or does not fit an event.
     """
-    interpolant, t, x0, x1, data, _ = points
+    interpolant, t, x0, x1, data, _, base = points
+    base = bases.gaussian(base, "velocities.batch")
 
     def one(t_: Array, x0_: Event, x1_: Event) -> Event:
         c = interpolant.coefficients(t_)
         alpha = jnp.maximum(c.alpha, 1e-3)
+        base_mean, std = base.moments(x0_)
+        centred = trees.sub(x0_, base_mean)
 
         def log_weight(other: Event) -> Array:
-            # x - beta x1_j = alpha x0 + beta (x1 - x1_j)
-            apart = trees.combine(c.alpha / alpha, x0_, c.beta / alpha, trees.sub(x1_, other))
-            return -0.5 * trees.sq_norm(apart)
+            # x - beta x1_j - alpha m = alpha (x0 - m) + beta (x1 - x1_j)
+            apart = trees.combine(c.alpha / alpha, centred, c.beta / alpha, trees.sub(x1_, other))
+            return -0.5 * trees.sq_norm(jax.tree.map(jnp.divide, apart, std))
 
         weights = jax.nn.softmax(jax.vmap(log_weight)(data))
         mean = jax.tree.map(lambda leaf: jnp.tensordot(weights.astype(leaf.dtype), leaf, 1), data)
