@@ -41,7 +41,7 @@ class Oracle:
         law = _marginal(self.interpolant, units, t)
         if units.std.ndim == 0:
             return params._replace(means=law.means, variances=units.std**2 * law.variances)
-        root = units.std[:, None] * law.bases
+        root = units.std[None, :, None] * law.bases
         covs = jnp.einsum("kia,ka,kja->kij", root, law.variances, root, precision=EXACT)
         variances, rotations = jnp.linalg.eigh(covs)
         return MixtureParams(params.log_weights, law.means, rotations, variances)

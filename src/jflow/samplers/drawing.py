@@ -75,7 +75,7 @@ def draw(
             if leaf.shape[:1] != (n,):
                 raise ValueError(f"{name}: expected leaves with a leading axis of n = {n}, got shape {leaf.shape}")
     checks.floating("like", like)
-    times = times_of(like if x0 is None else x0, grid)
+    times = times_of(jax.tree.map(lambda leaf: np.zeros((), leaf.dtype), like if x0 is None else x0), grid)
     devices = 1 if mesh is None else mesh.size
     size = -(-min(block, n) // devices) * devices
     # A base that is not a pytree, hence its own leaf, is part of the program.
