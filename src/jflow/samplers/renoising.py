@@ -131,8 +131,7 @@ class Renoise:
             return
         # Computed now even under jit, so that the jumps that will be made can be checked.
         with jax.ensure_compile_time_eval():
-            dtype = times.dtype if jnp.issubdtype(times.dtype, jnp.floating) else float
-            wide = jnp.asarray(times, dtype)
+            wide = jnp.asarray(times, None if jnp.issubdtype(times.dtype, jnp.floating) else float)
             targets = np.asarray(renoise_plan(self.interpolant, wide[1:], self.kappa).target)
         for s, target in zip(np.asarray(wide)[:-1], targets, strict=True):
             self.bound.domain.check_grid([s, target])
