@@ -138,12 +138,14 @@ def run(config: Config) -> None:
         config = dataclasses.replace(config, samples=64, batch=32, repeats=3)
     _, problem, model, bound = load(config.checkpoint)
     noise_key, label_key, data_key = jax.random.split(jax.random.key(config.seed), 3)
-    x0 = jax.random.normal(noise_key, (config.samples, *problem.event), jnp.float32)
+    x0 = common.noise(noise_key, config.samples, problem.event)
     labels = None if problem.labels is None else problem.labels(label_key, config.samples)
     data = problem.features(jnp.asarray(problem.reference(data_key, config.samples)))
     method, tolerance = REFERENCE
     tight = solvers.solve(model.flow_map.velocity, method, rtol=tolerance, atol=tolerance).bind(bound.params)
-    truth = common.draw(tight, x0, 1, labels, chunk=256)
+    truth = samplers.draw(
+        samplers.Jumps(tight), noise_key, config.samples, samplers.uniform_grid(1), labels, x0=x0, block=256
+    )
 
     entries = contenders(model, config.quick)
     cut = [slice(start, start + config.batch) for start in range(0, config.samples, config.batch)]

@@ -361,7 +361,7 @@ class Job:
         headed = self.with_head(bound) if self.row.sampler == "jumps" else None
         n, dim = self.config.samples, self.dim
         noise_key, data_key, probe_key, again_key, exact_key = jax.random.split(jax.random.key(self.config.seed + 7), 5)
-        x0 = jax.random.normal(noise_key, (n, dim), jnp.float32)
+        x0 = common.noise(noise_key, n, (dim,))
         x = self.this.sample(data_key, self.config.points)
         truth = np.asarray(self.this.log_density(x), np.float64)
         samples, estimates, kept = {}, {}, {"truth": truth}

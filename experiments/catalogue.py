@@ -331,21 +331,22 @@ def measure(job: Job, bound: BoundFlowMap) -> dict[str, Any]:
     exact = _exact(row.path).bind(mixture.target())
     if row.pairs != "data":
         exact = _solved(flow_map, "tsit5", None).bind(bound.params)
-    x0_key, x1_key, noise_key, times_key, again_key = jax.random.split(jax.random.key(config.seed + 2), 5)
-    x0 = jax.random.normal(x0_key, (config.compared, 2), jnp.float32)
+    x0_key, x1_key, noise_key, times_key = jax.random.split(jax.random.key(config.seed + 2), 4)
+    x0 = common.noise(x0_key, config.compared, (2,))
     x1 = jnp.asarray(job.problem.reference(x1_key, config.samples))
     errors = diagnostics.compare({"map": bound}, exact, x0, JUMPS)
     table = {entry["jumps"]: {"rmse": entry["rmse"], "median": entry["median"]} for entry in errors.rows()}
-    noise = jax.random.normal(noise_key, (config.samples, 2), jnp.float32)
-    again_keys = jax.random.split(again_key, config.samples)
+    like = jax.ShapeDtypeStruct((2,), jnp.float32)
     for jumps in JUMPS:
         grid = samplers.uniform_grid(jumps)
         if jumps in table:
-            drawn = common.draw(bound, noise, jumps)
+            sampler = samplers.Jumps(bound)
         elif bound.domain.target == 1.0 and bound.domain.source is None:
-            drawn = _renoised(bound, job.model.interpolant, again_keys, noise, tuple(grid.tolist()))
+            # Consistency sampling: every jump goes to t = 1, and noise brings it back.
+            sampler = samplers.Renoise(bound, job.model.interpolant, kappa=1.0)
         else:
             continue
+        drawn = jnp.asarray(samplers.draw(sampler, noise_key, config.samples, grid, like=like, block=4096))
         distance = metrics.energy_distance(drawn, x1[: len(drawn)])
         table.setdefault(jumps, {})["energy_distance"] = float(distance.value)
     residuals = {}
@@ -355,14 +356,6 @@ def measure(job: Job, bound: BoundFlowMap) -> dict[str, Any]:
         )
         residuals = {name: value for name, value in report.items() if name != "velocity"}
     return {"table": table, "residuals": residuals, "own_reference": row.pairs != "data"}
-
-
-@functools.partial(jax.jit, static_argnums=(1, 4))
-def _renoised(
-    bound: BoundFlowMap, interpolant: Any, keys: jax.Array, x: jax.Array, grid: tuple[float, ...]
-) -> jax.Array:
-    """Consistency sampling: every jump goes to t = 1, and noise brings it back."""
-    return jax.vmap(lambda k, x_: samplers.renoise(bound, interpolant, k, x_, np.array(grid), 1.0))(keys, x)
 
 
 @functools.cache

@@ -20,7 +20,18 @@ import numpy as np
 import optax
 
 from experiments.running import Machine, Watching, grid_writer
-from jflow import interpolants, nets, objectives, parameterizations, reductions, samplers, sharding, times, training
+from jflow import (
+    bases,
+    interpolants,
+    nets,
+    objectives,
+    parameterizations,
+    reductions,
+    samplers,
+    sharding,
+    times,
+    training,
+)
 from jflow.training import distributed, metrics_log, throughput
 from jflow.types import FORWARD, BoundFlowMap, Domain, FlowMap, Key
 
@@ -340,9 +351,13 @@ def train(
     this = trainer(config, problem, model, objective_of(config, model)) if this is None else this
     log_every = min(config.log_every, config.steps)
     watch = config.watch
-    x0 = jax.random.normal(jax.random.key(config.seed + 3), (64 if len(problem.event) == 3 else 4096, *problem.event))
-    labels = None if problem.labels is None else problem.labels(jax.random.key(config.seed + 4), len(x0))
-    grid = grid_writer(config.out, lambda params: np.asarray(draw(model.flow_map.bind(params), x0, 1, labels)), AVERAGE)
+    shown = 64 if len(problem.event) == 3 else 4096
+    labels = None if problem.labels is None else problem.labels(jax.random.key(config.seed + 4), shown)
+
+    def picture(params: Any) -> np.ndarray:
+        return draw(model.flow_map.bind(params), jax.random.key(config.seed + 3), 1, shown, problem.event, labels)
+
+    grid = grid_writer(config.out, picture, AVERAGE)
 
     def scored(state: training.TrainState) -> dict[str, float]:
         params = sharding.local(training.ema.as_params(state.ema[AVERAGE], state.params))
@@ -397,27 +412,27 @@ def timing(config: Training, seconds: float) -> dict[str, float | None]:
     return {"training_seconds": seconds, "steps_per_second": rate}
 
 
+def noise(key: Key, n: int, event: tuple[int, ...]) -> jax.Array:
+    """Base points ``[n, *event]``, float32."""
+    return bases.STANDARD_NORMAL.sample(key, jax.ShapeDtypeStruct(event, jnp.float32), (n,))
+
+
 def draw(
-    bound: BoundFlowMap, x0: jax.Array, steps: int, labels: jax.Array | None = None, chunk: int = 4096
-) -> jax.Array:
-    """``steps`` equal jumps of a batch of base points [N, *event], in blocks of ``chunk`` samples."""
-    grid = samplers.uniform_grid(steps)
-
-    @jax.jit
-    def run(bound: BoundFlowMap, x: jax.Array, cond: Any) -> jax.Array:
-        return jax.lax.map(lambda row: samplers.jumps(bound, row[0], grid, row[1]), (x, cond), batch_size=chunk)
-
-    return run(bound, x0, labels)
+    bound: BoundFlowMap, key: Key, jumps: int, n: int, event: tuple[int, ...], labels: jax.Array | None = None
+) -> np.ndarray:
+    """n samples ``[n, *event]`` of equal jumps; the base points are the same for every map and number of jumps."""
+    like, grid = jax.ShapeDtypeStruct(event, jnp.float32), samplers.uniform_grid(jumps)
+    return samplers.draw(samplers.Jumps(bound), key, n, grid, labels, like=like, block=4096)
 
 
 def write_samples(config: Config, problem: Problem, bound: BoundFlowMap) -> dict[int, np.ndarray]:
     """Writes ``samples_K.npy`` (float32, N x event, data units) for K = 1, 2, 4, 8, 16 from the same noise; returns them."""
     noise_key, label_key = jax.random.split(jax.random.key(config.seed + 1))
-    x0 = jax.random.normal(noise_key, (config.samples, *problem.event), jnp.float32)
     labels = None if problem.labels is None else problem.labels(label_key, config.samples)
     drawn = {}
     for jumps in JUMPS:
-        drawn[jumps] = np.asarray(draw(bound, x0, jumps, labels) * problem.scale, np.float32)
+        samples = draw(bound, noise_key, jumps, config.samples, problem.event, labels)
+        drawn[jumps] = np.asarray(samples * problem.scale, np.float32)
         np.save(config.out / f"samples_{jumps}.npy", drawn[jumps])
     if labels is not None:
         np.save(config.out / "labels.npy", np.asarray(labels))

@@ -12,7 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from experiments import common
-from jflow import interpolants, likelihood, nets, samplers, solvers
+from jflow import bases, interpolants, likelihood, nets, samplers, solvers
 from jflow.likelihood import Headed, LogDensity, State
 from jflow.types import BoundFlowMap, Context, FlowMap
 
@@ -51,7 +51,7 @@ def renoised(
     bound: BoundFlowMap, path: interpolants.Interpolant, keys: jax.Array, x0: jax.Array, x: jax.Array, grid: Grid
 ) -> tuple[LogDensity, LogDensity]:
     """As ``pushed`` and ``at_data`` of consistency sampling, given the batch of ``x0`` and its noise."""
-    before = likelihood.renoised(bound, path, keys, x0, grid)
+    before = likelihood.renoised(bound, x0, grid, keys=keys, interpolant=path)
     last = np.array(grid[-2:])
     there = _blocks(lambda x: likelihood.push(bound, x, last, base=before.base), before.states)
     return there, _blocks(lambda x: likelihood.log_density(bound, x, last, base=before.base), x)
@@ -157,6 +157,6 @@ def head_at(bound: BoundFlowMap, x0: jax.Array, grid: Grid) -> jax.Array:
     """The head's log-density ``[N]`` of the samples of base points."""
 
     def one(x: jax.Array) -> jax.Array:
-        return samplers.jumps(bound, State(x, likelihood.standard_normal(x)), jnp.asarray(grid)).log_density
+        return samplers.jumps(bound, State(x, bases.STANDARD_NORMAL.log_density(x)), jnp.asarray(grid)).log_density
 
     return _blocks(one, x0)

@@ -35,7 +35,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from experiments import common, densities
-from jflow import datasets, likelihood, objectives
+from jflow import bases, datasets, likelihood, objectives
 from jflow.types import BoundFlowMap
 
 LEVELS = 17
@@ -328,7 +328,7 @@ def run(config: Config) -> None:
     if config.quick:
         data = data._replace(held_out=data.held_out[:16], validation=data.validation[:8])
     flows = train(config, data)
-    gaussian = np.asarray(jax.vmap(likelihood.standard_normal)(data.held_out), np.float64)
+    gaussian = np.asarray(jax.vmap(bases.STANDARD_NORMAL.log_density)(data.held_out), np.float64)
     components = COMPONENTS[:2] if config.quick else COMPONENTS
     (kernels, bandwidth), (mixture, chosen) = kernel_density(data), gaussian_mixture(data, components)
     sure = np.ones(len(gaussian), bool)

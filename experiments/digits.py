@@ -74,10 +74,9 @@ def run(config: Config) -> None:
 
     # The 100-step Euler solve of the same diagonal, from the same noise and labels.
     noise_key, _ = jax.random.split(jax.random.key(config.seed + 1))
-    x0 = jax.random.normal(noise_key, (config.samples, *this.event), jnp.float32)
     labels = jnp.asarray(np.load(config.out / "labels.npy"))
     euler = solvers.solve(model.flow_map.velocity, "euler", steps=100).bind(bound.params)
-    solved = np.asarray(common.draw(euler, x0, 1, labels))
+    solved = common.draw(euler, noise_key, 1, config.samples, this.event, labels)
 
     held_out = this.features(jnp.asarray(this.reference(jax.random.key(0), 10**6)))
     train = datasets.digits().train.x1

@@ -75,7 +75,7 @@ def run(config: Config) -> None:
     exact = oracle_of(config).flow_map.bind(target())
     euler = solvers.solve(model.flow_map.velocity, "euler", steps=1).bind(bound.params)
     x0_key, x1_key, noise_key, times_key = jax.random.split(jax.random.key(config.seed + 2), 4)
-    x0 = jax.random.normal(x0_key, (config.compared, 2), jnp.float32)
+    x0 = common.noise(x0_key, config.compared, (2,))
     errors = diagnostics.compare({"map": bound, "euler": euler}, exact, x0, common.JUMPS)
     reference = this.reference(x1_key, config.samples)
     table = {}

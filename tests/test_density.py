@@ -15,7 +15,7 @@ import numpy as np
 import pytest
 
 from experiments import common, density
-from jflow import datasets, likelihood, objectives, training
+from jflow import bases, datasets, likelihood, objectives, training
 
 ROOT = pathlib.Path(__file__).resolve().parents[1]
 
@@ -80,7 +80,7 @@ def test_the_classics_are_densities_and_choose_by_the_validation_data():
     keys = jax.random.split(jax.random.key(1), 3)
     train, validation, held_out = (jax.random.normal(k, (n, 2)) for k, n in zip(keys, (2000, 500, 300), strict=True))
     data = density.Data(None, train, validation, held_out, 1, 0.0, 0)
-    exact = np.asarray(jax.vmap(likelihood.standard_normal)(held_out))
+    exact = np.asarray(jax.vmap(bases.STANDARD_NORMAL.log_density)(held_out))
     kernels, bandwidth = density.kernel_density(data)
     mixture, chosen = density.gaussian_mixture(data, (1, 4))
     assert 0.15 < bandwidth["bandwidth"] < 0.7 and chosen["components"] in (1, 4)

@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from jflow import interpolants, oracles, samplers, types
+from jflow import bases, interpolants, oracles, samplers, types
 
 MEAN, STD = 0.7, 0.4
 PATHS = {
@@ -147,11 +147,13 @@ def test_plan_solves_its_equations(name, dtype):
     for kappa in (0.0, 1e-3, 0.3, 0.8, 1.0):
         results = plan_and_path(kappa)
         assert all(leaf.dtype == dtype for leaf in jax.tree.leaves(results))
-        (target, shrink, noise), alpha, beta, alpha_target, beta_target = jax.tree.map(np.asarray, results)
+        (target, shrink, noise, shift), alpha, beta, alpha_target, beta_target = jax.tree.map(np.asarray, results)
         # The mean of the data and the variance of the noise at t come out right, whatever was reached.
         np.testing.assert_allclose(shrink * beta_target, beta, rtol=tolerance)
         variance = (shrink * alpha_target) ** 2 + noise**2
         np.testing.assert_allclose(variance, alpha**2, rtol=tolerance, atol=1e-12)
+        # What the base's mean lacks.
+        np.testing.assert_allclose(shrink * alpha_target + shift, alpha, rtol=tolerance, atol=1e-12)
         wanted = (1 - kappa**2) ** 0.5 * alpha / beta
         np.testing.assert_allclose(alpha_target / beta_target, np.maximum(wanted, end), rtol=tolerance, atol=tolerance)
         reached = (wanted >= end) & (np.asarray(times) < 1)
@@ -166,7 +168,12 @@ def test_renoise_keeps_the_marginal(name):
     path, n = PATHS[name], 40_000
     start_key, *keys = jax.random.split(jax.random.key(1), 4)
     bound, x = bound_map(path), start(path, start_key, n)
-    run = jax.jit(jax.vmap(lambda k, z, kappa: samplers.renoise_path(bound, path, k, z, GRID, kappa), (0, 0, None)))
+    run = jax.jit(
+        jax.vmap(
+            lambda k, z, kappa: samplers.renoise_path(bound, z, GRID, key=k, interpolant=path, kappa=kappa),
+            (0, 0, None),
+        )
+    )
     for key, kappa in zip(keys, (0.0, 0.5, 1.0), strict=True):
         states = np.asarray(run(jax.random.split(key, n), x, kappa))
         for k in (2, 3):
@@ -185,10 +192,11 @@ WRONG_PLANS = {
 @pytest.mark.parametrize("wrong", WRONG_PLANS)
 def test_a_wrong_renoising_is_seen_by_the_same_moments(wrong, monkeypatch):
     path, n, right = PATHS["linear"], 40_000, samplers.renoise_plan
-    monkeypatch.setattr(samplers, "renoise_plan", lambda p, t, k: WRONG_PLANS[wrong](right(p, t, k), t))
+    wrongly = lambda p, t, k: WRONG_PLANS[wrong](right(p, t, k), t)  # noqa: E731
+    monkeypatch.setattr(samplers.renoising, "renoise_plan", wrongly)
     start_key, key = jax.random.split(jax.random.key(2))
     bound, x = bound_map(path), start(path, start_key, n)
-    run = jax.jit(jax.vmap(lambda k, z: samplers.renoise(bound, path, k, z, GRID[:3], 0.5)))
+    run = jax.jit(jax.vmap(lambda k, z: samplers.renoise(bound, z, GRID[:3], key=k, interpolant=path, kappa=0.5)))
     got = run(jax.random.split(key, n), x)
     with pytest.raises(AssertionError):
         assert_moments(got, *moments(path, (MEAN, STD), jnp.float64(GRID[2])))
@@ -202,7 +210,7 @@ def test_renoise_of_an_asymmetric_mixture_keeps_its_third_moment():
     start_key, key = jax.random.split(jax.random.key(3))
     x = oracle.sample(oracle.marginal(params, jnp.float64(grid[0])), start_key, n)
     bound = oracle.flow_map.bind(params)
-    run = jax.jit(jax.vmap(lambda k, z: samplers.renoise(bound, path, k, z, grid, 0.6)))
+    run = jax.jit(jax.vmap(lambda k, z: samplers.renoise(bound, z, grid, key=k, interpolant=path, kappa=0.6)))
     got = np.asarray(run(jax.random.split(key, n), x))
     law = oracle.marginal(params, jnp.float64(grid[-1]))
     weights, means, variances = np.exp(law.log_weights), law.means[:, 0], law.variances[:, 0]
@@ -218,25 +226,34 @@ def test_renoise_without_noise_is_jumps_and_with_all_of_it_needs_only_jumps_to_d
     path, x = PATHS["linear"], jnp.array([0.4, -0.2])
     bound = bound_map(path, types.FORWARD)
     plain = samplers.jumps(bound, x, GRID)
-    np.testing.assert_array_equal(samplers.renoise(bound, path, jax.random.key(4), x, GRID, 0.0), plain)
+    np.testing.assert_array_equal(
+        samplers.renoise(bound, x, GRID, key=jax.random.key(4), interpolant=path, kappa=0.0), plain
+    )
     to_data = bound_map(path, types.TO_DATA)
-    assert jnp.all(jnp.isfinite(samplers.renoise(to_data, path, jax.random.key(4), x, GRID, 1.0)))
+    assert jnp.all(jnp.isfinite(samplers.renoise(to_data, x, GRID, key=jax.random.key(4), interpolant=path, kappa=1.0)))
     with pytest.raises(ValueError, match="outside the map's domain, t = 1 only"):
-        samplers.renoise(to_data, path, jax.random.key(4), x, GRID, 0.5)
+        samplers.renoise(to_data, x, GRID, key=jax.random.key(4), interpolant=path, kappa=0.5)
     with pytest.raises(ValueError, match="outside the map's domain, t = 1 only"):
-        jax.jit(lambda k, z: samplers.renoise(to_data, path, k, z, GRID, 0.5))(jax.random.key(4), x)
+        jax.jit(lambda k, z: samplers.renoise(to_data, z, GRID, key=k, interpolant=path, kappa=0.5))(
+            jax.random.key(4), x
+        )
 
 
 def test_renoise_scales_with_the_base_and_draws_every_leaf_anew():
     path, x = PATHS["linear"], {"a": jnp.zeros(3), "b": jnp.zeros(3)}
     still = types.FlowMap(lambda p, s, t, x, c=None, *, key=None: jax.tree.map(jnp.zeros_like, x)).bind(None)
     one, two = (
-        samplers.renoise(still, path, jax.random.key(5), x, [0.0, 0.3, 0.6], 0.5, base_std=std) for std in (1.0, 2.0)
+        samplers.renoise(
+            still, x, [0.0, 0.3, 0.6], key=jax.random.key(5), interpolant=path, kappa=0.5, base=bases.Normal(std=std)
+        )
+        for std in (1.0, 2.0)
     )
     np.testing.assert_allclose(two["a"], 2 * one["a"], rtol=1e-12)
     values = np.concatenate([one["a"], one["b"]])
     assert len(np.unique(values)) == 6
-    traced = jax.jit(lambda grid, kappa: samplers.renoise(still, path, jax.random.key(5), x, grid, kappa))
+    traced = jax.jit(
+        lambda grid, kappa: samplers.renoise(still, x, grid, key=jax.random.key(5), interpolant=path, kappa=kappa)
+    )
     np.testing.assert_allclose(traced(jnp.array([0.0, 0.3, 0.6]), jnp.float64(0.5))["a"], one["a"], rtol=1e-12)
 
 
@@ -245,12 +262,12 @@ def test_bad_renoise_arguments():
     bound = bound_map(path)
     for kappa in (-0.1, 1.1, float("nan")):
         with pytest.raises(ValueError, match="kappa"):
-            samplers.renoise(bound, path, jax.random.key(6), x, GRID, kappa)
+            samplers.renoise(bound, x, GRID, key=jax.random.key(6), interpolant=path, kappa=kappa)
     with pytest.raises(ValueError, match="kappa: expected a scalar"):
-        samplers.renoise(bound, path, jax.random.key(6), x, GRID, jnp.ones(3))
+        samplers.renoise(bound, x, GRID, key=jax.random.key(6), interpolant=path, kappa=jnp.ones(3))
     for grid in ([1.0, 0.0], [0.0, 0.5, 0.5]):
         with pytest.raises(ValueError, match="ascending"):
-            samplers.renoise(bound, path, jax.random.key(6), x, grid, 0.5)
+            samplers.renoise(bound, x, grid, key=jax.random.key(6), interpolant=path, kappa=0.5)
 
 
 # ---- SDE, encoding ----
@@ -278,13 +295,14 @@ def test_every_sampler_keeps_the_marginal_alone_or_in_a_batch_jitted_or_not(name
     path, n = PATHS["linear"], 4000
     grid = np.linspace(0.25, 0.75, 41 if name == "sde" else 4)
     start_key, key = jax.random.split(jax.random.key(8))
-    sample, x = samplers.SAMPLERS[name](path), start(path, start_key, n, grid)
+    x = start(path, start_key, n, grid)
     # Neither a solve nor a jump is needed for the SDE: the diagonal is all that it may call.
     bound = bound_map(path, types.TO_DATA if name in ("consistency", "sde") else types.FORWARD)
-    run = jax.jit(jax.vmap(lambda k, z: sample(bound, k, z, grid)))
+    sampler = samplers.SAMPLERS[name](bound, path)
+    run = jax.jit(jax.vmap(lambda k, z: samplers.run(sampler, k, z, grid)))
     got = run(jax.random.split(jax.random.clone(key), n), x)
     assert_moments(got, *moments(path, (MEAN, STD), jnp.float64(0.75)))
-    first = sample(bound, jax.random.split(key, n)[0], x[0], grid)
+    first = samplers.run(sampler, jax.random.split(key, n)[0], x[0], grid)
     np.testing.assert_allclose(first, got[0], rtol=1e-9)
     assert np.corrcoef(x, got)[0, 1] > 0.999 if name == "jumps" else np.corrcoef(x, got)[0, 1] < 0.95
     run(jax.random.split(jax.random.key(9), n), x)

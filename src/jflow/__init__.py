@@ -10,6 +10,7 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 from jflow import (
+    bases,
     conventions,
     couplings,
     guidance,
@@ -42,6 +43,7 @@ __all__ = [
     "FlowMap",
     "Objective",
     "Velocity",
+    "bases",
     "conventions",
     "couplings",
     "datasets",

@@ -1,6 +1,6 @@
-r"""Couplings: the joint law pi of base points x0 and data x1, whose marginals are N(0, I) and the data.
+r"""Couplings: the joint law pi of base points x0 and data x1, whose marginals are the base and the data.
 
-    independent   x0 ~ N(0, I), whatever x1 is
+    independent   x0 ~ base, whatever x1 is: ``Independent(base)``, and ``independent`` for N(0, I)
     sinkhorn      entropic optimal transport between the B rows of a batch, on the device; needs ott-jax
     assignment    exact optimal transport between the B rows of a batch, on the host
     reflow        x1 = X_{0,1}(x0), the pairs of a map (2209.03003)
@@ -15,12 +15,13 @@ Minibatch optimal transport (2302.00482, 2304.14772) draws B points of each law 
 Its law of a pair is the mean of such pairings over all minibatches. The marginals are exact, since each minibatch keeps its
 points; the law itself is not the optimal plan of base and data: its cost is higher, and falls to the optimum only as B grows.
 
-With conditioning, x0 must be N(0, I) *given cond*: generation starts there, whatever the cond. Pairing rows of different
-labels breaks that, and the permutations are therefore confined to rows of equal labels.
+With conditioning, x0 must have the base's law *given cond*: generation starts there, whatever the cond. Pairing rows of
+different labels breaks that, and the permutations are therefore confined to rows of equal labels.
 """
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 from collections.abc import Callable
 from typing import NamedTuple
@@ -29,7 +30,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jflow import checks, trees
+from jflow import bases, checks, trees
 from jflow.types import Array, Batch, BoundFlowMap, Cond, Event, Key, PyTree
 
 # (key, x1, cond=None) -> x0, on a batch: leaves [B, ...], x0 shaped and typed like x1.
@@ -39,29 +40,47 @@ Coupling = Callable[[Key, Event, Cond], Event]
 _MARGINAL_ERROR = 1e-3
 
 
-def independent(key: Key, x1: Event, cond: Cond = None) -> Event:
-    """x0 ~ N(0, I), independent of x1 and of cond, shaped and typed like x1 (drawn in at least float32)."""
-    del cond
-    leaves, structure = jax.tree.flatten(x1)
-    keys = jax.random.split(key, len(leaves))
-    drawn = [
-        jax.random.normal(k, leaf.shape, trees.at_least_float32(leaf)).astype(leaf.dtype)
-        for k, leaf in zip(keys, leaves, strict=True)
-    ]
-    return jax.tree.unflatten(structure, drawn)
+@dataclasses.dataclass(frozen=True)
+class Independent:
+    """The independent coupling of a base: called with ``(key, x1, cond=None)``, it draws x0 whatever x1 and cond are.
+
+    Attributes:
+      base: the law of x0.
+
+    Raises:
+      TypeError: if ``base`` is not a base; at a call, as its ``sample``.
+      ValueError: at a call, for leaves of x1 without one common leading axis.
+    """
+
+    base: bases.Base = bases.STANDARD_NORMAL
+
+    def __post_init__(self) -> None:
+        bases.check(self.base)
+
+    def __call__(self, key: Key, x1: Event, cond: Cond = None) -> Event:
+        """x0 ~ base, shaped and typed like x1, ``[B, ...]``."""
+        del cond
+        size = _rows("x1", x1)
+        one = jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape[1:], leaf.dtype), x1)
+        return self.base.sample(key, one, (size,))
 
 
-def sinkhorn(epsilon: float = 0.05, iterations: int = 2000, labels: bool = True) -> Coupling:
+independent = Independent()
+
+
+def sinkhorn(
+    epsilon: float = 0.05, iterations: int = 2000, labels: bool = True, *, base: bases.Base = bases.STANDARD_NORMAL
+) -> Coupling:
     r"""Entropic optimal transport within a batch, by ott-jax: under ``jit``, without a host callback.
 
-    With x0_j ~ N(0, I), j = 1..B, and C_ij = |x1_i - x0_j|^2 over its mean (of all B^2 pairs), both less their means over the
+    With x0_j ~ base, j = 1..B, and C_ij = |x1_i - x0_j|^2 over its mean (of all B^2 pairs), both less their means over the
     batch, which changes no plan and makes epsilon independent of where the data lie, the plan
 
         P = argmin  sum_ij P_ij C_ij + epsilon sum_ij P_ij log P_ij,    row and column sums 1/B,
 
     and each x1_i gets one x0_j, drawn with probability B P_ij: an x0 may serve twice, another not at all. What the
     iterations leave of the column sums' error is removed by rounding P onto its marginals (1705.09634, Algorithm 2), so
-    that each x0_j is used once in expectation, and x0 ~ N(0, I) holds for any epsilon and any number of iterations; too
+    that each x0_j is used once in expectation, and x0 ~ base holds for any epsilon and any number of iterations; too
     few only cost more. As epsilon -> 0 the pairs tend to those of ``assignment``, as epsilon -> infinity to independence.
 
     Args:
@@ -69,7 +88,8 @@ def sinkhorn(epsilon: float = 0.05, iterations: int = 2000, labels: bool = True)
         needed grow about as 1/epsilon.
       iterations: the most iterations, in tens; each reads the B x B costs.
       labels: where cond is given, pair rows of equal cond alone (a finite cost keeps the others apart, and what it lets
-        through is dropped). False ignores cond, and x0 given cond is then no longer N(0, I).
+        through is dropped). False ignores cond, and x0 given cond then no longer has the base's law.
+      base: the law of x0.
 
     Returns:
       ``(key, x1, cond=None) -> x0``; cond's leaves are whole numbers or booleans ``[B, ...]``, x0 is shaped like x1.
@@ -81,6 +101,7 @@ def sinkhorn(epsilon: float = 0.05, iterations: int = 2000, labels: bool = True)
     """
     checks.number("epsilon", epsilon, low=0.0, open_low=True)
     checks.integer("iterations", iterations, low=1)
+    draw = Independent(base)
     try:
         import ott  # noqa: F401
     except ImportError as error:
@@ -91,7 +112,7 @@ def sinkhorn(epsilon: float = 0.05, iterations: int = 2000, labels: bool = True)
         size = _rows("x1", x1)
         same = _same(cond, size) if labels else jnp.ones((size, size), bool)
         base_key, row_key = jax.random.split(key)
-        x0 = independent(base_key, x1)
+        x0 = draw(base_key, x1)
         plan = jax.lax.stop_gradient(_plan(_points(x0), _points(x1), same, epsilon, iterations))
         chosen = jax.random.categorical(row_key, jnp.log(plan), axis=1)
         return jax.tree.map(lambda leaf: leaf[chosen], x0)
@@ -102,7 +123,8 @@ def sinkhorn(epsilon: float = 0.05, iterations: int = 2000, labels: bool = True)
 def transport_cost(x0: Event, x1: Event) -> Array:
     """(1/B) sum_i |x1_i - x0_i|^2, the cost of the pairs, a scalar: in squared units of the data, not per dimension.
 
-    For the independent coupling its mean is d + E|x1|^2 in d dimensions. Summed in at least float32; works under ``jit``.
+    For the independent coupling of N(0, I) its mean is d + E|x1|^2 in d dimensions. Summed in at least float32;
+    works under ``jit``.
 
     Raises:
       ValueError: for other shapes of x0 than of x1, or leading axes that differ.
@@ -167,8 +189,17 @@ def assignment(x0: Event, x1: Event, labels: PyTree = None) -> Assignment:
     )
 
 
-def reflow(bound: BoundFlowMap, key: Key, like: Event, n: int, cond: Cond = None, chunk: int = 1024) -> Batch:
-    """Pairs of a map (2209.03003): z ~ N(0, I) and x1 = X_{0,1}(z), for ``ArrayDataset`` to train on.
+def reflow(
+    bound: BoundFlowMap,
+    key: Key,
+    like: Event,
+    n: int,
+    cond: Cond = None,
+    chunk: int = 1024,
+    *,
+    base: bases.Base = bases.STANDARD_NORMAL,
+) -> Batch:
+    """Pairs of a map (2209.03003): z ~ base and x1 = X_{0,1}(z), for ``ArrayDataset`` to train on.
 
     The map is a solve of any velocity, ``solvers.solve(...).bind(params)``, or a learned map. x0 keeps its law; x1 has
     that of the map, errors included, not that of the data. Jitted, in blocks of ``chunk`` samples.
@@ -180,6 +211,7 @@ def reflow(bound: BoundFlowMap, key: Key, like: Event, n: int, cond: Cond = None
       n: the number of pairs.
       cond: conditioning, leaves ``[n, ...]``, or None.
       chunk: samples that are mapped at once.
+      base: the law of z.
 
     Returns:
       Batch(x1, x0 = z, cond), leaves ``[n, ...]``.
@@ -198,7 +230,8 @@ def reflow(bound: BoundFlowMap, key: Key, like: Event, n: int, cond: Cond = None
     checks.floating("like", like)
     if cond is not None and _rows("cond", cond) != n:
         raise ValueError(f"cond: expected leaves with a leading axis of n = {n}, got {_rows('cond', cond)}")
-    z = independent(key, jax.tree.map(lambda leaf: jax.ShapeDtypeStruct((n, *leaf.shape), leaf.dtype), like))
+    bases.check(base)
+    z = base.sample(key, jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype), like), (n,))
     x1 = _ends(bound, z, cond, chunk)
     bad = checks.concrete(_not_finite(x1))
     if bad is not None and bad > 0:

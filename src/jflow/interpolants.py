@@ -4,11 +4,14 @@ Every path gives alpha and beta, their divided differences alpha[s,t] = (alpha_t
 is finite and differentiable at s = t, its values at both ends, and the times at which it is singular. Derivatives in time
 come from automatic differentiation of alpha and beta.
 
-With w_t = alpha_t beta_t' - alpha_t' beta_t, the velocity b_t(x) = E[I_t' | I_t = x] and a standard normal base:
+With w_t = alpha_t beta_t' - alpha_t' beta_t and the velocity b_t(x) = E[I_t' | I_t = x], for any base:
 
     data   E[x1 | I_t = x] = (alpha b - alpha' x) / w
     noise  E[x0 | I_t = x] = (beta' x - beta b) / w
-    score  grad log rho_t(x) = -noise / alpha = (beta b - beta' x) / (alpha w)
+
+and for a base N(m, diag(s^2)) that is independent of the data, entry by entry:
+
+    score  grad log rho_t(x) = -(noise - m) / (alpha s^2) = (beta b - beta' x + w m) / (alpha w s^2)
 """
 
 from __future__ import annotations
@@ -20,7 +23,7 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 
-from jflow import checks, trees
+from jflow import bases, checks, trees
 from jflow.types import Array, Event, Time
 
 KINDS = ("velocity", "score", "noise", "data")
@@ -70,7 +73,7 @@ class Interpolant:
 
     def coefficients(self, t: Time) -> Coefficients:
         """All coefficients at one time."""
-        checks.scalar("t", t)
+        checks.time("t", t)
         t = jnp.asarray(t)
         alpha, alpha_dot = jax.jvp(self.alpha, (t,), (jnp.ones_like(t),))
         beta, beta_dot = jax.jvp(self.beta, (t,), (jnp.ones_like(t),))
@@ -82,7 +85,7 @@ class Interpolant:
         Raises:
           ValueError: when x0 and x1 differ in structure or shape, or t is no scalar.
         """
-        checks.scalar("t", t)
+        checks.time("t", t)
         checks.same_structure("x0", x0, "x1", x1)
         return trees.combine(self.alpha(t), x0, self.beta(t), x1)
 
@@ -102,21 +105,33 @@ class Interpolant:
         Raises:
           ValueError: when x0 and x1 differ in structure or shape.
         """
+        checks.time("s", s)
+        checks.time("t", t)
         checks.same_structure("x0", x0, "x1", x1)
         return trees.combine(self.alpha_dd(s, t), x0, self.beta_dd(s, t), x1)
 
 
 def convert(
-    interpolant: Interpolant, t: Time, x: Event, value: Event, source: str, target: str, *, floor: float = 1e-6
+    interpolant: Interpolant,
+    t: Time,
+    x: Event,
+    value: Event,
+    source: str,
+    target: str,
+    *,
+    base: bases.Base = bases.STANDARD_NORMAL,
+    floor: float = 1e-6,
 ) -> Event:
     """What one prediction at (t, x) says in terms of another: velocity, score, noise or data.
 
     Every kind is turned into the pair (noise, data) with alpha noise + beta data = x, and the pair into the target:
 
         velocity -> noise = (beta' x - beta b)/w, data = (alpha b - alpha' x)/w     and back alpha' noise + beta' data
-        score    -> noise = -alpha score,         data = (x - alpha noise)/beta     and back -noise/alpha
+        score    -> noise = m - alpha s^2 score,  data = (x - alpha noise)/beta     and back -(noise - m)/(alpha s^2)
         noise    ->                               data = (x - alpha noise)/beta
         data     -> noise = (x - beta data)/alpha
+
+    The score holds for a base N(m, diag(s^2)) that is independent of the data; the other kinds for any base and coupling.
 
     Args:
       interpolant: the path.
@@ -125,6 +140,7 @@ def convert(
       value: the prediction, shaped like x.
       source: the kind of ``value``.
       target: the kind wanted.
+      base: the law of x0; only conversions to and from the score look at it.
       floor: alpha and beta are clamped to it from below where they divide. At the ends where they vanish (score and
         data-prediction at alpha = 0, noise-prediction and score at beta = 0) a value is finite and says nothing.
 
@@ -132,11 +148,14 @@ def convert(
       The prediction of kind ``target``, shaped like x.
 
     Raises:
-      ValueError: for an unknown kind, or when value and x differ in structure or shape.
+      ValueError: for an unknown kind, if value and x differ in structure or shape, or for a score of a base that is not
+        a ``bases.Normal`` or does not fit x.
+      TypeError: for an object that is not a base.
     """
     checks.choice("source", source, KINDS)
     checks.choice("target", target, KINDS)
     checks.same_structure("value", value, "x", x)
+    bases.check(base)
     if source == target:
         return value
     c = interpolant.coefficients(t)
@@ -147,14 +166,26 @@ def convert(
     elif source == "data":
         noise, data = trees.combine(1 / alpha, x, -c.beta / alpha, value), value
     else:
-        noise = trees.scale(-c.alpha, value) if source == "score" else value
+        noise = _noise_of_score(base, c.alpha, value) if source == "score" else value
         data = trees.combine(1 / beta, x, -c.alpha / beta, noise)
     return {
         "velocity": lambda: trees.combine(c.alpha_dot, noise, c.beta_dot, data),
-        "score": lambda: trees.scale(-1 / alpha, noise),
+        "score": lambda: _score_of_noise(base, alpha, noise),
         "noise": lambda: noise,
         "data": lambda: data,
     }[target]()
+
+
+def _noise_of_score(base: bases.Base, alpha: Array, score: Event) -> Event:
+    """E[x0 | I_t = x] = m - alpha s^2 score."""
+    mean, std = bases.gaussian(base, "interpolants.convert from the score").moments(score)
+    return jax.tree.map(lambda m, s, each: m - alpha.astype(each.dtype) * s * s * each, mean, std, score)
+
+
+def _score_of_noise(base: bases.Base, alpha: Array, noise: Event) -> Event:
+    """-(E[x0 | I_t = x] - m)/(alpha s^2)."""
+    mean, std = bases.gaussian(base, "interpolants.convert to the score").moments(noise)
+    return jax.tree.map(lambda m, s, each: (m - each) / (alpha.astype(each.dtype) * s * s), mean, std, noise)
 
 
 def linear() -> Interpolant:

@@ -13,6 +13,7 @@ import optax
 import pytest
 
 from jflow import (
+    bases,
     identities,
     interpolants,
     nets,
@@ -26,7 +27,6 @@ from jflow import (
 )
 from jflow import likelihood as lik
 from jflow.likelihood import Headed, State
-from jflow.likelihood.ode import standard_normal
 
 PATH = interpolants.linear()
 PLANE = oracles.mixture_params(
@@ -121,7 +121,7 @@ def test_a_jump_and_a_grid_of_jumps_carry_the_log_density():
     flow, oracle, params = student("quantile")
     bound = flow.bind(Headed(params, jnp.zeros(4)))
     x0 = jnp.array([0.7])
-    start = State(x0, standard_normal(x0))
+    start = State(x0, bases.STANDARD_NORMAL.log_density(x0))
     grid = jnp.array([0.0, 0.3, 0.6, 1.0])
     for end in (jax.jit(bound.jump)(0.0, 1.0, start), jax.jit(lambda s: samplers.jumps(bound, s, grid))(start)):
         np.testing.assert_allclose(end.log_density, oracle.log_density(params, 1.0, end.x), rtol=1e-9)

@@ -4,14 +4,21 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+from types import SimpleNamespace
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from jflow import interpolants, likelihood, nets, oracles, parameterizations, samplers
+from jflow import bases, interpolants, likelihood, nets, oracles, parameterizations, samplers
 from jflow.types import BOTH, FORWARD, FlowMap
+
+
+def own(log_density):
+    """A base of one's own, of which only the log-density is asked."""
+    return SimpleNamespace(name="own", sample=jax.random.normal, log_density=log_density, score=jax.grad(log_density))
+
 
 GAUSSIAN = oracles.gaussian_params([0.7, -1.1, 0.2], [[0.2, 0.05, 0.0], [0.05, 0.1, 0.02], [0.0, 0.02, 4.0]])
 LINE = oracles.mixture_params([0.5, 0.3, 0.2], [[-1.3], [0.4], [2.1]], [[0.2], [0.05], [0.4]])
@@ -38,7 +45,7 @@ def gaussian(path):
 
 @functools.cache
 def pushed(path):
-    return jax.jit(lambda x, grid: likelihood.push(gaussian(path)[1], x, grid, base=nothing))
+    return jax.jit(lambda x, grid: likelihood.push(gaussian(path)[1], x, grid, base=own(nothing)))
 
 
 @pytest.mark.parametrize("grid", GRIDS.values(), ids=GRIDS)
@@ -70,7 +77,7 @@ def test_the_density_of_a_mixture_at_its_data_by_either_way_back(grid):
     want = jax.vmap(lambda x: oracle.log_density(LINE, 1.0, x))(x)
     np.testing.assert_allclose(found.log_density, want, rtol=0, atol=1e-8)
     assert np.all(found.valid)
-    base = jax.vmap(likelihood.standard_normal)(found.x0)
+    base = jax.vmap(bases.STANDARD_NORMAL.log_density)(found.x0)
     assert np.mean(np.abs(np.asarray(base - want))) > 0.1
 
 
@@ -101,7 +108,7 @@ def test_push_is_the_change_of_variables_of_the_sampler_that_ran():
     found = jax.jit(jax.vmap(lambda x: likelihood.push(WARPED, x, STEPS)))(POINTS)
     x, log_det = jax.jit(jax.vmap(lambda x: dense(x, STEPS)))(POINTS)
     np.testing.assert_allclose(found.x, x, rtol=1e-13)
-    base = jax.vmap(likelihood.standard_normal)(POINTS)
+    base = jax.vmap(bases.STANDARD_NORMAL.log_density)(POINTS)
     np.testing.assert_allclose(found.log_density, base - log_det, rtol=1e-12, atol=1e-12)
     assert np.all(found.valid) and np.all(np.abs(log_det) > 0.05)
 
@@ -194,7 +201,9 @@ def test_the_encoder_has_a_density_of_its_own():
     for grid, rate in (([0.0, 0.4, 1.0], 2.0), ([1.0, 0.4, 0.0], 1.0)):
         found = likelihood.log_density(bound, x, grid)
         np.testing.assert_allclose(found.x0, x * np.exp(-rate), rtol=1e-12)
-        np.testing.assert_allclose(found.log_density, likelihood.standard_normal(found.x0) - 3 * rate, rtol=1e-12)
+        np.testing.assert_allclose(
+            found.log_density, bases.STANDARD_NORMAL.log_density(found.x0) - 3 * rate, rtol=1e-12
+        )
 
 
 # --- what is no bijection ---------------------------------------------------------------------------------------------
@@ -247,14 +256,14 @@ def test_flags_are_each_samples_own():
         (lambda: likelihood.push(WARPED, np.arange(2), STEPS), TypeError, "x0: expected floating"),
         (lambda: likelihood.push(WARPED, np.array([np.nan, 0.0]), STEPS), ValueError, "x0: expected finite"),
         (
-            lambda: likelihood.push(WARPED, POINTS[0], STEPS, base=lambda x: x),
+            lambda: likelihood.push(WARPED, POINTS[0], STEPS, base=own(lambda x: x)),
             ValueError,
-            r"base\(x\): expected a scalar",
+            r"base.log_density\(x\): expected a scalar",
         ),
         (
-            lambda: likelihood.push(WARPED, POINTS[0], STEPS, base=lambda x: jnp.nan * x[0]),
+            lambda: likelihood.push(WARPED, POINTS[0], STEPS, base=own(lambda x: jnp.nan * x[0])),
             ValueError,
-            r"base\(x\): expected a number of nats, got nan",
+            r"base.log_density\(x\): expected a number of nats, got nan",
         ),
         (
             lambda: likelihood.push(

@@ -3,13 +3,20 @@
 from __future__ import annotations
 
 import functools
+from types import SimpleNamespace
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from jflow import interpolants, likelihood, nets, oracles
+from jflow import bases, interpolants, likelihood, nets, oracles
+
+
+def own(log_density):
+    """A base of one's own, of which only the log-density is asked."""
+    return SimpleNamespace(name="own", sample=jax.random.normal, log_density=log_density, score=jax.grad(log_density))
+
 
 WEIGHTS = [0.6, 0.4]
 MEANS = [[-1.0, 0.5], [1.2, -0.3]]
@@ -53,28 +60,28 @@ def test_the_log_density_is_the_closed_form_in_both_directions(name, path):
     assert np.all(back.valid) and np.all(forth.valid)
     assert back.log_density.dtype == jnp.float64
     # The test could tell a sign or a factor: the base alone, or twice the change, is far away.
-    base = jax.vmap(likelihood.standard_normal)(back.x0)
+    base = jax.vmap(bases.STANDARD_NORMAL.log_density)(back.x0)
     assert np.all(np.abs(base - want)[:3] > 1e-2)
 
 
 def test_a_base_of_ones_own_and_the_sign_in_closed_form():
     """dx/dt = c x: log rho_t(x) = log rho_0(x e^{-ct}) - c d t."""
 
-    def base(x):
+    def log_density(x):
         return -0.5 * jnp.sum((x / 3.0) ** 2) - 2.0 * jnp.log(3.0) - jnp.log(2.0 * jnp.pi)
 
-    ode = likelihood.along_ode(lambda c, t, x, cond=None, *, key=None: c * x, base=base)
+    ode = likelihood.along_ode(lambda c, t, x, cond=None, *, key=None: c * x, base=own(log_density))
     x, c = jnp.asarray([0.4, -1.0]), jnp.asarray(0.8)
     found = ode.log_density(c, x, t=0.5)
-    np.testing.assert_allclose(found.log_density, base(x * jnp.exp(-0.4)) - 0.8, atol=1e-8)
+    np.testing.assert_allclose(found.log_density, log_density(x * jnp.exp(-0.4)) - 0.8, atol=1e-8)
     np.testing.assert_allclose(ode.push(c, found.x0, t=0.5).log_density, found.log_density, atol=1e-8)
 
 
 def test_the_standard_normal_is_one_over_all_leaves():
     x = {"a": np.array([[0.3, -1.0]]), "b": np.array(2.0)}
     want = -0.5 * (0.09 + 1.0 + 4.0) - 1.5 * np.log(2 * np.pi)
-    np.testing.assert_allclose(likelihood.standard_normal(x), want, rtol=1e-14)
-    narrow = likelihood.standard_normal(jnp.ones(1000, jnp.bfloat16))
+    np.testing.assert_allclose(bases.STANDARD_NORMAL.log_density(x), want, rtol=1e-14)
+    narrow = bases.STANDARD_NORMAL.log_density(jnp.ones(1000, jnp.bfloat16))
     assert narrow.dtype == jnp.float32
     np.testing.assert_allclose(narrow, -500 - 500 * np.log(2 * np.pi), rtol=1e-6)
 
@@ -125,11 +132,11 @@ def test_conditions_keys_trees_and_dtypes_reach_the_velocity():
     x = {"a": jnp.ones((2, 2), jnp.float32), "b": jnp.ones((), jnp.float32)}
     params, cond = jnp.float32(0.5), jnp.float32(-2.0)
     found = ode.log_density(params, x, cond, key=jax.random.key(0))
-    base = likelihood.standard_normal(found.x0)
+    base = bases.STANDARD_NORMAL.log_density(found.x0)
     # div b = 4 * 0.5 - 2 = 0: then with another condition, of divergence 3.
     np.testing.assert_allclose(found.log_density, base, atol=1e-5)
     other = ode.log_density(params, x, jnp.float32(1.0), key=jax.random.key(0))
-    np.testing.assert_allclose(other.log_density, likelihood.standard_normal(other.x0) - 3.0, atol=1e-5)
+    np.testing.assert_allclose(other.log_density, bases.STANDARD_NORMAL.log_density(other.x0) - 3.0, atol=1e-5)
     assert other.log_density.dtype == other.x0["a"].dtype == jnp.float32
     another = ode.log_density(params, x, cond, key=jax.random.key(1))
     assert not np.allclose(another.x0["a"], found.x0["a"])
@@ -157,7 +164,7 @@ def kinked(params, t, x, cond=None, *, key=None):
         (likelihood.along_ode(blows_up, method="euler", steps=30), 1e3, [3.0], "log_density: expected a finite number"),
         (likelihood.along_ode(kinked, method="euler", steps=1), 1.0, [0.0], "log_density: expected a finite number"),
         (
-            likelihood.along_ode(blows_up, method="euler", steps=1, base=lambda x: jnp.nan * jnp.sum(x)),
+            likelihood.along_ode(blows_up, method="euler", steps=1, base=own(lambda x: jnp.nan * jnp.sum(x))),
             0.1,
             [0.3],
             "log_density: expected a finite number.*nan",
@@ -175,7 +182,7 @@ def test_a_base_may_end():
         lambda c, t, x, cond=None, *, key=None: c * x,
         method="heun",
         steps=2,
-        base=lambda x: jnp.where(jnp.all(jnp.abs(x) < 1), 0.0, -jnp.inf),
+        base=own(lambda x: jnp.where(jnp.all(jnp.abs(x) < 1), 0.0, -jnp.inf)),
     )
     found = ode.log_density(0.1, jnp.asarray([5.0]))
     assert found.log_density == -jnp.inf and found.valid
@@ -214,7 +221,12 @@ def of(velocity, *args, **kwargs):
             r"b\(x\): expected the pytree structure of x",
         ),
         (lambda: of(blows_up, likelihood.hutchinson()).push(0.1, X), ValueError, "key: expected a PRNG key"),
-        (lambda: of(blows_up, base=lambda x: x).push(0.1, X), ValueError, r"base\(x\): expected a scalar.*\(2,\)"),
+        (
+            lambda: of(blows_up, base=own(lambda x: x)).push(0.1, X),
+            ValueError,
+            r"base.log_density\(x\): expected a scalar.*\(2,\)",
+        ),
+        (lambda: of(blows_up, base=lambda x: x), TypeError, "base: expected a base, .* got function"),
     ],
 )
 def test_wrong_arguments_are_named(call, error, message):

@@ -33,7 +33,7 @@ def drawn(bound, count, kappa, key, grid=GRID):
     """The samples and their density given the batch, and the batch."""
     noise_key, sample_key = jax.random.split(key)
     x0, keys = jax.random.normal(noise_key, (count, DIM)), jax.random.split(sample_key, count)
-    found = likelihood.renoised(bound, PATH, keys, x0, grid, kappa)
+    found = likelihood.renoised(bound, x0, grid, keys=keys, interpolant=PATH, kappa=kappa)
     pushed = jax.vmap(lambda x: likelihood.push(bound, x, jnp.asarray(grid[-2:]), base=found.base))(found.states)
     return x0, keys, pushed
 
@@ -44,7 +44,9 @@ def test_the_samples_are_those_of_the_sampler_and_the_density_tends_to_its_law(k
     oracle = oracles.gaussian(PATH)
     bound = oracle.flow_map.bind(BELL)
     x0, keys, pushed = jax.jit(lambda key: drawn(bound, 2048, kappa, key))(jax.random.key(0))
-    again = jax.jit(jax.vmap(lambda k, x: samplers.renoise(bound, PATH, k, x, GRID, kappa)))(keys[:8], x0[:8])
+    again = jax.jit(jax.vmap(lambda k, x: samplers.renoise(bound, x, GRID, key=k, interpolant=PATH, kappa=kappa)))(
+        keys[:8], x0[:8]
+    )
     np.testing.assert_allclose(pushed.x[:8], again, rtol=1e-12)
     assert np.all(pushed.valid)
     true = jax.vmap(lambda x: oracle.log_density(BELL, 1.0, x))(pushed.x)
@@ -54,7 +56,10 @@ def test_the_samples_are_those_of_the_sampler_and_the_density_tends_to_its_law(k
     found = jax.jit(
         lambda keys, x0, x: jax.vmap(
             lambda x: likelihood.log_density(
-                bound, x, GRID[-2:], base=likelihood.renoised(bound, PATH, keys, x0, GRID, kappa).base
+                bound,
+                x,
+                GRID[-2:],
+                base=likelihood.renoised(bound, x0, GRID, keys=keys, interpolant=PATH, kappa=kappa).base,
             )
         )(x)
     )(jax.random.clone(keys), x0, at)
@@ -91,7 +96,7 @@ def test_the_divergence_given_the_batch_falls_to_the_samplers_own_from_above():
     def both(key, count):
         batch_key, data_key = jax.random.split(key)
         x0, keys, pushed = drawn(bound, count, 1.0, batch_key)
-        base = likelihood.renoised(bound, PATH, jax.random.clone(keys), x0, GRID, 1.0).base
+        base = likelihood.renoised(bound, x0, GRID, keys=jax.random.clone(keys), interpolant=PATH, kappa=1.0).base
         data = oracle.sample(BELL, data_key, 16)
         at = jax.vmap(lambda x: likelihood.log_density(bound, x, GRID[-2:], base=base))(data).log_density
         log_p = jax.vmap(lambda x: oracle.log_density(BELL, 1.0, x))
@@ -119,4 +124,5 @@ def test_wrong_arguments_are_named(change, message):
     arguments = {"grid": GRID, "kappa": 1.0, **change}
     bound = oracles.gaussian(PATH).flow_map.bind(BELL)
     with pytest.raises(ValueError, match=message):
-        likelihood.renoised(bound, PATH, jax.random.split(jax.random.key(0), 2), jnp.zeros((2, DIM)), **arguments)
+        keys = jax.random.split(jax.random.key(0), 2)
+        likelihood.renoised(bound, jnp.zeros((2, DIM)), keys=keys, interpolant=PATH, **arguments)

@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from jflow import likelihood
+from jflow import bases, likelihood
 from jflow.types import FlowMap
 
 # The target is 5 times a normal density of mean 0.8 and deviation 0.6, the sampler a standard normal.
@@ -83,7 +83,7 @@ def test_weights_of_the_sampler_that_ran_are_right_and_of_one_probe_biased(asser
 
     x0 = jax.random.normal(jax.random.key(0), (4000, 2))
     keys = jax.random.split(jax.random.key(1), 4000)
-    true = jax.vmap(likelihood.standard_normal)(x0) - jnp.trace(matrix)
+    true = jax.vmap(bases.STANDARD_NORMAL.log_density)(x0) - jnp.trace(matrix)
     exact = jax.jit(jax.vmap(lambda x, key: run(None, x, key)))(x0, jax.random.clone(keys))
     np.testing.assert_allclose(exact, true, rtol=0, atol=1e-9)
     estimated = jax.jit(jax.vmap(lambda x, key: run(likelihood.hutchinson(), x, key)))(x0, keys)

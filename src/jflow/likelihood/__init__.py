@@ -14,12 +14,12 @@ from jflow.likelihood.head import (
 )
 from jflow.likelihood.images import bits_per_dim, dequantise, quantise
 from jflow.likelihood.jumps import log_density, push, refine
-from jflow.likelihood.ode import Base, LogDensity, ODEDensity, along_ode, standard_normal
-from jflow.likelihood.renoised import Renoised, renoised
+from jflow.likelihood.ode import LogDensity, ODEDensity, along_ode
+from jflow.likelihood.renoised import BatchMixture, Renoised, renoised
 from jflow.likelihood.weights import Weights, effective_sample_size, expectation, normalised
 
 __all__ = [
-    "Base",
+    "BatchMixture",
     "Divergence",
     "HeadObjective",
     "Headed",
@@ -48,7 +48,6 @@ __all__ = [
     "refine",
     "renoised",
     "scalar_head",
-    "standard_normal",
     "together",
     "with_head",
     "without_head",

@@ -22,9 +22,10 @@ import jax
 import jax.numpy as jnp
 from jax.flatten_util import ravel_pytree
 
-from jflow import checks, solvers, trees
+from jflow import bases, checks, solvers, trees
+from jflow.bases import Base
 from jflow.likelihood.divergence import Divergence, State, augment
-from jflow.likelihood.ode import Base, log_base, standard_normal
+from jflow.likelihood.ode import log_base
 from jflow.types import Array, Batch, Cond, Context, Event, Key, Params, Time, Velocity, move
 
 # "forward" gives no gradient of a loss.
@@ -51,7 +52,7 @@ class MaximumLikelihood:
 
     Attributes:
       solve: ``(params, s, t, along, cond, key=) -> (mean velocity, SolveStats)`` of ``Along``.
-      base: x -> log rho_0(x).
+      base: the law of x0.
       kinetic, jacobian: the weights of the regularisers.
     """
 
@@ -114,7 +115,7 @@ def maximum_likelihood(
     velocity: Velocity,
     *,
     divergence: Divergence | None = None,
-    base: Base = standard_normal,
+    base: Base = bases.STANDARD_NORMAL,
     method: str = "tsit5",
     steps: int | None = None,
     rtol: float | None = None,
@@ -136,7 +137,7 @@ def maximum_likelihood(
     Args:
       velocity: ``(params, t, x, cond=None, *, key=None) -> b_t(x)`` of one sample.
       divergence: ``exact()`` by default; or ``hutchinson`` or ``hutch_pp``.
-      base: x -> log rho_0(x) in nats.
+      base: the law of x0.
       method, steps, rtol, atol, max_steps: as in ``solvers.solve``; tolerances are on all entries of the state together.
       adjoint: "recursive", "direct" (with memory for ``max_steps`` steps) or "backsolve".
       kinetic: weight of int |b|^2 dt, at least 0; at 0 it is not computed.
@@ -146,8 +147,10 @@ def maximum_likelihood(
       The objective.
 
     Raises:
-      ValueError, TypeError: as ``solvers.solve``, and for weights that are negative, not finite, or no numbers.
+      ValueError, TypeError: as ``solvers.solve``, and for weights that are negative, not finite, or no numbers; TypeError
+        for a base that is not one.
     """
+    bases.check(base)
     checks.choice("adjoint", adjoint, ADJOINTS)
     checks.number("kinetic", kinetic, low=0.0)
     checks.number("jacobian", jacobian, low=0.0)

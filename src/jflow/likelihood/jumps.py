@@ -23,9 +23,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jflow import checks, solvers, trees
+from jflow import bases, checks, solvers, trees
+from jflow.bases import Base
 from jflow.likelihood.linear import flatten, linearise
-from jflow.likelihood.ode import Base, LogDensity, check_event, log_base, standard_normal
+from jflow.likelihood.ode import LogDensity, check_event, log_base
 from jflow.samplers import Grid
 from jflow.types import Array, BoundFlowMap, Cond, Event, Key
 
@@ -56,7 +57,7 @@ def push(
     cond: Cond = None,
     *,
     key: Key | None = None,
-    base: Base = standard_normal,
+    base: Base = bases.STANDARD_NORMAL,
 ) -> LogDensity:
     """The sample ``samplers.jumps(bound, x0, grid, cond, key=key)`` and its log-density in nats.
 
@@ -66,7 +67,7 @@ def push(
       grid: the times, ``[K + 1]``, every jump within ``bound.domain``.
       cond: conditioning of the sample.
       key: passed on to the network, one per jump; None for none.
-      base: the log-density at time grid[0], in nats.
+      base: the law at time grid[0].
 
     Returns:
       ``valid`` is False when a determinant is zero, negative or not finite.
@@ -94,7 +95,7 @@ def log_density(
     cond: Cond = None,
     *,
     key: Key | None = None,
-    base: Base = standard_normal,
+    base: Base = bases.STANDARD_NORMAL,
     iterations: int = 50,
 ) -> LogDensity:
     """The log-density of given data in nats, through the inverse of the sampler or through the encoder.
@@ -113,7 +114,7 @@ def log_density(
       grid: strictly monotone concrete times, ``[K + 1]``, every jump within ``bound.domain``.
       cond: conditioning of the sample.
       key: as in ``push``.
-      base: the log-density at the lowest time, in nats.
+      base: the law at the lowest time.
       iterations: the most Newton steps of a jump.
 
     Returns:
@@ -153,7 +154,7 @@ def refine(
     step_size: float | Array,
     steps: int = 1,
     key: Key | None = None,
-    base: Base = standard_normal,
+    base: Base = bases.STANDARD_NORMAL,
 ) -> Event:
     """Base points of higher density for the sampler: x0 <- x0 + step_size grad_{x0} log rho_1(X(x0)), ``steps`` times.
 
@@ -306,5 +307,5 @@ def _checked(base: Array, legs: _Leg, sign: float, x: Event, x0: Event, times: A
                     f"{where} is not invertible at this sample: expected a Jacobian of positive determinant, got a negative, "
                     f"zero or infinite one (log|det| = {float(log_det):g})"
                 )
-        raise ValueError(f"base(x): expected a number of nats, got {float(base):g}")
+        raise ValueError(f"base.log_density(x): expected a number of nats, got {float(base):g}")
     return LogDensity(log_density, x, x0, valid, jnp.prod(legs.sign).astype(log_density.dtype))

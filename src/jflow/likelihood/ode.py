@@ -17,14 +17,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jflow import checks, solvers, trees
+from jflow import bases, checks, solvers, trees
+from jflow.bases import Base
 from jflow.likelihood.divergence import Divergence, State, augment
 from jflow.types import Array, Cond, Event, Key, Params, Time, Velocity, move
-
-# x -> log rho_0(x) in nats, a scalar.
-Base = Callable[[Event], Array]
-
-_LOG_TAU = float(np.log(2.0 * np.pi))
 
 
 class LogDensity(NamedTuple):
@@ -47,20 +43,12 @@ class LogDensity(NamedTuple):
     sign: Array
 
 
-def standard_normal(x: Event) -> Array:
-    """log N(x; 0, I) = -|x|^2/2 - (d/2) log 2 pi in nats, d counting the entries of all leaves; a scalar."""
-    checks.floating("x", x)
-    x = jax.tree.map(jnp.asarray, x)
-    d = sum(leaf.size for leaf in jax.tree.leaves(x))
-    return -0.5 * trees.sq_norm(x) - 0.5 * d * _LOG_TAU
-
-
 @dataclasses.dataclass(frozen=True)
 class ODEDensity:
     """The density of a velocity's flow; made by ``along_ode``. Methods work on one sample.
 
     Attributes:
-      base: x -> log rho_0(x).
+      base: the law of x0.
       solve: ``(params, s, t, state, cond, key=) -> (mean velocity, SolveStats)`` of States.
     """
 
@@ -114,7 +102,7 @@ def along_ode(
     velocity: Velocity,
     divergence: Divergence | None = None,
     *,
-    base: Base = standard_normal,
+    base: Base = bases.STANDARD_NORMAL,
     method: str = "tsit5",
     steps: int | None = None,
     rtol: float | None = None,
@@ -131,14 +119,15 @@ def along_ode(
     Args:
       velocity: ``(params, t, x, cond=None, *, key=None) -> b_t(x)`` of one sample.
       divergence: ``exact()`` by default; or ``hutchinson`` or ``hutch_pp``.
-      base: x -> log rho_0(x) in nats.
+      base: the law of x0.
       method, steps, rtol, atol, max_steps, adjoint: as in ``solvers.solve``; tolerances are on the mean velocity of x and
         log-density together, as a root mean square over their d + 1 entries. For ``jax.grad``, give ``steps`` or an
         adjoint "recursive" or "direct".
 
     Raises:
-      ValueError, TypeError: as ``solvers.solve``.
+      ValueError, TypeError: as ``solvers.solve``; TypeError for a base that is not one.
     """
+    bases.check(base)
     if not callable(velocity):
         raise TypeError(f"velocity: expected a function (params, t, x, cond) -> b, got {type(velocity).__name__}")
     solve = solvers.solve_counted(
@@ -157,10 +146,11 @@ def log_base(base: Base, x: Event) -> Array:
     """The base's log-density at x, checked to be one number, in float32 at least.
 
     Raises:
-      ValueError: when it is no scalar.
+      ValueError: if it is not a scalar; TypeError for a base that is not one.
     """
-    value = jnp.asarray(base(x))
-    checks.scalar("base(x)", value)
+    bases.check(base)
+    value = jnp.asarray(base.log_density(x))
+    checks.scalar("base.log_density(x)", value)
     return value.astype(trees.at_least_float32(value))
 
 

@@ -21,7 +21,7 @@ from typing import Any, NamedTuple, TypedDict
 import jax
 import jax.numpy as jnp
 
-from jflow import checks, couplings, reductions, reports, sharding, trees
+from jflow import bases, checks, couplings, reductions, reports, sharding, trees
 from jflow import times as laws
 from jflow.identities import tangent
 from jflow.interpolants import Interpolant
@@ -63,6 +63,7 @@ class Choices(TypedDict, total=False):
     diagonal_reduction: reductions.Reduction
     velocity: Estimate
     teacher: FlowMap | Velocity | None
+    base: bases.Base
     coupling: couplings.Coupling
     blocks: int
     domain: Domain
@@ -123,7 +124,8 @@ class Objective:
         conditioning; ``velocity_estimates.teacher``, the default where ``teacher`` is given; or a function of the row.
       teacher: any Velocity, or a FlowMap, at the parameters ``context.teacher``; by default ``flow_map``, at these
         parameters, where there are any.
-      coupling: ``(key, x1, cond) -> x0`` where the batch holds no x0; independent by default.
+      base: the law of x0; that of the coupling if it is ``couplings.Independent``, else the standard normal by default.
+      coupling: ``(key, x1, cond) -> x0`` where the batch holds no x0; ``couplings.Independent(base)`` by default.
       blocks: the number of equal blocks, in batch order, that are each split alike: a multiple of the number of
         devices that a batch is spread over.
       domain: where the map is trained, if it is less than the map's own domain.
@@ -147,6 +149,7 @@ class Objective:
     diagonal_reduction: reductions.Reduction = _UNSET
     velocity: Estimate = _UNSET
     teacher: FlowMap | Velocity | None = None
+    base: bases.Base = _UNSET
     coupling: couplings.Coupling = _UNSET
     blocks: int = 1
     domain: Domain = _UNSET
@@ -155,7 +158,9 @@ class Objective:
     def __post_init__(self) -> None:
         self._check()
         estimate = velocity_estimates.pair if self.teacher is None else velocity_estimates.teacher
-        defaults = {"velocity": estimate, "coupling": couplings.independent, "domain": self.flow_map.domain}
+        coupling = couplings.independent if self.base is None else couplings.Independent(self.base)
+        base = self.coupling.base if isinstance(self.coupling, couplings.Independent) else bases.STANDARD_NORMAL
+        defaults = {"velocity": estimate, "base": base, "coupling": coupling, "domain": self.flow_map.domain}
         if self.diagonal > 0:
             defaults |= {"times": laws.uniform(), "diagonal_reduction": reductions.squared}
         if self.term is not None:
@@ -165,8 +170,12 @@ class Objective:
         for name, value in defaults.items():
             if getattr(self, name) is None:
                 object.__setattr__(self, name, value)
-        if self.velocity is velocity_estimates.batch and self.coupling is not couplings.independent:
-            raise ValueError("velocity: expected an independent coupling with the batch's velocity, which assumes it")
+        if isinstance(self.coupling, couplings.Independent) and self.coupling.base != self.base:
+            raise ValueError(f"base: expected that of the coupling, {self.coupling.base!r}, got {self.base!r}")
+        if self.velocity is velocity_estimates.batch:
+            bases.gaussian(self.base, "velocity_estimates.batch")
+            if not isinstance(self.coupling, couplings.Independent):
+                raise ValueError("velocity: expected an independent coupling with the batch's velocity, which assumes it")
         for name in ("times", "gammas"):
             if getattr(self, name) is not None:
                 laws.check_law(name, laws.at_step(getattr(self, name), 0))
@@ -185,6 +194,8 @@ class Objective:
             )
         checks.number("diagonal", self.diagonal, low=0.0, high=1.0)
         checks.integer("blocks", self.blocks, low=1)
+        if self.base is not None:
+            bases.check(self.base)
         if self.term is None and self.diagonal != 1.0:
             raise ValueError(f"diagonal: expected 1 for a method without off-diagonal rows, got {self.diagonal}")
         for name in ("times", "pairs", "gammas"):
@@ -333,6 +344,7 @@ class Objective:
             teacher=teacher,
             data=data,
             interpolant=self.interpolant,
+            base=self.base,
             estimate=self.velocity,
         )
 

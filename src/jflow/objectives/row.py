@@ -9,6 +9,7 @@ from typing import NamedTuple
 import jax
 
 from jflow import checks, identities
+from jflow.bases import Base
 from jflow.interpolants import Interpolant
 from jflow.types import Array, Cond, Event, FlowMap, Key, Params, Time, Velocity, move
 
@@ -74,6 +75,7 @@ class Row(NamedTuple):
       teacher: the teacher, or None.
       data: the data of the whole batch, ``[B, ...]``.
       interpolant: the path.
+      base: the law of x0.
       estimate: the objective's choice of velocity; its value is ``conditional``.
     """
 
@@ -92,6 +94,7 @@ class Row(NamedTuple):
     teacher: Leg | None
     data: Event
     interpolant: Interpolant
+    base: Base
     estimate: Callable[[Row], Event]
 
     @property

@@ -20,7 +20,7 @@ from __future__ import annotations
 import jax
 import jax.numpy as jnp
 
-from jflow import trees
+from jflow import bases, trees
 from jflow.objectives.row import Estimate, Row
 from jflow.types import Array, Event
 
@@ -40,20 +40,26 @@ def teacher(row: Row) -> Event:
 
 
 def batch(row: Row) -> Event:
-    """The mean of I_s' over the data points of the batch, given the point: with x = alpha x0 + beta x1,
+    """The mean of I_s' over the data points of the batch, given the point: for a base N(m, diag(sigma^2)), with
+    x = alpha x0 + beta x1,
 
-        p_j ~ exp( -|x - beta x1_j|^2 / (2 alpha^2) ),   I_s' + (w/alpha) ( sum_j p_j x1_j - x1 ).
+        p_j ~ exp( -|(x - beta x1_j - alpha m)/sigma|^2 / (2 alpha^2) ),   I_s' + (w/alpha) ( sum_j p_j x1_j - x1 ).
 
-    For independent standard normal base points and no conditioning: a coupling, or data that differ in kind, would change
-    the probabilities. Where alpha < 1e-3 it is ``pair``, to which it tends.
+    For base points that are independent of the data, and no conditioning: a coupling, or data that differ in kind, would
+    change the probabilities. Where alpha < 1e-3 it is ``pair``, to which it tends.
+
+    Raises:
+      ValueError: for a base that is not a ``bases.Normal``, or does not fit an event.
     """
     c = row.interpolant.coefficients(row.s)
     alpha = jnp.maximum(c.alpha, 1e-3)
+    base_mean, std = bases.gaussian(row.base, "velocity_estimates.batch").moments(row.x0)
+    centred = trees.sub(row.x0, base_mean)
 
     def log_weight(other: Event) -> Array:
-        # x - beta x1_j = alpha x0 + beta (x1 - x1_j)
-        apart = trees.combine(c.alpha / alpha, row.x0, c.beta / alpha, trees.sub(row.x1, other))
-        return -0.5 * trees.sq_norm(apart)
+        # x - beta x1_j - alpha m = alpha (x0 - m) + beta (x1 - x1_j)
+        apart = trees.combine(c.alpha / alpha, centred, c.beta / alpha, trees.sub(row.x1, other))
+        return -0.5 * trees.sq_norm(jax.tree.map(jnp.divide, apart, std))
 
     weights = jax.nn.softmax(jax.vmap(log_weight)(row.data))
     mean = jax.tree.map(lambda leaf: jnp.tensordot(weights.astype(leaf.dtype), leaf, 1), row.data)

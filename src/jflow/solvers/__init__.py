@@ -11,7 +11,7 @@ from jflow.solvers.ode import (
     tolerance_floor,
     trajectory,
 )
-from jflow.solvers.stochastic import SDE_METHODS, sde
+from jflow.solvers.stochastic import SDE_METHODS, sde, sde_step
 
 __all__ = [
     "ADAPTIVE",
@@ -21,6 +21,7 @@ __all__ = [
     "SDE_METHODS",
     "SolveStats",
     "sde",
+    "sde_step",
     "solve",
     "solve_counted",
     "tolerance_floor",

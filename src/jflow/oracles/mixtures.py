@@ -1,0 +1,177 @@
+"""Gaussian mixtures: their parameters, tilts by a quadratic reward, and posteriors under linear observations."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.scipy.linalg import solve_triangular
+
+from jflow import checks
+from jflow.types import Array
+
+# Contractions decide how exact an oracle is; accelerators would round their inputs to half precision.
+EXACT = jax.lax.Precision.HIGHEST
+HALF_LOG_TAU = 0.5 * float(np.log(2.0 * np.pi))
+
+
+class MixtureParams(NamedTuple):
+    """A Gaussian mixture of K components in d dimensions, each covariance by its eigenvectors and eigenvalues.
+
+    Attributes:
+      log_weights: ``[K]``, log w_k.
+      means: ``[K, d]``, m_k.
+      bases: ``[K, d, d]``, orthogonal Q_k, eigenvectors in its columns.
+      variances: ``[K, d]``, positive lambda_k.
+    """
+
+    log_weights: Array
+    means: Array
+    bases: Array
+    variances: Array
+
+
+def mixture_params(weights: Any, means: Any, covs: Any) -> MixtureParams:
+    """The parameters of a mixture, checked, in jax's default float.
+
+    Args:
+      weights: ``[K]``, positive, of sum 1.
+      means: ``[K, d]``.
+      covs: ``[K, d, d]``, symmetric and positive definite, or ``[K, d]``, the diagonals.
+
+    Raises:
+      ValueError: for other shapes, and (of concrete values) for weights that are not positive or do not sum to 1,
+        means that are not finite, covariances that are not symmetric or not positive definite.
+    """
+    weights, means, covs = (jnp.asarray(value, float) for value in (weights, means, covs))
+    checks.shape("weights", weights, (None,))
+    count = weights.shape[0]
+    checks.shape("means", means, (count, None))
+    dim = means.shape[1]
+    if covs.ndim == 2:
+        checks.shape("covs", covs, (count, dim))
+        bases, variances = jnp.broadcast_to(jnp.eye(dim), (count, dim, dim)), covs
+    else:
+        checks.shape("covs", covs, (count, dim, dim))
+        _check("covs", covs, _symmetric, "symmetric matrices")
+        variances, bases = jnp.linalg.eigh(covs)
+    _check("weights", weights, lambda w: np.all(w > 0) and abs(w.sum() - 1) < 1e-5, "positive numbers of sum 1")
+    _check("means", means, lambda m: np.all(np.isfinite(m)), "finite numbers")
+    _check("covs", variances, lambda v: np.all(v > 0), "positive eigenvalues")
+    return MixtureParams(jnp.log(weights), means, bases, variances)
+
+
+def gaussian_params(mean: Any, cov: Any) -> MixtureParams:
+    """The parameters of one Gaussian: mean ``[d]`` and covariance ``[d, d]``, or its diagonal ``[d]``.
+
+    Raises:
+      ValueError: as ``mixture_params``.
+    """
+    mean, cov = jnp.asarray(mean, float), jnp.asarray(cov, float)
+    checks.shape("mean", mean, (None,))
+    return mixture_params(jnp.ones(1), mean[None], cov[None])
+
+
+def tilt(params: MixtureParams, a: Any, precision: Any | None = None) -> tuple[MixtureParams, Array]:
+    r"""The mixture reweighted by e^{a.x - x'Px/2}, rho* = rho_1 e^{a.x - x'Px/2} / Z.
+
+    Per component, with C = S S', S = Q lambda^(1/2), M = I + S'PS and g = S'(a - Pm):
+
+        C* = S M^{-1} S',  m* = m + S M^{-1} g,  w* ~ w |M|^{-1/2} e^{a.m - m'Pm/2 + g'M^{-1}g/2}
+
+    For P = 0: m* = m + C a and w* ~ w e^{a.m + a'Ca/2}.
+
+    Args:
+      params: the mixture.
+      a: ``[d]``, the linear reward.
+      precision: P, ``[d, d]``, symmetric; it need not be positive, but every M must be. By default 0.
+
+    Returns:
+      The tilted mixture, and log Z in nats, a scalar.
+
+    Raises:
+      ValueError: for other shapes, and (of concrete values) for P that is not symmetric, or so negative that the tilt
+        has no finite integral; traced, log Z is then NaN.
+    """
+    dtype, (_, dim) = params.means.dtype, params.means.shape
+    a = jnp.asarray(a, dtype)
+    checks.shape("a", a, (dim,))
+    root = params.bases * jnp.sqrt(params.variances)[:, None, :]
+    if precision is None:
+        g = matvec(jnp.swapaxes(root, 1, 2), jnp.broadcast_to(a, params.means.shape))
+        log_z = _dot(params.means, a[None]) + 0.5 * _dot(g, g)
+        shifted = params._replace(means=params.means + matvec(root, g))
+    else:
+        p = jnp.asarray(precision, dtype)
+        checks.shape("precision", p, (dim, dim))
+        _check("precision", p, _symmetric, "a symmetric matrix")
+        pm = jnp.einsum("ij,kj->ki", p, params.means, precision=EXACT)
+        m = jnp.eye(dim, dtype=dtype)[None] + jnp.einsum("kia,ij,kjb->kab", root, p, root, precision=EXACT)
+        # M = U diag(mu) U': C* = R R' with R = S U mu^{-1/2}, whose singular vectors are the new basis.
+        mu, u = jnp.linalg.eigh(m)
+        _check("precision", mu, lambda v: np.all(v > 0), "I + S'PS positive definite, a tilt of finite integral")
+        whitened = jnp.einsum("kia,kab->kib", root, u / jnp.sqrt(mu)[:, None, :], precision=EXACT)
+        g = matvec(jnp.swapaxes(whitened, 1, 2), a[None] - pm)
+        log_z = _dot(params.means, a[None] - 0.5 * pm) + 0.5 * _dot(g, g) - 0.5 * jnp.sum(jnp.log(mu), axis=1)
+        cov = jnp.einsum("kib,kjb->kij", whitened, whitened, precision=EXACT)
+        variances, bases = jnp.linalg.eigh(cov)
+        shifted = MixtureParams(params.log_weights, params.means + matvec(whitened, g), bases, variances)
+    log_joint = params.log_weights + log_z
+    total = jax.nn.logsumexp(log_joint)
+    return shifted._replace(log_weights=log_joint - total), total
+
+
+def posterior(params: MixtureParams, matrix: Any, observation: Any, noise_cov: Any) -> tuple[MixtureParams, Array]:
+    r"""The posterior of x given y = A x + N(0, R) under the mixture: the tilt by the log-likelihood, which is quadratic.
+
+    Args:
+      params: the prior.
+      matrix: A, ``[m, d]``.
+      observation: y, ``[m]``.
+      noise_cov: R, ``[m, m]``, symmetric and positive definite.
+
+    Returns:
+      The posterior mixture, and the log evidence log p(y) in nats, a scalar.
+
+    Raises:
+      ValueError: for other shapes, and (of concrete values) for R that is not symmetric and positive definite.
+    """
+    dtype, (_, dim) = params.means.dtype, params.means.shape
+    matrix, y, noise = (jnp.asarray(value, dtype) for value in (matrix, observation, noise_cov))
+    checks.shape("matrix", matrix, (None, dim))
+    size = matrix.shape[0]
+    checks.shape("observation", y, (size,))
+    checks.shape("noise_cov", noise, (size, size))
+    _check("noise_cov", noise, _symmetric, "a symmetric matrix")
+    root = jnp.linalg.cholesky(noise)
+    _check("noise_cov", root, lambda r: np.all(np.isfinite(r)), "a positive definite matrix")
+    white = solve_triangular(root, jnp.concatenate([matrix, y[:, None]], axis=1), lower=True)
+    white, y = white[:, :-1], white[:, -1]
+    precision = jnp.einsum("mi,mj->ij", white, white, precision=EXACT)
+    tilted, log_z = tilt(params, jnp.einsum("mi,m->i", white, y, precision=EXACT), precision)
+    log_det = 2.0 * jnp.sum(jnp.log(jnp.diagonal(root)))
+    return tilted, log_z - 0.5 * (jnp.sum(y * y) + log_det + 2.0 * size * HALF_LOG_TAU)
+
+
+def matvec(matrices: Array, vectors: Array) -> Array:
+    """[K, i, j] times [K, j]."""
+    return jnp.einsum("kij,kj->ki", matrices, vectors, precision=EXACT)
+
+
+def _dot(a: Array, b: Array) -> Array:
+    return jnp.sum(a * b, axis=1)
+
+
+def _check(name: str, value: Array, test: Callable[[np.ndarray], Any], expected: str) -> None:
+    """Refuses a concrete value that fails the test; a traced one passes."""
+    concrete = checks.concrete(value)
+    if concrete is not None and not test(concrete):
+        raise ValueError(f"{name}: expected {expected}, got {np.array2string(concrete, threshold=20)}")
+
+
+def _symmetric(matrices: np.ndarray) -> bool:
+    """Symmetric up to rounding of the largest entry."""
+    return bool(np.max(np.abs(matrices - np.swapaxes(matrices, -1, -2))) <= 1e-5 * np.max(np.abs(matrices)))

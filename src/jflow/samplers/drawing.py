@@ -1,0 +1,132 @@
+"""Any number of samples, in blocks of one size that are compiled once, on one device or over a mesh."""
+
+from __future__ import annotations
+
+import functools
+from typing import Any, NamedTuple
+
+import jax
+import numpy as np
+from jax.sharding import Mesh
+
+from jflow import bases, checks, sharding
+from jflow.samplers.steps import Grid, Sampler, run, times_of
+from jflow.types import Array, Cond, Event, Key
+
+
+def draw(
+    sampler: Sampler,
+    key: Key,
+    n: int,
+    grid: Grid,
+    cond: Cond = None,
+    *,
+    like: Event | None = None,
+    x0: Event | None = None,
+    base: bases.Base | None = None,
+    block: int = 1024,
+    mesh: Mesh | None = None,
+) -> Event:
+    """n samples of a sampler, from base points that it draws, or that are given.
+
+        samples = draw(Jumps(bound), key, 50_000, uniform_grid(4), labels, like=jax.ShapeDtypeStruct((28, 28), jnp.float32))
+
+    Sample i has the key ``fold_in(key, i)``, split into one of its base point and one of the sampler. The samples therefore do
+    not depend on the block or the devices but for the rounding of batched products; the first m of n samples are the m
+    samples of the same key, and samplers with the same key start from the same base points.
+
+    For use outside ``jax.jit``. A block is compiled once for each sampler structure, size and shape of the grid: the last
+    block is filled up to the same size.
+
+    Args:
+      sampler: such as ``Jumps``, ``Renoise``, ``SDE``; a pytree, whose arrays are passed to the compiled function.
+      key: a PRNG key.
+      n: the number of samples.
+      grid: concrete times, ``[K + 1]``.
+      cond: conditioning of each sample, leaves ``[n, ...]``, or None.
+      like: one event, arrays or ``jax.ShapeDtypeStruct``, to draw base points for.
+      x0: base points ``[n, ...]``, instead of ``like``.
+      base: the law of x0: by default ``sampler.base`` if it has one, else the standard normal.
+      block: the most samples that are made at once, over all devices; rounded up to a multiple of their number.
+      mesh: from ``sharding.mesh``; each device makes its share of a block, with the sampler's arrays whole.
+
+    Returns:
+      Samples ``[n, ...]``, numpy arrays on the host.
+
+    Raises:
+      ValueError: for neither or both of ``like`` and ``x0``, a base beside x0, leaves of another length than n, or a grid
+        that is traced or that the sampler refuses.
+      TypeError: for points that are not floating-point, or numbers of the wrong type.
+    """
+    checks.integer("n", n, low=1)
+    checks.integer("block", block, low=1)
+    if (like is None) == (x0 is None):
+        raise ValueError("like, x0: expected one of them, an event to draw base points for or the points themselves")
+    if x0 is not None and base is not None:
+        raise ValueError("base: expected none beside x0, which is given")
+    base = getattr(sampler, "base", bases.STANDARD_NORMAL) if base is None else base
+    bases.check(base)
+    if checks.concrete(grid) is None:
+        raise ValueError("grid: expected concrete times, got traced ones")
+    sampler.check(grid)
+    x0, cond = jax.tree.map(np.asarray, (x0, cond))
+    for name, rows in (("x0", x0), ("cond", cond)):
+        for leaf in jax.tree.leaves(rows):
+            if leaf.shape[:1] != (n,):
+                raise ValueError(f"{name}: expected leaves with a leading axis of n = {n}, got shape {leaf.shape}")
+    checks.floating("like", like)
+    times = times_of(jax.tree.map(lambda leaf: np.zeros((), leaf.dtype), like if x0 is None else x0), grid)
+    devices = 1 if mesh is None else mesh.size
+    size = -(-min(block, n) // devices) * devices
+    # A base that is not a pytree, hence its own leaf, is part of the program.
+    static = base if jax.tree.structure(base) == jax.tree.structure(0) else None
+    events = None if like is None else _Event.of(like)
+    ends = []
+    for first in range(0, n, size):
+        # The last block is filled up with the last sample, again and again.
+        rows = np.minimum(np.arange(first, first + size), n - 1)
+        taken = jax.tree.map(lambda leaf, rows=rows: leaf[rows], (x0, cond))
+        end = _block(
+            sampler, base if static is None else None, key, times, rows.astype(np.uint32), *taken, static, events, mesh
+        )
+        ends.append(jax.tree.map(lambda leaf, first=first: leaf[: n - first], sharding.local(end)))
+    return jax.tree.map(lambda *leaves: np.concatenate(leaves), *ends)
+
+
+class _Event(NamedTuple):
+    """Structure, shapes and dtypes of an event, hashable."""
+
+    structure: Any
+    leaves: tuple[jax.ShapeDtypeStruct, ...]
+
+    @classmethod
+    def of(cls, like: Event) -> _Event:
+        leaves, structure = jax.tree.flatten(like)
+        return cls(structure, tuple(jax.ShapeDtypeStruct(leaf.shape, leaf.dtype) for leaf in leaves))
+
+
+@functools.partial(jax.jit, static_argnums=(7, 8, 9))
+def _block(
+    sampler: Sampler,
+    base: bases.Base | None,
+    key: Key,
+    times: Array,
+    rows: Array,
+    x0: Event | None,
+    cond: Cond,
+    static: bases.Base | None,
+    like: _Event | None,
+    mesh: Mesh | None,
+) -> Event:
+    """One block of samples; ``rows`` are their numbers."""
+
+    def one(sampler: Sampler, base: Any, key: Key, times: Array, row: Array, x0: Event | None, cond: Cond) -> Event:
+        base_key, sampler_key = jax.random.split(jax.random.fold_in(key, row))
+        if like is not None:
+            event = jax.tree.unflatten(like.structure, like.leaves)
+            x0 = (base if static is None else static).sample(base_key, event)
+        return run(sampler, sampler_key, x0, times, cond)
+
+    axes = (None, None, None, None, 0, 0, 0)
+    mapped = jax.vmap(one, axes) if mesh is None else sharding.vmap(one, mesh, axes)
+    return mapped(sampler, base, key, times, rows, x0, cond)

@@ -1,0 +1,123 @@
+"""Jumps of a flow map along a grid, towards the data or, by a map that goes backward, towards the base."""
+
+from __future__ import annotations
+
+import dataclasses
+import warnings
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from jflow import checks, solvers
+from jflow.samplers.steps import Grid, Info, State, next_time, no_noise, run, run_path, start, times_of
+from jflow.types import BoundFlowMap, Cond, Event, Key, Time
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class Jumps:
+    """The sampler x_{k+1} = X_{t_k, t_{k+1}}(x_k).
+
+    Attributes:
+      bound: the flow map with its parameters.
+      keyed: whether the network gets the key of the step (dropout and the like); else it is called without one.
+    """
+
+    bound: BoundFlowMap
+    keyed: bool = dataclasses.field(default=False, metadata={"static": True})
+
+    def init(self, x0: Event, t: Time, cond: Cond = None) -> State:
+        """The state of a sample x0 at time t; errors as ``run``."""
+        return start(x0, t, cond)
+
+    def step(self, key: Key | None, state: State, t: Time) -> tuple[State, Info]:
+        """X_{state.t, t}(x); one call. The key may be None unless ``keyed``."""
+        t = next_time(state, t)
+        x = self.bound.jump(state.t, t, state.x, state.cond, key=key if self.keyed else None)
+        return state._replace(x=x, t=t), Info(t, no_noise(state), jnp.int32(1))
+
+    def check(self, grid: Grid) -> None:
+        """Refuses a concrete grid with a jump outside the map's domain.
+
+        Raises:
+          ValueError: naming the jump.
+        """
+        self.bound.domain.check_grid(grid)
+
+
+def jumps(bound: BoundFlowMap, x0: Event, grid: Grid, cond: Cond = None, *, key: Key | None = None) -> Event:
+    """The state at grid[-1] after one jump between each two times of the grid, of one sample; shaped like x0.
+
+    Args:
+      bound: the flow map with its parameters.
+      x0: the state at grid[0], a pytree of floating-point arrays.
+      grid: the times, ``[K + 1]``, every jump within ``bound.domain``; ascending generates.
+      cond: conditioning of the sample.
+      key: passed on to the network, one per jump (dropout and the like); None for none.
+
+    Raises:
+      ValueError: for a grid with a jump outside the domain (a traced grid cannot be looked at).
+      TypeError: for x0 that is not floating-point.
+    """
+    return run(Jumps(bound, keyed=key is not None), key, x0, grid, cond)
+
+
+def jumps_path(bound: BoundFlowMap, x0: Event, grid: Grid, cond: Cond = None, *, key: Key | None = None) -> Event:
+    """All states x_0, X_{t_0,t_1}(x_0), X_{t_1,t_2}(...), ... of ``jumps``: shaped like x0 with a leading axis K + 1.
+
+    Arguments and errors: as ``jumps``.
+    """
+    return run_path(Jumps(bound, keyed=key is not None), key, x0, grid, cond)[0]
+
+
+def encode(
+    bound: BoundFlowMap,
+    x1: Event,
+    grid: Grid,
+    cond: Cond = None,
+    *,
+    rtol: float | None = None,
+    atol: float | None = None,
+    max_steps: int = 4096,
+    key: Key | None = None,
+) -> Event:
+    """Data to noise along a descending grid, of one sample.
+
+    A map whose domain goes backward jumps along the grid. Any other is solved: its diagonal is integrated
+    from grid[0] to grid[-1] by an adaptive solve, and a UserWarning says so. The inner times of the grid then
+    do not matter, the cost is that of the solve, and the diagonal must have been trained (a consistency
+    model's may not be).
+
+    Args:
+      bound: the flow map with its parameters.
+      x1: the state at grid[0].
+      grid: strictly descending times, ``[K + 1]``.
+      cond: conditioning of the sample.
+      rtol: of the solve, as in ``solvers.solve``: by default 1e-5 in float32 and 1e-8 in float64.
+      atol: of the solve; by default as ``rtol``.
+      max_steps: of the solve.
+      key: passed on to the network; None for none.
+
+    Returns:
+      The state at grid[-1], shaped like x1.
+
+    Raises:
+      ValueError: for a grid that does not descend, or a jump outside the domain of a map that goes backward.
+      TypeError: for x1 that is not floating-point.
+      RuntimeError: at an un-jitted call whose solve needs more than ``max_steps``.
+    """
+    checks.floating("x1", x1)
+    times = times_of(x1, grid)
+    values = checks.concrete(grid)
+    if values is not None and not (np.diff(values) < 0).all():
+        raise ValueError(f"grid: expected strictly descending times, got {values}")
+    if bound.domain.backward:
+        return jumps(bound, x1, grid, cond, key=key)
+    warnings.warn(
+        f"encode: the map's domain, {bound.domain.name}, has no backward direction: its diagonal is solved",
+        UserWarning,
+        stacklevel=2,
+    )
+    solved = solvers.solve(bound.flow_map.velocity, rtol=rtol, atol=atol, max_steps=max_steps)
+    return solved.bind(bound.params).jump(times[0], times[-1], jax.tree.map(jnp.asarray, x1), cond, key=key)

@@ -1,0 +1,189 @@
+"""Samplers as steps: a state, ``step(key, state, t) -> (state, info)``, and one ``run`` along a grid for all of them.
+
+A sampler works on one sample; callers ``jax.vmap``. Its state is a pytree of arrays, so a batch of states can be weighted,
+resampled or changed between two steps:
+
+    sampler = samplers.Renoise(bound, interpolant, kappa=0.5)
+    states = jax.vmap(lambda x: sampler.init(x, 0.0))(x0)
+    for k, t in enumerate(times):
+        keys = jax.random.split(jax.random.fold_in(key, k), n)
+        states, info = jax.vmap(sampler.step, (0, 0, None))(keys, states, t)
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple, Protocol
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from jflow import checks, trees
+from jflow.types import Array, Cond, Event, Key, Time
+
+Grid = Sequence[float] | np.ndarray | Array
+
+
+class State(NamedTuple):
+    """Where a sampler is.
+
+    Attributes:
+      x: the sample, in the dtypes of x0.
+      t: its time, a scalar of at least float32.
+      cond: conditioning of the sample, or None.
+      wide: x before it was rounded to its own dtype, where a sampler of many small steps needs it (``SDE`` of narrow
+        dtypes), else None. To go on from another x, make a state with ``init``.
+    """
+
+    x: Event
+    t: Array
+    cond: Cond = None
+    wide: Event | None = None
+
+
+class Info(NamedTuple):
+    """What a person looks at after a step.
+
+    Attributes:
+      target: the time that the map jumped to, a scalar; the time of the new state where no jump goes beyond it.
+      noise: standard deviation of the noise that was added, in units of x: for each leaf a scalar, or an array like it
+        where the entries differ.
+      calls: calls of the map or of its velocity, an int32 scalar.
+      centre: the new x without the noise that was added, where it is added at the end of the step (``Renoise``), else None.
+    """
+
+    target: Array
+    noise: Event
+    calls: Array
+    centre: Event | None = None
+
+
+class Sampler(Protocol):
+    """What ``run`` and ``draw`` accept. For ``draw`` it is a pytree as well."""
+
+    def init(self, x0: Event, t: Time, cond: Cond = None) -> State:
+        """The state of a sample x0 at time t."""
+        ...
+
+    def step(self, key: Key | None, state: State, t: Time) -> tuple[State, Info]:
+        """One step from ``state.t`` to t, both of which may be traced; the key is for this step alone."""
+        ...
+
+    def check(self, grid: Grid) -> None:
+        """Refuses a concrete grid that the sampler cannot follow; a traced one passes."""
+        ...
+
+
+def uniform_grid(steps: int, *, start: float = 0.0, end: float = 1.0) -> np.ndarray:
+    """``steps`` equal jumps from ``start`` to ``end``: float64 ``[steps + 1]``, concrete even under ``jit``.
+
+    Raises:
+      ValueError: for no steps or times outside [0, 1]; TypeError for numbers of the wrong type.
+    """
+    checks.integer("steps", steps, low=1)
+    return np.linspace(
+        checks.number("start", start, low=0.0, high=1.0),
+        checks.number("end", end, low=0.0, high=1.0),
+        steps + 1,
+    )
+
+
+def run(sampler: Sampler, key: Key | None, x0: Event, grid: Grid, cond: Cond = None) -> Event:
+    """The sample at grid[-1], one step of the sampler between each two times of the grid; shaped like x0.
+
+    Args:
+      sampler: an object with ``init``, ``step`` and ``check``, such as ``Jumps``, ``Renoise``, ``SDE``.
+      key: folded with the number of each step; None for a sampler that needs none.
+      x0: the state at grid[0], a pytree of floating-point arrays.
+      grid: the times, ``[K + 1]``.
+      cond: conditioning of the sample.
+
+    Raises:
+      ValueError: for a grid that is not one-dimensional with two entries or more, and as ``sampler.check``.
+      TypeError: for x0 that is not floating-point.
+    """
+    end, _ = _scan(sampler, key, x0, grid, cond, lambda state, info: None)
+    return end.x
+
+
+def run_path(sampler: Sampler, key: Key | None, x0: Event, grid: Grid, cond: Cond = None) -> tuple[Event, Info]:
+    """All samples on the way, and what each step reports.
+
+    Args and errors: as ``run``.
+
+    Returns:
+      (x, info): x like x0 with a leading axis K + 1, of which the first is x0; info with a leading axis K.
+    """
+    _, (states, info) = _scan(sampler, key, x0, grid, cond, lambda state, info: (state.x, info))
+    first = jax.tree.map(jnp.asarray, x0)
+    return jax.tree.map(lambda first, rest: jnp.concatenate([first[None], rest]), first, states), info
+
+
+def _scan(
+    sampler: Sampler,
+    key: Key | None,
+    x0: Event,
+    grid: Grid,
+    cond: Cond,
+    keep: Callable[[State, Info], Any],
+) -> tuple[State, Any]:
+    times = times_of(x0, grid)
+    sampler.check(grid)
+
+    def leg(state: State, inputs: tuple[Array, Array]) -> tuple[State, Any]:
+        index, t = inputs
+        # Keys split beforehand and scanned over trip jax's check for key reuse under vmap.
+        state, info = sampler.step(None if key is None else jax.random.fold_in(key, index), state, t)
+        return state, keep(state, info)
+
+    indices = jnp.arange(times.shape[0] - 1, dtype=jnp.uint32)
+    return jax.lax.scan(leg, sampler.init(x0, times[0], cond), (indices, times[1:]))
+
+
+def times_of(x0: Event, grid: Grid) -> Array:
+    """The grid as an array: a floating jax array as it is, numbers in the widest dtype of x0 or float32.
+
+    Raises:
+      ValueError: for a grid that is not one-dimensional with two entries or more.
+      TypeError: for x0 that is not floating-point.
+    """
+    checks.floating("x0", x0)
+    shape = np.shape(grid)
+    if len(shape) != 1 or shape[0] < 2:
+        raise ValueError(f"grid: expected at least two times in one dimension, got shape {shape}")
+    return time_of(jax.tree.map(jnp.asarray, x0), grid)
+
+
+def time_of(x: Event, t: Any) -> Array:
+    """A time, or times, as an array: a floating jax array as it is, numbers in the widest dtype of x or float32."""
+    if isinstance(t, jax.Array) and jnp.issubdtype(t.dtype, jnp.floating):
+        return t
+    return jnp.asarray(t, trees.at_least_float32(x))
+
+
+def start(x0: Event, t: Time, cond: Cond) -> State:
+    """The state of a sample, checked.
+
+    Raises:
+      TypeError: for x0 that is not floating-point; ValueError for a t that is not a scalar.
+    """
+    checks.floating("x0", x0)
+    checks.scalar("t", t)
+    x0 = jax.tree.map(jnp.asarray, x0)
+    return State(x0, time_of(x0, t), cond)
+
+
+def next_time(state: State, t: Time) -> Array:
+    """The time of the next state, in the dtype of the last: a loop needs them equal.
+
+    Raises:
+      ValueError: for a t that is not a scalar.
+    """
+    checks.scalar("t", t)
+    return jnp.asarray(t).astype(state.t.dtype)
+
+
+def no_noise(state: State) -> Event:
+    """Zeros, one for each leaf of x."""
+    return jax.tree.map(lambda leaf: jnp.zeros((), trees.at_least_float32(leaf)), state.x)

@@ -1,0 +1,293 @@
+"""Samplers as steps: the same numbers by hand and by ``run``, states in a batch, calls of the map, and ``draw``."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from jflow import bases, interpolants, likelihood, oracles, samplers, sharding, solvers, types
+
+PATH = interpolants.trigonometric()
+ORACLE = oracles.gaussian(PATH)
+PARAMS = oracles.gaussian_params([0.7, -0.4], [[0.3, 0.1], [0.1, 0.2]])
+BOUND = ORACLE.flow_map.bind(PARAMS)
+GRID = [0.1, 0.35, 0.6, 1.0]
+X = jnp.array([0.4, -1.2])
+SAMPLERS = {
+    "jumps": samplers.Jumps(BOUND),
+    "renoise": samplers.Renoise(BOUND, PATH, kappa=0.5, base=bases.Normal(0.2, np.array([0.5, 1.5]))),
+    "consistency": samplers.Renoise(BOUND, PATH, kappa=1.0),
+    "euler": samplers.SDE(BOUND, PATH),
+    "heun": samplers.SDE(BOUND, PATH, method="heun", diffusion=0.5),
+}
+
+
+@pytest.mark.parametrize("name", SAMPLERS)
+def test_run_is_the_steps_one_after_the_other(name):
+    sampler, key = SAMPLERS[name], jax.random.key(0)
+    path, info = jax.jit(lambda key: samplers.run_path(sampler, key, X, GRID))(key)
+    np.testing.assert_array_equal(path[0], X)
+    np.testing.assert_array_equal(path[-1], jax.jit(lambda key: samplers.run(sampler, key, X, GRID))(key))
+    state, step = sampler.init(X, GRID[0]), jax.jit(sampler.step)
+    for k, t in enumerate(GRID[1:]):
+        state, now = step(jax.random.fold_in(key, k), state, t)
+        np.testing.assert_allclose(state.x, path[k + 1], rtol=1e-12)
+        assert state.t == t and now.calls == (2 if name == "heun" else 1)
+        jax.tree.map(lambda one, all_, k=k: np.testing.assert_allclose(one, all_[k], rtol=1e-12), now, info)
+
+
+def test_info_says_where_the_map_jumped_and_what_noise_was_added():
+    sampler, key = SAMPLERS["renoise"], jax.random.key(1)
+    state, info = sampler.step(key, sampler.init(X, 0.1), 0.35)
+    plan = samplers.renoise_plan(PATH, jnp.array([0.35]), 0.5)
+    np.testing.assert_allclose(info.target, plan.target[0], rtol=1e-12)
+    assert info.target > 0.35
+    np.testing.assert_allclose(info.noise, 0.5 * PATH.alpha(0.35) * np.array([0.5, 1.5]), rtol=1e-12)
+    z = bases.STANDARD_NORMAL.sample(jax.random.clone(key), X)
+    np.testing.assert_allclose(state.x, info.centre + info.noise * z, rtol=1e-12)
+    _, info = SAMPLERS["consistency"].step(jax.random.key(2), state, 0.6)
+    assert info.target == 1.0
+    _, info = SAMPLERS["consistency"].step(jax.random.key(2), state, 1.0)
+    assert info.target == 1.0 and info.noise == 0.0
+    _, info = SAMPLERS["jumps"].step(None, state, 0.6)
+    assert info.target == 0.6 and info.noise == 0.0 and info.centre is None
+    _, info = SAMPLERS["euler"].step(jax.random.key(3), state, 0.6)
+    c = PATH.coefficients(0.35)
+    np.testing.assert_allclose(info.noise, np.sqrt(2 * c.alpha * c.w * 0.25), rtol=1e-12)
+
+
+@pytest.mark.parametrize("name", SAMPLERS)
+def test_states_are_pytrees_for_a_batch_of_particles_at_traced_times(name):
+    """As steering needs them: resampled between two steps; each particle may be at a time of its own."""
+    sampler, n = SAMPLERS[name], 5
+    x0 = jax.random.normal(jax.random.key(4), (n, 2))
+    labels = jnp.arange(n)
+
+    @jax.jit
+    def steps(x0, times):
+        states = jax.vmap(lambda x, c: sampler.init(x, 0.1, c))(x0, labels)
+        states, _ = jax.vmap(sampler.step, (0, 0, None))(jax.random.split(jax.random.key(5), n), states, times[0])
+        states = jax.tree.map(lambda leaf: leaf[jnp.array([3, 3, 1, 0, 4])], states)
+        again, _ = jax.vmap(sampler.step)(jax.random.split(jax.random.key(6), n), states, jnp.linspace(0.4, 0.8, n))
+        return states, again
+
+    states, again = steps(x0, jnp.array([0.3]))
+    np.testing.assert_array_equal(states.cond, [3, 3, 1, 0, 4])
+    np.testing.assert_array_equal(again.t, np.linspace(0.4, 0.8, n))
+    key = jax.random.split(jax.random.key(6), n)[2]
+    alone, _ = sampler.step(key, jax.tree.map(lambda leaf: leaf[2], states), np.linspace(0.4, 0.8, n)[2])
+    np.testing.assert_allclose(again.x[2], alone.x, rtol=1e-12)
+    assert np.all(again.x[0] != again.x[1])
+
+
+def test_renoise_draws_the_same_numbers_as_before_steps():
+    """x_t = shrink X + noise z, z of fold_in(key, k) split over the leaves: the streams of earlier versions."""
+    key, x = jax.random.key(7), X
+    plan = samplers.renoise_plan(PATH, jnp.array(GRID[1:]), 0.5)
+    for k, (s, (target, shrink, noise, _)) in enumerate(zip(GRID, zip(*plan, strict=True), strict=False)):
+        leaf_key = jax.random.split(jax.random.fold_in(key, k), 1)[0]
+        x = shrink * BOUND.jump(s, target, x) + noise * jax.random.normal(leaf_key, (2,))
+    found = samplers.renoise(BOUND, X, GRID, key=key, interpolant=PATH, kappa=0.5)
+    np.testing.assert_allclose(found, x, rtol=1e-14)
+
+
+def test_a_keyed_network_gets_a_key_of_its_own():
+    def noisy(params, s, t, x, cond=None, *, key=None):
+        return (0.0 if key is None else jax.random.normal(key, x.shape)) + 0.0 * x
+
+    bound = types.FlowMap(noisy, types.BOTH).bind(None)
+    key = jax.random.key(8)
+    plain = samplers.renoise(bound, X, [0.0, 0.5], key=key, interpolant=PATH, kappa=1.0)
+    keyed = samplers.renoise(bound, X, [0.0, 0.5], key=key, interpolant=PATH, kappa=1.0, keyed=True)
+    assert np.all(plain != keyed)
+    _, info = samplers.run_path(samplers.Renoise(bound, PATH, 1.0, keyed=True), key, X, [0.0, 0.5])
+    added = (keyed - info.centre[0]) / info.noise[0]
+    moved = (info.centre[0] / PATH.beta(0.5) - X) / 1.0
+    assert np.all(np.abs(added - moved) > 1e-6)
+
+
+def test_sde_returns_its_path_and_keeps_small_steps_of_narrow_states():
+    path = jax.jit(lambda key: samplers.sde_path(BOUND, X, GRID, key=key, interpolant=PATH))(jax.random.key(9))
+    assert path.shape == (4, 2)
+    end = samplers.sde(BOUND, X, GRID, key=jax.random.key(9), interpolant=PATH)
+    np.testing.assert_allclose(path[-1], end, rtol=1e-12)
+    # A thousand steps of 1e-3 from 1, each below half a unit of bfloat16's last place.
+    drifts = types.FlowMap(lambda p, s, t, x, c=None, *, key=None: jnp.ones_like(x)).bind(None)
+    grid = samplers.uniform_grid(1000)
+    one = jnp.ones(2, jnp.bfloat16)
+    still = samplers.sde(drifts, one, grid, key=jax.random.key(0), interpolant=PATH, diffusion=0.0)
+    assert still.dtype == jnp.bfloat16
+    np.testing.assert_allclose(still.astype(jnp.float32), 2.0, rtol=1e-2)
+
+
+@pytest.mark.parametrize("method", ["euler", "heun"])
+def test_the_sde_sampler_steps_as_the_sde_of_the_solvers(method):
+    sampler, key = samplers.SDE(BOUND, PATH, method=method), jax.random.key(10)
+    simulate = solvers.sde(BOUND.flow_map.velocity, PATH, method=method)
+    # The increments depend on the key and the times, so that one key may serve every step.
+    state = sampler.init(X, GRID[0])
+    for t in GRID[1:]:
+        state, _ = sampler.step(key, state, t)
+    np.testing.assert_allclose(state.x, simulate(PARAMS, key, jnp.asarray(GRID), X), rtol=1e-12)
+
+
+class Counted:
+    """A flow map that counts how often it runs."""
+
+    def __init__(self):
+        self.calls = 0
+        self.bound = types.FlowMap(self.mean_velocity, types.BOTH).bind(None)
+
+    def mean_velocity(self, params, s, t, x, cond=None, *, key=None):
+        jax.debug.callback(self.count)
+        return -0.5 * x
+
+    def count(self):
+        self.calls += 1
+
+
+@pytest.mark.parametrize("jumps", [2, 3, 5])
+def test_renoised_calls_the_map_once_for_each_jump_before_the_last(jumps):
+    counted, n = Counted(), 3
+    keys, x0 = jax.random.split(jax.random.key(11), n), jnp.ones((n, 2))
+    grid = samplers.uniform_grid(jumps)
+    found = likelihood.renoised(counted.bound, x0, grid, keys=keys, interpolant=PATH)
+    jax.block_until_ready(found)
+    jax.effects_barrier()
+    # Of the whole batch at once.
+    assert counted.calls == jumps - 1
+
+
+@pytest.mark.parametrize("name", SAMPLERS)
+def test_a_sampler_calls_the_map_as_often_as_its_info_says(name):
+    counted, key = Counted(), jax.random.key(12)
+    sampler = {
+        "jumps": lambda b: samplers.Jumps(b),
+        "renoise": lambda b: samplers.Renoise(b, PATH, 0.5),
+        "consistency": lambda b: samplers.Renoise(b, PATH, 1.0),
+        "euler": lambda b: samplers.SDE(b, PATH),
+        "heun": lambda b: samplers.SDE(b, PATH, method="heun"),
+    }[name](counted.bound)
+    _, info = jax.block_until_ready(samplers.run_path(sampler, key, X, GRID))
+    jax.effects_barrier()
+    assert counted.calls == int(jnp.sum(info.calls))
+
+
+class Walk(NamedTuple):
+    x: jax.Array
+    count: jax.Array
+
+
+class Drift:
+    """A sampler of one's own, with a state of its own, that consumes the key as it comes."""
+
+    def init(self, x0, t, cond=None):
+        return Walk(x0, jnp.int32(0))
+
+    def step(self, key, state, t):
+        x = state.x + t + jax.random.normal(key, state.x.shape, state.x.dtype)
+        return Walk(x, state.count + 1), state.count
+
+    def check(self, grid):
+        if len(grid) > 4:
+            raise ValueError("grid: too long")
+
+
+def test_a_sampler_of_ones_own_runs():
+    path, counts = samplers.run_path(Drift(), jax.random.key(13), X, GRID)
+    np.testing.assert_array_equal(counts, [0, 1, 2])
+    noise = np.diff(path, axis=0) - np.asarray(GRID[1:])[:, None]
+    assert len(np.unique(noise)) == 6
+    with pytest.raises(ValueError, match="too long"):
+        samplers.run(Drift(), jax.random.key(13), X, [0.0, 0.1, 0.2, 0.3, 0.4])
+
+
+# --- draw -------------------------------------------------------------------------------------------------------------
+
+DRAWN = {name: SAMPLERS[name] for name in ("jumps", "renoise", "heun")}
+LIKE = jax.ShapeDtypeStruct((2,), jnp.float64)
+
+
+@pytest.mark.parametrize("name", DRAWN)
+def test_draws_are_the_same_whatever_the_block_and_the_devices(name):
+    sampler, key, n = DRAWN[name], jax.random.key(14), 37
+    whole = samplers.draw(sampler, key, n, GRID, like=LIKE)
+    assert isinstance(whole, np.ndarray) and whole.shape == (n, 2) and len(np.unique(whole[:, 0])) == n
+    for block, mesh in ((8, None), (1, None), (16, sharding.mesh()), (5, sharding.mesh(fsdp=2)), (64, sharding.mesh())):
+        found = samplers.draw(sampler, key, n, GRID, like=LIKE, block=block, mesh=mesh)
+        np.testing.assert_allclose(found, whole, rtol=1e-12)
+    np.testing.assert_allclose(samplers.draw(sampler, key, 5, GRID, like=LIKE), whole[:5], rtol=1e-12)
+    # By hand.
+    base_key, sampler_key = jax.random.split(jax.random.fold_in(key, 36))
+    x0 = getattr(sampler, "base", bases.STANDARD_NORMAL).sample(base_key, LIKE)
+    np.testing.assert_allclose(samplers.run(sampler, sampler_key, x0, GRID), whole[36], rtol=1e-12)
+
+
+def test_draw_gives_each_sample_its_condition_and_its_base_point_and_compiles_once():
+    traced = []
+
+    def labelled(params, s, t, x, cond=None, *, key=None):
+        traced.append(None)
+        return x * 0.0 + cond + params
+
+    flow_map, n = types.FlowMap(labelled, types.BOTH), 11
+    labels, x0 = jnp.arange(n), np.linspace(0.0, 1.0, n)[:, None]
+    for params in (1, 2):
+        # Another n, and another grid of the same length, need no other program either.
+        for count, grid in ((n, [0.0, 1.0]), (9, [0.0, 0.5])):
+            bound = flow_map.bind(jnp.float64(params))
+            cond = labels[:count].astype(jnp.float64)
+            found = samplers.draw(samplers.Jumps(bound), jax.random.key(0), count, grid, cond, x0=x0[:count], block=4)
+            want = x0[:count] + grid[1] * (np.arange(count)[:, None] + params)
+            np.testing.assert_allclose(found, want, rtol=1e-12)
+    once = len(traced)
+    samplers.draw(samplers.Jumps(bound), jax.random.key(0), n, [0.0, 1.0], labels.astype(float), x0=x0, block=4)
+    assert len(traced) == once <= 2
+
+
+def test_draw_refuses():
+    sampler, key = SAMPLERS["jumps"], jax.random.key(0)
+    for arguments, error, message in (
+        ({}, ValueError, "like, x0: expected one of them"),
+        ({"like": LIKE, "x0": jnp.zeros((3, 2))}, ValueError, "like, x0: expected one of them"),
+        (
+            {"x0": jnp.zeros((4, 2))},
+            ValueError,
+            r"x0: expected leaves with a leading axis of n = 3, got shape \(4, 2\)",
+        ),
+        ({"x0": jnp.zeros((3, 2)), "base": bases.Normal()}, ValueError, "base: expected none beside x0"),
+        ({"like": LIKE, "cond": jnp.zeros(4)}, ValueError, "cond: expected leaves with a leading axis of n = 3"),
+        ({"like": LIKE, "base": 1.0}, TypeError, "base: expected a base"),
+        ({"like": jnp.zeros(2, int)}, TypeError, "like: expected floating"),
+        ({"x0": jnp.zeros((3, 2), int)}, TypeError, "x0: expected floating"),
+        ({"like": LIKE, "block": 0}, ValueError, "block: "),
+    ):
+        with pytest.raises(error, match=message):
+            samplers.draw(sampler, key, 3, GRID, **arguments)
+    with pytest.raises(ValueError, match=r"grid: the jump from 1 to 1\.5"):
+        samplers.draw(sampler, key, 3, [1.0, 1.5], like=LIKE)
+    with pytest.raises(ValueError, match="n: "):
+        samplers.draw(sampler, key, 0, GRID, like=LIKE)
+    with pytest.raises(ValueError, match="grid: expected concrete"):
+        jax.jit(lambda grid: samplers.draw(sampler, key, 3, grid, like=LIKE))(jnp.array(GRID))
+
+
+def test_steps_check_their_arguments():
+    renoise = SAMPLERS["renoise"]
+    with pytest.raises(ValueError, match="t: expected a scalar"):
+        renoise.init(X, jnp.zeros(2))
+    with pytest.raises(TypeError, match="x0: expected floating"):
+        samplers.Jumps(BOUND).init(jnp.arange(2), 0.0)
+    with pytest.raises(ValueError, match="t: expected a scalar"):
+        renoise.step(jax.random.key(0), renoise.init(X, 0.0), jnp.zeros(2))
+    with pytest.raises(ValueError, match="kappa: expected a share"):
+        samplers.Renoise(BOUND, PATH, 1.5).init(X, 0.0)
+    with pytest.raises(ValueError, match="method: "):
+        samplers.SDE(BOUND, PATH, method="milstein").init(X, 0.0)
+    for grid in ([0.5, 0.1], [0.0, 1.2]):
+        with pytest.raises(ValueError, match="grid: "):
+            samplers.sde(BOUND, X, grid, key=jax.random.key(0), interpolant=PATH)
