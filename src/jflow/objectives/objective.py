@@ -170,7 +170,7 @@ class Objective:
         for name, value in defaults.items():
             if getattr(self, name) is None:
                 object.__setattr__(self, name, value)
-        if isinstance(self.coupling, couplings.Independent) and self.coupling.base != self.base:
+        if isinstance(self.coupling, couplings.Independent) and self.coupling.base is not self.base:
             raise ValueError(f"base: expected that of the coupling, {self.coupling.base!r}, got {self.base!r}")
         if self.velocity is velocity_estimates.batch:
             bases.gaussian(self.base, "velocity_estimates.batch")
