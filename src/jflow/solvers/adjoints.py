@@ -42,12 +42,16 @@ def make(adjoint: str | diffrax.AbstractAdjoint) -> diffrax.AbstractAdjoint:
     """
     import diffrax
 
-    if isinstance(adjoint, str):
-        names = (diffrax.ForwardMode, diffrax.DirectAdjoint, diffrax.RecursiveCheckpointAdjoint, diffrax.BacksolveAdjoint)
-        adjoint = dict(zip(ADJOINTS, names, strict=True))[adjoint]()
-    if isinstance(adjoint, diffrax.BacksolveAdjoint):
-        return diffrax.BacksolveAdjoint(**{"throw": True, **adjoint.kwargs})
-    return adjoint
+    classes: dict[str, Callable[[], diffrax.AbstractAdjoint]] = {
+        "forward": diffrax.ForwardMode,
+        "direct": diffrax.DirectAdjoint,
+        "recursive": diffrax.RecursiveCheckpointAdjoint,
+        "backsolve": diffrax.BacksolveAdjoint,
+    }
+    made = classes[adjoint]() if isinstance(adjoint, str) else adjoint
+    if isinstance(made, diffrax.BacksolveAdjoint):
+        return diffrax.BacksolveAdjoint(**{"throw": True, **made.kwargs})
+    return made
 
 
 def has_reverse(adjoint: str | diffrax.AbstractAdjoint) -> bool:

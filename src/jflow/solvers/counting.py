@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any, NamedTuple
@@ -9,7 +10,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import jax.numpy as jnp
 
 from jflow.solvers.methods import Cost
-from jflow.types import Array, Event
+from jflow.types import Array, Event, Time
 
 if TYPE_CHECKING:
     import diffrax
@@ -54,23 +55,44 @@ def _class() -> Callable[..., diffrax.AbstractAdaptiveStepSizeController]:
             return self.controller.atol
 
         @property
-        def norm(self) -> Callable[[Event], Array]:
+        def norm(self) -> Callable[[Event], Any]:
             return self.controller.norm
 
-        def wrap(self, direction: Any) -> CountingController:
-            return CountingController(self.controller.wrap(direction), self.cost)
+        def wrap(self, direction: Any) -> diffrax.AbstractAdaptiveStepSizeController:
+            return dataclasses.replace(self, controller=self.controller.wrap(direction))
 
-        def init(self, *args: Any) -> tuple[Any, Count]:
-            first, state = self.controller.init(*args)
+        def init(
+            self,
+            terms: diffrax.AbstractTerm,
+            t0: Time,
+            t1: Time,
+            y0: Event,
+            dt0: Time,
+            args: Any,
+            func: Callable[..., Event],
+            error_order: Any,
+        ) -> tuple[Time, Count]:
+            first, state = self.controller.init(terms, t0, t1, y0, dt0, args, func, error_order)
             start = jnp.asarray(self.cost.start, jnp.int32)
             return first, Count(state, start, jnp.asarray(self.cost.start == 0))
 
-        def adapt_step_size(self, *args: Any) -> tuple[Any, ...]:
-            *others, count = args
-            keep, start, end, jump, state, result = self.controller.adapt_step_size(*others, count.controller)
-            extra = jnp.where(count.restarts, self.cost.restart, 0).astype(jnp.int32)
-            evaluations = count.evaluations + self.cost.step + extra
-            count = Count(state, evaluations, jnp.where(keep, jump, count.restarts))
+        def adapt_step_size(
+            self,
+            t0: Time,
+            t1: Time,
+            y0: Event,
+            y1_candidate: Event,
+            args: Any,
+            y_error: Event,
+            error_order: Any,
+            controller_state: Count,
+        ) -> tuple[Any, Time, Time, Any, Count, diffrax.RESULTS]:
+            inner, evaluations, restarts = controller_state
+            keep, start, end, jump, inner, result = self.controller.adapt_step_size(
+                t0, t1, y0, y1_candidate, args, y_error, error_order, inner
+            )
+            extra = jnp.where(restarts, self.cost.restart, 0).astype(jnp.int32)
+            count = Count(inner, evaluations + self.cost.step + extra, jnp.where(keep, jump, restarts))
             return keep, start, end, jump, count, result
 
     return CountingController

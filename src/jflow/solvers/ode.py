@@ -18,7 +18,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 from collections.abc import Callable
-from typing import TYPE_CHECKING, Any, NamedTuple, Protocol, Unpack
+from typing import TYPE_CHECKING, Any, NamedTuple, Protocol, Unpack, cast
 
 import jax
 import jax.numpy as jnp
@@ -26,7 +26,7 @@ import numpy as np
 
 from jflow import checks, trees
 from jflow.solvers import adjoints, methods
-from jflow.solvers.counting import counting
+from jflow.solvers.counting import Count, counting
 from jflow.solvers.options import Choices, Options, SolverLike, choose
 from jflow.types import BOTH, Array, Cond, Domain, Event, FlowMap, Key, Params, Time, Velocity
 
@@ -143,9 +143,9 @@ def trajectory(
 ) -> Event:
     """States of dx/dt = b_t(x) at many times, by one adaptive solve or by fixed steps between them.
 
-    Adaptive: the tolerances are on x. Tsit5 and Dopri5 save through their interpolants, whose error is that of their steps;
-    the interpolants of other solvers are of lower order, and these step on to every time. (Diffrax checks the times in a
-    host callback of the compiled program.) Fixed: ``steps`` equal steps, or those of ``StepTo``, in each interval.
+    Adaptive: the tolerances are on x. Tsit5 saves through its interpolant, whose error is that of its steps; the
+    interpolants of other solvers are less accurate, and these step on to every time. (Diffrax checks the times in a host
+    callback of the compiled program.) Fixed: ``steps`` equal steps, or those of ``StepTo``, in each interval.
 
     Args:
       velocity, params, cond, key: as in ``solve``.
@@ -261,13 +261,11 @@ class _Solve:
         self._raise_if_concrete(success)
         # A factor, not a where: it makes the derivatives NaN as well.
         ys = trees.scale(jnp.where(success, 1.0, jnp.nan), solution.ys)
-        tried, rejected = (
-            jnp.asarray(solution.stats[name], jnp.int32) for name in ("num_steps", "num_rejected_steps")
-        )
+        tried, rejected = (jnp.asarray(solution.stats[name], jnp.int32) for name in ("num_steps", "num_rejected_steps"))
         if cost is None:
             nfe = None
         elif self.options.fixed_steps is None:
-            nfe = solution.controller_state.evaluations
+            nfe = cast(Count, solution.controller_state).evaluations
         else:
             nfe = cost.start + tried * cost.step + (cost.restart if cost.start == 0 else 0)
         ys = ys if self.options.has_reverse else adjoints.forward_only(ys)
@@ -279,17 +277,19 @@ class _Solve:
         """The controller, the first step and the most steps."""
         import diffrax
 
-        options, controller = self.options, self.options.stepsize_controller
+        options, given = self.options, self.options.stepsize_controller
         if options.steps is not None:
             return diffrax.ConstantStepSize(), 1.0 / options.steps, options.steps
-        if options.fixed_steps is not None:
-            return controller, None, options.fixed_steps
-        if controller is None:
+        if isinstance(given, diffrax.StepTo):
+            return given, None, given.ts.shape[0] - 1
+        if isinstance(given, diffrax.AbstractAdaptiveStepSizeController):
+            controller = given
+        else:
             default = 1e-8 if dtype == jnp.float64 else 1e-5
             rtol = default if options.rtol is None else options.rtol
             controller = diffrax.PIDController(rtol, rtol if options.atol is None else options.atol)
         _check_floor(controller, dtype)
-        if save is not None and not isinstance(solver, diffrax.Tsit5 | diffrax.Dopri5):
+        if save is not None and not isinstance(solver, diffrax.Tsit5):
             controller = diffrax.ClipStepSizeController(controller, step_ts=save)
         return controller if cost is None else counting(controller, cost), FIRST_STEP, options.max_steps
 

@@ -11,7 +11,6 @@ import numpy as np
 
 from jflow import checks
 from jflow.solvers import adjoints, methods
-from jflow.types import Array
 
 if TYPE_CHECKING:
     import diffrax
@@ -81,18 +80,14 @@ class Options:
         return self.solver if isinstance(self.solver, str) else type(self.solver).__name__
 
     @property
-    def grid(self) -> Array | None:
-        """The times of a ``StepTo`` controller, or None."""
-        if self.stepsize_controller is None:
-            return None
-        import diffrax
-
-        return self.stepsize_controller.ts if isinstance(self.stepsize_controller, diffrax.StepTo) else None
-
-    @property
     def fixed_steps(self) -> int | None:
         """The number of steps where it is fixed; None for an adaptive solve."""
-        return self.steps if self.grid is None else self.grid.shape[0] - 1
+        if self.steps is not None or self.stepsize_controller is None:
+            return self.steps
+        import diffrax
+
+        controller = self.stepsize_controller
+        return controller.ts.shape[0] - 1 if isinstance(controller, diffrax.StepTo) else None
 
     @property
     def differentiation(self) -> AdjointLike:
@@ -156,8 +151,9 @@ class Options:
         """What Diffrax's objects ask of each other."""
         if not isinstance(self.solver, str):
             _check_solver(self.solver, self.name, self.fixed_steps is not None)
-        if not isinstance(self.solver, str) or not isinstance(self.adjoint, str | None) or self.grid is not None:
-            _check_adjoint(self.differentiation, self.make_solver(), self.grid is not None)
+        if any(not isinstance(each, str | None) for each in (self.solver, self.stepsize_controller, self.adjoint)):
+            on_grid = self.steps is None and self.fixed_steps is not None
+            _check_adjoint(self.differentiation, self.make_solver(), on_grid)
 
 
 class Choices(TypedDict, total=False):
@@ -205,7 +201,9 @@ def _check_kind(name: str, value: Any, names: tuple[str, ...], base: str) -> Non
 
     expected = f"{'a name or ' if names else ''}an instance of diffrax.{base}"
     if isinstance(value, type):
-        raise TypeError(f"{name}: expected {expected}, got the class {value.__name__}; an instance is {value.__name__}(...)")
+        raise TypeError(
+            f"{name}: expected {expected}, got the class {value.__name__}; an instance is {value.__name__}(...)"
+        )
     if not isinstance(value, getattr(diffrax, base)):
         raise TypeError(f"{name}: expected {expected}, got {type(value).__name__} {value!r}")
 
@@ -215,7 +213,14 @@ def _check_solver(solver: diffrax.AbstractSolver, name: str, fixed: bool) -> Non
 
     structure = typing.get_origin(solver.term_structure) or solver.term_structure
     if not (isinstance(structure, type) and issubclass(diffrax.ODETerm, structure)):
-        raise ValueError(f"solver: expected a solver of one ODE term, got {name}, whose terms are {solver.term_structure}")
+        raise ValueError(
+            f"solver: expected a solver of one ODE term, got {name}, whose terms are {solver.term_structure}"
+        )
+    if fixed and type(solver) is diffrax.HalfSolver:
+        raise ValueError(
+            "solver: expected the solver inside HalfSolver for fixed steps, with twice their number; got HalfSolver, whose "
+            "error estimate would be of no use"
+        )
     if fixed and isinstance(solver, diffrax.AbstractImplicitSolver):
         tolerances = (getattr(solver.root_finder, key, 0.0) for key in ("rtol", "atol"))
         if not all(isinstance(value, float | int | np.ndarray | np.number | jax.Array) for value in tolerances):
@@ -225,18 +230,22 @@ def _check_solver(solver: diffrax.AbstractSolver, name: str, fixed: bool) -> Non
             )
 
 
-def _check_adjoint(adjoint: AdjointLike, solver: diffrax.AbstractSolver, grid: bool) -> None:
+def _check_adjoint(adjoint: AdjointLike, solver: diffrax.AbstractSolver, on_grid: bool) -> None:
     import diffrax
 
     made = adjoints.make(adjoint)
     name = type(made).__name__
     if isinstance(made, diffrax.ImplicitAdjoint):
-        raise ValueError("adjoint: expected an adjoint of a solve over a fixed time, got ImplicitAdjoint, of steady states")
-    if grid and isinstance(made, diffrax.BacksolveAdjoint):
-        raise ValueError("adjoint: expected another adjoint with StepTo, whose times do not run backward, got BacksolveAdjoint")
+        raise ValueError(
+            "adjoint: expected an adjoint of a solve over a fixed time, got ImplicitAdjoint, of steady states"
+        )
+    if on_grid and isinstance(made, diffrax.BacksolveAdjoint):
+        raise ValueError(
+            "adjoint: expected another adjoint with StepTo, whose times do not run backward, got BacksolveAdjoint"
+        )
     wrapped = isinstance(solver, diffrax.AbstractRungeKutta) and not hasattr(solver, "scan_kind")
     if wrapped and isinstance(made, diffrax.ForwardMode | diffrax.DirectAdjoint):
         raise ValueError(
-            f"adjoint: expected 'recursive' or 'backsolve' with {type(solver).__name__} around a Runge-Kutta solver, got {name}; "
-            "Diffrax has no forward mode for it"
+            f"adjoint: expected 'recursive' or 'backsolve' with {type(solver).__name__} around a Runge-Kutta solver, "
+            f"got {name}; Diffrax has no forward mode for it"
         )
