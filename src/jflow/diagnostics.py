@@ -402,8 +402,8 @@ def compare(
       The Comparison.
 
     Raises:
-      ValueError: for no maps, no grids, a grid of fewer than two times or outside [0, 1], no samples, or a reference whose domain does not
-        hold the jump from a grid's first time to its last.
+      ValueError: for no maps, no grids, a grid without two times in [0, 1], no samples, or a reference whose domain
+        does not hold the jump from a grid's first time to its last.
       TypeError: for x0 that is not floating-point.
     """
     x0, _, cond = _check_samples(x0, x0, cond, batch_size)

@@ -14,7 +14,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Callable, Sequence
-from typing import NamedTuple
+from typing import NamedTuple, Unpack
 
 import jax
 import jax.numpy as jnp
@@ -293,10 +293,9 @@ def encode(
     grid: Grid,
     cond: Cond = None,
     *,
-    rtol: float | None = None,
-    atol: float | None = None,
-    max_steps: int = 4096,
     key: Key | None = None,
+    solver: solvers.SolverLike | None = None,
+    **choices: Unpack[solvers.Choices],
 ) -> Event:
     """Data to noise along a descending grid, of one sample.
 
@@ -310,10 +309,8 @@ def encode(
       x1: the state at grid[0].
       grid: strictly descending times, ``[K + 1]``.
       cond: conditioning of the sample.
-      rtol: of the solve, as in ``solvers.solve``: by default 1e-5 in float32 and 1e-8 in float64.
-      atol: of the solve; by default as ``rtol``.
-      max_steps: of the solve.
       key: passed on to the network; None for none.
+      solver, **choices: of the solve, as in ``solvers.solve``.
 
     Returns:
       The state at grid[-1], shaped like x1.
@@ -335,7 +332,7 @@ def encode(
         UserWarning,
         stacklevel=2,
     )
-    solved = solvers.solve(bound.flow_map.velocity, rtol=rtol, atol=atol, max_steps=max_steps)
+    solved = solvers.solve(bound.flow_map.velocity, solver, **choices)
     times = _times(grid, x1)
     return solved.bind(bound.params).jump(times[0], times[-1], x1, cond, key=key)
 

@@ -307,7 +307,7 @@ def test_what_does_not_fit_is_refused_by_name(solver, choices, error, message):
 
 
 def test_a_misspelt_choice_is_refused():
-    with pytest.raises(TypeError, match="rtoll"):
+    with pytest.raises(TypeError, match=r"rtoll: expected one of the choices solver, steps, rtol"):
         solvers.solve(velocity, "tsit5", rtoll=1e-3)
 
 

@@ -177,12 +177,19 @@ def choose(solver: SolverLike | None, choices: Choices, **defaults: Any) -> Opti
       defaults: of fields that were not given; with ``options`` they have no effect.
 
     Raises:
-      ValueError, TypeError: as ``Options``, and for ``options`` together with any other choice.
+      ValueError, TypeError: as ``Options``, and for an unknown keyword, and for ``options`` together with
+        any other choice.
     """
     fields = dict(choices)
     options = fields.pop("options", None)
     if solver is not None:
         fields["solver"] = solver
+    known = [field.name for field in dataclasses.fields(Options)]
+    for name in fields:
+        if name not in known:
+            raise TypeError(
+                f"{name}: expected one of the choices {', '.join(known)}, options; got {name}={fields[name]!r}"
+            )
     if options is None:
         return Options(**{**defaults, **fields})
     if not isinstance(options, Options):
