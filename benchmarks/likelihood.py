@@ -134,7 +134,7 @@ class Case:
     def ours(self, velocity: Any = velocity, divergence: Any = None) -> Callable[..., tuple[Array, Array]]:
         """``(params, x [B, d], seed) -> (x0 [B, d], log rho_1(x) [B])`` of jflow, jitted."""
         divergence = divergence or DIVERGENCES[self.divergence]
-        density = likelihood.along_ode(velocity, divergence, method=self.method, steps=self.config.steps)
+        density = likelihood.along_ode(velocity, divergence, solver=self.method, steps=self.config.steps)
 
         def of(params: Params, x: Array, seed: Array) -> tuple[Array, Array]:
             # Within the program: the package too draws its probes within the call.
@@ -174,7 +174,7 @@ class Case:
             return jax.jit(function).lower(*self.arguments).compile().cost_analysis()["flops"]
 
         # XLA counts the body of the loop over steps once, and Euler's holds one evaluation.
-        density = likelihood.along_ode(velocity, DIVERGENCES[self.divergence], method="euler", steps=5)
+        density = likelihood.along_ode(velocity, DIVERGENCES[self.divergence], solver="euler", steps=5)
         solve = flops(lambda params, x, seed: density.log_density(params, x[0], key=jax.random.key(seed)))
         return solve / flops(lambda params, x, seed: velocity(params, jnp.float32(0.5), x[0]))
 

@@ -201,7 +201,7 @@ def test_no_host_callback_is_compiled_in():
 @pytest.mark.parametrize(
     ("call", "error", "message"),
     [
-        (lambda: solvers.solve(velocity, "rk4"), ValueError, "method: expected one of 'euler'.*'rk4'"),
+        (lambda: solvers.solve(velocity, "rk5"), ValueError, "solver: expected one of 'euler'.*'rk5'"),
         (lambda: solvers.solve(velocity, "heun"), ValueError, "steps: .*'heun'.*None"),
         (lambda: solvers.solve(velocity, "heun", steps=0), ValueError, "steps: .*at least 1.*0"),
         (lambda: solvers.solve(velocity, "heun", steps=2.0), TypeError, "steps: .*whole number"),
@@ -351,9 +351,9 @@ def test_eager_calls_compile_once():
 @pytest.mark.parametrize(
     ("options", "tolerance"),
     [
-        ({"method": "tsit5", "rtol": 1e-9}, 1e-7),
-        ({"method": "dopri8", "rtol": 1e-11}, 1e-10),
-        ({"method": "midpoint", "steps": 20, "adjoint": "forward"}, 1e-3),
+        ({"solver": "tsit5", "rtol": 1e-9}, 1e-7),
+        ({"solver": "dopri8", "rtol": 1e-11}, 1e-10),
+        ({"solver": "midpoint", "steps": 20, "adjoint": "forward"}, 1e-3),
     ],
     ids=["tsit5", "dopri8", "midpoint"],
 )

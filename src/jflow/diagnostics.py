@@ -1,4 +1,4 @@
-r"""Is it a flow map, and whose: residuals of the identities, and learned, solved and exact maps side by side.
+r"""Diagnostics of flow maps: identity residuals, and comparison with a reference.
 
     residual_grid       RMS of the tangent, Eulerian, Lagrangian and semigroup residuals on a grid of (s, t)
     consistency_report  the same, averaged over a law of (s, t): a few numbers to log
@@ -14,7 +14,7 @@ from __future__ import annotations
 import functools
 import itertools
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any, NamedTuple
+from typing import NamedTuple, TypeVar
 
 import jax
 import jax.numpy as jnp
@@ -23,7 +23,9 @@ import numpy as np
 from jflow import checks, identities, samplers, times, trees
 from jflow.interpolants import Interpolant
 from jflow.times import PairLaw
-from jflow.types import Array, BoundFlowMap, Cond, Domain, Event, Key, Time
+from jflow.types import Array, BoundFlowMap, Cond, Domain, Event, Key, PyTree, Time
+
+T = TypeVar("T")
 
 IDENTITIES = ("tangent", "eulerian", "lagrangian", "semigroup")
 
@@ -113,7 +115,7 @@ def _entries(x: Event) -> int:
     return sum(leaf.size for leaf in jax.tree.leaves(x))
 
 
-def _each(function: Callable, arguments: Any, batch_size: int | None) -> Any:
+def _each(function: Callable[..., T], arguments: tuple[PyTree, ...], batch_size: int | None) -> T:
     """The one-sample function over the leading axis, all at once or in batches."""
     if batch_size is None:
         return jax.vmap(lambda a: function(*a))(arguments)
@@ -249,8 +251,8 @@ def residual_grid(
     return ResidualGrid(s, t, tangent, **grids)
 
 
-def _check_times(name: str, values: Any, least: int = 1) -> np.ndarray:
-    values = np.asarray(values, np.float64)
+def _check_times(name: str, given: Sequence[float] | np.ndarray, least: int = 1) -> np.ndarray:
+    values = np.asarray(given, np.float64)
     if values.ndim != 1 or values.size < least or not ((values >= 0) & (values <= 1)).all():
         raise ValueError(f"{name}: expected {least} or more times in [0, 1], got {values}")
     return values
@@ -351,7 +353,7 @@ class Comparison(NamedTuple):
     rmse: np.ndarray
     median: np.ndarray
 
-    def rows(self) -> list[dict[str, Any]]:
+    def rows(self) -> list[dict[str, str | int | float]]:
         """The table as rows (map, grid, jumps, rmse, median), without pairs that no domain holds."""
         return [
             {
@@ -390,7 +392,7 @@ def compare(
 
     Args:
       maps: bound flow maps by name.
-      reference: the bound flow map that is believed: an oracle, or a solve at a fine tolerance.
+      reference: the bound flow map taken as exact: an oracle, or a solve at a fine tolerance.
       x0: states at the first time of every grid, ``[N, ...]`` (a pytree of such).
       grids: grids of times by name, or numbers of equal jumps from 0 to 1.
       cond: conditioning, leaves ``[N, ...]``.
@@ -400,8 +402,8 @@ def compare(
       The Comparison.
 
     Raises:
-      ValueError: for no maps, no grids, a grid that is none, no samples, or a reference whose domain does not
-        hold the jump from a grid's first time to its last.
+      ValueError: for no maps, no grids, a grid without two times in [0, 1], no samples, or a reference whose domain
+        does not hold the jump from a grid's first time to its last.
       TypeError: for x0 that is not floating-point.
     """
     x0, _, cond = _check_samples(x0, x0, cond, batch_size)

@@ -98,7 +98,7 @@ def estimates(name):
         "gaussian": likelihood.hutchinson(2, "gaussian"),
         "hutch++": likelihood.hutch_pp(),
     }[name]
-    ode = likelihood.along_ode(oracle.velocity, divergence, method="tsit5", steps=12)
+    ode = likelihood.along_ode(oracle.velocity, divergence, solver="tsit5", steps=12)
     keys = jax.random.split(jax.random.key(3), 2000)
     found = jax.jit(jax.vmap(lambda key: ode.log_density(params, points[0], key=key).log_density))(keys)
     return np.asarray(found), float(oracle.log_density(params, 1.0, points[0]))
@@ -161,10 +161,10 @@ def kinked(params, t, x, cond=None, *, key=None):
     ("ode", "params", "x", "message"),
     [
         (likelihood.along_ode(blows_up, max_steps=16), 50.0, [1.0], "max_steps=16"),
-        (likelihood.along_ode(blows_up, method="euler", steps=30), 1e3, [3.0], "log_density: expected a finite number"),
-        (likelihood.along_ode(kinked, method="euler", steps=1), 1.0, [0.0], "log_density: expected a finite number"),
+        (likelihood.along_ode(blows_up, solver="euler", steps=30), 1e3, [3.0], "log_density: expected a finite number"),
+        (likelihood.along_ode(kinked, solver="euler", steps=1), 1.0, [0.0], "log_density: expected a finite number"),
         (
-            likelihood.along_ode(blows_up, method="euler", steps=1, base=own(lambda x: jnp.nan * jnp.sum(x))),
+            likelihood.along_ode(blows_up, solver="euler", steps=1, base=own(lambda x: jnp.nan * jnp.sum(x))),
             0.1,
             [0.3],
             "log_density: expected a finite number.*nan",
@@ -180,7 +180,7 @@ def test_what_is_not_finite_raises_when_eager_and_is_flagged_when_traced(ode, pa
 def test_a_base_may_end():
     ode = likelihood.along_ode(
         lambda c, t, x, cond=None, *, key=None: c * x,
-        method="heun",
+        solver="heun",
         steps=2,
         base=own(lambda x: jnp.where(jnp.all(jnp.abs(x) < 1), 0.0, -jnp.inf)),
     )
@@ -189,19 +189,19 @@ def test_a_base_may_end():
 
 
 X = np.array([0.3, -0.2])
-DECAY = likelihood.along_ode(lambda params, t, x, cond=None, *, key=None: -x, method="euler", steps=1)
+DECAY = likelihood.along_ode(lambda params, t, x, cond=None, *, key=None: -x, solver="euler", steps=1)
 
 
 def of(velocity, *args, **kwargs):
-    return likelihood.along_ode(velocity, *args, method="euler", steps=1, **kwargs)
+    return likelihood.along_ode(velocity, *args, solver="euler", steps=1, **kwargs)
 
 
 @pytest.mark.parametrize(
     ("call", "error", "message"),
     [
         (lambda: likelihood.along_ode(3.0), TypeError, "velocity: expected a function.*float"),
-        (lambda: likelihood.along_ode(blows_up, method="rk4"), ValueError, "method: "),
-        (lambda: likelihood.along_ode(blows_up, method="heun"), ValueError, "steps: "),
+        (lambda: likelihood.along_ode(blows_up, solver="rk5"), ValueError, "solver: "),
+        (lambda: likelihood.along_ode(blows_up, solver="heun"), ValueError, "steps: "),
         (lambda: likelihood.along_ode(blows_up, rtol=-1.0), ValueError, "rtol: "),
         (lambda: DECAY.log_density(None, X, t=1.5), ValueError, r"t: expected a time in \[0, 1\], got 1.5"),
         (lambda: DECAY.push(None, X, t=-0.1), ValueError, r"t: expected a time in \[0, 1\], got -0.1"),
@@ -271,7 +271,7 @@ def test_an_evaluation_costs_its_passes(divergence, passes, allowed):
     velocity, params, x = network()
     forward = flops(lambda params, x: velocity(params, jnp.float32(0.5), x), params, x)
     assert 0.95 < forward / (2 * (10 * 256 + 3 * 256**2 + 256 * DIM)) < 1.1
-    ode = likelihood.along_ode(velocity, divergence, method="euler", steps=5)
+    ode = likelihood.along_ode(velocity, divergence, solver="euler", steps=5)
     keys = jax.eval_shape(lambda: jax.random.key(0))
     found = flops(lambda params, x, key: ode.log_density(params, x, key=key), params, x, keys) / forward
     assert 0.98 * passes < found <= allowed
@@ -283,7 +283,7 @@ def test_a_midpoint_step_takes_one_divergence(probes):
     velocity, params, x = network()
     forward = flops(lambda params, x: velocity(params, jnp.float32(0.5), x), params, x)
     divergence = likelihood.hutchinson(probes) if probes else likelihood.exact()
-    ode = likelihood.along_ode(velocity, divergence, method="midpoint", steps=5)
+    ode = likelihood.along_ode(velocity, divergence, solver="midpoint", steps=5)
     keys = jax.eval_shape(lambda: jax.random.key(0))
     found = flops(lambda params, x, key: ode.log_density(params, x, key=key), params, x, keys) / forward
     passes = 2 + (probes or DIM)

@@ -5,12 +5,13 @@ of a training step over those of a flow-matching step.
 import collections
 import functools
 
+import diffrax
 import jax
 import jax.numpy as jnp
 import optax
 import pytest
 
-from jflow import interpolants, nets, objectives, parameterizations, solvers, training, types
+from jflow import interpolants, nets, objectives, parameterizations, training, types
 
 # Passes: 0.75 x 3 + 0.25 x (7, 5, 5, 8, 4, 5) over 3; the derivative's own elementwise work is the rest.
 PLAIN = {"lsd": 1.34, "psd_m": 1.17, "psd_u": 1.17, "esd": 1.43, "mean_flow": 1.09, "improved_mean_flow": 1.17}
@@ -20,7 +21,7 @@ BATCH, DIM = 512, 2
 PARTS = 0.02
 # XLA's analysis counts the body of a loop once, and Diffrax loops over the stages of a step: the evaluations not counted.
 # That they are evaluated once each, and how often the network is called in all, is the last test's.
-IN_LOOP = {name: solvers.METHODS["heun"][1] - 1 for name in ("consistency_distillation", "ctm")}
+IN_LOOP = {name: diffrax.Heun.tableau.num_stages - 1 for name in ("consistency_distillation", "ctm")}
 # What a teacher given to the constructor adds to an off-diagonal sample, in forward passes: its velocity, where the
 # method has a conditional one, and nothing where it has none or asks the teacher at that point anyway.
 TAUGHT = {"lsd": 0, "mean_flow": 1, "split_mean_flow": 0, "emd": 0, "lmd": 0, "ctm": 0}

@@ -16,7 +16,7 @@ error of a solve of its own).
 from __future__ import annotations
 
 import dataclasses
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, Unpack
 
 import jax
 import jax.numpy as jnp
@@ -27,9 +27,6 @@ from jflow.bases import Base
 from jflow.likelihood.divergence import Divergence, State, augment
 from jflow.likelihood.ode import log_base
 from jflow.types import Array, Batch, Cond, Context, Event, Key, Params, Time, Velocity, move
-
-# "forward" gives no gradient of a loss.
-ADJOINTS = tuple(name for name in solvers.ADJOINTS if name != "forward")
 
 
 class Along(NamedTuple):
@@ -56,7 +53,7 @@ class MaximumLikelihood:
       kinetic, jacobian: the weights of the regularisers.
     """
 
-    solve: Any
+    solve: solvers.CountedSolve
     base: Base
     kinetic: float
     jacobian: float
@@ -75,8 +72,9 @@ class MaximumLikelihood:
         Returns:
           (loss [B], info). ``info``: "likelihood/raw", the mean of -log rho_1 in nats; "likelihood/loss", with the
           regularisers; "likelihood/kinetic" and "likelihood/jacobian", their means without weight, where they have one;
-          "likelihood/nfe", the mean number of evaluations of the velocity; "likelihood/steps", the most steps of a
-          sample; "likelihood/failed", the number of samples whose solve did not reach the base or whose loss is not finite.
+          "likelihood/nfe", the mean number of evaluations of the velocity, where it is known (``solvers.SolveStats``);
+          "likelihood/steps", the most steps of a sample; "likelihood/failed", the number of samples whose solve did not
+          reach the base or whose loss is not finite.
 
         Raises:
           ValueError, TypeError: while tracing, for data that is not floating-point, leaves of different lengths, or a
@@ -116,14 +114,10 @@ def maximum_likelihood(
     *,
     divergence: Divergence | None = None,
     base: Base = bases.STANDARD_NORMAL,
-    method: str = "tsit5",
-    steps: int | None = None,
-    rtol: float | None = None,
-    atol: float | None = None,
-    max_steps: int = 256,
-    adjoint: str = "recursive",
     kinetic: float = 0.0,
     jacobian: float = 0.0,
+    solver: solvers.SolverLike | None = None,
+    **choices: Unpack[solvers.Choices],
 ) -> MaximumLikelihood:
     """-log rho_1(x1) in nats of the flow of a velocity, with the regularisers above; of a FlowMap, pass its ``velocity``.
 
@@ -138,10 +132,10 @@ def maximum_likelihood(
       velocity: ``(params, t, x, cond=None, *, key=None) -> b_t(x)`` of one sample.
       divergence: ``exact()`` by default; or ``hutchinson`` or ``hutch_pp``.
       base: the law of x0.
-      method, steps, rtol, atol, max_steps: as in ``solvers.solve``; tolerances are on all entries of the state together.
-      adjoint: "recursive", "direct" (with memory for ``max_steps`` steps) or "backsolve".
       kinetic: weight of int |b|^2 dt, at least 0; at 0 it is not computed.
       jacobian: weight of int |Jz|^2 dt, at least 0; at 0 it is not computed.
+      solver, **choices: as in ``solvers.solve``, with ``max_steps`` 256 and ``adjoint`` "recursive" unless they or
+        ``options`` are given; the adjoint must have a reverse mode. Tolerances are on all entries of the state together.
 
     Returns:
       The objective.
@@ -151,7 +145,9 @@ def maximum_likelihood(
         for a base that is not one.
     """
     bases.check(base)
-    checks.choice("adjoint", adjoint, ADJOINTS)
+    options = solvers.choose(solver, choices, max_steps=256, adjoint="recursive")
+    if not options.has_reverse:
+        raise ValueError(f"adjoint: expected one with a reverse mode, as 'recursive', got {options.differentiation!r}")
     checks.number("kinetic", kinetic, low=0.0)
     checks.number("jacobian", jacobian, low=0.0)
     if not callable(velocity):
@@ -171,7 +167,5 @@ def maximum_likelihood(
             steep = trees.sq_norm(jz)
         return Along(state, speed, steep)
 
-    solve = solvers.solve_counted(
-        rates, method, steps=steps, rtol=rtol, atol=atol, max_steps=max_steps, adjoint=adjoint
-    )
+    solve = solvers.solve_counted(rates, options=options)
     return MaximumLikelihood(solve, base, kinetic, jacobian)

@@ -10,8 +10,7 @@ its exponential, is then biased upward (see ``jflow.likelihood.weights``).
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable
-from typing import NamedTuple
+from typing import NamedTuple, Unpack
 
 import jax
 import jax.numpy as jnp
@@ -53,7 +52,7 @@ class ODEDensity:
     """
 
     base: Base
-    solve: Callable[..., tuple[State, solvers.SolveStats]]
+    solve: solvers.CountedSolve
 
     def log_density(
         self, params: Params, x: Event, cond: Cond = None, *, key: Key | None = None, t: Time = 1.0
@@ -103,12 +102,8 @@ def along_ode(
     divergence: Divergence | None = None,
     *,
     base: Base = bases.STANDARD_NORMAL,
-    method: str = "tsit5",
-    steps: int | None = None,
-    rtol: float | None = None,
-    atol: float | None = None,
-    max_steps: int = 4096,
-    adjoint: str | None = None,
+    solver: solvers.SolverLike | None = None,
+    **choices: Unpack[solvers.Choices],
 ) -> ODEDensity:
     """The density of the flow of a velocity, from a base at time 0; of a FlowMap, pass its ``velocity``.
 
@@ -120,7 +115,7 @@ def along_ode(
       velocity: ``(params, t, x, cond=None, *, key=None) -> b_t(x)`` of one sample.
       divergence: ``exact()`` by default; or ``hutchinson`` or ``hutch_pp``.
       base: the law of x0.
-      method, steps, rtol, atol, max_steps, adjoint: as in ``solvers.solve``; tolerances are on the mean velocity of x and
+      solver, **choices: as in ``solvers.solve``; tolerances are on the mean velocity of x and
         log-density together, as a root mean square over their d + 1 entries. For ``jax.grad``, give ``steps`` or an
         adjoint "recursive" or "direct".
 
@@ -130,15 +125,7 @@ def along_ode(
     bases.check(base)
     if not callable(velocity):
         raise TypeError(f"velocity: expected a function (params, t, x, cond) -> b, got {type(velocity).__name__}")
-    solve = solvers.solve_counted(
-        augment(velocity, divergence),
-        method,
-        steps=steps,
-        rtol=rtol,
-        atol=atol,
-        max_steps=max_steps,
-        adjoint=adjoint,
-    )
+    solve = solvers.solve_counted(augment(velocity, divergence), solver, **choices)
     return ODEDensity(base, solve)
 
 

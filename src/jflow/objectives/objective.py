@@ -175,7 +175,9 @@ class Objective:
         if self.velocity is velocity_estimates.batch:
             bases.gaussian(self.base, "velocity_estimates.batch")
             if not isinstance(self.coupling, couplings.Independent):
-                raise ValueError("velocity: expected an independent coupling with the batch's velocity, which assumes it")
+                raise ValueError(
+                    "velocity: expected an independent coupling with the batch's velocity, which assumes it"
+                )
         for name in ("times", "gammas"):
             if getattr(self, name) is not None:
                 laws.check_law(name, laws.at_step(getattr(self, name), 0))

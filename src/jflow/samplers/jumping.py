@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import warnings
+from typing import Unpack
 
 import jax
 import jax.numpy as jnp
@@ -77,10 +78,9 @@ def encode(
     grid: Grid,
     cond: Cond = None,
     *,
-    rtol: float | None = None,
-    atol: float | None = None,
-    max_steps: int = 4096,
     key: Key | None = None,
+    solver: solvers.SolverLike | None = None,
+    **choices: Unpack[solvers.Choices],
 ) -> Event:
     """Data to noise along a descending grid, of one sample.
 
@@ -94,10 +94,8 @@ def encode(
       x1: the state at grid[0].
       grid: strictly descending times, ``[K + 1]``.
       cond: conditioning of the sample.
-      rtol: of the solve, as in ``solvers.solve``: by default 1e-5 in float32 and 1e-8 in float64.
-      atol: of the solve; by default as ``rtol``.
-      max_steps: of the solve.
       key: passed on to the network; None for none.
+      solver, **choices: of the solve, as in ``solvers.solve``.
 
     Returns:
       The state at grid[-1], shaped like x1.
@@ -119,5 +117,5 @@ def encode(
         UserWarning,
         stacklevel=2,
     )
-    solved = solvers.solve(bound.flow_map.velocity, rtol=rtol, atol=atol, max_steps=max_steps)
+    solved = solvers.solve(bound.flow_map.velocity, solver, **choices)
     return solved.bind(bound.params).jump(times[0], times[-1], jax.tree.map(jnp.asarray, x1), cond, key=key)
