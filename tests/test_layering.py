@@ -19,7 +19,9 @@ SRC = ROOT / "src"
 ROOMS = (
     "checks",
     "trees",
+    "autodiff",
     "types",
+    "parts",
     "sharding",
     "interpolants",
     "couplings",

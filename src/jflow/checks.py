@@ -126,3 +126,24 @@ def same_structure(name: str, value: Any, like_name: str, like: Any) -> None:
     for a, b in zip(jax.tree.leaves(value), jax.tree.leaves(like), strict=True):
         if np.shape(a) != np.shape(b):
             raise ValueError(f"{name}: expected the shape of {like_name}, {np.shape(b)}, got {np.shape(a)}")
+
+
+def output(name: str, value: Any, x: Any) -> Any:
+    """What a function of events returned, cast leaf by leaf to the dtypes of the event x that it was given.
+
+    Args:
+      name: how messages call the value.
+      value: a pytree of floating-point arrays, shaped like x.
+      x: a pytree of floating-point arrays.
+
+    Returns:
+      The value in the dtypes of x.
+
+    Raises:
+      ValueError: for another structure or other shapes than those of x.
+      TypeError: for leaves that are not floating-point: casting complex numbers or integers would lose or hide something.
+    """
+    floating("x", x)
+    same_structure(name, value, "x", x)
+    floating(name, value)
+    return jax.tree.map(lambda leaf, like: jax.numpy.asarray(leaf).astype(jax.numpy.asarray(like).dtype), value, x)

@@ -127,6 +127,9 @@ class FlowMap:
       jump_override: a more accurate X_{s,t}, where one exists (an oracle's closed form).
       velocity_override: a more accurate or cheaper v_{t,t} (a closed form, or a head of its own).
       form: the name of the parameterization that it was made with, "" where there is none: some methods need one.
+
+    What the functions return is cast to the dtypes of x, leaf by leaf; a ValueError or TypeError says where its shapes are
+    not those of x, or its leaves are not floating-point.
     """
 
     mean_velocity: MeanVelocity
@@ -134,6 +137,12 @@ class FlowMap:
     jump_override: MeanVelocity | None = None
     velocity_override: Velocity | None = None
     form: str = ""
+
+    def __post_init__(self) -> None:
+        for field, kind in (("mean_velocity", _Cast), ("jump_override", _Cast), ("velocity_override", _CastVelocity)):
+            function = getattr(self, field)
+            if function is not None and not isinstance(function, kind):
+                object.__setattr__(self, field, kind(function, field.replace("_", " ").replace(" override", "")))
 
     def jump(self, params: Params, s: Time, t: Time, x: Event, cond: Cond = None, *, key: Key | None = None) -> Event:
         """X_{s,t}(x), shaped like x."""
@@ -151,6 +160,30 @@ class FlowMap:
     def bind(self, params: Params) -> BoundFlowMap:
         """The same map with its first argument filled in."""
         return BoundFlowMap(self, params)
+
+
+@dataclasses.dataclass(frozen=True)
+class _Cast:
+    """A function of two times whose output is checked and cast to the dtypes of x; equal functions make equal ones."""
+
+    function: MeanVelocity
+    name: str
+
+    def __call__(
+        self, params: Params, s: Time, t: Time, x: Event, cond: Cond = None, *, key: Key | None = None
+    ) -> Event:
+        return checks.output(f"{self.name}'s output", self.function(params, s, t, x, cond, key=key), x)
+
+
+@dataclasses.dataclass(frozen=True)
+class _CastVelocity:
+    """A velocity whose output is checked and cast to the dtypes of x; equal functions make equal ones."""
+
+    function: Velocity
+    name: str
+
+    def __call__(self, params: Params, t: Time, x: Event, cond: Cond = None, *, key: Key | None = None) -> Event:
+        return checks.output(f"{self.name}'s output", self.function(params, t, x, cond, key=key), x)
 
 
 @jax.tree_util.register_dataclass
@@ -185,6 +218,50 @@ class BoundFlowMap:
 def move(x: Event, s: Time, t: Time, v: Event) -> Event:
     """x + (t - s) v, leaf by leaf: the jump of mean velocity v."""
     return trees.axpy(jnp.asarray(t) - jnp.asarray(s), v, x)
+
+
+def as_velocity(name: str, model: Velocity | FlowMap) -> Velocity:
+    """The velocity of a model: v_{t,t} of a FlowMap, or a Velocity itself, whose output is cast to the dtypes of x.
+
+    Args:
+      name: the argument, for messages.
+      model: a FlowMap, or ``(params, t, x, cond=None, *, key=None) -> b_t(x)`` of one sample.
+
+    Returns:
+      The Velocity; equal models give equal ones, so that nothing compiles anew. Called, it raises ValueError for an output
+      that is not shaped like x, TypeError for one that is not floating-point.
+
+    Raises:
+      TypeError: for anything else.
+    """
+    if isinstance(model, FlowMap):
+        return model.velocity if model.velocity_override is None else model.velocity_override
+    if isinstance(model, _CastVelocity):
+        return model
+    if isinstance(model, BoundFlowMap):
+        raise TypeError(f"{name}: expected a Velocity or a FlowMap, got a BoundFlowMap: pass its flow_map, and its params")
+    if not callable(model) or isinstance(model, type):
+        kind = model.__name__ if isinstance(model, type) else type(model).__name__
+        raise TypeError(f"{name}: expected a Velocity or a FlowMap, got {kind}")
+    return _CastVelocity(model, name)
+
+
+def as_flow_map(name: str, model: Velocity | FlowMap) -> FlowMap:
+    """The model as a FlowMap: itself, or one that has the velocity as its diagonal and nothing off it.
+
+    Off the diagonal the FlowMap of a Velocity raises ValueError: it has no jumps.
+
+    Raises:
+      TypeError: for what is neither a Velocity nor a FlowMap.
+    """
+    if isinstance(model, FlowMap):
+        return model
+    velocity = as_velocity(name, model)
+
+    def refuse(*args: Any, **kwargs: Any) -> Event:
+        raise ValueError(f"{name}: expected a FlowMap, whose jumps are needed here, got a Velocity")
+
+    return FlowMap(refuse, velocity_override=velocity)
 
 
 class Batch(NamedTuple):
