@@ -235,7 +235,7 @@ def as_velocity(name: str, model: Velocity | FlowMap) -> Velocity:
       TypeError: for anything else.
     """
     if isinstance(model, FlowMap):
-        return model.velocity if model.velocity_override is None else model.velocity_override
+        return model.velocity
     if isinstance(model, _CastVelocity):
         return model
     if isinstance(model, BoundFlowMap):

@@ -22,7 +22,7 @@ import jax
 import jax.numpy as jnp
 from jax.flatten_util import ravel_pytree
 
-from jflow import checks, solvers, trees
+from jflow import autodiff, checks, solvers, trees
 from jflow.likelihood.divergence import Divergence, State, augment
 from jflow.likelihood.ode import Base, log_base, standard_normal
 from jflow.types import Array, Batch, Cond, Context, Event, Key, Params, Time, Velocity, move
@@ -164,7 +164,7 @@ def maximum_likelihood(
         if along.jacobian is not None:
             flat, cut = ravel_pytree(along.state.x)
             z = cut(jax.random.rademacher(probe, flat.shape, flat.dtype))
-            jz = jax.jvp(lambda x: velocity(params, t, x, cond, key=model), (along.state.x,), (z,))[1]
+            jz = autodiff.jvp(lambda x: velocity(params, t, x, cond, key=model), (along.state.x,), (z,))[1]
             steep = trees.sq_norm(jz)
         return Along(state, speed, steep)
 

@@ -32,7 +32,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
-from jflow import checks, identities, trees
+from jflow import checks, identities, parts, trees, types
 from jflow.identities import Derivative
 from jflow.interpolants import Interpolant
 from jflow.likelihood.divergence import Divergence, State, augment
@@ -86,32 +86,30 @@ def with_head(flow_map: FlowMap, head: Head) -> FlowMap:
       ValueError: (when called) for a head or a log-density that is no scalar, or concrete times outside the domain.
     """
 
-    def part(params: Headed) -> Headed:
-        if not isinstance(params, Headed):
-            raise TypeError(f"params: expected Headed(map, head), got {type(params).__name__}")
-        return params
+    points, network = parts.map_on_part(Headed, "map", flow_map), parts.on_part(Headed, "head", head)
 
     def d(params: Headed, s: Time, t: Time, x: Event, cond: Cond, key: Key | None) -> Array:
-        value = head(params.head, s, t, x, cond, key=key)
+        value = network(params, s, t, x, cond, key=key)
         checks.scalar("head's output", value)
+        checks.floating("head's output", value)
         return value
 
     def mean_velocity(
         params: Headed, s: Time, t: Time, state: State, cond: Cond = None, *, key: Key | None = None
     ) -> State:
         _check(flow_map.domain, s, t, state)
-        v = flow_map.mean_velocity(part(params).map, s, t, state.x, cond, key=key)
+        v = points.mean_velocity(params, s, t, state.x, cond, key=key)
         return _mean_velocity(state, v, d(params, s, t, state.x, cond, key))
 
     def jump(params: Headed, s: Time, t: Time, state: State, cond: Cond = None, *, key: Key | None = None) -> State:
         _check(flow_map.domain, s, t, state)
-        x = flow_map.jump(part(params).map, s, t, state.x, cond, key=key)
+        x = points.jump(params, s, t, state.x, cond, key=key)
         change = _mean_velocity(state, state.x, d(params, s, t, state.x, cond, key))
         return State(x, move(state.log_density, s, t, change.log_density))
 
     def velocity(params: Headed, t: Time, state: State, cond: Cond = None, *, key: Key | None = None) -> State:
         _check(flow_map.domain, t, t, state)
-        b = flow_map.velocity(part(params).map, t, state.x, cond, key=key)
+        b = points.velocity(params, t, state.x, cond, key=key)
         return _mean_velocity(state, b, d(params, t, t, state.x, cond, key))
 
     return dataclasses.replace(
@@ -241,7 +239,7 @@ def head_objective(
         and leaves the diagonal rows to say what it is.
       stop: what gets no gradient beside the map. "velocity", div c alone: the default but for the semigroup; "target", all
         but the leading D: the semigroup's; "spatial", of the Eulerian: div c and grad D.
-      derivative: ``forward_mode`` or ``finite_difference(h)``.
+      derivative: ``forward_mode``, ``central_difference(h)`` or ``finite_difference(h)``.
       **choices: of ``Objective``: diagonal (1/2 by default), times, pairs, gammas, reduction, diagonal_reduction,
         coupling, blocks, domain. Only the squared reduction leaves the exact head stationary with an estimated divergence.
 
@@ -261,7 +259,7 @@ def head_objective(
     def velocity(params: Params, t: Time, x: Event, cond: Cond = None, *, key: Key | None = None) -> Event:
         return flow_map.velocity(params, t, _state(x), cond, key=key).x
 
-    c = velocity if teacher is None else teacher.velocity if isinstance(teacher, FlowMap) else teacher
+    c = velocity if teacher is None else types.as_velocity("teacher", teacher)
 
     def residual(row: Row) -> identities.Residual:
         def own(t: Time, state: State) -> State:
@@ -324,6 +322,16 @@ def together(objective: ObjectiveFn, **more: tuple[ObjectiveFn, float]) -> Objec
     return total
 
 
+class _HeadAlone(FlowMap):
+    """A map of States whose diagonal is the entry of D alone, which is all that the tangent term of the head compares."""
+
+    def velocity(
+        self, params: Params, t: Time, x: State, cond: Cond = None, *, key: Key | None = None
+    ) -> Array:
+        """-D_{t,t}(x), a scalar."""
+        return super().velocity(params, t, x, cond, key=key).log_density
+
+
 def _points_stopped(flow_map: FlowMap) -> FlowMap:
     """The map as the head's objective sees it: points get no gradient, and on the diagonal there is D alone."""
 
@@ -333,10 +341,7 @@ def _points_stopped(flow_map: FlowMap) -> FlowMap:
         v = flow_map.mean_velocity(params, s, t, state, cond, key=key)
         return State(jax.lax.stop_gradient(v.x), v.log_density)
 
-    def velocity(params: Params, t: Time, state: State, cond: Cond = None, *, key: Key | None = None) -> Array:
-        return flow_map.velocity(params, t, state, cond, key=key).log_density
-
-    return FlowMap(mean_velocity, flow_map.domain, velocity_override=velocity, form=flow_map.form)
+    return _HeadAlone(mean_velocity, flow_map.domain, velocity_override=flow_map.velocity, form=flow_map.form)
 
 
 def _check(domain: Domain, s: Time, t: Time, state: State) -> None:
@@ -357,8 +362,7 @@ def _network(apply: NetworkApply, params: Params, s: Time, t: Time, x: Event, co
     output = apply(params, s, t, state, cond, key=key)
     if not isinstance(output, State):
         raise TypeError(f"network output: expected a State(x, log_density), got {type(output).__name__}")
-    checks.same_structure("network output", output, "State(x, log_density)", state)
-    return output
+    return checks.output("network output", output, state)
 
 
 def _mean_velocity(state: State, v: Event, d: Array) -> State:
