@@ -239,7 +239,9 @@ def as_velocity(name: str, model: Velocity | FlowMap) -> Velocity:
     if isinstance(model, _CastVelocity):
         return model
     if isinstance(model, BoundFlowMap):
-        raise TypeError(f"{name}: expected a Velocity or a FlowMap, got a BoundFlowMap: pass its flow_map, and its params")
+        raise TypeError(
+            f"{name}: expected a Velocity or a FlowMap, got a BoundFlowMap: pass its flow_map, and its params"
+        )
     if not callable(model) or isinstance(model, type):
         kind = model.__name__ if isinstance(model, type) else type(model).__name__
         raise TypeError(f"{name}: expected a Velocity or a FlowMap, got {kind}")

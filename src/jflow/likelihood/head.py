@@ -85,7 +85,6 @@ def with_head(flow_map: FlowMap, head: Head) -> FlowMap:
       TypeError: (when called) for params that are not ``Headed`` or an event that is no State.
       ValueError: (when called) for a head or a log-density that is no scalar, or concrete times outside the domain.
     """
-
     points, network = parts.map_on_part(Headed, "map", flow_map), parts.on_part(Headed, "head", head)
 
     def d(params: Headed, s: Time, t: Time, x: Event, cond: Cond, key: Key | None) -> Array:
@@ -325,9 +324,7 @@ def together(objective: ObjectiveFn, **more: tuple[ObjectiveFn, float]) -> Objec
 class _HeadAlone(FlowMap):
     """A map of States whose diagonal is the entry of D alone, which is all that the tangent term of the head compares."""
 
-    def velocity(
-        self, params: Params, t: Time, x: State, cond: Cond = None, *, key: Key | None = None
-    ) -> Array:
+    def velocity(self, params: Params, t: Time, x: State, cond: Cond = None, *, key: Key | None = None) -> Array:
         """-D_{t,t}(x), a scalar."""
         return super().velocity(params, t, x, cond, key=key).log_density
 
