@@ -113,7 +113,8 @@ def central_difference(step: Array | float) -> Derivative:
 
         ( -3 f(p) + 4 f(p + h d) - f(p + 2 h d) )/(2h)
 
-    or the same with -h: of second order as well, with twice the error. Where neither fits, h is a third of the interval.
+    or the same with -h: of second order as well, with twice the error. Where neither fits, h is three tenths of the
+    interval.
     In an interval of length 0 the derivative is zero: there s = t, and the identities multiply it with t - s.
 
     Args:
@@ -139,12 +140,15 @@ class _CentralDifference:
         self, function: Callable[..., Event], primals: tuple, *tangents: tuple
     ) -> tuple[Event, tuple[Event, ...]]:
         value = function(*primals)
-        near, far, scale = _stencil(self.step, primals[0], self.interval)
+        near, far, room = _stencil(self.step, primals[0], self.interval)
         out = []
         for direction in tangents:
-            at_near, at_far = (trees.sub(function(*_moved(primals, a, direction)), value) for a in (near, far))
+            # Without room the function is asked at the point itself, and the difference is zero.
+            there = (function(*_moved(primals, room * a, direction)) for a in (near, far))
+            at_near, at_far = (trees.sub(moved, value) for moved in there)
             # The three-point formula of nodes 0, a and b: (b/a (f_a - f_0) - a/b (f_b - f_0))/(b - a).
-            out.append(trees.scale(scale, trees.combine(far / near, at_near, -near / far, at_far)))
+            slope = trees.combine(far / near, at_near, -near / far, at_far)
+            out.append(trees.scale(room / (far - near), slope))
         return value, tuple(out)
 
     def within(self, interval: Interval) -> Derivative:
@@ -152,22 +156,18 @@ class _CentralDifference:
 
 
 def _stencil(step: Array | float, time: Array, interval: Interval | None) -> tuple[Array, Array, Array]:
-    """The two offsets a and b at which a three-point difference asks, and 1/(b - a), or 0 where there is no room."""
+    """The two offsets at which a three-point difference asks, and 1; or 0 in an interval of length 0, without room."""
     if interval is None:
         h = jnp.asarray(step)
-        return -h, h, 0.5 / h
+        return -h, h, jnp.ones_like(h)
     low, high = (jnp.asarray(end, jnp.result_type(time)) for end in interval)
-    # A third of the interval fits twice on one side, wherever the time lies.
-    room = (high - low) / 3.0
-    h = jnp.minimum(jnp.asarray(step).astype(room.dtype), room)
+    # Three tenths of the interval fit twice on one side, wherever the time lies.
+    h = jnp.minimum(jnp.asarray(step).astype(low.dtype), 0.3 * (high - low))
     fits = h > 0.0
     h = jnp.where(fits, h, 1.0)
     both = (time - h >= low) & (time + h <= high)
-    side = jnp.where(time + 2.0 * h <= high, h, -h)
-    near, far = jnp.where(both, -h, side), jnp.where(both, h, 2.0 * side)
-    # Without room the function is asked at the point itself, and the difference is no derivative.
-    still = jnp.where(fits, 1.0, 0.0)
-    return near, far, still / (far - near)
+    side = jnp.where(high - time >= time - low, h, -h)
+    return jnp.where(both, -h, side), jnp.where(both, h, 2.0 * side), jnp.where(fits, 1.0, 0.0)
 
 
 def _moved(primals: tuple, step: Array | float, direction: tuple) -> tuple:

@@ -162,3 +162,94 @@ def test_the_log_density_keeps_its_dtype_and_the_time_is_that_of_the_event(dtype
 def test_wrong_arguments_are_named(call, error, message):
     with pytest.raises(error, match=message):
         call()
+
+
+# --- Reverse mode ----------------------------------------------------------------------------------------------------
+
+
+@jax.custom_vjp
+def reverse_only(x):
+    return jnp.sin(x)
+
+
+reverse_only.defvjp(lambda x: (jnp.sin(x), x), lambda x, g: (g * jnp.cos(x),))
+
+
+def kernel_field(a, x):
+    return reverse_only(a * (J @ x)) + x * x[::-1]
+
+
+def plain_field(a, x):
+    return jnp.sin(a * (J @ x)) + x * x[::-1]
+
+
+@pytest.mark.parametrize("noise", ["rademacher", "gaussian"])
+@pytest.mark.parametrize("probes", [1, 3])
+def test_reverse_mode_equals_forward_mode_probe_by_probe_with_its_gradient(probes, noise):
+    def of(mode, f):
+        divergence = likelihood.hutchinson(probes, noise, mode=mode)
+        return jax.jit(jax.value_and_grad(lambda a, key: divergence(lambda x: f(a, x), X, key)[1]))
+
+    for seed in range(3):
+        forward, reverse, kernel = (
+            of(mode, f)(jnp.asarray(0.8), jax.random.key(seed))
+            for mode, f in (("forward", plain_field), ("reverse", plain_field), ("reverse", kernel_field))
+        )
+        np.testing.assert_allclose(reverse, forward, rtol=1e-12)
+        np.testing.assert_allclose(kernel, forward, rtol=1e-12)
+
+
+def test_the_exact_divergence_in_reverse_mode():
+    exact = likelihood.exact("reverse")
+    value, div = exact(lambda x: kernel_field(0.8, x), X, None)
+    np.testing.assert_allclose(value, plain_field(0.8, X), rtol=1e-14)
+    np.testing.assert_allclose(div, trace(lambda x: plain_field(0.8, x), X), rtol=1e-13)
+    found = jax.grad(lambda a: exact(lambda x: kernel_field(a, x), X, None)[1])(0.8)
+    np.testing.assert_allclose(found, jax.grad(lambda a: trace(lambda x: plain_field(a, x), X))(0.8), rtol=1e-12)
+
+
+def test_reverse_hutch_pp_is_exact_for_a_small_rank_and_unbiased(assert_mean):
+    rng = np.random.default_rng(0)
+    low = jnp.asarray(rng.normal(size=(4, 2)) @ rng.normal(size=(2, 4)))
+    samples = draws(likelihood.hutch_pp(2, mode="reverse"), lambda x: low @ x, 8)
+    np.testing.assert_allclose(samples, float(jnp.trace(low)), rtol=1e-11)
+    samples = draws(likelihood.hutch_pp(1, mode="reverse"), lambda x: kernel_field(1.0, x), 20_000)
+    assert_mean(samples, float(trace(lambda x: plain_field(1.0, x), X)))
+
+
+def test_reverse_mode_of_trees_is_wide_and_only_one_forward_pass(key):
+    calls = []
+
+    def f(x):
+        calls.append(None)
+        return {"a": x["a"] * 3.0, "b": x["b"] * x["b"]}
+
+    x = {"a": jnp.full((2, 2), 0.5, jnp.bfloat16), "b": jnp.asarray([1.0], jnp.float32)}
+    value, div = likelihood.hutchinson(64, mode="reverse")(f, x, key)
+    assert value["a"].dtype == jnp.bfloat16 and value["b"].dtype == div.dtype == jnp.float32 and len(calls) == 1
+    np.testing.assert_allclose(div, 14.0, rtol=1e-6)
+
+
+def test_log_densities_along_a_solve_need_no_forward_mode(key):
+    def b(p, t, x, cond=None, *, key=None):
+        return kernel_field(0.4, x) * t
+
+    def plain(p, t, x, cond=None, *, key=None):
+        return plain_field(0.4, x) * t
+
+    def along(velocity, divergence, how):
+        moved = solvers.solve(likelihood.augment(velocity, divergence), "heun", steps=4)
+        return how(lambda: moved.jump(None, 0.0, 1.0, State(X, jnp.zeros(())), key=jax.random.clone(key)))()
+
+    expected = along(plain, likelihood.hutchinson(2), jax.jit)
+    found = along(b, likelihood.hutchinson(2, mode="reverse"), jax.jit)
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-12), found, expected)
+    for how in (jax.jit, lambda f: f):
+        with pytest.raises(TypeError, match="mode='reverse'"):
+            along(b, likelihood.hutchinson(2), how)
+
+
+def test_an_unknown_mode_is_refused():
+    for make in (likelihood.exact, likelihood.hutchinson, likelihood.hutch_pp):
+        with pytest.raises(ValueError, match=r"mode: .*'forward', 'reverse'.*'backward'"):
+            make(mode="backward")

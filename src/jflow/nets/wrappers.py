@@ -181,7 +181,7 @@ def from_nnx(
             examples = jax.tree.map(_example, (args, kwargs))
             seed = None if key is None else jax.random.key(0)
             after = jax.jit(lambda: call(state, *examples, seed)[1])()
-            return all(np.array_equal(after[name], stored[name], equal_nan=True) for name in names)
+            return all(_equal(after.get(name, stored[name]), stored[name]) for name in names)
 
     harmless: set[frozenset[str]] = {frozenset()}
 
@@ -336,6 +336,13 @@ def _variables(module: Any) -> dict[str, jax.Array]:
         elif not isinstance(leaf, (nnx.Param, nnx.RngState, nnx.Intermediate)):
             found[f"{name} ({type(leaf).__name__})"] = leaf.get_raw_value()
     return found
+
+
+def _equal(a: Any, b: Any) -> bool:
+    """Whether two arrays hold the same values; of PRNG keys, the same data."""
+    if jnp.issubdtype(jnp.result_type(a), jax.dtypes.prng_key):
+        a, b = jax.random.key_data(a), jax.random.key_data(b)
+    return np.array_equal(a, b, equal_nan=True)
 
 
 def _example(leaf: Any) -> Any:
