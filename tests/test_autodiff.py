@@ -65,7 +65,7 @@ FORWARD = {
     "eulerian": eulerian,
     "spatial": spatial,
     "lagrangian": lagrangian,
-    "exact": divergence(likelihood.exact()),
+    "exact": divergence(likelihood.exact_divergence()),
     "hutchinson": divergence(likelihood.hutchinson(2)),
     "hutch++": divergence(likelihood.hutch_pp(2)),
 }

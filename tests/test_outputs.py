@@ -51,7 +51,7 @@ MAKERS = {
     "with_head": lambda f: (
         lambda x: (
             head.with_head(types.FlowMap(of_two(f)), lambda p, s, t, x, cond=None, *, key=None: jnp.float32(0.0))
-            .jump(head.Headed(None, None), 0.2, 0.6, head.State(x, jnp.float64(0.0)))
+            .jump(head.Headed(None, None), 0.2, 0.6, head.WithLogDensity(x, jnp.float64(0.0)))
             .x
         )
     ),

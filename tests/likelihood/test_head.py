@@ -25,7 +25,7 @@ from jflow import (
     types,
 )
 from jflow import likelihood as lik
-from jflow.likelihood import Headed, State
+from jflow.likelihood import Headed, WithLogDensity
 from jflow.likelihood.ode import standard_normal
 
 PATH = interpolants.linear()
@@ -74,10 +74,10 @@ def student(name, sign=1.0):
 
 @pytest.mark.parametrize("name", ["gaussian", "mixture"])
 def test_the_exact_map_and_head_obey_all_identities_and_no_other_head_does(name):
-    """In both directions, on States as they are; the tolerance is that of the oracle's solve."""
+    """In both directions, on points with log-densities as they are; the tolerance is that of the oracle's solve."""
     tolerance = 1e-8 if name == "mixture" else 1e-12
     oracle, params, _ = exact_head(name)
-    x = State(jnp.linspace(0.3, -0.4, params.means.shape[1]), jnp.asarray(-1.7))
+    x = WithLogDensity(jnp.linspace(0.3, -0.4, params.means.shape[1]), jnp.asarray(-1.7))
     b = lik.augment(oracle.velocity)
 
     @jax.jit
@@ -111,7 +111,7 @@ def test_a_gaussians_head_is_the_change_of_its_log_determinant():
     s, t = jnp.asarray(0.15), jnp.asarray(0.9)
     law = lambda u: (1 - u) ** 2 * np.eye(2) + u**2 * np.array([[0.5, 0.2], [0.2, 0.3]])  # noqa: E731
     want = 0.5 * (np.linalg.slogdet(law(0.9))[1] - np.linalg.slogdet(law(0.15))[1]) / 0.75
-    state = State(jnp.array([0.4, -1.1]), jnp.asarray(2.0))
+    state = WithLogDensity(jnp.array([0.4, -1.1]), jnp.asarray(2.0))
     v = jax.jit(flow.mean_velocity)(Headed(params, jnp.zeros(4)), s, t, state)
     np.testing.assert_allclose(v.log_density, -want, rtol=1e-12)
 
@@ -121,7 +121,7 @@ def test_a_jump_and_a_grid_of_jumps_carry_the_log_density():
     flow, oracle, params = student("quantile")
     bound = flow.bind(Headed(params, jnp.zeros(4)))
     x0 = jnp.array([0.7])
-    start = State(x0, standard_normal(x0))
+    start = WithLogDensity(x0, standard_normal(x0))
     grid = jnp.array([0.0, 0.3, 0.6, 1.0])
     for end in (jax.jit(bound.jump)(0.0, 1.0, start), jax.jit(lambda s: samplers.jumps(bound, s, grid))(start)):
         np.testing.assert_allclose(end.log_density, oracle.log_density(params, 1.0, end.x), rtol=1e-9)
@@ -231,7 +231,7 @@ def initialised(module, seed, x):
 
 
 def init(seed):
-    return initialised(NET, seed, State(jnp.zeros(2), jnp.zeros(())))
+    return initialised(NET, seed, WithLogDensity(jnp.zeros(2), jnp.zeros(())))
 
 
 def sizes(gradient):
@@ -309,7 +309,7 @@ def test_a_jump_with_its_log_density_costs_one_pass():
     flow = lik.joint(apply, parameterizations.mean_velocity_form())
     float_ = lambda *shape: jax.ShapeDtypeStruct(shape, jnp.float32)  # noqa: E731
     size = 64
-    points, states = float_(size, 2), State(float_(size, 2), float_(size))
+    points, states = float_(size, 2), WithLogDensity(float_(size, 2), float_(size))
     moments = (float_(size), float_(size))
 
     def shapes(module, one):
@@ -318,7 +318,7 @@ def test_a_jump_with_its_log_density_costs_one_pass():
         )
 
     one = jnp.zeros(2, jnp.float32)
-    params = shapes(joined, State(one, jnp.float32(0)))
+    params = shapes(joined, WithLogDensity(one, jnp.float32(0)))
     jump = flops(jax.vmap(flow.jump, (None, 0, 0, 0)), params, *moments, states)
     forward = flops(jax.vmap(apply, (None, 0, 0, 0)), params, *moments, states)
     without = flops(jax.vmap(nets.from_linen(plain), (None, 0, 0, 0)), shapes(plain, one), *moments, points)
@@ -350,11 +350,11 @@ def test_a_head_learns_the_log_density_of_an_exact_maps_jump():
 
     @jax.jit
     def error(theta, x0):
-        start = State(x0, oracle.log_density(plane, 0.0, x0))
+        start = WithLogDensity(x0, oracle.log_density(plane, 0.0, x0))
         end = flow.jump(Headed(plane, theta), jnp.float32(0), jnp.float32(1), start)
         return jnp.abs(end.log_density - oracle.log_density(plane, 1.0, end.x))
 
-    theta = initialised(net, 0, State(jnp.zeros(2, jnp.float32), jnp.float32(0)))
+    theta = initialised(net, 0, WithLogDensity(jnp.zeros(2, jnp.float32), jnp.float32(0)))
     run = jax.jit(lambda carry, keys: jax.lax.scan(step, carry, keys))
     (learned, _), _ = run((theta, optimizer.init(theta)), jax.random.split(jax.random.key(1), steps))
     x0 = jax.random.normal(jax.random.key(2), (512, 2), jnp.float32)
@@ -369,7 +369,7 @@ FORWARD = lik.with_head(
     types.FlowMap(lambda p, s, t, x, cond=None, *, key=None: x), lambda p, s, t, x, cond=None, *, key=None: x[0]
 )
 JOINT = lik.joint(APPLY, FORM)
-POINT = State(jnp.zeros(2), jnp.zeros(()))
+POINT = WithLogDensity(jnp.zeros(2), jnp.zeros(()))
 
 
 @pytest.mark.parametrize(
@@ -380,7 +380,7 @@ POINT = State(jnp.zeros(2), jnp.zeros(()))
         (
             lambda: FORWARD.jump(Headed(0, 0), 0.0, 1.0, jnp.zeros(2)),
             TypeError,
-            r"x: expected a State\(x, log_density\)",
+            r"x: expected a WithLogDensity\(x, log_density\)",
         ),
         (lambda: FORWARD.jump((0, 0), 0.0, 1.0, POINT), TypeError, "params: expected Headed"),
         (
@@ -389,7 +389,7 @@ POINT = State(jnp.zeros(2), jnp.zeros(()))
             r"x.log_density: expected a scalar",
         ),
         (
-            lambda: FORWARD.jump(Headed(0, 0), 0.0, 1.0, State(jnp.zeros((2, 2)), jnp.zeros(()))),
+            lambda: FORWARD.jump(Headed(0, 0), 0.0, 1.0, WithLogDensity(jnp.zeros((2, 2)), jnp.zeros(()))),
             ValueError,
             "head's output: expected a scalar",
         ),
@@ -397,10 +397,10 @@ POINT = State(jnp.zeros(2), jnp.zeros(()))
         (
             lambda: lik.joint(lambda p, s, t, x, cond=None, *, key=None: x.x, FORM).jump(0, 0.0, 1.0, POINT),
             TypeError,
-            "network output: expected a State",
+            "network output: expected a WithLogDensity",
         ),
         (
-            lambda: lik.joint(lambda p, s, t, x, cond=None, *, key=None: State(x.x[:1], x[1]), FORM).jump(
+            lambda: lik.joint(lambda p, s, t, x, cond=None, *, key=None: WithLogDensity(x.x[:1], x[1]), FORM).jump(
                 0, 0, 1, POINT
             ),
             ValueError,

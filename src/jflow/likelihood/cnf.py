@@ -23,7 +23,7 @@ import jax.numpy as jnp
 from jax.flatten_util import ravel_pytree
 
 from jflow import autodiff, checks, solvers, trees
-from jflow.likelihood.divergence import Divergence, State, augment
+from jflow.likelihood.divergence import Divergence, WithLogDensity, augment
 from jflow.likelihood.ode import Base, log_base, standard_normal
 from jflow.types import Array, Batch, Cond, Context, Event, Key, Params, Time, Velocity, move
 
@@ -40,7 +40,7 @@ class Along(NamedTuple):
       jacobian: int |Jz|^2 dt, a scalar, or None where it is not asked for.
     """
 
-    state: State
+    state: WithLogDensity
     kinetic: Array | None
     jacobian: Array | None
 
@@ -97,7 +97,7 @@ class MaximumLikelihood:
 
     def _one(self, params: Params, x1: Event, cond: Cond, key: Key) -> tuple[Any, ...]:
         zero = jnp.zeros((), trees.at_least_float32(x1))
-        start = Along(State(x1, zero), *(zero if weight else None for weight in (self.kinetic, self.jacobian)))
+        start = Along(WithLogDensity(x1, zero), *(zero if weight else None for weight in (self.kinetic, self.jacobian)))
         v, stats = self.solve(params, 1.0, 0.0, start, cond, key=key)
         end = move(start, 1.0, 0.0, v)
         base = log_base(self.base, end.state.x)
@@ -135,7 +135,7 @@ def maximum_likelihood(
 
     Args:
       velocity: ``(params, t, x, cond=None, *, key=None) -> b_t(x)`` of one sample.
-      divergence: ``exact()`` by default; or ``hutchinson`` or ``hutch_pp``.
+      divergence: ``exact_divergence()`` by default; or ``hutchinson`` or ``hutch_pp``.
       base: x -> log rho_0(x) in nats.
       method, steps, rtol, atol, max_steps: as in ``solvers.solve``; tolerances are on all entries of the state together.
       adjoint: "recursive", "direct" (with memory for ``max_steps`` steps) or "backsolve".

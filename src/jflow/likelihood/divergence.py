@@ -1,4 +1,4 @@
-r"""The divergence of a velocity, exact or estimated, and the velocity of the state (x, log rho) that it makes.
+r"""The divergence of a velocity, exact or estimated, and the velocity of the pair (x, log rho) that it makes.
 
 With the Jacobian J = grad b_t(x), of d rows, where d is the number of entries of x,
 
@@ -34,7 +34,7 @@ Noise = Literal["rademacher", "gaussian"]
 MODES = ("forward", "reverse")
 
 
-class State(NamedTuple):
+class WithLogDensity(NamedTuple):
     """A point and the log-density that has come with it.
 
     Attributes:
@@ -46,7 +46,7 @@ class State(NamedTuple):
     log_density: Array
 
 
-def exact(mode: Mode = "forward") -> Divergence:
+def exact_divergence(mode: Mode = "forward") -> Divergence:
     """tr J, by d columns in forward mode or d rows in reverse mode; needs no key.
 
     Raises:
@@ -115,22 +115,24 @@ def hutch_pp(probes: int = 1, noise: Noise = "rademacher", mode: Mode = "forward
 
 
 def augment(velocity: Velocity, divergence: Divergence | None = None) -> Velocity:
-    """The velocity (b_t(x), -div b_t(x)) of ``State``: a Velocity whose events are States, with the same params.
+    """The velocity (b_t(x), -div b_t(x)) of ``WithLogDensity``: a Velocity whose events are of that type, with the same params.
 
     Args:
       velocity: of events x.
-      divergence: ``exact()`` by default; the others draw their probes from the key of the call, which serves a whole
+      divergence: ``exact_divergence()`` by default; the others draw their probes from the key of the call, which serves a whole
         solve, so that the probes are fixed within it.
     """
-    divergence = exact() if divergence is None else divergence
+    divergence = exact_divergence() if divergence is None else divergence
 
-    def augmented(params: Params, t: Time, state: State, cond: Cond = None, *, key: Key | None = None) -> State:
+    def augmented(
+        params: Params, t: Time, state: WithLogDensity, cond: Cond = None, *, key: Key | None = None
+    ) -> WithLogDensity:
         # Folded, for a solve uses its one key at every step, which for a key that is split would be reuse.
         probe_key, model_key = (None if key is None else jax.random.fold_in(key, i) for i in range(2))
         # Only x decides how precise the velocity's time is, as without the log-density.
         t = jnp.asarray(t).astype(trees.at_least_float32(state.x))
         b, div = divergence(lambda x: velocity(params, t, x, cond, key=model_key), state.x, probe_key)
-        return State(b, -div.astype(jnp.result_type(state.log_density)))
+        return WithLogDensity(b, -div.astype(jnp.result_type(state.log_density)))
 
     return augmented
 

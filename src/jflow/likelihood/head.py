@@ -4,9 +4,9 @@ A second output D_{s,t}(x), a scalar, is the mean divergence along the way, so t
 
     X_{s,t}(x),   log rho_t(X_{s,t}(x)) = log rho_s(x) - (t-s) D_{s,t}(x),      D_{t,t} = div b_t
 
-A map with a head is a FlowMap on States (x, log rho) whose mean velocity is (v_{s,t}(x), -D_{s,t}(x)), whatever the second
-entry is. The identities of such a map are those of any other (``jflow.identities``); their second entries say of D, with
-c a velocity and X = X_{s,t}(x),
+A map with a head is a FlowMap on ``WithLogDensity`` events (x, log rho) whose mean velocity is (v_{s,t}(x), -D_{s,t}(x)),
+whatever the second entry is. The identities of such a map are those of any other (``jflow.identities``); their second
+entries say of D, with c a velocity and X = X_{s,t}(x),
 
     tangent      D_{t,t}(x) - div c_t(x)
     Eulerian     D_{s,t}(x) - div c_s(x) - (t-s) ( d/ds D_{s,t}(x) + grad D_{s,t}(x) . c_s(x) )
@@ -35,7 +35,7 @@ import jax.numpy as jnp
 from jflow import checks, identities, parts, trees, types
 from jflow.identities import Derivative
 from jflow.interpolants import Interpolant
-from jflow.likelihood.divergence import Divergence, State, augment
+from jflow.likelihood.divergence import Divergence, WithLogDensity, augment
 from jflow.objectives import velocities
 from jflow.objectives.compose import Objective, Row
 from jflow.objectives.curriculum import ObjectiveFn
@@ -62,7 +62,7 @@ class Headed(NamedTuple):
 
 
 def scalar_head(apply: NetworkApply) -> Head:
-    """The scalar output of a network of States, such as ``nets.Joined(nets.MLP())``, as a head of its own."""
+    """The scalar output of a network of points with log-densities, such as ``nets.Joined(nets.MLP())``, as a head."""
 
     def head(params: Params, s: Time, t: Time, x: Event, cond: Cond = None, *, key: Key | None = None) -> Array:
         return _network(apply, params, s, t, x, cond, key).log_density
@@ -71,18 +71,18 @@ def scalar_head(apply: NetworkApply) -> Head:
 
 
 def with_head(flow_map: FlowMap, head: Head) -> FlowMap:
-    """The map and a head, two networks, as one map of States: (v_{s,t}(x), -D_{s,t}(x)).
+    """The map and a head, two networks, as one map of points with log-densities: (v_{s,t}(x), -D_{s,t}(x)).
 
     Args:
       flow_map: of events x: learned, solved or exact.
       head: ``(params, s, t, x, cond=None, *, key=None) -> D_{s,t}(x)``, a scalar.
 
     Returns:
-      The FlowMap of States, of the same domain; its params are ``Headed(map, head)``. From (x, log rho_s(x)) its ``jump``
-      gives (X_{s,t}(x), log rho_t(X_{s,t}(x))), in nats.
+      The FlowMap of ``WithLogDensity`` events, of the same domain; its params are ``Headed(map, head)``. From
+      (x, log rho_s(x)) its ``jump`` gives (X_{s,t}(x), log rho_t(X_{s,t}(x))), in nats.
 
     Raises:
-      TypeError: (when called) for params that are not ``Headed`` or an event that is no State.
+      TypeError: (when called) for params that are not ``Headed`` or an event that is not a WithLogDensity.
       ValueError: (when called) for a head or a log-density that is no scalar, or concrete times outside the domain.
     """
     points, network = parts.map_on_part(Headed, "map", flow_map), parts.on_part(Headed, "head", head)
@@ -94,19 +94,23 @@ def with_head(flow_map: FlowMap, head: Head) -> FlowMap:
         return value
 
     def mean_velocity(
-        params: Headed, s: Time, t: Time, state: State, cond: Cond = None, *, key: Key | None = None
-    ) -> State:
+        params: Headed, s: Time, t: Time, state: WithLogDensity, cond: Cond = None, *, key: Key | None = None
+    ) -> WithLogDensity:
         _check(flow_map.domain, s, t, state)
         v = points.mean_velocity(params, s, t, state.x, cond, key=key)
         return _mean_velocity(state, v, d(params, s, t, state.x, cond, key))
 
-    def jump(params: Headed, s: Time, t: Time, state: State, cond: Cond = None, *, key: Key | None = None) -> State:
+    def jump(
+        params: Headed, s: Time, t: Time, state: WithLogDensity, cond: Cond = None, *, key: Key | None = None
+    ) -> WithLogDensity:
         _check(flow_map.domain, s, t, state)
         x = points.jump(params, s, t, state.x, cond, key=key)
         change = _mean_velocity(state, state.x, d(params, s, t, state.x, cond, key))
-        return State(x, move(state.log_density, s, t, change.log_density))
+        return WithLogDensity(x, move(state.log_density, s, t, change.log_density))
 
-    def velocity(params: Headed, t: Time, state: State, cond: Cond = None, *, key: Key | None = None) -> State:
+    def velocity(
+        params: Headed, t: Time, state: WithLogDensity, cond: Cond = None, *, key: Key | None = None
+    ) -> WithLogDensity:
         _check(flow_map.domain, t, t, state)
         b = points.velocity(params, t, state.x, cond, key=key)
         return _mean_velocity(state, b, d(params, t, t, state.x, cond, key))
@@ -120,27 +124,28 @@ def with_head(flow_map: FlowMap, head: Head) -> FlowMap:
 
 
 def joint(apply: NetworkApply, parameterization: Parameterization, domain: Domain = FORWARD) -> FlowMap:
-    """One network of two outputs as a map of States: v_{s,t}(x) = a(s,t) x + c(s,t) net, and D_{s,t}(x) as it comes.
+    """A map of points with log-densities whose v_{s,t}(x) and D_{s,t}(x) are two outputs of one network.
 
-    A jump with its log-density costs one pass of the network.
+    v_{s,t}(x) = a(s,t) x + c(s,t) net, and D_{s,t}(x) is the second output as it comes. A jump with its log-density costs one
+    pass of the network.
 
     Args:
-      apply: ``(params, s, t, state, cond=None, *, key=None) -> State(net, D)``, the log-density given to it being 0:
+      apply: ``(params, s, t, state, cond=None, *, key=None) -> WithLogDensity(net, D)``, the log-density given to it being 0:
         ``nets.from_linen(nets.Joined(nets.MLP()))``, or any network with a scalar output beside the one shaped like x.
       parameterization: what the first output predicts.
       domain: the pairs of times on which it will be trained.
 
     Returns:
-      The FlowMap of States; its params are the network's.
+      The FlowMap of ``WithLogDensity`` events; its params are the network's.
 
     Raises:
-      TypeError: (when called) for an event or an output that is no State.
-      ValueError: (when called) for outputs of other shapes than the State's, or concrete times outside the domain.
+      TypeError: (when called) for an event or an output that is not a WithLogDensity.
+      ValueError: (when called) for outputs of other shapes than the WithLogDensity's, or concrete times outside the domain.
     """
 
     def mean_velocity(
-        params: Params, s: Time, t: Time, state: State, cond: Cond = None, *, key: Key | None = None
-    ) -> State:
+        params: Params, s: Time, t: Time, state: WithLogDensity, cond: Cond = None, *, key: Key | None = None
+    ) -> WithLogDensity:
         _check(domain, s, t, state)
         output = _network(apply, params, s, t, state.x, cond, key)
         if parameterization.name == "v":
@@ -152,7 +157,7 @@ def joint(apply: NetworkApply, parameterization: Parameterization, domain: Domai
 
 
 def without_head(flow_map: FlowMap) -> FlowMap:
-    """The map of events x within a map of States, with the same params: to sample from, or to train by any method."""
+    """The map of events x within a map of points with log-densities, with the same params: to sample from or to train."""
 
     def mean_velocity(
         params: Params, s: Time, t: Time, x: Event, cond: Cond = None, *, key: Key | None = None
@@ -178,7 +183,7 @@ class HeadObjective:
     """The objective of a head; made by ``head_objective``, and called as every other.
 
     Attributes:
-      on_states: the Objective on States.
+      on_states: the Objective on points with log-densities.
       own: whether div c is the map's own, at the params being trained, and not at ``context.teacher``.
     """
 
@@ -228,10 +233,10 @@ def head_objective(
     Eulerian 6 + divergence; both 2 less with the target stopped; semigroup 5 + F.
 
     Args:
-      flow_map: of States (``with_head``, ``joint``).
+      flow_map: of ``WithLogDensity`` events (``with_head``, ``joint``).
       interpolant: the path.
       identity: "lagrangian", "eulerian" or "semigroup", whose gamma is that of ``gammas``, 1/2 by default.
-      divergence: ``exact()`` by default, or an unbiased estimate; its probes are drawn from each row's key.
+      divergence: ``exact_divergence()`` by default, or an unbiased estimate; its probes are drawn from each row's key.
       teacher: c, a Velocity or a FlowMap of events x at the parameters ``context.teacher``; by default the map's own
         diagonal.
       along: "divergence", or "head": off the diagonal sg D_{t,t} then takes the place of div c_t, which saves its passes
@@ -261,7 +266,7 @@ def head_objective(
     c = velocity if teacher is None else types.as_velocity("teacher", teacher)
 
     def residual(row: Row) -> identities.Residual:
-        def own(t: Time, state: State) -> State:
+        def own(t: Time, state: WithLogDensity) -> WithLogDensity:
             # The diagonal of D in place of the divergence; the direction is c's.
             return row.leg("teacher").velocity(t, state)._replace(log_density=row.own.v(t, t, state).log_density)
 
@@ -276,7 +281,7 @@ def head_objective(
 
     coupling = choices.pop("coupling", Objective.coupling)
 
-    def couple(key: Key, x1: State, cond: Cond) -> State:
+    def couple(key: Key, x1: WithLogDensity, cond: Cond) -> WithLogDensity:
         return _states("x0", coupling(key, x1.x, cond))
 
     on_states = Objective(
@@ -322,9 +327,11 @@ def together(objective: ObjectiveFn, **more: tuple[ObjectiveFn, float]) -> Objec
 
 
 class _HeadAlone(FlowMap):
-    """A map of States whose diagonal is the entry of D alone, which is all that the tangent term of the head compares."""
+    """A map whose diagonal is the entry of D alone: all that the tangent term of the head compares."""
 
-    def velocity(self, params: Params, t: Time, x: State, cond: Cond = None, *, key: Key | None = None) -> Array:
+    def velocity(
+        self, params: Params, t: Time, x: WithLogDensity, cond: Cond = None, *, key: Key | None = None
+    ) -> Array:
         """-D_{t,t}(x), a scalar."""
         return super().velocity(params, t, x, cond, key=key).log_density
 
@@ -333,18 +340,18 @@ def _points_stopped(flow_map: FlowMap) -> FlowMap:
     """The map as the head's objective sees it: points get no gradient, and on the diagonal there is D alone."""
 
     def mean_velocity(
-        params: Params, s: Time, t: Time, state: State, cond: Cond = None, *, key: Key | None = None
-    ) -> State:
+        params: Params, s: Time, t: Time, state: WithLogDensity, cond: Cond = None, *, key: Key | None = None
+    ) -> WithLogDensity:
         v = flow_map.mean_velocity(params, s, t, state, cond, key=key)
-        return State(jax.lax.stop_gradient(v.x), v.log_density)
+        return WithLogDensity(jax.lax.stop_gradient(v.x), v.log_density)
 
     return _HeadAlone(mean_velocity, flow_map.domain, velocity_override=flow_map.velocity, form=flow_map.form)
 
 
-def _check(domain: Domain, s: Time, t: Time, state: State) -> None:
-    """Refuses what no map of States can take, and a concrete jump outside the domain."""
-    if not isinstance(state, State):
-        raise TypeError(f"x: expected a State(x, log_density), got {type(state).__name__}")
+def _check(domain: Domain, s: Time, t: Time, state: WithLogDensity) -> None:
+    """Refuses an event that is not a WithLogDensity, and a concrete jump outside the domain."""
+    if not isinstance(state, WithLogDensity):
+        raise TypeError(f"x: expected a WithLogDensity(x, log_density), got {type(state).__name__}")
     checks.scalar("x.log_density", state.log_density)
     checks.scalar("s", s)
     checks.scalar("t", t)
@@ -353,28 +360,30 @@ def _check(domain: Domain, s: Time, t: Time, state: State) -> None:
         raise ValueError(f"s, t: the jump from {source:g} to {target:g} is outside the map's domain, {domain.name}")
 
 
-def _network(apply: NetworkApply, params: Params, s: Time, t: Time, x: Event, cond: Cond, key: Key | None) -> State:
+def _network(
+    apply: NetworkApply, params: Params, s: Time, t: Time, x: Event, cond: Cond, key: Key | None
+) -> WithLogDensity:
     """A network's two outputs; what it sees of the log-density is 0."""
     state = _state(x)
     output = apply(params, s, t, state, cond, key=key)
-    if not isinstance(output, State):
-        raise TypeError(f"network output: expected a State(x, log_density), got {type(output).__name__}")
+    if not isinstance(output, WithLogDensity):
+        raise TypeError(f"network output: expected a WithLogDensity(x, log_density), got {type(output).__name__}")
     return checks.output("network output", output, state)
 
 
-def _mean_velocity(state: State, v: Event, d: Array) -> State:
-    return State(v, -d.astype(jnp.result_type(state.log_density)))
+def _mean_velocity(state: WithLogDensity, v: Event, d: Array) -> WithLogDensity:
+    return WithLogDensity(v, -d.astype(jnp.result_type(state.log_density)))
 
 
-def _state(x: Event) -> State:
+def _state(x: Event) -> WithLogDensity:
     checks.floating("x", x)
-    return State(x, jnp.zeros((), trees.at_least_float32(jax.tree.map(jnp.asarray, x))))
+    return WithLogDensity(x, jnp.zeros((), trees.at_least_float32(jax.tree.map(jnp.asarray, x))))
 
 
-def _states(name: str, x: Event | None) -> State | None:
+def _states(name: str, x: Event | None) -> WithLogDensity | None:
     """A batch of events with a log-density of 0 each, which nothing depends on."""
     if x is None:
         return None
     checks.floating(name, x)
     rows = jnp.shape(jax.tree.leaves(x)[0])[:1]
-    return State(x, jnp.zeros(rows, trees.at_least_float32(x)))
+    return WithLogDensity(x, jnp.zeros(rows, trees.at_least_float32(x)))
