@@ -115,7 +115,7 @@ def head_of(flow_map: FlowMap, config: common.Training, event: tuple[int, ...]) 
 
 @functools.cache
 def _head(flow_map: FlowMap, features: int, depth: int, residual: bool, event: tuple[int, ...]) -> Head:
-    module = nets.Joined(nets.MLP(features=features, depth=depth, residual=residual))
+    module = nets.MultiOutput(nets.MLP(features=features, depth=depth, residual=residual))
     zero = WithLogDensity(jnp.zeros(event, jnp.float32), jnp.float32(0.0))
 
     def init(key: jax.Array) -> Any:

@@ -220,7 +220,7 @@ def test_with_an_estimated_divergence_the_exact_head_is_stationary(identity):
 
 # --- what is trained --------------------------------------------------------------------------------------------------
 
-NET = nets.Joined(nets.MLP.plain(features=16, depth=2, zero_init=False))
+NET = nets.MultiOutput(nets.MLP.plain(features=16, depth=2, zero_init=False))
 APPLY = nets.from_linen(NET)
 FORM = parameterizations.gaussian_form(PATH)
 
@@ -247,13 +247,13 @@ def test_the_heads_loss_trains_the_head_alone(key):
 
     def gradient(flow, params, key, *names):
         terms = {name: (lik.head_objective(flow, PATH, identity=name), 1.0) for name in names}
-        loss = lik.together(terms.pop("lagrangian")[0], **terms)
+        loss = lik.weighted_sum(terms.pop("lagrangian")[0], **terms)
         return jax.grad(lambda p: loss(p, key, types.Batch(x1))[0].mean())(params)
 
     @jax.jit
     def gradients(params, shared, key):
         keys = jax.random.split(key)
-        joint = lik.joint(APPLY, FORM)
+        joint = lik.shared_network(APPLY, FORM)
         return gradient(two, params, keys[0], *lik.head.STOPS), gradient(joint, shared, keys[1], "lagrangian")
 
     apart, shared = gradients(params, init(4), key)
@@ -266,9 +266,9 @@ def test_the_heads_loss_trains_the_head_alone(key):
 
 
 def test_joint_training_is_the_sum_of_both():
-    flow, x1 = lik.joint(APPLY, FORM), jax.random.normal(jax.random.key(1), (16, 2))
+    flow, x1 = lik.shared_network(APPLY, FORM), jax.random.normal(jax.random.key(1), (16, 2))
     map_alone, head_alone = objectives.lsd(lik.without_head(flow), PATH), lik.head_objective(flow, PATH)
-    both = lik.together(map_alone, head=(head_alone, 0.5))
+    both = lik.weighted_sum(map_alone, head=(head_alone, 0.5))
 
     @jax.jit
     def run(params, key, keys):
@@ -280,7 +280,7 @@ def test_joint_training_is_the_sum_of_both():
     assert total[1]["lagrangian/raw"] == of_map[1]["lagrangian/raw"]
     assert total[1]["head_tangent/raw"] == of_head[1]["tangent/raw"]
     with pytest.raises(ValueError, match="head: expected a number"):
-        lik.together(map_alone, head=(head_alone, -1.0))
+        lik.weighted_sum(map_alone, head=(head_alone, -1.0))
 
 
 def test_a_divergence_that_is_not_finite_is_counted(key):
@@ -304,9 +304,9 @@ def flops(function, *args):
 def test_a_jump_with_its_log_density_costs_one_pass():
     """Of the joint network; which itself costs little more than the map's network without the head."""
     plain = nets.MLP.plain(features=512, depth=5)
-    joined = nets.Joined(plain)
-    apply = nets.from_linen(joined)
-    flow = lik.joint(apply, parameterizations.mean_velocity_form())
+    both = nets.MultiOutput(plain)
+    apply = nets.from_linen(both)
+    flow = lik.shared_network(apply, parameterizations.mean_velocity_form())
     float_ = lambda *shape: jax.ShapeDtypeStruct(shape, jnp.float32)  # noqa: E731
     size = 64
     points, states = float_(size, 2), WithLogDensity(float_(size, 2), float_(size))
@@ -318,7 +318,7 @@ def test_a_jump_with_its_log_density_costs_one_pass():
         )
 
     one = jnp.zeros(2, jnp.float32)
-    params = shapes(joined, WithLogDensity(one, jnp.float32(0)))
+    params = shapes(both, WithLogDensity(one, jnp.float32(0)))
     jump = flops(jax.vmap(flow.jump, (None, 0, 0, 0)), params, *moments, states)
     forward = flops(jax.vmap(apply, (None, 0, 0, 0)), params, *moments, states)
     without = flops(jax.vmap(nets.from_linen(plain), (None, 0, 0, 0)), shapes(plain, one), *moments, points)
@@ -329,7 +329,7 @@ def test_a_jump_with_its_log_density_costs_one_pass():
 def test_a_head_learns_the_log_density_of_an_exact_maps_jump():
     """Lagrangian, 250 steps of 128 rows in float32: from 0.93 nats of mean absolute error to about 0.12."""
     oracle = oracles.mixture(PATH)
-    net = nets.Joined(nets.MLP.plain(features=64, depth=3))
+    net = nets.MultiOutput(nets.MLP.plain(features=64, depth=3))
     flow = lik.with_head(solvers.solve(oracle.velocity, "midpoint", steps=8), lik.scalar_head(nets.from_linen(net)))
     plane = jax.tree.map(lambda leaf: leaf.astype(jnp.float32), PLANE)
     pairs = times.mixed([times.triangle(), times.independent(times.constant(0.0), times.uniform())], [0.5, 0.5])
@@ -368,7 +368,7 @@ def test_a_head_learns_the_log_density_of_an_exact_maps_jump():
 FORWARD = lik.with_head(
     types.FlowMap(lambda p, s, t, x, cond=None, *, key=None: x), lambda p, s, t, x, cond=None, *, key=None: x[0]
 )
-JOINT = lik.joint(APPLY, FORM)
+JOINT = lik.shared_network(APPLY, FORM)
 POINT = WithLogDensity(jnp.zeros(2), jnp.zeros(()))
 
 
@@ -395,14 +395,14 @@ POINT = WithLogDensity(jnp.zeros(2), jnp.zeros(()))
         ),
         (lambda: JOINT.jump(init(0), jnp.zeros(3), 1.0, POINT), ValueError, "s: expected a scalar"),
         (
-            lambda: lik.joint(lambda p, s, t, x, cond=None, *, key=None: x.x, FORM).jump(0, 0.0, 1.0, POINT),
+            lambda: lik.shared_network(lambda p, s, t, x, cond=None, *, key=None: x.x, FORM).jump(0, 0.0, 1.0, POINT),
             TypeError,
             "network output: expected a WithLogDensity",
         ),
         (
-            lambda: lik.joint(lambda p, s, t, x, cond=None, *, key=None: WithLogDensity(x.x[:1], x[1]), FORM).jump(
-                0, 0, 1, POINT
-            ),
+            lambda: lik.shared_network(
+                lambda p, s, t, x, cond=None, *, key=None: WithLogDensity(x.x[:1], x[1]), FORM
+            ).jump(0, 0, 1, POINT),
             ValueError,
             "network output: expected the shape",
         ),

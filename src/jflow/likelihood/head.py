@@ -62,7 +62,7 @@ class Headed(NamedTuple):
 
 
 def scalar_head(apply: NetworkApply) -> Head:
-    """The scalar output of a network of points with log-densities, such as ``nets.Joined(nets.MLP())``, as a head."""
+    """The scalar output of a network of points with log-densities, such as ``nets.MultiOutput(nets.MLP())``, as a head."""
 
     def head(params: Params, s: Time, t: Time, x: Event, cond: Cond = None, *, key: Key | None = None) -> Array:
         return _network(apply, params, s, t, x, cond, key).log_density
@@ -123,7 +123,7 @@ def with_head(flow_map: FlowMap, head: Head) -> FlowMap:
     )
 
 
-def joint(apply: NetworkApply, parameterization: Parameterization, domain: Domain = FORWARD) -> FlowMap:
+def shared_network(apply: NetworkApply, parameterization: Parameterization, domain: Domain = FORWARD) -> FlowMap:
     """A map of points with log-densities whose v_{s,t}(x) and D_{s,t}(x) are two outputs of one network.
 
     v_{s,t}(x) = a(s,t) x + c(s,t) net, and D_{s,t}(x) is the second output as it comes. A jump with its log-density costs one
@@ -131,7 +131,7 @@ def joint(apply: NetworkApply, parameterization: Parameterization, domain: Domai
 
     Args:
       apply: ``(params, s, t, state, cond=None, *, key=None) -> WithLogDensity(net, D)``, the log-density given to it being 0:
-        ``nets.from_linen(nets.Joined(nets.MLP()))``, or any network with a scalar output beside the one shaped like x.
+        ``nets.from_linen(nets.MultiOutput(nets.MLP()))``, or any network with a scalar output beside the one shaped like x.
       parameterization: what the first output predicts.
       domain: the pairs of times on which it will be trained.
 
@@ -224,7 +224,7 @@ def head_objective(
     """R( residual of D ) by one of the module's identities, and R( D_{t,t} - sg div c_t ) on the diagonal rows.
 
     The map gets no gradient, but for layers that D shares with it. To train it as well, add an objective of its own:
-    ``together(objectives.lsd(without_head(flow_map), interpolant), head=(head_objective(flow_map, interpolant), 1.0))``.
+    ``weighted_sum(objectives.lsd(without_head(flow_map), interpolant), head=(head_objective(flow_map, interpolant), 1.0))``.
 
     On a mixture in the plane the Lagrangian identity learned fastest, and the Eulerian one with the target stopped slowest.
 
@@ -233,7 +233,7 @@ def head_objective(
     Eulerian 6 + divergence; both 2 less with the target stopped; semigroup 5 + F.
 
     Args:
-      flow_map: of ``WithLogDensity`` events (``with_head``, ``joint``).
+      flow_map: of ``WithLogDensity`` events (``with_head``, ``shared_network``).
       interpolant: the path.
       identity: "lagrangian", "eulerian" or "semigroup", whose gamma is that of ``gammas``, 1/2 by default.
       divergence: ``exact_divergence()`` by default, or an unbiased estimate; its probes are drawn from each row's key.
@@ -298,8 +298,8 @@ def head_objective(
     return HeadObjective(on_states, own=teacher is None)
 
 
-def together(objective: ObjectiveFn, **more: tuple[ObjectiveFn, float]) -> ObjectiveFn:
-    """The sum of objectives of the same params and batch: joint training, ``together(lsd, head=(head, 0.1))``.
+def weighted_sum(objective: ObjectiveFn, **more: tuple[ObjectiveFn, float]) -> ObjectiveFn:
+    """The sum of objectives of the same params and batch: joint training, ``weighted_sum(lsd, head=(head, 0.1))``.
 
     Args:
       objective: the first, of weight one; its entries of ``info`` keep their names.

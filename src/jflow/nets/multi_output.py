@@ -13,11 +13,11 @@ from jflow import checks
 Array = jax.Array
 
 
-class Joined(nn.Module):
+class MultiOutput(nn.Module):
     """net(s, t, x) of all leaves of x laid end to end, cut up again: one network with an output for each leaf.
 
     With a ``WithLogDensity`` (x, log rho) of ``jflow.likelihood`` it has an output shaped like x and a scalar one, and one pass
-    gives both: ``nets.Joined(nets.MLP())``.
+    gives both: ``nets.MultiOutput(nets.MLP())``.
 
     Attributes:
       net: a module of one flat array, as ``MLP`` is: ``(s, t, x, cond=None) -> `` shaped like x.
