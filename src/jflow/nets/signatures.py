@@ -4,16 +4,30 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Callable, Mapping
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, Protocol
 
 import jax
 import jax.numpy as jnp
 
 from jflow import checks
-from jflow.types import MeanVelocity, Params, PyTree, Velocity
+from jflow.types import Cond, Event, Key, Params, PyTree, Time, Velocity
 
 DEFAULT = "s t x cond"
 NAMES = ("s", "t", "x", "cond")
+
+
+class Network(Protocol):
+    """A network of two times: (s, t, x) in, something shaped like x out, in the dtypes of x.
+
+    What its output means (mean velocity, data, noise) is said by the parameterization that makes a FlowMap of it
+    (``parameterizations.flow_map``).
+    """
+
+    def __call__(
+        self, params: Params, s: Time, t: Time, x: Event, cond: Cond = None, *, key: Key | None = None
+    ) -> Event:
+        """The output at source time s and target time t."""
+        ...
 
 
 class Call(NamedTuple):
@@ -56,8 +70,12 @@ def read(signature: str) -> Call:
 
 def wrap(
     run: Callable[[Params, tuple, dict, Any], PyTree], takes: inspect.Signature, signature: str, batched: bool
-) -> MeanVelocity | Velocity:
-    """The function of one sample around ``run(params, args, kwargs, key)``, with its checks."""
+) -> Network | Velocity:
+    """The function of one sample around ``run(params, args, kwargs, key)``, with its checks.
+
+    Returns:
+      A ``Network`` of two times for a signature with ``s``, else a ``Velocity``.
+    """
     call = read(signature)
     names = (*call.positional, *call.keywords.values())
 

@@ -1,7 +1,9 @@
 r"""From anyone's network to the function of one sample that the library takes.
 
-    apply(params, s, t, x, cond=None, *, key=None) -> shaped like x     a network of two times
+    apply(params, s, t, x, cond=None, *, key=None) -> shaped like x     a ``Network`` of two times
     velocity(params, t, x, cond=None, *, key=None) -> shaped like x     a ``jflow.types.Velocity``
+
+A network becomes a FlowMap through ``parameterizations.flow_map``, a Velocity through ``solvers.solve``.
 
 Which is made, and how the network is called, is said by ``signature``: its arguments, in its own order.
 
@@ -41,7 +43,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from jflow.nets import signatures
-from jflow.types import MeanVelocity, Params, PyTree, Velocity
+from jflow.types import Params, PyTree, Velocity
 
 MIXES = (
     "mixes the samples of a batch, and a function of one sample cannot: use group or layer normalisation, or freeze its "
@@ -65,23 +67,23 @@ def from_linen(
     batched: bool = False,
     rngs: Sequence[str] = ("dropout",),
     constants: Mapping[str, PyTree] | None = None,
-) -> MeanVelocity | Velocity:
-    """A flax.linen module as ``apply`` or ``velocity``; its params are ``module.init(...)['params']``.
+) -> signatures.Network | Velocity:
+    """A flax.linen module as a network of two times, or as a Velocity; its params are ``module.init(...)['params']``.
 
     Args:
       module: the module.
-      signature: how its ``__call__`` takes (s, t, x, cond); without ``s`` a velocity is made. See the module
-        above.
+      signature: how its ``__call__`` takes (s, t, x, cond); with ``s`` a ``Network`` of two
+        times is made, without it a ``Velocity``. See the module above.
       batched: whether it takes a batch.
       rngs: the random streams that it draws from; ``key`` is split among them.
       constants: its other variable collections, which are neither trained nor changed: ``{"batch_stats": ...}`` of a
         layer that is frozen.
 
     Returns:
-      ``apply(params, s, t, x, cond=None, *, key=None)``, or ``velocity(params, t, x, cond=None, *,
-      key=None)``. They raise TypeError for a layer that mixes samples or changes a variable, or when the
-      module's ``__call__`` does not take the signature; ValueError for an output not shaped like x, times with
-      axes, a missing collection, or when random numbers are drawn and no key came.
+      ``apply(params, s, t, x, cond=None, *, key=None)``, a ``Network``, for a signature with ``s`` (the default); else
+      ``velocity(params, t, x, cond=None, *, key=None)``, a ``Velocity``. They raise TypeError for a layer that
+      mixes samples or changes a variable, or if the module's ``__call__`` does not take the signature; ValueError for an
+      output not shaped like x, times with axes, a missing collection, or random numbers drawn without a key.
 
     Raises:
       ValueError: for a signature that cannot be read.
@@ -122,8 +124,8 @@ def from_linen(
 
 def from_nnx(
     module: Any, *, signature: str = signatures.DEFAULT, batched: bool = False
-) -> tuple[MeanVelocity | Velocity, Params]:
-    """A flax.nnx module as ``apply`` or ``velocity``, and its parameters as nested dicts with string keys.
+) -> tuple[signatures.Network | Velocity, Params]:
+    """A flax.nnx module as a network of two times, or as a Velocity; and its parameters as nested dicts with string keys.
 
     The parameters are the variables of type ``nnx.Param``; all others stay as they are. Without a key the
     module runs with ``deterministic=True``, with one with ``deterministic=False`` and its random streams reseeded
@@ -133,12 +135,12 @@ def from_nnx(
 
     Args:
       module: the module; it is left untouched.
-      signature: how its ``__call__`` takes (s, t, x, cond); without ``s`` a velocity is made. See the module
-        above.
+      signature: how its ``__call__`` takes (s, t, x, cond); with ``s`` a ``Network`` of two
+        times is made, without it a ``Velocity``. See the module above.
       batched: whether it takes a batch.
 
     Returns:
-      (apply or velocity, params), as of ``from_linen``. When called it raises TypeError for a variable that the call
+      (network or velocity, params), as of ``from_linen``. When called it raises TypeError for a variable that the call
       changes or creates, but for parameters, random streams and intermediates.
 
     Raises:
@@ -202,20 +204,20 @@ def from_nnx(
 
 def from_equinox(
     module: Any, *, signature: str = signatures.DEFAULT, batched: bool = False
-) -> tuple[MeanVelocity | Velocity, Params]:
-    """An equinox module as ``apply`` or ``velocity``, and its floating-point arrays as the parameters.
+) -> tuple[signatures.Network | Velocity, Params]:
+    """An equinox module as a network of two times, or as a Velocity; and its floating-point arrays as the parameters.
 
     The parameters have the module's own structure (``eqx.partition``). Without a key the module runs in
     inference mode; with one, in training mode, and the key goes to its argument ``key``.
 
     Args:
       module: the module.
-      signature: how its ``__call__`` takes (s, t, x, cond); without ``s`` a velocity is made. See the module
-        above.
+      signature: how its ``__call__`` takes (s, t, x, cond); with ``s`` a ``Network`` of two
+        times is made, without it a ``Velocity``. See the module above.
       batched: whether it takes a batch.
 
     Returns:
-      (apply or velocity, params), as of ``from_linen``.
+      (network or velocity, params), as of ``from_linen``.
 
     Raises:
       ValueError: for a signature that cannot be read.
@@ -245,18 +247,18 @@ def from_equinox(
 
 def from_function(
     function: Callable[..., PyTree], *, signature: str = signatures.DEFAULT, batched: bool = False
-) -> MeanVelocity | Velocity:
-    """A function (params, then the signature's arguments) as ``apply`` or ``velocity``.
+) -> signatures.Network | Velocity:
+    """A function of params and the signature's arguments as a network of two times, or as a Velocity.
 
     Args:
       function: ``function(params, s, t, x)`` with the default signature, or with ``cond`` after x. If it has
         an argument ``key``, it gets the key.
-      signature: how it takes (s, t, x, cond) after params; without ``s`` a velocity is made. See the module
-        above.
+      signature: how it takes (s, t, x, cond) after params; with ``s`` a ``Network`` of two
+        times is made, without it a ``Velocity``. See the module above.
       batched: whether it takes a batch.
 
     Returns:
-      ``apply`` or ``velocity``, as of ``from_linen``.
+      A ``Network`` or a ``Velocity``, as of ``from_linen``.
 
     Raises:
       ValueError: for a signature that cannot be read.
