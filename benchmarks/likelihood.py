@@ -37,7 +37,7 @@ from jflow import likelihood
 from jflow.types import Array, Cond, Event, Key, Params, Time
 
 GOAL = 1.5
-DIVERGENCES = {"exact": likelihood.exact(), "hutchinson": likelihood.hutchinson(1)}
+DIVERGENCES = {"exact": likelihood.exact_divergence(), "hutchinson": likelihood.hutchinson(1)}
 # Evaluations per step, by either package.
 STAGES = {"euler": 1, "midpoint": 2}
 # Of the wall, and of the processor.

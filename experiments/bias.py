@@ -337,7 +337,7 @@ class Job:
                 log_every=min(config.log_every, config.likelihood_steps),
             )
             problem_ = problem(config, self.dim)
-            divergence = likelihood.exact() if self.dim == 2 else likelihood.hutchinson()
+            divergence = likelihood.exact_divergence() if self.dim == 2 else likelihood.hutchinson()
             objective = densities.maximum_likelihood(flow_map, divergence)
         else:
             row = catalogue.ROWS[self.row.row]
@@ -350,9 +350,9 @@ class Job:
         return common.train(config, problem_, self.model, this)[0]
 
     def with_head(self, bound: BoundFlowMap) -> BoundFlowMap:
-        """The map of States with its trained head."""
+        """The map of points with log-densities, with its trained head."""
         config = dataclasses.replace(self.config, steps=self.config.head_steps)
-        divergence = likelihood.exact() if self.dim == 2 else likelihood.hutchinson()
+        divergence = likelihood.exact_divergence() if self.dim == 2 else likelihood.hutchinson()
         return densities.train_head(config, self.problem, bound, self.model.interpolant, divergence=divergence)
 
     def run(self) -> None:

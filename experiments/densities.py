@@ -13,7 +13,7 @@ import numpy as np
 
 from experiments import common
 from jflow import bases, interpolants, likelihood, nets, samplers, solvers
-from jflow.likelihood import Headed, LogDensity, State
+from jflow.likelihood import Headed, LogDensity, WithLogDensity
 from jflow.types import BoundFlowMap, Context, FlowMap
 
 Grid = tuple[float, ...]
@@ -68,7 +68,7 @@ def euler(flow_map: FlowMap) -> FlowMap:
 
 @functools.cache
 def _solved(flow_map: FlowMap, probes: int) -> likelihood.ODEDensity:
-    divergence = likelihood.hutchinson(probes) if probes else likelihood.exact()
+    divergence = likelihood.hutchinson(probes) if probes else likelihood.exact_divergence()
     return likelihood.along_ode(flow_map.velocity, divergence, rtol=TOLERANCE, atol=TOLERANCE)
 
 
@@ -100,7 +100,7 @@ class Head(NamedTuple):
     """A network for the divergence head of a map, beside the map's own.
 
     Attributes:
-      flow_map: of States; its params are ``Headed``.
+      flow_map: of ``WithLogDensity`` events; its params are ``Headed``.
       init: ``key -> params`` of the head.
     """
 
@@ -115,8 +115,8 @@ def head_of(flow_map: FlowMap, config: common.Training, event: tuple[int, ...]) 
 
 @functools.cache
 def _head(flow_map: FlowMap, features: int, depth: int, residual: bool, event: tuple[int, ...]) -> Head:
-    module = nets.Joined(nets.MLP(features=features, depth=depth, residual=residual))
-    zero = State(jnp.zeros(event, jnp.float32), jnp.float32(0.0))
+    module = nets.MultiOutput(nets.MLP(features=features, depth=depth, residual=residual))
+    zero = WithLogDensity(jnp.zeros(event, jnp.float32), jnp.float32(0.0))
 
     def init(key: jax.Array) -> Any:
         return module.init(key, jnp.float32(0.0), jnp.float32(1.0), zero)["params"]
@@ -157,6 +157,6 @@ def head_at(bound: BoundFlowMap, x0: jax.Array, grid: Grid) -> jax.Array:
     """The head's log-density ``[N]`` of the samples of base points."""
 
     def one(x: jax.Array) -> jax.Array:
-        return samplers.jumps(bound, State(x, bases.STANDARD_NORMAL.log_density(x)), jnp.asarray(grid)).log_density
+        return samplers.jumps(bound, WithLogDensity(x, bases.STANDARD_NORMAL.log_density(x)), jnp.asarray(grid)).log_density
 
     return _blocks(one, x0)

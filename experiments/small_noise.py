@@ -159,7 +159,7 @@ def setting(config: Config) -> Setting:
         return oracle.velocity(params, t, x)
 
     points = oracle.sample(oracle.marginal(params, t), jax.random.key(config.seed), config.points)
-    exact = likelihood.exact()
+    exact = likelihood.exact_divergence()
     return Setting(g, points, jax.vmap(lambda x: exact(g, x, None)[1])(points))
 
 

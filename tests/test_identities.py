@@ -321,3 +321,93 @@ def test_bad_input():
         identities.finite_difference(0.0)
     with pytest.raises(TypeError, match="step"):
         identities.finite_difference("forward")
+
+
+# --- The central difference ------------------------------------------------------------------------------------------
+
+# None lies on the other side of a gap below: the error of the one-sided difference is twice that of the central one.
+STEPS = np.asarray([0.012, 0.006, 0.003, 0.0015])
+EDGES = [(0.0, 0.9), (0.0, 1.0), (0.5, 1.0), (0.4, 0.43), (0.4, 0.401), (0.999, 1.0), (0.0, 1e-3), (0.2, 0.7)]
+EDGES += [(t, s) for s, t in EDGES]
+
+
+def exact_gaussian():
+    oracle, params = oracles.gaussian(interpolants.linear()), PARAMS["gaussian"]()
+    return (
+        lambda s, t, x: oracle.flow_map.mean_velocity(params, s, t, x),
+        lambda t, x: oracle.velocity(params, t, x),
+    )
+
+
+@pytest.mark.parametrize("identity", ["target", "spatial", "velocity", "none", "lagrangian"])
+@pytest.mark.parametrize(("s", "t"), EDGES)
+def test_the_central_difference_is_of_second_order_up_to_the_edges_of_the_domain(identity, s, t):
+    v, velocity = exact_gaussian()
+    s, t, x = jnp.asarray(s), jnp.asarray(t), jnp.asarray([0.9, -1.4])
+
+    def error(h):
+        derivative = identities.central_difference(h)
+        if identity == "lagrangian":
+            return identities.lagrangian(v, s, t, x, velocity, derivative=derivative).difference
+        return identities.eulerian(v, s, t, x, velocity(s, x), stop=identity, derivative=derivative).difference
+
+    errors = np.linalg.norm(jax.jit(jax.vmap(error))(jnp.asarray(STEPS)), axis=1)
+    assert errors.max() < 0.05 * abs(float(t - s)) + 1e-12
+    if errors.min() > 1e-9 and len(np.unique(errors)) == len(errors):  # else h is bounded by the interval
+        order = np.polyfit(np.log(STEPS), np.log(errors), 1)[0]
+        assert order == pytest.approx(2.0, abs=0.15)
+    else:
+        assert abs(float(t - s)) < 0.05 or errors.max() < 1e-9
+
+
+@pytest.mark.parametrize("h", [1e-3, 0.05, 0.4, 3.0])
+@pytest.mark.parametrize("identity", ["eulerian", "lagrangian"])
+def test_the_central_difference_asks_only_where_the_map_is_defined(identity, h):
+    """Times within [0, 1], on the side of the diagonal where the row lies, at ends, corners and on the diagonal itself."""
+    times = [0.0, 1e-9, 1e-4, 0.3, 0.3 + 1e-4, 0.5, 1.0 - 1e-4, 1.0]
+    pairs = jnp.asarray([(s, t) for s in times for t in times])
+
+    def asked(s, t):
+        seen = []
+
+        def v(s_, t_, x):
+            seen.append((s_, t_))
+            return x * (1.0 + s_ - t_) + s_ * t_
+
+        derivative, x = identities.central_difference(h), jnp.asarray([0.4])
+        if identity == "lagrangian":
+            out = identities.lagrangian(v, s, t, x, lambda t, x: x, derivative=derivative)
+        else:
+            out = identities.eulerian(v, s, t, x, x, derivative=derivative)
+        return jnp.asarray(seen), (out.difference, out.tangent)
+
+    seen, out = jax.jit(jax.vmap(asked))(pairs[:, 0], pairs[:, 1])
+    assert all(np.all(np.isfinite(leaf)) for leaf in jax.tree.leaves(out))
+    forward = (pairs[:, 0] <= pairs[:, 1])[:, None]
+    assert np.all(seen >= 0.0) and np.all(seen <= 1.0)
+    assert np.all(np.where(forward, seen[..., 0] <= seen[..., 1], seen[..., 0] >= seen[..., 1]))
+
+
+def test_the_central_difference_of_plain_functions_and_under_a_factor():
+    x = jnp.asarray([0.4, -0.2])
+    value, (one, two) = identities.central_difference(1e-3)(jnp.sin, (x,), (jnp.ones(2),), (x,))
+    np.testing.assert_allclose(value, jnp.sin(x), rtol=1e-15)
+    np.testing.assert_allclose(one, jnp.cos(x), rtol=2e-7)
+    np.testing.assert_allclose(two, jnp.cos(x) * x, rtol=2e-7)
+    seen = []
+
+    def f(t):
+        seen.append(float(t))
+        return t**2
+
+    half = identities.within(identities.scaled(identities.central_difference(0.1), 0.5), (0.0, 1.0))
+    _, (slope,) = half(f, (jnp.asarray(1.0),), (jnp.asarray(1.0),))
+    assert slope == pytest.approx(1.0, rel=1e-12) and max(seen) == 1.0
+    small = jnp.asarray([0.5], jnp.float32)
+    _, (kept,) = identities.central_difference(jnp.float32(0.01))(lambda z: z * z, (small,), (small,))
+    assert kept.dtype == jnp.float32
+    _, (kept,) = identities.central_difference(0.01)(lambda z: z * z, (small,), (small,))
+    assert kept.dtype == jnp.float32
+    for wrong, error in ((0.0, ValueError), (-0.1, ValueError), (np.inf, ValueError), ("h", TypeError)):
+        with pytest.raises(error, match="step"):
+            identities.central_difference(wrong)

@@ -205,3 +205,24 @@ def _lost(values: np.ndarray, dtype: np.dtype) -> np.ndarray:
     with np.errstate(over="ignore", invalid="ignore"):
         cast = values.astype(dtype)
     return cast != values if values.dtype.kind in "iu" else np.isfinite(values) & ~np.isfinite(cast)
+
+
+def output(name: str, value: Any, x: Any) -> Any:
+    """What a function of events returned, cast leaf by leaf to the dtypes of the event x that it was given.
+
+    Args:
+      name: how messages call the value.
+      value: a pytree of floating-point arrays, shaped like x.
+      x: a pytree of floating-point arrays.
+
+    Returns:
+      The value in the dtypes of x.
+
+    Raises:
+      ValueError: for another structure or other shapes than those of x.
+      TypeError: for leaves that are not floating-point: casting complex numbers or integers would lose or hide something.
+    """
+    floating("x", x)
+    same_structure(name, value, "x", x)
+    floating(name, value)
+    return jax.tree.map(lambda leaf, like: jax.numpy.asarray(leaf).astype(jax.numpy.asarray(like).dtype), value, x)

@@ -7,6 +7,9 @@ r"""Converters at the door: networks that follow another paper's signs and time 
     EDM, CTM: x_sigma = data + sigma noise            alpha/beta = sigma, after rescaling x by 1/beta
 
 Boffi et al., shortcut models and the flow_matching package already run from noise at 0 to data at 1.
+
+What their functions return is cast to the dtypes of x, leaf by leaf. When called, the converted functions raise ValueError
+for an output that is not shaped like x, and TypeError for one that is not floating-point.
 """
 
 from __future__ import annotations
@@ -16,7 +19,7 @@ from typing import Any
 
 import jax.numpy as jnp
 
-from jflow import trees
+from jflow import checks, trees
 from jflow.interpolants import Interpolant, convert, trigonometric
 from jflow.parameterizations import flow_map, trigonometric_form
 from jflow.types import FORWARD, TO_DATA, Cond, Domain, Event, FlowMap, Key, Params, Time, Velocity
@@ -31,7 +34,7 @@ def from_reversed_time(mean_velocity: Callable[..., Event], domain: Domain = FOR
 
     def ours(params: Params, s: Time, t: Time, x: Event, cond: Cond = None, *, key: Key | None = None) -> Event:
         theirs = mean_velocity(params, 1.0 - jnp.asarray(s), 1.0 - jnp.asarray(t), x, cond, key=key)
-        return trees.scale(-1.0, theirs)
+        return trees.scale(-1.0, checks.output("mean_velocity's output", theirs, x))
 
     return FlowMap(ours, domain)
 
@@ -40,7 +43,8 @@ def velocity_from_reversed_time(velocity: Callable[..., Event]) -> Velocity:
     """A Velocity of ``u(params, t', x, cond, *, key)`` with t' = 0 at the data: b_t(x) = -u(1 - t, x)."""
 
     def ours(params: Params, t: Time, x: Event, cond: Cond = None, *, key: Key | None = None) -> Event:
-        return trees.scale(-1.0, velocity(params, 1.0 - jnp.asarray(t), x, cond, key=key))
+        theirs = velocity(params, 1.0 - jnp.asarray(t), x, cond, key=key)
+        return trees.scale(-1.0, checks.output("velocity's output", theirs, x))
 
     return ours
 
@@ -54,7 +58,7 @@ def from_scm(network: Callable[..., Event]) -> FlowMap:
     def apply(params: Params, s: Time, t: Time, x: Event, cond: Cond = None, *, key: Key | None = None) -> Any:
         del t
         tau = 0.5 * jnp.pi * (1.0 - jnp.asarray(s))
-        return trees.scale(-1.0, network(params, tau, x, cond, key=key))
+        return trees.scale(-1.0, checks.output("network output", network(params, tau, x, cond, key=key), x))
 
     return flow_map(apply, trigonometric_form(trigonometric()), TO_DATA)
 
@@ -69,6 +73,6 @@ def velocity_from_edm(denoiser: Callable[..., Event], interpolant: Interpolant) 
     def ours(params: Params, t: Time, x: Event, cond: Cond = None, *, key: Key | None = None) -> Event:
         beta = jnp.maximum(interpolant.beta(t), 1e-6)
         data = denoiser(params, interpolant.alpha(t) / beta, trees.scale(1.0 / beta, x), cond, key=key)
-        return convert(interpolant, t, x, data, "data", "velocity")
+        return convert(interpolant, t, x, checks.output("denoiser's output", data, x), "data", "velocity")
 
     return ours

@@ -14,7 +14,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
-from jflow import checks, trees
+from jflow import checks, parts, trees, types
 from jflow.interpolants import Interpolant
 from jflow.types import FORWARD, Array, Cond, Domain, Event, FlowMap, Key, Params, Time, Velocity
 
@@ -142,7 +142,8 @@ def flow_map(apply: NetworkApply, parameterization: Parameterization, domain: Do
     """A FlowMap made of a network: v_{s,t}(x) = a(s,t) x + c(s,t) apply(params, s, t, x).
 
     Args:
-      apply: ``(params, s, t, x, cond=None, *, key=None) -> net``, of one sample, shaped like x (see ``jflow.nets``).
+      apply: ``(params, s, t, x, cond=None, *, key=None) -> net``, of one sample, shaped like x (see ``jflow.nets``). Its
+        output is cast to the dtypes of x, leaf by leaf.
       parameterization: what the network predicts.
       domain: the pairs of times on which it will be trained.
 
@@ -150,8 +151,8 @@ def flow_map(apply: NetworkApply, parameterization: Parameterization, domain: Do
       The FlowMap; its params are the network's.
 
     Raises:
-      ValueError: (when called) for a time that is no scalar, or a network whose output is not shaped like x.
-      TypeError: (when called) for an x that is not floating point.
+      ValueError: (when called) for a time that is not a scalar, or a network whose output is not shaped like x.
+      TypeError: (when called) for an x or an output that is not floating point.
     """
 
     def mean_velocity(
@@ -160,8 +161,7 @@ def flow_map(apply: NetworkApply, parameterization: Parameterization, domain: Do
         checks.scalar("s", s)
         checks.scalar("t", t)
         checks.floating("x", x)
-        output = apply(params, s, t, x, cond, key=key)
-        checks.same_structure("network output", output, "x", x)
+        output = checks.output("network output", apply(params, s, t, x, cond, key=key), x)
         if parameterization.name == "v":
             return output
         a, c = parameterization.coefficients(s, t)
@@ -206,32 +206,26 @@ def from_velocity(
       The FlowMap; its params are ``Started(velocity, correction)``. Both networks see the same condition and key.
 
     Raises:
-      TypeError: for a velocity that cannot be called; when called, for params that are not ``Started``, or an x that is
-        not floating point.
-      ValueError: (when called) for a time that is no scalar, or outputs that are not shaped like x.
+      TypeError: for a velocity that cannot be called; when called, for params that are not ``Started``, an x or
+        outputs that are not floating point.
+      ValueError: (when called) for a time that is not a scalar, or outputs that are not shaped like x.
     """
-    if not callable(velocity) and not isinstance(velocity, FlowMap):
-        raise TypeError(f"velocity: expected a Velocity or a FlowMap, got {type(velocity).__name__}")
-    b = velocity.velocity if isinstance(velocity, FlowMap) else velocity
+    b = types.as_velocity("velocity", velocity)
 
-    def diagonal(params: Started, t: Time, x: Event, cond: Cond = None, *, key: Key | None = None) -> Event:
-        if not isinstance(params, Started):
-            raise TypeError(f"params: expected Started(velocity, correction), got {type(params).__name__}")
+    def start(weights: Params, t: Time, x: Event, cond: Cond = None, *, key: Key | None = None) -> Event:
         checks.scalar("t", t)
         checks.floating("x", x)
-        weights = jax.lax.stop_gradient(params.velocity) if frozen else params.velocity
-        output = b(weights, t, x, cond, key=key)
-        checks.same_structure("velocity's output", output, "x", x)
-        return output
+        return b(jax.lax.stop_gradient(weights) if frozen else weights, t, x, cond, key=key)
+
+    diagonal, network = parts.on_part(Started, "velocity", start), parts.on_part(Started, "correction", apply)
 
     def mean_velocity(
         params: Started, s: Time, t: Time, x: Event, cond: Cond = None, *, key: Key | None = None
     ) -> Event:
         checks.scalar("s", s)
         checks.scalar("t", t)
-        start = diagonal(params, s, x, cond, key=key)
-        output = apply(params.correction, s, t, x, cond, key=key)
-        checks.same_structure("network output", output, "x", x)
-        return trees.axpy(jnp.asarray(t) - jnp.asarray(s), output, start)
+        at_source = diagonal(params, s, x, cond, key=key)
+        output = checks.output("network output", network(params, s, t, x, cond, key=key), x)
+        return trees.axpy(jnp.asarray(t) - jnp.asarray(s), output, at_source)
 
     return FlowMap(mean_velocity, domain, velocity_override=diagonal)

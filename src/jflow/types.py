@@ -135,20 +135,6 @@ def dyadic(levels: int) -> Domain:
 
 
 @dataclasses.dataclass(frozen=True)
-class _InDomain:
-    """A mean velocity that refuses concrete times outside its domain; equal functions in equal domains are equal."""
-
-    function: MeanVelocity
-    domain: Domain
-
-    def __call__(
-        self, params: Params, s: Time, t: Time, x: Event, cond: Cond = None, *, key: Key | None = None
-    ) -> Event:
-        self.domain.check_times(s, t)
-        return self.function(params, s, t, x, cond, key=key)
-
-
-@dataclasses.dataclass(frozen=True)
 class FlowMap:
     """A flow map, given by its mean velocity.
 
@@ -164,6 +150,9 @@ class FlowMap:
 
     Its functions raise ValueError for times that are not scalars, and for concrete times outside [0, 1] or a jump outside
     the domain; traced times cannot be looked at.
+
+    What the functions return is cast to the dtypes of x, leaf by leaf; a ValueError or TypeError says where its shapes are
+    not those of x, or its leaves are not floating-point.
     """
 
     mean_velocity: MeanVelocity
@@ -173,14 +162,18 @@ class FlowMap:
     form: str = ""
 
     def __post_init__(self) -> None:
-        function = self.mean_velocity
-        inner = function.function if isinstance(function, _InDomain) else function
-        object.__setattr__(self, "mean_velocity", _InDomain(inner, self.domain))
+        # Anew at every ``dataclasses.replace``, which may have changed the domain.
+        for field, name in (("mean_velocity", "mean velocity"), ("jump_override", "jump")):
+            if (function := getattr(self, field)) is not None:
+                inner = function.function if isinstance(function, _Checked) else function
+                object.__setattr__(self, field, _Checked(inner, name, self.domain))
+        velocity = self.velocity_override
+        if velocity is not None and not isinstance(velocity, _CheckedVelocity):
+            object.__setattr__(self, "velocity_override", _CheckedVelocity(velocity, "velocity"))
 
     def jump(self, params: Params, s: Time, t: Time, x: Event, cond: Cond = None, *, key: Key | None = None) -> Event:
         """X_{s,t}(x), shaped like x."""
         if self.jump_override is not None:
-            self.domain.check_times(s, t)
             return self.jump_override(params, s, t, x, cond, key=key)
         v = self.mean_velocity(params, s, t, x, cond, key=key)
         return move(x, s, t, v)
@@ -188,13 +181,41 @@ class FlowMap:
     def velocity(self, params: Params, t: Time, x: Event, cond: Cond = None, *, key: Key | None = None) -> Event:
         """b_t(x) = v_{t,t}(x), shaped like x."""
         if self.velocity_override is not None:
-            checks.time("t", t)
             return self.velocity_override(params, t, x, cond, key=key)
         return self.mean_velocity(params, t, t, x, cond, key=key)
 
     def bind(self, params: Params) -> BoundFlowMap:
         """The same map with its first argument filled in."""
         return BoundFlowMap(self, params)
+
+
+@dataclasses.dataclass(frozen=True)
+class _Checked:
+    """A function of two times: concrete times are checked, its output is checked and cast to the dtypes of x.
+
+    Equal functions on equal domains make equal ones.
+    """
+
+    function: MeanVelocity
+    name: str
+    domain: Domain
+
+    def __call__(
+        self, params: Params, s: Time, t: Time, x: Event, cond: Cond = None, *, key: Key | None = None
+    ) -> Event:
+        self.domain.check_times(s, t)
+        return checks.output(f"{self.name}'s output", self.function(params, s, t, x, cond, key=key), x)
+
+
+@dataclasses.dataclass(frozen=True)
+class _CheckedVelocity:
+    """A velocity whose output is checked and cast to the dtypes of x; equal functions make equal ones."""
+
+    function: Velocity
+    name: str
+
+    def __call__(self, params: Params, t: Time, x: Event, cond: Cond = None, *, key: Key | None = None) -> Event:
+        return checks.output(f"{self.name}'s output", self.function(params, t, x, cond, key=key), x)
 
 
 @jax.tree_util.register_dataclass
@@ -229,6 +250,52 @@ class BoundFlowMap:
 def move(x: Event, s: Time, t: Time, v: Event) -> Event:
     """x + (t - s) v, leaf by leaf: the jump of mean velocity v."""
     return trees.axpy(jnp.asarray(t) - jnp.asarray(s), v, x)
+
+
+def as_velocity(name: str, model: Velocity | FlowMap) -> Velocity:
+    """The velocity of a model: v_{t,t} of a FlowMap, or a Velocity itself, whose output is cast to the dtypes of x.
+
+    Args:
+      name: the argument, for messages.
+      model: a FlowMap, or ``(params, t, x, cond=None, *, key=None) -> b_t(x)`` of one sample.
+
+    Returns:
+      The Velocity; equal models give equal ones, so that nothing compiles anew. Called, it raises ValueError for an output
+      that is not shaped like x, TypeError for one that is not floating-point.
+
+    Raises:
+      TypeError: for anything else.
+    """
+    if isinstance(model, FlowMap):
+        return model.velocity
+    if isinstance(model, _CheckedVelocity):
+        return model
+    if isinstance(model, BoundFlowMap):
+        raise TypeError(
+            f"{name}: expected a Velocity or a FlowMap, got a BoundFlowMap: pass its flow_map, and its params"
+        )
+    if not callable(model) or isinstance(model, type):
+        kind = model.__name__ if isinstance(model, type) else type(model).__name__
+        raise TypeError(f"{name}: expected a Velocity or a FlowMap, got {kind}")
+    return _CheckedVelocity(model, name)
+
+
+def as_flow_map(name: str, model: Velocity | FlowMap) -> FlowMap:
+    """The model as a FlowMap: itself, or one that has the velocity as its diagonal and nothing off it.
+
+    Off the diagonal the FlowMap of a Velocity raises ValueError: it has no jumps.
+
+    Raises:
+      TypeError: for what is neither a Velocity nor a FlowMap.
+    """
+    if isinstance(model, FlowMap):
+        return model
+    velocity = as_velocity(name, model)
+
+    def refuse(*args: Any, **kwargs: Any) -> Event:
+        raise ValueError(f"{name}: expected a FlowMap, whose jumps are needed here, got a Velocity")
+
+    return FlowMap(refuse, velocity_override=velocity)
 
 
 class Batch(NamedTuple):

@@ -26,7 +26,7 @@ from jflow import (
     types,
 )
 from jflow import likelihood as lik
-from jflow.likelihood import Headed, State
+from jflow.likelihood import Headed, WithLogDensity
 
 PATH = interpolants.linear()
 PLANE = oracles.mixture_params(
@@ -74,10 +74,10 @@ def student(name, sign=1.0):
 
 @pytest.mark.parametrize("name", ["gaussian", "mixture"])
 def test_the_exact_map_and_head_obey_all_identities_and_no_other_head_does(name):
-    """In both directions, on States as they are; the tolerance is that of the oracle's solve."""
+    """In both directions, on points with log-densities as they are; the tolerance is that of the oracle's solve."""
     tolerance = 1e-8 if name == "mixture" else 1e-12
     oracle, params, _ = exact_head(name)
-    x = State(jnp.linspace(0.3, -0.4, params.means.shape[1]), jnp.asarray(-1.7))
+    x = WithLogDensity(jnp.linspace(0.3, -0.4, params.means.shape[1]), jnp.asarray(-1.7))
     b = lik.augment(oracle.velocity)
 
     @jax.jit
@@ -111,7 +111,7 @@ def test_a_gaussians_head_is_the_change_of_its_log_determinant():
     s, t = jnp.asarray(0.15), jnp.asarray(0.9)
     law = lambda u: (1 - u) ** 2 * np.eye(2) + u**2 * np.array([[0.5, 0.2], [0.2, 0.3]])  # noqa: E731
     want = 0.5 * (np.linalg.slogdet(law(0.9))[1] - np.linalg.slogdet(law(0.15))[1]) / 0.75
-    state = State(jnp.array([0.4, -1.1]), jnp.asarray(2.0))
+    state = WithLogDensity(jnp.array([0.4, -1.1]), jnp.asarray(2.0))
     v = jax.jit(flow.mean_velocity)(Headed(params, jnp.zeros(4)), s, t, state)
     np.testing.assert_allclose(v.log_density, -want, rtol=1e-12)
 
@@ -121,7 +121,7 @@ def test_a_jump_and_a_grid_of_jumps_carry_the_log_density():
     flow, oracle, params = student("quantile")
     bound = flow.bind(Headed(params, jnp.zeros(4)))
     x0 = jnp.array([0.7])
-    start = State(x0, bases.STANDARD_NORMAL.log_density(x0))
+    start = WithLogDensity(x0, bases.STANDARD_NORMAL.log_density(x0))
     grid = jnp.array([0.0, 0.3, 0.6, 1.0])
     for end in (jax.jit(bound.jump)(0.0, 1.0, start), jax.jit(lambda s: samplers.jumps(bound, s, grid))(start)):
         np.testing.assert_allclose(end.log_density, oracle.log_density(params, 1.0, end.x), rtol=1e-9)
@@ -220,7 +220,7 @@ def test_with_an_estimated_divergence_the_exact_head_is_stationary(identity):
 
 # --- what is trained --------------------------------------------------------------------------------------------------
 
-NET = nets.Joined(nets.MLP.plain(features=16, depth=2, zero_init=False))
+NET = nets.MultiOutput(nets.MLP.plain(features=16, depth=2, zero_init=False))
 APPLY = nets.from_linen(NET)
 FORM = parameterizations.gaussian_form(PATH)
 
@@ -231,7 +231,7 @@ def initialised(module, seed, x):
 
 
 def init(seed):
-    return initialised(NET, seed, State(jnp.zeros(2), jnp.zeros(())))
+    return initialised(NET, seed, WithLogDensity(jnp.zeros(2), jnp.zeros(())))
 
 
 def sizes(gradient):
@@ -247,13 +247,13 @@ def test_the_heads_loss_trains_the_head_alone(key):
 
     def gradient(flow, params, key, *names):
         terms = {name: (lik.head_objective(flow, PATH, identity=name), 1.0) for name in names}
-        loss = lik.together(terms.pop("lagrangian")[0], **terms)
+        loss = lik.weighted_sum(terms.pop("lagrangian")[0], **terms)
         return jax.grad(lambda p: loss(p, key, types.Batch(x1))[0].mean())(params)
 
     @jax.jit
     def gradients(params, shared, key):
         keys = jax.random.split(key)
-        joint = lik.joint(APPLY, FORM)
+        joint = lik.shared_network(APPLY, FORM)
         return gradient(two, params, keys[0], *lik.head.STOPS), gradient(joint, shared, keys[1], "lagrangian")
 
     apart, shared = gradients(params, init(4), key)
@@ -266,9 +266,9 @@ def test_the_heads_loss_trains_the_head_alone(key):
 
 
 def test_joint_training_is_the_sum_of_both():
-    flow, x1 = lik.joint(APPLY, FORM), jax.random.normal(jax.random.key(1), (16, 2))
+    flow, x1 = lik.shared_network(APPLY, FORM), jax.random.normal(jax.random.key(1), (16, 2))
     map_alone, head_alone = objectives.lsd(lik.without_head(flow), PATH), lik.head_objective(flow, PATH)
-    both = lik.together(map_alone, head=(head_alone, 0.5))
+    both = lik.weighted_sum(map_alone, head=(head_alone, 0.5))
 
     @jax.jit
     def run(params, key, keys):
@@ -280,7 +280,7 @@ def test_joint_training_is_the_sum_of_both():
     assert total[1]["lagrangian/raw"] == of_map[1]["lagrangian/raw"]
     assert total[1]["head_tangent/raw"] == of_head[1]["tangent/raw"]
     with pytest.raises(ValueError, match="head: expected a number"):
-        lik.together(map_alone, head=(head_alone, -1.0))
+        lik.weighted_sum(map_alone, head=(head_alone, -1.0))
 
 
 def test_a_divergence_that_is_not_finite_is_counted(key):
@@ -304,12 +304,12 @@ def flops(function, *args):
 def test_a_jump_with_its_log_density_costs_one_pass():
     """Of the joint network; which itself costs little more than the map's network without the head."""
     plain = nets.MLP.plain(features=512, depth=5)
-    joined = nets.Joined(plain)
-    apply = nets.from_linen(joined)
-    flow = lik.joint(apply, parameterizations.mean_velocity_form())
+    both = nets.MultiOutput(plain)
+    apply = nets.from_linen(both)
+    flow = lik.shared_network(apply, parameterizations.mean_velocity_form())
     float_ = lambda *shape: jax.ShapeDtypeStruct(shape, jnp.float32)  # noqa: E731
     size = 64
-    points, states = float_(size, 2), State(float_(size, 2), float_(size))
+    points, states = float_(size, 2), WithLogDensity(float_(size, 2), float_(size))
     moments = (float_(size), float_(size))
 
     def shapes(module, one):
@@ -318,7 +318,7 @@ def test_a_jump_with_its_log_density_costs_one_pass():
         )
 
     one = jnp.zeros(2, jnp.float32)
-    params = shapes(joined, State(one, jnp.float32(0)))
+    params = shapes(both, WithLogDensity(one, jnp.float32(0)))
     jump = flops(jax.vmap(flow.jump, (None, 0, 0, 0)), params, *moments, states)
     forward = flops(jax.vmap(apply, (None, 0, 0, 0)), params, *moments, states)
     without = flops(jax.vmap(nets.from_linen(plain), (None, 0, 0, 0)), shapes(plain, one), *moments, points)
@@ -329,7 +329,7 @@ def test_a_jump_with_its_log_density_costs_one_pass():
 def test_a_head_learns_the_log_density_of_an_exact_maps_jump():
     """Lagrangian, 250 steps of 128 rows in float32: from 0.93 nats of mean absolute error to about 0.12."""
     oracle = oracles.mixture(PATH)
-    net = nets.Joined(nets.MLP.plain(features=64, depth=3))
+    net = nets.MultiOutput(nets.MLP.plain(features=64, depth=3))
     flow = lik.with_head(solvers.solve(oracle.velocity, "midpoint", steps=8), lik.scalar_head(nets.from_linen(net)))
     plane = jax.tree.map(lambda leaf: leaf.astype(jnp.float32), PLANE)
     pairs = times.mixed([times.triangle(), times.independent(times.constant(0.0), times.uniform())], [0.5, 0.5])
@@ -350,11 +350,11 @@ def test_a_head_learns_the_log_density_of_an_exact_maps_jump():
 
     @jax.jit
     def error(theta, x0):
-        start = State(x0, oracle.log_density(plane, 0.0, x0))
+        start = WithLogDensity(x0, oracle.log_density(plane, 0.0, x0))
         end = flow.jump(Headed(plane, theta), jnp.float32(0), jnp.float32(1), start)
         return jnp.abs(end.log_density - oracle.log_density(plane, 1.0, end.x))
 
-    theta = initialised(net, 0, State(jnp.zeros(2, jnp.float32), jnp.float32(0)))
+    theta = initialised(net, 0, WithLogDensity(jnp.zeros(2, jnp.float32), jnp.float32(0)))
     run = jax.jit(lambda carry, keys: jax.lax.scan(step, carry, keys))
     (learned, _), _ = run((theta, optimizer.init(theta)), jax.random.split(jax.random.key(1), steps))
     x0 = jax.random.normal(jax.random.key(2), (512, 2), jnp.float32)
@@ -368,8 +368,8 @@ def test_a_head_learns_the_log_density_of_an_exact_maps_jump():
 FORWARD = lik.with_head(
     types.FlowMap(lambda p, s, t, x, cond=None, *, key=None: x), lambda p, s, t, x, cond=None, *, key=None: x[0]
 )
-JOINT = lik.joint(APPLY, FORM)
-POINT = State(jnp.zeros(2), jnp.zeros(()))
+JOINT = lik.shared_network(APPLY, FORM)
+POINT = WithLogDensity(jnp.zeros(2), jnp.zeros(()))
 
 
 @pytest.mark.parametrize(
@@ -380,7 +380,7 @@ POINT = State(jnp.zeros(2), jnp.zeros(()))
         (
             lambda: FORWARD.jump(Headed(0, 0), 0.0, 1.0, jnp.zeros(2)),
             TypeError,
-            r"x: expected a State\(x, log_density\)",
+            r"x: expected a WithLogDensity\(x, log_density\)",
         ),
         (lambda: FORWARD.jump((0, 0), 0.0, 1.0, POINT), TypeError, "params: expected Headed"),
         (
@@ -389,20 +389,20 @@ POINT = State(jnp.zeros(2), jnp.zeros(()))
             r"x.log_density: expected a scalar",
         ),
         (
-            lambda: FORWARD.jump(Headed(0, 0), 0.0, 1.0, State(jnp.zeros((2, 2)), jnp.zeros(()))),
+            lambda: FORWARD.jump(Headed(0, 0), 0.0, 1.0, WithLogDensity(jnp.zeros((2, 2)), jnp.zeros(()))),
             ValueError,
             "head's output: expected a scalar",
         ),
         (lambda: JOINT.jump(init(0), jnp.zeros(3), 1.0, POINT), ValueError, "s: expected a scalar"),
         (
-            lambda: lik.joint(lambda p, s, t, x, cond=None, *, key=None: x.x, FORM).jump(0, 0.0, 1.0, POINT),
+            lambda: lik.shared_network(lambda p, s, t, x, cond=None, *, key=None: x.x, FORM).jump(0, 0.0, 1.0, POINT),
             TypeError,
-            "network output: expected a State",
+            "network output: expected a WithLogDensity",
         ),
         (
-            lambda: lik.joint(lambda p, s, t, x, cond=None, *, key=None: State(x.x[:1], x[1]), FORM).jump(
-                0, 0, 1, POINT
-            ),
+            lambda: lik.shared_network(
+                lambda p, s, t, x, cond=None, *, key=None: WithLogDensity(x.x[:1], x[1]), FORM
+            ).jump(0, 0, 1, POINT),
             ValueError,
             "network output: expected the shape",
         ),

@@ -259,7 +259,7 @@ def network():
 @pytest.mark.parametrize(
     ("divergence", "passes", "allowed"),
     [
-        (likelihood.exact(), 1 + DIM, 1.02 * (1 + DIM)),
+        (likelihood.exact_divergence(), 1 + DIM, 1.02 * (1 + DIM)),
         (likelihood.hutchinson(), 2, 2.05),
         (likelihood.hutchinson(3), 4, 4.1),
         (likelihood.hutch_pp(), 4, 4.1),
@@ -282,7 +282,7 @@ def test_a_midpoint_step_takes_one_divergence(probes):
     """Its first stage gives a point alone: 1 pass, and 1 + d or 1 + 1 at the middle."""
     velocity, params, x = network()
     forward = flops(lambda params, x: velocity(params, jnp.float32(0.5), x), params, x)
-    divergence = likelihood.hutchinson(probes) if probes else likelihood.exact()
+    divergence = likelihood.hutchinson(probes) if probes else likelihood.exact_divergence()
     ode = likelihood.along_ode(velocity, divergence, solver="midpoint", steps=5)
     keys = jax.eval_shape(lambda: jax.random.key(0))
     found = flops(lambda params, x, key: ode.log_density(params, x, key=key), params, x, keys) / forward

@@ -307,3 +307,225 @@ def test_refusals():
         from_function(lambda p, s, t, x: x, signature="s t x")(None, 0.1, 0.2, x, 1)
     with pytest.raises(ValueError, match="params: expected the collection"):
         from_linen(Linen())({"params": {}}, 0.1, 0.2, x)
+
+
+# --- Layers with state -----------------------------------------------------------------------------------------------
+
+
+class Spectral(nnx.Module):
+    def __init__(self):
+        rngs = nnx.Rngs(params=0, dropout=1)
+        self.norm = nnx.SpectralNorm(nnx.Linear(2, 2, use_bias=False, rngs=rngs), rngs=rngs)
+        self.dropout = nnx.Dropout(0.5, rngs=rngs)
+
+    def __call__(self, s, t, x):
+        return self.dropout(self.norm(x[None]))[0]
+
+
+class Counts(nnx.Module):
+    """State that is neither batch statistics nor switched by any mode."""
+
+    def __init__(self, kind):
+        self.kind = kind
+        self.seen = nnx.data(jnp.zeros(())) if kind == "array" else nnx.Variable(jnp.zeros(()))
+        self.inner = nnx.List([nnx.Linear(2, 2, rngs=nnx.Rngs(0))])
+
+    def __call__(self, s, t, x):
+        if self.kind == "array":
+            self.seen = self.seen + 1
+        elif self.kind == "new":
+            self.last = nnx.Cache(x)
+        else:
+            self.seen[...] += jnp.sum(x).astype(self.seen.dtype)
+        return self.inner[0](x)
+
+
+TRANSFORMS = {
+    "eager": lambda f: f,
+    "jit": jax.jit,
+    "vmap": lambda f: lambda p, s, t, x: jax.vmap(f, (None, None, None, 0))(p, s, t, x[None]),
+    "grad": lambda f: jax.grad(lambda p, s, t, x: jnp.sum(f(p, s, t, x))),
+}
+
+
+@pytest.mark.parametrize("how", TRANSFORMS)
+@pytest.mark.parametrize("key", [None, KEY], ids=["without a key", "with a key"])
+@pytest.mark.parametrize(
+    ("module", "name"),
+    [
+        (Spectral, r"norm/batch_stats/.*sigma.* \(BatchStat\), norm/batch_stats/.*u.* \(BatchStat\) changes"),
+        (lambda: Counts("array"), "net: seen changes"),
+        (lambda: Counts("variable"), r"net: seen \(Variable\) changes"),
+        (lambda: Counts("new"), r"net: last \(Cache\) changes"),
+    ],
+    ids=["spectral", "array", "variable", "new"],
+)
+def test_variables_of_nnx_that_change_in_a_call_are_refused_by_name(module, name, key, how):
+    apply, params = from_nnx(module())
+    for _ in range(2):  # not at the first call alone
+        again = None if key is None else jax.random.clone(key)
+        call = TRANSFORMS[how](lambda p, s, t, x, key=again: apply(p, s, t, x, key=key))
+        with pytest.raises(TypeError, match=name + ".*module.eval()"):
+            call(params, 0.1, 0.2, jnp.asarray(X[0]))
+
+
+@pytest.mark.parametrize("how", ["eager", "jit"])
+def test_a_frozen_spectral_norm_has_norm_one_and_keeps_its_dropout(how):
+    module = Spectral()
+    for _ in range(50):
+        before = nnx.state(module, nnx.Param)
+        module(0.1, 0.2, jnp.asarray(X[0]))
+        nnx.update(module, before)  # the layer overwrites its weights with the normalised ones
+    module.eval()
+    apply, params = from_nnx(module)
+    run = TRANSFORMS[how](lambda p, s, t, x, key=None: apply(p, s, t, x, key=key))
+    matrix = jnp.stack([run(params, 0.1, 0.2, row) for row in jnp.eye(2, dtype=jnp.float32)])
+    np.testing.assert_allclose(np.linalg.norm(matrix, 2), 1.0, rtol=1e-5)
+    out = {
+        run(params, 0.1, 0.2, jnp.asarray(X[0]), k).tolist().__str__()
+        for k in jax.random.split(jax.random.clone(KEY), 16)
+    }
+    assert len(out) > 1
+
+
+def test_variables_of_nnx_that_a_call_returns_as_they_were_are_accepted():
+    """Transformations hand all variables through, as other arrays with the same values."""
+
+    class Through(nnx.Module):
+        def __init__(self):
+            rngs = nnx.Rngs(params=0, dropout=1)
+            self.linear, self.dropout = nnx.Linear(2, 2, rngs=rngs), nnx.Dropout(0.3, rngs=rngs)
+            self.offset, self.same = nnx.Variable(jnp.ones(2)), nnx.Variable(jnp.ones(2))
+
+        def __call__(self, s, t, x, cond=0, deterministic=True):
+            assert cond in (None, 3) and isinstance(deterministic, bool)
+            self.same[...] = self.same[...] * 1.0
+            body = nnx.remat(lambda m, x: m.dropout(m.linear(x)) + m.offset[...].astype(x.dtype))
+            return body(self, x)
+
+    apply, params = from_nnx(Through())
+    for how in TRANSFORMS.values():
+        for key in (None, KEY):
+            key = None if key is None else jax.random.clone(key)
+            out = how(lambda p, s, t, x, key=key: apply(p, s, t, x, 3, key=key))(params, 0.1, 0.2, jnp.asarray(X[0]))
+            assert all(np.all(np.isfinite(leaf)) for leaf in jax.tree.leaves(out))
+
+
+def test_weight_norm_of_nnx_is_no_state():
+    class Weight(nnx.Module):
+        def __init__(self):
+            rngs = nnx.Rngs(0)
+            self.norm = nnx.WeightNorm(nnx.Linear(2, 2, use_bias=False, rngs=rngs), rngs=rngs, use_scale=False)
+
+        def __call__(self, s, t, x):
+            return self.norm(x)
+
+    apply, params = from_nnx(Weight())
+    matrix = jnp.stack([apply(params, 0.1, 0.2, row) for row in jnp.eye(2, dtype=jnp.float32)])
+    np.testing.assert_allclose(np.linalg.norm(matrix, axis=0), 1.0, rtol=1e-5)
+
+
+def test_batch_normalisation_with_running_averages_is_accepted_frozen():
+    x = jnp.asarray(X[0])
+    expected = (x - 0.5) / jnp.sqrt(4.0 + 1e-5)
+
+    class NnxNorm(nnx.Module):
+        def __init__(self):
+            rngs = nnx.Rngs(params=0, dropout=1)
+            self.norm, self.dropout = nnx.BatchNorm(2, rngs=rngs), nnx.Dropout(0.0, rngs=rngs)
+            self.norm.mean[...], self.norm.var[...] = jnp.full(2, 0.5), jnp.full(2, 4.0)
+
+        def __call__(self, s, t, x):
+            return self.dropout(self.norm(x))
+
+    module = NnxNorm()
+    module.eval()
+    apply, params = from_nnx(module, batched=True)
+    for key in (None, jax.random.clone(KEY)):
+        np.testing.assert_allclose(jax.jit(apply)(params, 0.1, 0.2, x, key=key), expected, rtol=1e-5)
+    assert set(params["norm"]) == {"bias", "scale"}
+
+    class LinenFrozen(nn.Module):
+        by_argument: bool
+
+        @nn.compact
+        def __call__(self, s, t, x):
+            if self.by_argument:
+                return nn.BatchNorm(name="norm")(x, use_running_average=True)
+            return nn.BatchNorm(use_running_average=True, name="norm")(x)
+
+    stats = {"batch_stats": {"norm": {"mean": jnp.full(2, 0.5, jnp.float32), "var": jnp.full(2, 4.0, jnp.float32)}}}
+    weights = {"norm": {"scale": jnp.ones(2, jnp.float32), "bias": jnp.zeros(2, jnp.float32)}}
+    for by_argument in (False, True):
+        apply = from_linen(LinenFrozen(by_argument), batched=True, constants=stats)
+        np.testing.assert_allclose(apply(weights, 0.1, 0.2, x), expected, rtol=1e-5)
+        with pytest.raises(ValueError, match=r"constants: expected every collection.*batch_stats"):
+            from_linen(LinenFrozen(by_argument), batched=True)(weights, 0.1, 0.2, x)
+
+
+class LinenSpectral(nn.Module):
+    update: bool
+
+    @nn.compact
+    def __call__(self, s, t, x):
+        return nn.SpectralNorm(nn.Dense(2, use_bias=False))(x[None], update_stats=self.update)[0]
+
+
+class LinenCount(nn.Module):
+    @nn.compact
+    def __call__(self, s, t, x):
+        count = self.variable("count", "n", lambda: jnp.zeros(()))
+        count.value += 1
+        return x
+
+
+@pytest.mark.parametrize("how", ["eager", "jit"])
+def test_collections_of_linen_that_change_in_a_call_are_refused_by_name(how):
+    x = jnp.asarray(X[0])
+    wrap = TRANSFORMS[how]
+    variables = LinenSpectral(True).init(jax.random.key(0), 0.1, 0.2, x)
+    params, stats = variables["params"], {"batch_stats": variables["batch_stats"]}
+    message = 'changes in a call.*u" in "/SpectralNorm_0" because collection "batch_stats"'
+    with pytest.raises(TypeError, match=message):
+        wrap(from_linen(LinenSpectral(True), constants=stats))(params, 0.1, 0.2, x)
+    frozen = wrap(from_linen(LinenSpectral(False), constants=stats))(params, 0.1, 0.2, x)
+    np.testing.assert_allclose(frozen, LinenSpectral(False).apply(variables, 0.1, 0.2, x), rtol=1e-6)
+    with pytest.raises(TypeError, match=r'changes in a call.*"n" in "/" because collection "count"'):
+        wrap(from_linen(LinenCount(), constants={"count": {"n": jnp.zeros(())}}))({}, 0.1, 0.2, x)
+    with pytest.raises(ValueError, match=r'constants: expected every collection.*"count"'):
+        wrap(from_linen(LinenCount()))({}, 0.1, 0.2, x)
+
+
+def test_layers_of_equinox_with_state_are_refused_and_frozen_ones_go_through_a_function():
+    class Net(eqx.Module):
+        norm: eqx.nn.SpectralNorm
+
+        def __init__(self):
+            one, two = jax.random.split(jax.random.key(0))
+            linear = eqx.nn.Linear(2, 2, use_bias=False, key=one)
+            self.norm = eqx.nn.SpectralNorm(linear, "weight", num_power_iterations=50, key=two)
+
+        def __call__(self, s, t, x, state):
+            return self.norm(x, state)
+
+    class Holds(eqx.Module):
+        index: eqx.nn.StateIndex
+
+        def __call__(self, s, t, x):
+            return x
+
+    class HoldsState(Holds):
+        index: eqx.nn.State
+
+    net, state = eqx.nn.make_with_state(Net)()
+    with pytest.raises(TypeError, match=r"equinox SpectralNorm, whose state changes in a call.*from_function"):
+        from_equinox(net)
+    with pytest.raises(TypeError, match="equinox StateIndex"):
+        from_equinox(Holds(eqx.nn.StateIndex(jnp.zeros(()))))
+    with pytest.raises(TypeError, match="equinox State, "):
+        from_equinox(HoldsState(state))
+    _, state = net(0.1, 0.2, jnp.ones(2), state)
+    params, static = eqx.partition(net, eqx.is_inexact_array)
+    apply = from_function(lambda p, s, t, x: eqx.nn.inference_mode(eqx.combine(p, static))(s, t, x, state)[0])
+    matrix = jnp.stack([jax.jit(apply)(params, 0.1, 0.2, row) for row in jnp.eye(2)])
+    np.testing.assert_allclose(np.linalg.norm(matrix, 2), 1.0, rtol=1e-5)

@@ -1,14 +1,13 @@
 """Likelihood: log-densities along the solve, through jumps, and by a learned head; maximum likelihood; weights."""
 
 from jflow.likelihood.cnf import MaximumLikelihood, maximum_likelihood
-from jflow.likelihood.divergence import Divergence, State, augment, exact, hutch_pp, hutchinson
+from jflow.likelihood.divergence import Divergence, WithLogDensity, augment, exact_divergence, hutch_pp, hutchinson
 from jflow.likelihood.head import (
     Headed,
     HeadObjective,
     head_objective,
-    joint,
     scalar_head,
-    together,
+    shared_network,
     with_head,
     without_head,
 )
@@ -27,19 +26,18 @@ __all__ = [
     "MaximumLikelihood",
     "ODEDensity",
     "Renoised",
-    "State",
     "Weights",
+    "WithLogDensity",
     "along_ode",
     "augment",
     "bits_per_dim",
     "dequantise",
     "effective_sample_size",
-    "exact",
+    "exact_divergence",
     "expectation",
     "head_objective",
     "hutch_pp",
     "hutchinson",
-    "joint",
     "log_density",
     "maximum_likelihood",
     "normalised",
@@ -48,7 +46,7 @@ __all__ = [
     "refine",
     "renoised",
     "scalar_head",
-    "together",
+    "shared_network",
     "with_head",
     "without_head",
 ]

@@ -22,11 +22,11 @@ import jax
 import jax.numpy as jnp
 from jax.flatten_util import ravel_pytree
 
-from jflow import bases, checks, solvers, trees
+from jflow import autodiff, bases, checks, reports, solvers, trees
 from jflow.bases import Base
-from jflow.likelihood.divergence import Divergence, State, augment
+from jflow.likelihood.divergence import Divergence, WithLogDensity, augment
 from jflow.likelihood.ode import log_base
-from jflow.types import Array, Batch, Cond, Context, Event, Key, Params, Time, Velocity, move
+from jflow.types import Array, Aux, Batch, Cond, Context, Event, Key, Params, Time, Velocity, as_batch, move
 
 
 class Along(NamedTuple):
@@ -38,7 +38,7 @@ class Along(NamedTuple):
       jacobian: int |Jz|^2 dt, a scalar, or None where it is not asked for.
     """
 
-    state: State
+    state: WithLogDensity
     kinetic: Array | None
     jacobian: Array | None
 
@@ -58,9 +58,7 @@ class MaximumLikelihood:
     kinetic: float
     jacobian: float
 
-    def __call__(
-        self, params: Params, key: Key, batch: Batch, context: Context | None = None
-    ) -> tuple[Array, dict[str, Any]]:
+    def __call__(self, params: Params, key: Key, batch: Batch, context: Context | None = None) -> tuple[Array, Aux]:
         """The loss of each sample in nats, and what a person wants to look at.
 
         Args:
@@ -70,7 +68,7 @@ class MaximumLikelihood:
           context: not used.
 
         Returns:
-          (loss [B], info). ``info``: "likelihood/raw", the mean of -log rho_1 in nats; "likelihood/loss", with the
+          (loss [B], aux). Its metrics: "likelihood/raw", the mean of -log rho_1 in nats; "likelihood/loss", with the
           regularisers; "likelihood/kinetic" and "likelihood/jacobian", their means without weight, where they have one;
           "likelihood/nfe", the mean number of evaluations of the velocity, where it is known (``solvers.SolveStats``);
           "likelihood/steps", the most steps of a sample; "likelihood/failed", the number of samples whose solve did not
@@ -81,22 +79,23 @@ class MaximumLikelihood:
             velocity that is not shaped like x.
         """
         del context
+        batch = as_batch(batch)
         checks.floating("batch.x1", batch.x1)
-        sizes = {jnp.shape(leaf)[:1] for leaf in jax.tree.leaves((batch.x1, batch.cond))}
-        if len(sizes) != 1 or () in sizes:
-            raise ValueError(f"batch: expected every leaf to have the same leading axis, got {sorted(sizes)}")
-        (size,) = next(iter(sizes))
-        keys = jax.random.split(key, size)
+        keys = jax.random.split(key, checks.rows("batch", (batch.x1, batch.cond)))
         loss, nll, kinetic, jacobian, stats = jax.vmap(lambda *row: self._one(params, *row))(batch.x1, batch.cond, keys)
         means = {"raw": nll, "loss": loss, "kinetic": kinetic, "jacobian": jacobian, "nfe": stats.nfe}
-        info = {name: jnp.mean(value.astype(loss.dtype)) for name, value in means.items() if value is not None}
+        found = jax.lax.stop_gradient({name: value for name, value in means.items() if value is not None})
+        metrics: dict[str, reports.Report] = {
+            f"likelihood/{name}": reports.mean(value.astype(loss.dtype)) for name, value in found.items()
+        }
+        metrics["likelihood/steps"] = reports.Largest(jnp.max(stats.steps))
         failed = jnp.logical_not(stats.success & jnp.isfinite(loss))
-        info = {**info, "steps": jnp.max(stats.steps), "failed": jnp.sum(failed)}
-        return loss, {f"likelihood/{name}": jax.lax.stop_gradient(value) for name, value in info.items()}
+        metrics["likelihood/failed"] = reports.Total(jnp.sum(failed))
+        return loss, Aux((), metrics)
 
     def _one(self, params: Params, x1: Event, cond: Cond, key: Key) -> tuple[Any, ...]:
         zero = jnp.zeros((), trees.at_least_float32(x1))
-        start = Along(State(x1, zero), *(zero if weight else None for weight in (self.kinetic, self.jacobian)))
+        start = Along(WithLogDensity(x1, zero), *(zero if weight else None for weight in (self.kinetic, self.jacobian)))
         v, stats = self.solve(params, 1.0, 0.0, start, cond, key=key)
         end = move(start, 1.0, 0.0, v)
         base = log_base(self.base, end.state.x)
@@ -130,7 +129,7 @@ def maximum_likelihood(
 
     Args:
       velocity: ``(params, t, x, cond=None, *, key=None) -> b_t(x)`` of one sample.
-      divergence: ``exact()`` by default; or ``hutchinson`` or ``hutch_pp``.
+      divergence: ``exact_divergence()`` by default; or ``hutchinson`` or ``hutch_pp``.
       base: the law of x0.
       kinetic: weight of int |b|^2 dt, at least 0; at 0 it is not computed.
       jacobian: weight of int |Jz|^2 dt, at least 0; at 0 it is not computed.
@@ -163,7 +162,7 @@ def maximum_likelihood(
         if along.jacobian is not None:
             flat, cut = ravel_pytree(along.state.x)
             z = cut(jax.random.rademacher(probe, flat.shape, flat.dtype))
-            jz = jax.jvp(lambda x: velocity(params, t, x, cond, key=model), (along.state.x,), (z,))[1]
+            jz = autodiff.jvp(lambda x: velocity(params, t, x, cond, key=model), (along.state.x,), (z,))[1]
             steep = trees.sq_norm(jz)
         return Along(state, speed, steep)
 

@@ -1,4 +1,4 @@
-r"""The divergence of a velocity, exact or estimated, and the velocity of the state (x, log rho) that it makes.
+r"""The divergence of a velocity, exact or estimated, and the velocity of the pair (x, log rho) that it makes.
 
 With the Jacobian J = grad b_t(x), of d rows, where d is the number of entries of x,
 
@@ -7,7 +7,10 @@ With the Jacobian J = grad b_t(x), of d rows, where d is the number of entries o
     hutch_pp     tr Q'J Q + 1/m sum_j g_j'J g_j,  g_j = (I - QQ')z_j           1 + 3m passes         (2010.09649)
 
 z_j are probes with independent entries of mean 0 and variance 1, Q an orthonormal basis of the columns J w_1, ..., J w_m
-of normal probes. Both estimates are unbiased. All derivatives are forward-mode: one linearisation, then its columns.
+of normal probes. Both estimates are unbiased. Derivatives are forward-mode by default: one linearisation, then its columns.
+With ``mode="reverse"`` they are those of J', one vector-Jacobian product each after one forward pass, for networks whose
+kernels have a reverse rule alone (fused attention): J' has the trace of J, and z'J'z = z'Jz probe by probe. ``jax.grad`` of
+the result differentiates the kernel's reverse rule and therefore needs one that jax can differentiate.
 
 Along the flow, d/dt log rho_t(x_t) = -div b_t(x_t): the pair (x, log rho) follows a velocity of its own, and whatever
 jflow does with a velocity (solves, identities, objectives) it does with that.
@@ -22,15 +25,16 @@ import jax
 import jax.numpy as jnp
 
 from jflow import checks, trees
-from jflow.likelihood.linear import linearise
+from jflow.likelihood.linear import Mode, linearise
 from jflow.types import Array, Cond, Event, Key, Params, Time, Velocity
 
 # (b, x, key) -> (b(x), div b(x)): of a function of x alone, with one call of it.
 Divergence = Callable[[Callable[[Event], Event], Event, Key | None], tuple[Event, Array]]
 Noise = Literal["rademacher", "gaussian"]
+MODES = ("forward", "reverse")
 
 
-class State(NamedTuple):
+class WithLogDensity(NamedTuple):
     """A point and the log-density that has come with it.
 
     Attributes:
@@ -42,39 +46,45 @@ class State(NamedTuple):
     log_density: Array
 
 
-def exact() -> Divergence:
-    """tr J, by d columns in forward mode; needs no key."""
+def exact_divergence(mode: Mode = "forward") -> Divergence:
+    """tr J, by d columns in forward mode or d rows in reverse mode; needs no key.
+
+    Raises:
+      ValueError: for a mode that is neither "forward" nor "reverse".
+    """
+    checks.choice("mode", mode, MODES)
 
     def of(b: Callable[[Event], Event], x: Event, key: Key | None) -> tuple[Event, Array]:
         del key
-        linear = linearise("b(x)", b, x)
+        linear = linearise("b(x)", b, x, mode)
         return linear.value, jnp.trace(linear.columns())
 
     return of
 
 
-def hutchinson(probes: int = 1, noise: Noise = "rademacher") -> Divergence:
+def hutchinson(probes: int = 1, noise: Noise = "rademacher", mode: Mode = "forward") -> Divergence:
     """The mean of z'Jz over ``probes`` probes: unbiased.
 
     With Rademacher probes its variance is 2/m times the squares of the off-diagonal entries of (J + J')/2, with Gaussian
     ones those of all entries.
 
     Raises:
-      ValueError: for no probes, or another noise; TypeError when ``probes`` is no whole number. At a call, ValueError
-        without a key.
+      ValueError: for no probes, another noise or another mode; TypeError if ``probes`` is not a whole number. At a call,
+        ValueError without a key, and TypeError in forward mode for a function that has none.
     """
     checks.integer("probes", probes, low=1)
     checks.choice("noise", noise, ("rademacher", "gaussian"))
+    checks.choice("mode", mode, MODES)
 
     def of(b: Callable[[Event], Event], x: Event, key: Key | None) -> tuple[Event, Array]:
-        linear = linearise("b(x)", b, x)
+        linear = linearise("b(x)", b, x, mode)
         z = _probes(_given(key), (probes, linear.size), linear.dtype, noise)
         return linear.value, jnp.sum(z * jax.vmap(linear.column)(z)) / probes
 
     return of
 
 
-def hutch_pp(probes: int = 1, noise: Noise = "rademacher") -> Divergence:
+def hutch_pp(probes: int = 1, noise: Noise = "rademacher", mode: Mode = "forward") -> Divergence:
     """Hutch++: the trace on a sketch of the range of J, and Hutchinson's estimate on what is left; ``probes`` is m.
 
     For a Jacobian of rank at most m it is exact, to the rounding of x's dtype. Costs 1 + 3m forward passes (2010.09649). The
@@ -85,9 +95,10 @@ def hutch_pp(probes: int = 1, noise: Noise = "rademacher") -> Divergence:
     """
     checks.integer("probes", probes, low=1)
     checks.choice("noise", noise, ("rademacher", "gaussian"))
+    checks.choice("mode", mode, MODES)
 
     def of(b: Callable[[Event], Event], x: Event, key: Key | None) -> tuple[Event, Array]:
-        linear = linearise("b(x)", b, x)
+        linear = linearise("b(x)", b, x, mode)
         columns = jax.vmap(linear.column)
         sketch_key, probe_key = jax.random.split(_given(key))
         # Normal, whatever the noise: probes of signs are often multiples of each other, and then span less.
@@ -104,22 +115,24 @@ def hutch_pp(probes: int = 1, noise: Noise = "rademacher") -> Divergence:
 
 
 def augment(velocity: Velocity, divergence: Divergence | None = None) -> Velocity:
-    """The velocity (b_t(x), -div b_t(x)) of ``State``: a Velocity whose events are States, with the same params.
+    """The velocity (b_t(x), -div b_t(x)) of ``WithLogDensity``: a Velocity whose events are of that type, with the same params.
 
     Args:
       velocity: of events x.
-      divergence: ``exact()`` by default; the others draw their probes from the key of the call, which serves a whole
+      divergence: ``exact_divergence()`` by default; the others draw their probes from the key of the call, which serves a whole
         solve, so that the probes are fixed within it.
     """
-    divergence = exact() if divergence is None else divergence
+    divergence = exact_divergence() if divergence is None else divergence
 
-    def augmented(params: Params, t: Time, state: State, cond: Cond = None, *, key: Key | None = None) -> State:
+    def augmented(
+        params: Params, t: Time, state: WithLogDensity, cond: Cond = None, *, key: Key | None = None
+    ) -> WithLogDensity:
         # Folded, for a solve uses its one key at every step, which for a key that is split would be reuse.
         probe_key, model_key = (None if key is None else jax.random.fold_in(key, i) for i in range(2))
         # Only x decides how precise the velocity's time is, as without the log-density.
         t = jnp.asarray(t).astype(trees.at_least_float32(state.x))
         b, div = divergence(lambda x: velocity(params, t, x, cond, key=model_key), state.x, probe_key)
-        return State(b, -div.astype(jnp.result_type(state.log_density)))
+        return WithLogDensity(b, -div.astype(jnp.result_type(state.log_density)))
 
     return augmented
 

@@ -4,9 +4,9 @@ A second output D_{s,t}(x), a scalar, is the mean divergence along the way, so t
 
     X_{s,t}(x),   log rho_t(X_{s,t}(x)) = log rho_s(x) - (t-s) D_{s,t}(x),      D_{t,t} = div b_t
 
-A map with a head is a FlowMap on States (x, log rho) whose mean velocity is (v_{s,t}(x), -D_{s,t}(x)), whatever the second
-entry is. The identities of such a map are those of any other (``jflow.identities``); their second entries say of D, with
-c a velocity and X = X_{s,t}(x),
+A map with a head is a FlowMap on ``WithLogDensity`` events (x, log rho) whose mean velocity is (v_{s,t}(x), -D_{s,t}(x)),
+whatever the second entry is. The identities of such a map are those of any other (``jflow.identities``); their second
+entries say of D, with c a velocity and X = X_{s,t}(x),
 
     tangent      D_{t,t}(x) - div c_t(x)
     Eulerian     D_{s,t}(x) - div c_s(x) - (t-s) ( d/ds D_{s,t}(x) + grad D_{s,t}(x) . c_s(x) )
@@ -27,20 +27,36 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, Unpack
 
 import jax
 import jax.numpy as jnp
 
-from jflow import checks, identities, trees
+from jflow import bases, checks, couplings, identities, parts, reports, trees, types
 from jflow.identities import Derivative
 from jflow.interpolants import Interpolant
-from jflow.likelihood.divergence import Divergence, State, augment
-from jflow.objectives import velocities
-from jflow.objectives.compose import Objective, Row
-from jflow.objectives.curriculum import ObjectiveFn
+from jflow.likelihood.divergence import Divergence, WithLogDensity, augment
+from jflow.objectives import velocity_estimates
+from jflow.objectives.objective import Choices, Objective
+from jflow.objectives.row import Row, Term, gamma_of
 from jflow.parameterizations import NetworkApply, Parameterization
-from jflow.types import FORWARD, Array, Batch, Cond, Context, Domain, Event, FlowMap, Key, Params, Time, Velocity, move
+from jflow.types import (
+    FORWARD,
+    Array,
+    Aux,
+    Batch,
+    Cond,
+    Context,
+    Domain,
+    Event,
+    FlowMap,
+    Key,
+    Params,
+    Time,
+    Velocity,
+    as_batch,
+    move,
+)
 
 # (params, s, t, x, cond=None, *, key=None) -> D_{s,t}(x), a scalar, in nats per unit of time.
 Head = Callable[..., Array]
@@ -62,7 +78,7 @@ class Headed(NamedTuple):
 
 
 def scalar_head(apply: NetworkApply) -> Head:
-    """The scalar output of a network of States, such as ``nets.Joined(nets.MLP())``, as a head of its own."""
+    """The scalar output of a network of points with log-densities, such as ``nets.MultiOutput(nets.MLP())``, as a head."""
 
     def head(params: Params, s: Time, t: Time, x: Event, cond: Cond = None, *, key: Key | None = None) -> Array:
         return _network(apply, params, s, t, x, cond, key).log_density
@@ -71,47 +87,48 @@ def scalar_head(apply: NetworkApply) -> Head:
 
 
 def with_head(flow_map: FlowMap, head: Head) -> FlowMap:
-    """The map and a head, two networks, as one map of States: (v_{s,t}(x), -D_{s,t}(x)).
+    """The map and a head, two networks, as one map of points with log-densities: (v_{s,t}(x), -D_{s,t}(x)).
 
     Args:
       flow_map: of events x: learned, solved or exact.
       head: ``(params, s, t, x, cond=None, *, key=None) -> D_{s,t}(x)``, a scalar.
 
     Returns:
-      The FlowMap of States, of the same domain; its params are ``Headed(map, head)``. From (x, log rho_s(x)) its ``jump``
-      gives (X_{s,t}(x), log rho_t(X_{s,t}(x))), in nats.
+      The FlowMap of ``WithLogDensity`` events, of the same domain; its params are ``Headed(map, head)``. From
+      (x, log rho_s(x)) its ``jump`` gives (X_{s,t}(x), log rho_t(X_{s,t}(x))), in nats.
 
     Raises:
-      TypeError: (when called) for params that are not ``Headed`` or an event that is no State.
+      TypeError: (when called) for params that are not ``Headed`` or an event that is not a WithLogDensity.
       ValueError: (when called) for a head or a log-density that is no scalar, or concrete times outside the domain.
     """
-
-    def part(params: Headed) -> Headed:
-        if not isinstance(params, Headed):
-            raise TypeError(f"params: expected Headed(map, head), got {type(params).__name__}")
-        return params
+    points, network = parts.map_on_part(Headed, "map", flow_map), parts.on_part(Headed, "head", head)
 
     def d(params: Headed, s: Time, t: Time, x: Event, cond: Cond, key: Key | None) -> Array:
-        value = head(params.head, s, t, x, cond, key=key)
+        value = network(params, s, t, x, cond, key=key)
         checks.scalar("head's output", value)
+        checks.floating("head's output", value)
         return value
 
     def mean_velocity(
-        params: Headed, s: Time, t: Time, state: State, cond: Cond = None, *, key: Key | None = None
-    ) -> State:
+        params: Headed, s: Time, t: Time, state: WithLogDensity, cond: Cond = None, *, key: Key | None = None
+    ) -> WithLogDensity:
         _check(flow_map.domain, s, t, state)
-        v = flow_map.mean_velocity(part(params).map, s, t, state.x, cond, key=key)
+        v = points.mean_velocity(params, s, t, state.x, cond, key=key)
         return _mean_velocity(state, v, d(params, s, t, state.x, cond, key))
 
-    def jump(params: Headed, s: Time, t: Time, state: State, cond: Cond = None, *, key: Key | None = None) -> State:
+    def jump(
+        params: Headed, s: Time, t: Time, state: WithLogDensity, cond: Cond = None, *, key: Key | None = None
+    ) -> WithLogDensity:
         _check(flow_map.domain, s, t, state)
-        x = flow_map.jump(part(params).map, s, t, state.x, cond, key=key)
+        x = points.jump(params, s, t, state.x, cond, key=key)
         change = _mean_velocity(state, state.x, d(params, s, t, state.x, cond, key))
-        return State(x, move(state.log_density, s, t, change.log_density))
+        return WithLogDensity(x, move(state.log_density, s, t, change.log_density))
 
-    def velocity(params: Headed, t: Time, state: State, cond: Cond = None, *, key: Key | None = None) -> State:
+    def velocity(
+        params: Headed, t: Time, state: WithLogDensity, cond: Cond = None, *, key: Key | None = None
+    ) -> WithLogDensity:
         _check(flow_map.domain, t, t, state)
-        b = flow_map.velocity(part(params).map, t, state.x, cond, key=key)
+        b = points.velocity(params, t, state.x, cond, key=key)
         return _mean_velocity(state, b, d(params, t, t, state.x, cond, key))
 
     return dataclasses.replace(
@@ -122,28 +139,29 @@ def with_head(flow_map: FlowMap, head: Head) -> FlowMap:
     )
 
 
-def joint(apply: NetworkApply, parameterization: Parameterization, domain: Domain = FORWARD) -> FlowMap:
-    """One network of two outputs as a map of States: v_{s,t}(x) = a(s,t) x + c(s,t) net, and D_{s,t}(x) as it comes.
+def shared_network(apply: NetworkApply, parameterization: Parameterization, domain: Domain = FORWARD) -> FlowMap:
+    """A map of points with log-densities whose v_{s,t}(x) and D_{s,t}(x) are two outputs of one network.
 
-    A jump with its log-density costs one pass of the network.
+    v_{s,t}(x) = a(s,t) x + c(s,t) net, and D_{s,t}(x) is the second output as it comes. A jump with its log-density costs one
+    pass of the network.
 
     Args:
-      apply: ``(params, s, t, state, cond=None, *, key=None) -> State(net, D)``, the log-density given to it being 0:
-        ``nets.from_linen(nets.Joined(nets.MLP()))``, or any network with a scalar output beside the one shaped like x.
+      apply: ``(params, s, t, state, cond=None, *, key=None) -> WithLogDensity(net, D)``, the log-density given to it being 0:
+        ``nets.from_linen(nets.MultiOutput(nets.MLP()))``, or any network with a scalar output beside the one shaped like x.
       parameterization: what the first output predicts.
       domain: the pairs of times on which it will be trained.
 
     Returns:
-      The FlowMap of States; its params are the network's.
+      The FlowMap of ``WithLogDensity`` events; its params are the network's.
 
     Raises:
-      TypeError: (when called) for an event or an output that is no State.
-      ValueError: (when called) for outputs of other shapes than the State's, or concrete times outside the domain.
+      TypeError: (when called) for an event or an output that is not a WithLogDensity.
+      ValueError: (when called) for outputs of other shapes than the WithLogDensity's, or concrete times outside the domain.
     """
 
     def mean_velocity(
-        params: Params, s: Time, t: Time, state: State, cond: Cond = None, *, key: Key | None = None
-    ) -> State:
+        params: Params, s: Time, t: Time, state: WithLogDensity, cond: Cond = None, *, key: Key | None = None
+    ) -> WithLogDensity:
         _check(domain, s, t, state)
         output = _network(apply, params, s, t, state.x, cond, key)
         if parameterization.name == "v":
@@ -155,7 +173,7 @@ def joint(apply: NetworkApply, parameterization: Parameterization, domain: Domai
 
 
 def without_head(flow_map: FlowMap) -> FlowMap:
-    """The map of events x within a map of States, with the same params: to sample from, or to train by any method."""
+    """The map of events x within a map of points with log-densities, with the same params: to sample from or to train."""
 
     def mean_velocity(
         params: Params, s: Time, t: Time, x: Event, cond: Cond = None, *, key: Key | None = None
@@ -181,30 +199,29 @@ class HeadObjective:
     """The objective of a head; made by ``head_objective``, and called as every other.
 
     Attributes:
-      on_states: the Objective on States.
+      on_states: the Objective on points with log-densities.
       own: whether div c is the map's own, at the params being trained, and not at ``context.teacher``.
     """
 
     on_states: Objective
     own: bool
 
-    def __call__(
-        self, params: Params, key: Key, batch: Batch, context: Context | None = None
-    ) -> tuple[Array, dict[str, Any]]:
-        """The loss of each sample, and ``info`` as ``Objective`` gives it, of the residual of D.
+    def __call__(self, params: Params, key: Key, batch: Batch, context: Context | None = None) -> tuple[Array, Aux]:
+        """The loss of each sample, and the metrics of ``Objective`` for the residual of D.
 
-        ``info["nonfinite_rows"]`` counts the rows whose loss is not finite, as it is where a divergence was not.
+        The metric "nonfinite_rows" counts the rows whose loss is not finite, as it is where a divergence was not.
 
         Raises:
           ValueError, TypeError: as ``Objective``.
         """
         context = Context() if context is None else context
+        batch = as_batch(batch)
         if self.own:
             context = context._replace(teacher=jax.lax.stop_gradient(params))
         states = Batch(_states("batch.x1", batch.x1), _states("batch.x0", batch.x0), batch.cond)
-        loss, info = self.on_states(params, key, states, context)
-        finite = jnp.isfinite(jax.lax.stop_gradient(loss))
-        return loss, {**info, "nonfinite_rows": jnp.sum(jnp.logical_not(finite))}
+        loss, aux = self.on_states(params, key, states, context)
+        broken = jnp.logical_not(jnp.isfinite(jax.lax.stop_gradient(loss)))
+        return loss, aux._replace(metrics={**aux.metrics, "nonfinite_rows": reports.Total(jnp.sum(broken))})
 
 
 def head_objective(
@@ -217,12 +234,12 @@ def head_objective(
     along: str = "divergence",
     stop: str | None = None,
     derivative: Derivative = identities.forward_mode,
-    **choices: Any,
+    **choices: Unpack[Choices],
 ) -> HeadObjective:
     """R( residual of D ) by one of the module's identities, and R( D_{t,t} - sg div c_t ) on the diagonal rows.
 
     The map gets no gradient, but for layers that D shares with it. To train it as well, add an objective of its own:
-    ``together(objectives.lsd(without_head(flow_map), interpolant), head=(head_objective(flow_map, interpolant), 1.0))``.
+    ``weighted_sum(objectives.lsd(without_head(flow_map), interpolant), head=(head_objective(flow_map, interpolant), 1.0))``.
 
     On a mixture in the plane the Lagrangian identity learned fastest, and the Eulerian one with the target stopped slowest.
 
@@ -231,22 +248,23 @@ def head_objective(
     Eulerian 6 + divergence; both 2 less with the target stopped; semigroup 5 + F.
 
     Args:
-      flow_map: of States (``with_head``, ``joint``).
+      flow_map: of ``WithLogDensity`` events (``with_head``, ``shared_network``).
       interpolant: the path.
       identity: "lagrangian", "eulerian" or "semigroup", whose gamma is that of ``gammas``, 1/2 by default.
-      divergence: ``exact()`` by default, or an unbiased estimate; its probes are drawn from each row's key.
+      divergence: ``exact_divergence()`` by default, or an unbiased estimate; its probes are drawn from each row's key.
       teacher: c, a Velocity or a FlowMap of events x at the parameters ``context.teacher``; by default the map's own
         diagonal.
       along: "divergence", or "head": off the diagonal sg D_{t,t} then takes the place of div c_t, which saves its passes
         and leaves the diagonal rows to say what it is.
       stop: what gets no gradient beside the map. "velocity", div c alone: the default but for the semigroup; "target", all
         but the leading D: the semigroup's; "spatial", of the Eulerian: div c and grad D.
-      derivative: ``forward_mode`` or ``finite_difference(h)``.
+      derivative: ``forward_mode``, ``central_difference(h)`` or ``finite_difference(h)``.
       **choices: of ``Objective``: diagonal (1/2 by default), times, pairs, gammas, reduction, diagonal_reduction,
-        coupling, blocks, domain. Only the squared reduction leaves the exact head stationary with an estimated divergence.
+        base, coupling, blocks, domain. Only the squared reduction leaves the exact head stationary with an estimated
+        divergence.
 
     Returns:
-      The objective; its terms in ``info`` are "tangent" and "head_IDENTITY".
+      The objective; the terms of its metrics are "tangent" and "head_IDENTITY".
 
     Raises:
       ValueError: for an unknown choice, or no diagonal rows where they alone say what the divergence is.
@@ -254,17 +272,17 @@ def head_objective(
     checks.choice("identity", identity, STOPS)
     checks.choice("along", along, ("divergence", "head"))
     stop = STOPS[identity][0] if stop is None else checks.choice("stop", stop, STOPS[identity])
-    choices = {"diagonal": 0.5, **choices}
-    if choices["diagonal"] == 0.0 and (identity == "semigroup" or along == "head"):
+    chosen: dict[str, Any] = {"diagonal": 0.5, **choices}
+    if chosen["diagonal"] == 0.0 and (identity == "semigroup" or along == "head"):
         raise ValueError(f"diagonal: expected more than 0, for the {identity} identity alone holds for D = 0 as well")
 
     def velocity(params: Params, t: Time, x: Event, cond: Cond = None, *, key: Key | None = None) -> Event:
         return flow_map.velocity(params, t, _state(x), cond, key=key).x
 
-    c = velocity if teacher is None else teacher.velocity if isinstance(teacher, FlowMap) else teacher
+    c = velocity if teacher is None else types.as_velocity("teacher", teacher)
 
     def residual(row: Row) -> identities.Residual:
-        def own(t: Time, state: State) -> State:
+        def own(t: Time, state: WithLogDensity) -> WithLogDensity:
             # The diagonal of D in place of the divergence; the direction is c's.
             return row.leg("teacher").velocity(t, state)._replace(log_density=row.own.v(t, t, state).log_density)
 
@@ -274,106 +292,82 @@ def head_objective(
         elif identity == "eulerian":
             found = identities.eulerian(v, row.s, row.t, row.x, b(row.s, row.x), stop=stop, derivative=derivative)
         else:
-            found = identities.semigroup(v, row.s, row.t, row.x, row.gamma)
+            found = identities.semigroup(v, row.s, row.t, row.x, gamma_of(row))
         return identities.Residual(*(part.log_density for part in found[:3]))
 
-    coupling = choices.pop("coupling", Objective.coupling)
+    independent = couplings.Independent(chosen.pop("base", bases.STANDARD_NORMAL))
+    coupling = chosen.pop("coupling", independent)
 
-    def couple(key: Key, x1: State, cond: Cond) -> State:
+    def couple(key: Key, x1: WithLogDensity, cond: Cond) -> WithLogDensity:
         return _states("x0", coupling(key, x1.x, cond))
 
     on_states = Objective(
         "head",
         _points_stopped(flow_map),
         interpolant,
-        residual,
-        f"head_{identity}",
-        velocity=lambda points: velocities.teacher(points).log_density,
+        Term(f"head_{identity}", residual, ("teacher", "gamma") if identity == "semigroup" else ("teacher",)),
+        velocity=lambda row: velocity_estimates.teacher(row).log_density,
         teacher=augment(c, divergence),
         coupling=couple,
-        **choices,
+        **chosen,
     )
     return HeadObjective(on_states, own=teacher is None)
 
 
-def together(objective: ObjectiveFn, **more: tuple[ObjectiveFn, float]) -> ObjectiveFn:
-    """The sum of objectives of the same params and batch: joint training, ``together(lsd, head=(head, 0.1))``.
+class _HeadAlone(FlowMap):
+    """A map whose diagonal is the entry of D alone: all that the tangent term of the head compares."""
 
-    Args:
-      objective: the first, of weight one; its entries of ``info`` keep their names.
-      **more: under a name, an objective and the weight of its loss; NAME_ is put before its entries of ``info``.
-
-    Returns:
-      ``(params, key, batch, context) -> (loss [B], info)``.
-
-    Raises:
-      ValueError: for a weight that is negative or not finite; TypeError when it is no number.
-    """
-    for name, (_, weight) in more.items():
-        checks.number(name, weight, low=0.0)
-
-    def total(params: Params, key: Key, batch: Batch, context: Context | None = None) -> tuple[Array, dict[str, Any]]:
-        first, *keys = jax.random.split(key, 1 + len(more))
-        loss, info = objective(params, first, batch, context)
-        for (name, (other, weight)), other_key in zip(more.items(), keys, strict=True):
-            added, said = other(params, other_key, batch, context)
-            loss = trees.axpy(weight, added, loss)
-            info = {**info, **{f"{name}_{entry}": value for entry, value in said.items()}}
-        return loss, info
-
-    return total
+    def velocity(
+        self, params: Params, t: Time, x: WithLogDensity, cond: Cond = None, *, key: Key | None = None
+    ) -> Array:
+        """-D_{t,t}(x), a scalar."""
+        return super().velocity(params, t, x, cond, key=key).log_density
 
 
 def _points_stopped(flow_map: FlowMap) -> FlowMap:
     """The map as the head's objective sees it: points get no gradient, and on the diagonal there is D alone."""
 
     def mean_velocity(
-        params: Params, s: Time, t: Time, state: State, cond: Cond = None, *, key: Key | None = None
-    ) -> State:
+        params: Params, s: Time, t: Time, state: WithLogDensity, cond: Cond = None, *, key: Key | None = None
+    ) -> WithLogDensity:
         v = flow_map.mean_velocity(params, s, t, state, cond, key=key)
-        return State(jax.lax.stop_gradient(v.x), v.log_density)
+        return WithLogDensity(jax.lax.stop_gradient(v.x), v.log_density)
 
-    def velocity(params: Params, t: Time, state: State, cond: Cond = None, *, key: Key | None = None) -> Array:
-        return flow_map.velocity(params, t, state, cond, key=key).log_density
-
-    return FlowMap(mean_velocity, flow_map.domain, velocity_override=velocity, form=flow_map.form)
+    return _HeadAlone(mean_velocity, flow_map.domain, velocity_override=flow_map.velocity, form=flow_map.form)
 
 
-def _check(domain: Domain, s: Time, t: Time, state: State) -> None:
-    """Refuses what no map of States can take, and a concrete jump outside the domain."""
-    if not isinstance(state, State):
-        raise TypeError(f"x: expected a State(x, log_density), got {type(state).__name__}")
+def _check(domain: Domain, s: Time, t: Time, state: WithLogDensity) -> None:
+    """Refuses an event that is not a WithLogDensity, and a concrete jump outside the domain."""
+    if not isinstance(state, WithLogDensity):
+        raise TypeError(f"x: expected a WithLogDensity(x, log_density), got {type(state).__name__}")
     checks.scalar("x.log_density", state.log_density)
-    checks.scalar("s", s)
-    checks.scalar("t", t)
-    source, target = checks.concrete(s), checks.concrete(t)
-    if source is not None and target is not None and not domain.contains(float(source), float(target)):
-        raise ValueError(f"s, t: the jump from {source:g} to {target:g} is outside the map's domain, {domain.name}")
+    domain.check_times(s, t)
 
 
-def _network(apply: NetworkApply, params: Params, s: Time, t: Time, x: Event, cond: Cond, key: Key | None) -> State:
+def _network(
+    apply: NetworkApply, params: Params, s: Time, t: Time, x: Event, cond: Cond, key: Key | None
+) -> WithLogDensity:
     """A network's two outputs; what it sees of the log-density is 0."""
     state = _state(x)
     output = apply(params, s, t, state, cond, key=key)
-    if not isinstance(output, State):
-        raise TypeError(f"network output: expected a State(x, log_density), got {type(output).__name__}")
-    checks.same_structure("network output", output, "State(x, log_density)", state)
-    return output
+    if not isinstance(output, WithLogDensity):
+        raise TypeError(f"network output: expected a WithLogDensity(x, log_density), got {type(output).__name__}")
+    return checks.output("network output", output, state)
 
 
-def _mean_velocity(state: State, v: Event, d: Array) -> State:
-    return State(v, -d.astype(jnp.result_type(state.log_density)))
+def _mean_velocity(state: WithLogDensity, v: Event, d: Array) -> WithLogDensity:
+    return WithLogDensity(v, -d.astype(jnp.result_type(state.log_density)))
 
 
-def _state(x: Event) -> State:
+def _state(x: Event) -> WithLogDensity:
     checks.floating("x", x)
-    return State(x, jnp.zeros((), trees.at_least_float32(jax.tree.map(jnp.asarray, x))))
+    return WithLogDensity(x, jnp.zeros((), trees.at_least_float32(jax.tree.map(jnp.asarray, x))))
 
 
-def _states(name: str, x: Event | None) -> State | None:
+def _states(name: str, x: Event | None) -> WithLogDensity | None:
     """A batch of events with a log-density of 0 each, which nothing depends on."""
     if x is None:
         return None
     checks.floating(name, x)
     rows = jnp.shape(jax.tree.leaves(x)[0])[:1]
-    return State(x, jnp.zeros(rows, trees.at_least_float32(x)))
+    return WithLogDensity(x, jnp.zeros(rows, trees.at_least_float32(x)))

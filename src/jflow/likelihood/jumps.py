@@ -23,7 +23,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jflow import bases, checks, solvers, trees
+from jflow import autodiff, bases, checks, solvers, trees
 from jflow.bases import Base
 from jflow.likelihood.linear import flatten, linearise
 from jflow.likelihood.ode import LogDensity, check_event, log_base
@@ -236,7 +236,7 @@ def _invert(jump: Callable[[Event], Event], y: Event, guess: Array, iterations: 
     def search(gap: Callable[[Array], Array], start: Array) -> Array:
         def step(state: tuple[Array, Array, Array, Array]) -> tuple[Array, Array, Array, Array]:
             x, miss, count, _ = state
-            residual, column = jax.linearize(gap, x)
+            residual, column = autodiff.linearize(gap, x)
             direction = _solve(column, residual)
             tries = x[None] - lengths[:, None] * direction[None]
             misses = jnp.linalg.norm(jax.vmap(gap)(tries), axis=1)

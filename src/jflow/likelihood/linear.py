@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import NamedTuple
+from typing import Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
 from jax.flatten_util import ravel_pytree
 
-from jflow import checks, trees
+from jflow import autodiff, checks, trees
 from jflow.types import Array, Event
+
+Mode = Literal["forward", "reverse"]
 
 
 class Linear(NamedTuple):
@@ -18,7 +20,7 @@ class Linear(NamedTuple):
 
     Attributes:
       value: f(x), an event.
-      column: z -> J z of vectors ``[n]`` in the dtype below, J the Jacobian.
+      column: z -> J z of vectors ``[n]`` in the dtype below, J the Jacobian; in reverse mode z -> J'z.
       size: n.
       dtype: the widest of x, float32 at least: what is summed over columns keeps its digits.
     """
@@ -29,7 +31,7 @@ class Linear(NamedTuple):
     dtype: jnp.dtype
 
     def columns(self) -> Array:
-        """``[n, n]``, the transposed Jacobian: row i is J e_i."""
+        """``[n, n]``, the transposed Jacobian: row i is J e_i. In reverse mode the Jacobian itself: row i is J'e_i."""
         return jax.vmap(self.column)(jnp.eye(self.size, dtype=self.dtype))
 
 
@@ -41,19 +43,33 @@ def flatten(x: Event) -> tuple[Array, Callable[[Array], Event]]:
     return flat, lambda vector: jax.tree.map(lambda leaf, like: leaf.astype(like.dtype), unravel(vector), x)
 
 
-def linearise(name: str, f: Callable[[Event], Event], x: Event) -> Linear:
-    """The ``Linear`` of f at x, by one call of f and, later, one forward-mode pass per column.
+def linearise(name: str, f: Callable[[Event], Event], x: Event, mode: Mode = "forward") -> Linear:
+    """The ``Linear`` of f at x, by one call of f and, later, one pass of forward or reverse mode per column.
 
     Args:
       name: how messages call f(x).
       f: of events like x; shaped like its argument.
       x: a pytree of floating-point arrays.
+      mode: "forward", or "reverse" for functions without forward-mode derivative; the columns are then those of J'.
 
     Raises:
-      ValueError: when f(x) is not shaped like x; TypeError when x is not floating-point.
+      ValueError: when f(x) is not shaped like x, or for another mode; TypeError when x or f(x) is not floating-point, or for
+        a function without forward-mode derivative (the message names the alternatives).
     """
     checks.floating("x", x)
+    checks.choice("mode", mode, ("forward", "reverse"))
+    x = jax.tree.map(jnp.asarray, x)
     flat, unflatten = flatten(x)
-    value, linear = jax.linearize(f, x)
-    checks.same_structure(name, value, "x", x)
+
+    def checked(x: Event) -> Event:
+        return checks.output(name, f(x), x)
+
+    if mode == "forward":
+        value, linear = autodiff.linearize(checked, x)
+    else:
+        value, back = jax.vjp(checked, x)
+
+        def linear(z: Event) -> Event:
+            return back(z)[0]
+
     return Linear(value, lambda z: flatten(linear(unflatten(z)))[0].astype(flat.dtype), flat.size, flat.dtype)

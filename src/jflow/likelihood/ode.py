@@ -18,7 +18,7 @@ import numpy as np
 
 from jflow import bases, checks, solvers, trees
 from jflow.bases import Base
-from jflow.likelihood.divergence import Divergence, State, augment
+from jflow.likelihood.divergence import Divergence, WithLogDensity, augment
 from jflow.types import Array, Cond, Event, Key, Params, Time, Velocity, move
 
 
@@ -48,7 +48,7 @@ class ODEDensity:
 
     Attributes:
       base: the law of x0.
-      solve: ``(params, s, t, state, cond, key=) -> (mean velocity, SolveStats)`` of States.
+      solve: ``(params, s, t, state, cond, key=) -> (mean velocity, SolveStats)`` of ``WithLogDensity``.
     """
 
     base: Base
@@ -88,11 +88,13 @@ class ODEDensity:
         end, success = self._flow(params, 0.0, t, x0, cond, key)
         return _checked(log_base(self.base, x0), end.log_density, end.x, x0, success)
 
-    def _flow(self, params: Params, s: Time, t: Time, x: Event, cond: Cond, key: Key | None) -> tuple[State, Array]:
-        """The State after the flow from (x, 0) at s to t, one of which is the caller's time and the other 0."""
+    def _flow(
+        self, params: Params, s: Time, t: Time, x: Event, cond: Cond, key: Key | None
+    ) -> tuple[WithLogDensity, Array]:
+        """The WithLogDensity after the flow from (x, 0) at s to t, one of which is the caller's time and the other 0."""
         _check_time(s)
         _check_time(t)
-        start = State(x, jnp.zeros((), trees.at_least_float32(x)))
+        start = WithLogDensity(x, jnp.zeros((), trees.at_least_float32(x)))
         v, stats = self.solve(params, s, t, start, cond, key=key)
         return move(start, s, t, v), stats.success
 
@@ -113,7 +115,7 @@ def along_ode(
 
     Args:
       velocity: ``(params, t, x, cond=None, *, key=None) -> b_t(x)`` of one sample.
-      divergence: ``exact()`` by default; or ``hutchinson`` or ``hutch_pp``.
+      divergence: ``exact_divergence()`` by default; or ``hutchinson`` or ``hutch_pp``.
       base: the law of x0.
       solver, **choices: as in ``solvers.solve``; tolerances are on the mean velocity of x and
         log-density together, as a root mean square over their d + 1 entries. For ``jax.grad``, give ``steps`` or an

@@ -5,7 +5,7 @@ r"""Self-normalised importance weights: expectations under a target from samples
 The sampler's density must be that of the sampler **that ran** (``push`` on the same grid, not the ODE's), and it must be a
 density, not an estimate: log rho with a Hutchinson divergence is unbiased, so that by Jensen's inequality its exponential is
 biased upward, E exp(log rho + noise) > rho, and likewise 1/rho and every weight made of it. With a normal noise of variance
-v the factor is e^{v/2}. Use ``exact()`` for weights.
+v the factor is e^{v/2}. Use ``exact_divergence()`` for weights.
 
 Where a learned map folds, several base points are sampled at one x, and rho_0/|det| is the density of one of the branches
 alone, less than the sampler's: weights made of it count x once for each branch. With the sign of the determinant they are right

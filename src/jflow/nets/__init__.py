@@ -10,9 +10,10 @@ from collections.abc import Callable
 import flax.linen as nn
 
 from jflow.nets.embeddings import fourier, octaves, random_fourier, sinusoidal
-from jflow.nets.joined import Joined
 from jflow.nets.log_weight import LogWeight, Weighted, with_log_weight
 from jflow.nets.mlp import MLP
+from jflow.nets.multi_output import MultiOutput
+from jflow.nets.signatures import Network
 from jflow.nets.wrappers import check_independent, from_equinox, from_function, from_linen, from_nnx
 
 NETS: dict[str, Callable[..., nn.Module]] = {"mlp": MLP, "mlp_plain": MLP.plain}
@@ -20,8 +21,9 @@ NETS: dict[str, Callable[..., nn.Module]] = {"mlp": MLP, "mlp_plain": MLP.plain}
 __all__ = [
     "MLP",
     "NETS",
-    "Joined",
     "LogWeight",
+    "MultiOutput",
+    "Network",
     "Weighted",
     "check_independent",
     "fourier",

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -10,9 +9,9 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
-from jflow import checks
+from jflow import checks, parts
 from jflow.nets import embeddings
-from jflow.types import Array, Cond, Event, FlowMap, Key, Params, Time
+from jflow.types import Array, FlowMap, Params, Time
 
 
 class LogWeight(nn.Module):
@@ -93,30 +92,7 @@ def with_log_weight(flow_map: FlowMap, module: LogWeight) -> tuple[FlowMap, Call
       TypeError: (when called) for params that are not ``Weighted``.
     """
 
-    def part(params: Weighted) -> Weighted:
-        if not isinstance(params, Weighted):
-            raise TypeError(f"params: expected Weighted(map, log_weight), got {type(params).__name__}")
-        return params
+    def apply(weights: Params, s: Time, t: Time) -> Array:
+        return module.apply({"params": weights}, s, t)
 
-    def mean_velocity(
-        params: Weighted, s: Time, t: Time, x: Event, cond: Cond = None, *, key: Key | None = None
-    ) -> Event:
-        return flow_map.mean_velocity(part(params).map, s, t, x, cond, key=key)
-
-    def jump(params: Weighted, s: Time, t: Time, x: Event, cond: Cond = None, *, key: Key | None = None) -> Event:
-        return flow_map.jump(part(params).map, s, t, x, cond, key=key)
-
-    def velocity(params: Weighted, t: Time, x: Event, cond: Cond = None, *, key: Key | None = None) -> Event:
-        return flow_map.velocity(part(params).map, t, x, cond, key=key)
-
-    def log_weight(params: Weighted, s: Time, t: Time) -> Array:
-        return module.apply({"params": part(params).log_weight}, s, t)
-
-    # Whatever else the map says of itself, its domain for one, stays.
-    paired = dataclasses.replace(
-        flow_map,
-        mean_velocity=mean_velocity,
-        jump_override=None if flow_map.jump_override is None else jump,
-        velocity_override=None if flow_map.velocity_override is None else velocity,
-    )
-    return paired, log_weight
+    return parts.map_on_part(Weighted, "map", flow_map), parts.on_part(Weighted, "log_weight", apply)

@@ -1,7 +1,9 @@
 r"""From anyone's network to the function of one sample that the library takes.
 
-    apply(params, s, t, x, cond=None, *, key=None) -> shaped like x     a network of two times
+    apply(params, s, t, x, cond=None, *, key=None) -> shaped like x     a ``Network`` of two times
     velocity(params, t, x, cond=None, *, key=None) -> shaped like x     a ``jflow.types.Velocity``
+
+A network becomes a FlowMap through ``parameterizations.flow_map``, a Velocity through ``solvers.solve``.
 
 Which is made, and how the network is called, is said by ``signature``: its arguments, in its own order.
 
@@ -16,8 +18,13 @@ MeanFlow's u(z, r, t), whose time 0 is the data:
     from_function(lambda params, s, t, x: -u(params, x, 1 - t, 1 - s))
 
 Networks that take a batch, [B] times and [B, ...] points, are wrapped with ``batched=True``: each sample is a
-batch of one, and ``jax.vmap`` of that costs what a batch does. Layers that mix samples (batch normalisation)
-are refused.
+batch of one, and ``jax.vmap`` of that costs what a batch does. Layers that mix samples (batch normalisation
+with the statistics of the batch) are refused; with running averages that no longer change they are accepted.
+
+A function of the library is pure, so a layer cannot keep anything from one call to the next. Variables that a call
+changes (running averages, the vectors of spectral normalisation, caches) are refused with a TypeError that names
+them; random streams, whose counters a call moves, are not state. Freeze such layers, or keep what changes in the
+state of an objective.
 
 Dropout: ``key`` is passed at the call, and None means none. An argument ``deterministic``, ``inference``,
 ``train``, ``training`` or ``is_training`` of the network is set accordingly.
@@ -27,7 +34,7 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any, NamedTuple
+from typing import Any
 
 import flax.errors
 import flax.linen as nn
@@ -35,139 +42,199 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jflow import checks
-from jflow.types import MeanVelocity, Params, PyTree, Velocity
+from jflow.nets import signatures
+from jflow.types import Params, PyTree, Velocity
 
-DEFAULT_SIGNATURE = "s t x cond"
-NAMES = ("s", "t", "x", "cond")
-MIXES = "mixes the samples of a batch, and a function of one sample cannot: use group or layer normalisation"
+MIXES = (
+    "mixes the samples of a batch, and a function of one sample cannot: use group or layer normalisation, or freeze its "
+    "statistics (use_running_average=True)"
+)
+STATE = (
+    "in a call, and the library's functions are pure, so the change would be lost: freeze the layer "
+    "(use_running_average=True, update_stats=False; nnx: module.eval() before it is wrapped), or keep the variable in the "
+    "state of an objective"
+)
+FROZEN_EQUINOX = (
+    "a frozen equinox module goes through from_function, as "
+    "lambda params, s, t, x: eqx.nn.inference_mode(eqx.combine(params, static))(s, t, x, state)[0]"
+)
 
 
 def from_linen(
     module: nn.Module,
     *,
-    signature: str = DEFAULT_SIGNATURE,
+    signature: str = signatures.DEFAULT,
     batched: bool = False,
     rngs: Sequence[str] = ("dropout",),
     constants: Mapping[str, PyTree] | None = None,
-) -> MeanVelocity | Velocity:
-    """A flax.linen module as ``apply`` or ``velocity``; its params are ``module.init(...)['params']``.
+) -> signatures.Network | Velocity:
+    """A flax.linen module as a network of two times, or as a Velocity; its params are ``module.init(...)['params']``.
 
     Args:
       module: the module.
-      signature: how its ``__call__`` takes (s, t, x, cond); without ``s`` a velocity is made. See the module
-        above.
+      signature: how its ``__call__`` takes (s, t, x, cond); with ``s`` a ``Network`` of two
+        times is made, without it a ``Velocity``. See the module above.
       batched: whether it takes a batch.
       rngs: the random streams that it draws from; ``key`` is split among them.
-      constants: its other variable collections, which are not trained.
+      constants: its other variable collections, which are neither trained nor changed: ``{"batch_stats": ...}`` of a
+        layer that is frozen.
 
     Returns:
-      ``apply(params, s, t, x, cond=None, *, key=None)``, or ``velocity(params, t, x, cond=None, *,
-      key=None)``. They raise TypeError for a layer that mixes samples, or when the module's ``__call__`` does
-      not take the signature; ValueError for an output not shaped like x, times with axes, or when random
-      numbers are drawn and no key came.
+      ``apply(params, s, t, x, cond=None, *, key=None)``, a ``Network``, for a signature with ``s`` (the default); else
+      ``velocity(params, t, x, cond=None, *, key=None)``, a ``Velocity``. They raise TypeError for a layer that
+      mixes samples or changes a variable, or if the module's ``__call__`` does not take the signature; ValueError for an
+      output not shaped like x, times with axes, a missing collection, or random numbers drawn without a key.
 
     Raises:
       ValueError: for a signature that cannot be read.
-      TypeError: when the constants hold batch statistics.
+      TypeError: for a collection of constants without variables, which the network could not have been given by its
+        ``init``.
     """
     constants = dict(constants or {})
-    _refuse_statistics("constants", constants)
+    for name, collection in constants.items():
+        if not jax.tree.leaves(collection):
+            raise TypeError(f"constants: holds {name!r} without variables, expected those of the trained network")
 
     def refuse(following: Callable, args: tuple, kwargs: dict, context: Any) -> Any:
-        if isinstance(context.module, nn.BatchNorm):
-            raise TypeError(f"net: {'/'.join(context.module.path)} is a BatchNorm, which {MIXES}")
+        if isinstance(context.module, nn.BatchNorm) and context.method_name == "__call__":
+            frozen = context.module.use_running_average
+            if frozen is None:
+                frozen = kwargs.get("use_running_average", args[1] if len(args) > 1 else False)
+            if not frozen:
+                raise TypeError(f"net: {'/'.join(context.module.path)} is a BatchNorm, which {MIXES}")
         return following(*args, **kwargs)
 
     def run(params: Params, args: tuple, kwargs: dict, key: Any) -> PyTree:
-        _refuse_statistics("params", params)
-        if isinstance(params, Mapping) and "params" in params:
-            raise ValueError("params: expected the collection variables['params'], got all variables")
+        _refuse_all_variables(params)
         keys = None if key is None else dict(zip(rngs, _split(key, len(rngs)), strict=True))
         try:
             with nn.intercept_methods(refuse):
                 return module.apply({"params": params, **constants}, *args, rngs=keys, **kwargs)
         except flax.errors.InvalidRngError as error:
             raise ValueError(f"key: the network draws random numbers that no key was given for: {error}") from error
+        except flax.errors.ModifyScopeVariableError as error:
+            raise TypeError(f"net: a variable changes {STATE}: {error}") from error
+        except flax.errors.ScopeCollectionNotFound as error:
+            raise ValueError(
+                f"constants: expected every collection but 'params' that the network reads: {error}"
+            ) from error
 
-    return _wrap(run, inspect.signature(module.__call__), signature, batched)
+    return signatures.wrap(run, inspect.signature(module.__call__), signature, batched)
 
 
 def from_nnx(
-    module: Any, *, signature: str = DEFAULT_SIGNATURE, batched: bool = False
-) -> tuple[MeanVelocity | Velocity, Params]:
-    """A flax.nnx module as ``apply`` or ``velocity``, and its parameters as nested dicts with string keys.
+    module: Any, *, signature: str = signatures.DEFAULT, batched: bool = False
+) -> tuple[signatures.Network | Velocity, Params]:
+    """A flax.nnx module as a network of two times, or as a Velocity; and its parameters as nested dicts with string keys.
 
     The parameters are the variables of type ``nnx.Param``; all others stay as they are. Without a key the
-    module runs as after ``module.eval()``, with one as after ``module.train()`` with its random streams
-    reseeded from the key.
+    module runs with ``deterministic=True``, with one with ``deterministic=False`` and its random streams reseeded
+    from the key. ``use_running_average`` stays as it is: ``module.eval()`` before this freezes layers with state.
+
+    What a call writes into parameters lasts for that call alone, as weight normalisation does.
 
     Args:
       module: the module; it is left untouched.
-      signature: how its ``__call__`` takes (s, t, x, cond); without ``s`` a velocity is made. See the module
-        above.
+      signature: how its ``__call__`` takes (s, t, x, cond); with ``s`` a ``Network`` of two
+        times is made, without it a ``Velocity``. See the module above.
       batched: whether it takes a batch.
 
     Returns:
-      (apply or velocity, params), as of ``from_linen``.
+      (network or velocity, params), as of ``from_linen``. When called it raises TypeError for a variable that the call
+      changes or creates, but for parameters, random streams and intermediates.
 
     Raises:
       ValueError: for a signature that cannot be read.
-      TypeError: for a layer that mixes samples.
+      TypeError: for a BatchNorm that uses the statistics of the batch.
     """
     from flax import nnx
 
+    frozen = {}
     for path, layer in nnx.iter_modules(module):
-        if isinstance(layer, nnx.BatchNorm):
+        frozen[path] = getattr(layer, "use_running_average", None)
+        if isinstance(layer, nnx.BatchNorm) and not frozen[path]:
             raise TypeError(f"net: {'/'.join(map(str, path)) or 'the module'} is a BatchNorm, which {MIXES}")
     graph, state, rest = nnx.split(module, nnx.Param, ...)
     abstract = jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype), state)
     tags = sorted({v.tag for v in jax.tree.leaves(rest, is_leaf=_is(nnx.RngKey)) if isinstance(v, nnx.RngKey)})
 
-    def run(params: Params, args: tuple, kwargs: dict, key: Any) -> PyTree:
+    def call(params: Any, args: tuple, kwargs: dict, key: Any) -> tuple[PyTree, dict[str, jax.Array]]:
+        """The output, and what the variables other than parameters hold that are not the same arrays as before."""
         # Mapping the states copies their variables into the present trace, where they may be changed.
+        copy = nnx.merge(graph, jax.tree.map(lambda leaf: leaf, params), jax.tree.map(lambda leaf: leaf, rest))
+        copy.eval() if key is None else copy.train()
+        for path, layer in nnx.iter_modules(copy):
+            if frozen.get(path) is not None:
+                layer.use_running_average = frozen[path]
+        if key is not None:
+            nnx.reseed(copy, **dict(zip(tags, _split(key, len(tags)), strict=True)))
+        before = _variables(copy)
+        out = copy(*args, **kwargs)
+        after = _variables(copy)
+        return out, {name: leaf for name, leaf in after.items() if leaf is not before.get(name)}
+
+    stored = _variables(module)
+
+    def unchanged(names: frozenset[str], args: tuple, kwargs: dict, key: Any) -> bool:
+        """Whether these variables hold the same values after a call: scans and remat return them as other arrays."""
+        if not names <= stored.keys():
+            return False
+        with jax.ensure_compile_time_eval():
+            examples = jax.tree.map(_example, (args, kwargs))
+            seed = None if key is None else jax.random.key(0)
+            after = jax.jit(lambda: call(state, *examples, seed)[1])()
+            return all(_equal(after.get(name, stored[name]), stored[name]) for name in names)
+
+    harmless: set[frozenset[str]] = {frozenset()}
+
+    def run(params: Params, args: tuple, kwargs: dict, key: Any) -> PyTree:
         filled = jax.tree.map(lambda leaf: leaf, abstract)
         nnx.replace_by_pure_dict(filled, params)
-        copy = nnx.merge(graph, filled, jax.tree.map(lambda leaf: leaf, rest))
-        if key is None:
-            copy.eval()
-        else:
-            copy.train()
-            nnx.reseed(copy, **dict(zip(tags, _split(key, len(tags)), strict=True)))
-        return copy(*args, **kwargs)
+        out, written = call(filled, args, kwargs, key)
+        names = frozenset(written)
+        if names not in harmless:
+            if not unchanged(names, args, kwargs, key):
+                raise TypeError(f"net: {', '.join(sorted(names))} changes {STATE}")
+            harmless.add(names)
+        return out
 
-    apply = _wrap(run, inspect.signature(module.__call__), signature, batched)
+    apply = signatures.wrap(run, inspect.signature(module.__call__), signature, batched)
     return apply, _string_keys(nnx.to_pure_dict(state))
 
 
 def from_equinox(
-    module: Any, *, signature: str = DEFAULT_SIGNATURE, batched: bool = False
-) -> tuple[MeanVelocity | Velocity, Params]:
-    """An equinox module as ``apply`` or ``velocity``, and its floating-point arrays as the parameters.
+    module: Any, *, signature: str = signatures.DEFAULT, batched: bool = False
+) -> tuple[signatures.Network | Velocity, Params]:
+    """An equinox module as a network of two times, or as a Velocity; and its floating-point arrays as the parameters.
 
     The parameters have the module's own structure (``eqx.partition``). Without a key the module runs in
     inference mode; with one, in training mode, and the key goes to its argument ``key``.
 
     Args:
       module: the module.
-      signature: how its ``__call__`` takes (s, t, x, cond); without ``s`` a velocity is made. See the module
-        above.
+      signature: how its ``__call__`` takes (s, t, x, cond); with ``s`` a ``Network`` of two
+        times is made, without it a ``Velocity``. See the module above.
       batched: whether it takes a batch.
 
     Returns:
-      (apply or velocity, params), as of ``from_linen``.
+      (network or velocity, params), as of ``from_linen``.
 
     Raises:
       ValueError: for a signature that cannot be read.
-      TypeError: for a layer that mixes samples, or keeps other state between calls.
+      TypeError: for a layer that mixes samples, or keeps state between calls (``eqx.nn.SpectralNorm``, anything with an
+        ``eqx.nn.StateIndex`` or an ``eqx.nn.State``). Frozen, such a module is one for ``from_function``:
+        ``lambda params, s, t, x: eqx.nn.inference_mode(eqx.combine(params, static))(s, t, x, state)[0]``.
     """
     import equinox as eqx
 
-    for node in jax.tree.leaves(module, is_leaf=_is((eqx.nn.BatchNorm, eqx.nn.StateIndex))):
+    kinds = (eqx.nn.BatchNorm, eqx.nn.SpectralNorm, eqx.nn.StateIndex, eqx.nn.State)
+    for node in jax.tree.leaves(module, is_leaf=_is(kinds)):
         if isinstance(node, eqx.nn.BatchNorm):
-            raise TypeError(f"net: holds an equinox BatchNorm, which {MIXES}")
-        if isinstance(node, eqx.nn.StateIndex):
-            raise TypeError("net: holds an equinox layer with state, and the library's functions are pure")
+            raise TypeError(f"net: holds an equinox BatchNorm, which {MIXES}; {FROZEN_EQUINOX}")
+        if isinstance(node, kinds):
+            raise TypeError(
+                f"net: holds an equinox {type(node).__name__}, whose state changes {STATE}; {FROZEN_EQUINOX}"
+            )
     parameters, static = eqx.partition(module, eqx.is_inexact_array)
     takes = inspect.signature(module.__call__)
 
@@ -175,23 +242,23 @@ def from_equinox(
         whole = eqx.nn.inference_mode(eqx.combine(params, static), value=key is None)
         return whole(*args, **kwargs, **({"key": key} if "key" in takes.parameters else {}))
 
-    return _wrap(run, takes, signature, batched), parameters
+    return signatures.wrap(run, takes, signature, batched), parameters
 
 
 def from_function(
-    function: Callable[..., PyTree], *, signature: str = DEFAULT_SIGNATURE, batched: bool = False
-) -> MeanVelocity | Velocity:
-    """A function (params, then the signature's arguments) as ``apply`` or ``velocity``.
+    function: Callable[..., PyTree], *, signature: str = signatures.DEFAULT, batched: bool = False
+) -> signatures.Network | Velocity:
+    """A function of params and the signature's arguments as a network of two times, or as a Velocity.
 
     Args:
       function: ``function(params, s, t, x)`` with the default signature, or with ``cond`` after x. If it has
         an argument ``key``, it gets the key.
-      signature: how it takes (s, t, x, cond) after params; without ``s`` a velocity is made. See the module
-        above.
+      signature: how it takes (s, t, x, cond) after params; with ``s`` a ``Network`` of two
+        times is made, without it a ``Velocity``. See the module above.
       batched: whether it takes a batch.
 
     Returns:
-      ``apply`` or ``velocity``, as of ``from_linen``.
+      A ``Network`` or a ``Velocity``, as of ``from_linen``.
 
     Raises:
       ValueError: for a signature that cannot be read.
@@ -204,7 +271,7 @@ def from_function(
     def run(params: Params, args: tuple, kwargs: dict, key: Any) -> PyTree:
         return function(params, *args, **kwargs, **({"key": key} if "key" in takes.parameters else {}))
 
-    return _wrap(run, takes, signature, batched)
+    return signatures.wrap(run, takes, signature, batched)
 
 
 def check_independent(function: Callable[..., PyTree], *batch: PyTree, rtol: float = 1e-5) -> None:
@@ -242,108 +309,13 @@ def check_independent(function: Callable[..., PyTree], *batch: PyTree, rtol: flo
         raise ValueError(f"function: {MIXES}; other rows changed, and the first row's output by {first:.2g}")
 
 
-class _Call(NamedTuple):
-    """A signature, read: names passed by position, and keyword -> name."""
-
-    positional: tuple[str, ...]
-    keywords: dict[str, str]
-
-    def fill(self, values: Mapping[str, Any]) -> tuple[tuple, dict[str, Any]]:
-        positional = self.positional
-        if values["cond"] is None and positional[-1:] == ("cond",):
-            positional = positional[:-1]
-        keywords = {k: name for k, name in self.keywords.items() if not (name == "cond" and values["cond"] is None)}
-        return tuple(values[name] for name in positional), {k: values[name] for k, name in keywords.items()}
-
-
-def _read(signature: str) -> _Call:
-    positional, keywords = [], {}
-    for word in signature.split():
-        keyword, equals, name = word.rpartition("=")
-        if not equals:
-            if keywords:
-                raise ValueError(f"signature: expected positional names before keywords, got {signature!r}")
-            positional.append(name)
-        elif not keyword.isidentifier():
-            raise ValueError(f"signature: expected words such as 'x' or 'y=cond', got {word!r}")
-        else:
-            keywords[keyword] = name
-    names = [*positional, *keywords.values()]
-    if not set(names) <= set(NAMES) or len(set(names)) != len(names) or not {"t", "x"} <= set(names):
-        raise ValueError(f"signature: expected each of s, t, x, cond at most once, with t and x, got {signature!r}")
-    return _Call(tuple(positional), keywords)
-
-
-def _wrap(
-    run: Callable[[Params, tuple, dict, Any], PyTree], takes: inspect.Signature, signature: str, batched: bool
-) -> MeanVelocity | Velocity:
-    """The function of one sample around ``run(params, args, kwargs, key)``, with its checks."""
-    call = _read(signature)
-    names = (*call.positional, *call.keywords.values())
-
-    def evaluate(params: Params, s: Any, t: Any, x: PyTree, cond: Any, key: Any) -> PyTree:
-        checks.floating("x", x)
-        if cond is not None and "cond" not in names:
-            raise ValueError(f"cond: the network was wrapped with signature {signature!r}, without cond, and got one")
-        values = {"s": _time("s", s), "t": _time("t", t), "x": x, "cond": cond}
-        if batched:
-            values = jax.tree.map(lambda leaf: jnp.asarray(leaf)[None], values)
-        args, kwargs = call.fill(values)
-        kwargs = {**_modes(takes, key), **kwargs}
-        try:
-            takes.bind(*args, **kwargs)
-        except TypeError as error:
-            raise TypeError(f"signature: the network takes {takes}, not {signature!r}: {error}") from error
-        return _shaped_like(run(params, args, kwargs, key), x, batched)
-
-    if "s" not in names:
-
-        def velocity(params: Params, t: Any, x: PyTree, cond: Any = None, *, key: Any = None) -> PyTree:
-            return evaluate(params, t, t, x, cond, key)
-
-        return velocity
-
-    def apply(params: Params, s: Any, t: Any, x: PyTree, cond: Any = None, *, key: Any = None) -> PyTree:
-        return evaluate(params, s, t, x, cond, key)
-
-    return apply
-
-
-def _modes(takes: inspect.Signature, key: Any) -> dict[str, bool]:
-    quiet = {
-        "deterministic": True,
-        "inference": True,
-        "train": False,
-        "training": False,
-        "is_training": False,
-    }
-    return {name: value == (key is None) for name, value in quiet.items() if name in takes.parameters}
-
-
-def _time(name: str, value: Any) -> jax.Array:
-    checks.scalar(name, value)
-    value = jnp.asarray(value)
-    if jnp.issubdtype(value.dtype, jnp.integer):
-        return value.astype(jnp.result_type(float))
-    checks.floating(name, value)
-    return value
-
-
-def _shaped_like(out: PyTree, x: PyTree, batched: bool) -> PyTree:
-    """The output without the batch axis, in the dtypes of x; refuses another structure or shape."""
-    lead = (1,) if batched else ()
-    expected = jax.tree.map(lambda leaf: lead + jnp.shape(leaf), x)
-    got = jax.tree.map(jnp.shape, out)
-    if jax.tree.structure(out) != jax.tree.structure(x) or got != expected:
-        what = f"x with a batch axis, {expected}" if batched else f"x, {expected}"
-        raise ValueError(f"net: expected output shaped like {what}, got {got}")
-    checks.floating("net: output", out)
-    return jax.tree.map(lambda o, leaf: (o[0] if batched else o).astype(jnp.asarray(leaf).dtype), out, x)
-
-
-def _refuse_statistics(name: str, collections: Any) -> None:
-    if isinstance(collections, Mapping) and "batch_stats" in collections:
-        raise TypeError(f"{name}: holds 'batch_stats', so the network {MIXES}")
+def _refuse_all_variables(params: Any) -> None:
+    if not isinstance(params, Mapping):
+        return
+    if "batch_stats" in params:
+        raise TypeError("params: holds 'batch_stats': expected variables['params'] alone, the others go to constants")
+    if "params" in params:
+        raise ValueError("params: expected the collection variables['params'], got all variables")
 
 
 def _split(key: Any, number: int) -> Sequence[Any]:
@@ -352,6 +324,36 @@ def _split(key: Any, number: int) -> Sequence[Any]:
 
 def _is(kinds: Any) -> Callable[[Any], bool]:
     return lambda node: isinstance(node, kinds)
+
+
+def _variables(module: Any) -> dict[str, jax.Array]:
+    """The arrays of an nnx module's state by path and type, without parameters, random streams and intermediates."""
+    from flax import nnx
+
+    found = {}
+    for path, leaf in nnx.to_flat_state(nnx.state(module)):
+        name = "/".join(map(str, path))
+        if not isinstance(leaf, nnx.Variable):
+            found[name] = leaf
+        elif not isinstance(leaf, (nnx.Param, nnx.RngState, nnx.Intermediate)):
+            found[f"{name} ({type(leaf).__name__})"] = leaf.get_raw_value()
+    return found
+
+
+def _equal(a: Any, b: Any) -> bool:
+    """Whether two arrays hold the same values; of PRNG keys, the same data."""
+    if jnp.issubdtype(jnp.result_type(a), jax.dtypes.prng_key):
+        a, b = jax.random.key_data(a), jax.random.key_data(b)
+    return np.array_equal(a, b, equal_nan=True)
+
+
+def _example(leaf: Any) -> Any:
+    """An array of the same shape and dtype, which may be traced: numbers in (0, 1), zeros where it is not floating-point."""
+    if not isinstance(leaf, (jax.Array, np.ndarray)):
+        return leaf
+    if not jnp.issubdtype(leaf.dtype, jnp.floating):
+        return jnp.zeros(leaf.shape, leaf.dtype)
+    return jnp.asarray(np.random.default_rng(0).uniform(0.1, 0.9, leaf.shape), leaf.dtype)
 
 
 def _string_keys(tree: Any) -> Any:

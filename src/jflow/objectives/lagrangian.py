@@ -100,7 +100,8 @@ def fmm(
 
     def residual(row: Row) -> identities.Residual:
         there = move(row.x, row.s, row.t, row.own.v(row.s, row.t, row.x))
-        value, (in_time,) = derivative(lambda s: row.own.v(row.t, s, there), (row.s,), (jnp.ones_like(row.s),))
+        along = identities.within(derivative, identities.target_interval(row.t, row.s))
+        value, (in_time,) = along(lambda s: row.own.v(row.t, s, there), (row.s,), (jnp.ones_like(row.s),))
         back = move(there, row.t, row.s, value)
         root = jnp.sqrt(jnp.asarray(cycle))
         velocity = trees.axpy(row.s - row.t, in_time, value)

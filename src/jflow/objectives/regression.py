@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from typing import Any, Unpack
+from typing import Unpack
 
 from jflow.interpolants import Interpolant
 from jflow.objectives.method import method
 from jflow.objectives.objective import Choices, Objective
-from jflow.types import FlowMap, Velocity
+from jflow.types import FlowMap, Velocity, as_flow_map
 
 
 @method(
@@ -23,7 +23,7 @@ def flow_matching(flow_map: FlowMap | Velocity, interpolant: Interpolant, **choi
 
     ``flow_map`` may be a bare Velocity. The reduction is ``diagonal_reduction``. Cost: 3 passes a sample.
     """
-    return Objective("flow_matching", _as_map(flow_map), interpolant, **{"diagonal": 1.0, **choices})
+    return Objective("flow_matching", as_flow_map("flow_map", flow_map), interpolant, **{"diagonal": 1.0, **choices})
 
 
 @method(
@@ -40,16 +40,6 @@ def reflow(flow_map: FlowMap | Velocity, interpolant: Interpolant, **choices: Un
     The batch must hold x0; ``couplings.reflow`` makes the pairs. The flow learned is another one than that of the
     independent pairs, with straighter paths and the same ends. Cost: 3 passes a sample.
     """
-    return Objective("reflow", _as_map(flow_map), interpolant, needs=("x0",), **{"diagonal": 1.0, **choices})
-
-
-def _as_map(velocity: FlowMap | Velocity) -> FlowMap:
-    if isinstance(velocity, FlowMap):
-        return velocity
-    if not callable(velocity):
-        raise TypeError(f"flow_map: expected a FlowMap or a Velocity, got {type(velocity).__name__}")
-
-    def refuse(*args: Any, **kwargs: Any) -> Any:
-        raise ValueError("flow_map: flow matching was given a Velocity, which has no mean velocity off the diagonal")
-
-    return FlowMap(refuse, velocity_override=velocity)
+    return Objective(
+        "reflow", as_flow_map("flow_map", flow_map), interpolant, needs=("x0",), **{"diagonal": 1.0, **choices}
+    )

@@ -11,7 +11,7 @@ import jax
 from jflow import checks, identities
 from jflow.bases import Base
 from jflow.interpolants import Interpolant
-from jflow.types import Array, Cond, Event, FlowMap, Key, Params, Time, Velocity, move
+from jflow.types import Array, Cond, Event, FlowMap, Key, Params, Time, Velocity, as_velocity, move
 
 # What a term may ask of a row beyond the map itself; see ``Term.reads``.
 READS = ("velocity", "gamma", "teacher")
@@ -54,8 +54,7 @@ class Leg(NamedTuple):
 
     def velocity(self, t: Time, x: Event) -> Event:
         """b_t(x) = v_{t,t}(x), shaped like x."""
-        velocity = self.model.velocity if isinstance(self.model, FlowMap) else self.model
-        return velocity(self.params, t, x, self.cond, key=self.key)
+        return as_velocity("teacher", self.model)(self.params, t, x, self.cond, key=self.key)
 
 
 class Row(NamedTuple):
@@ -143,3 +142,9 @@ class Term(NamedTuple):
     name: str
     residual: Callable[[Row], identities.Residual]
     reads: tuple[str, ...] = ()
+
+
+def gamma_of(row: Row) -> Array:
+    """The row's gamma, for a term that reads it."""
+    assert row.gamma is not None
+    return row.gamma

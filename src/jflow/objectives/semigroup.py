@@ -17,7 +17,7 @@ from jflow.interpolants import Interpolant
 from jflow.objectives.curriculum import Schedule, value_at
 from jflow.objectives.method import method
 from jflow.objectives.objective import Choices, Objective, default_pairs
-from jflow.objectives.row import Leg, Row, Term
+from jflow.objectives.row import Leg, Row, Term, gamma_of
 from jflow.types import Array, Event, FlowMap, Time, move
 
 
@@ -49,14 +49,9 @@ def semigroup_term(leg: str, stop: str = "target", smallest: float = 0.0) -> Ter
             return legs(s, jnp.where(jnp.abs(u - s) < 0.75 * smallest, s, u), x)
 
         on_grid = asked if smallest else legs
-        return identities.semigroup(row.own.v, row.s, row.t, row.x, _gamma(row), legs=on_grid, stop=stop)
+        return identities.semigroup(row.own.v, row.s, row.t, row.x, gamma_of(row), legs=on_grid, stop=stop)
 
     return Term("semigroup", residual, ("gamma", "teacher") if leg == "teacher" else ("gamma",))
-
-
-def _gamma(row: Row) -> Array:
-    assert row.gamma is not None
-    return row.gamma
 
 
 @method(
@@ -91,7 +86,7 @@ def progressive_distillation(
     def residual(row: Row) -> identities.Residual:
         teacher = row.leg("teacher")
         legs = teacher.v if solver is None else functools.partial(solver_step, teacher, solver, 1)
-        return identities.semigroup(row.own.v, row.s, row.t, row.x, _gamma(row), legs=legs)
+        return identities.semigroup(row.own.v, row.s, row.t, row.x, gamma_of(row), legs=legs)
 
     def cell(step: Array) -> times.PairLaw:
         return times.cells(value_at(cells, step))
@@ -237,7 +232,7 @@ def ctm(
     """
 
     def residual(row: Row) -> identities.Residual:
-        gamma = _gamma(row) if fraction is None else 1.0 - value_at(fraction, row.step).astype(row.s.dtype)
+        gamma = gamma_of(row) if fraction is None else 1.0 - value_at(fraction, row.step).astype(row.s.dtype)
         u = gamma * row.s + (1.0 - gamma) * row.t
         source = row.frozen if row.teacher is None else row.teacher
         first = solver_step(source, solver, steps, row.s, u, row.x)

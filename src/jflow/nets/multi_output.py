@@ -1,4 +1,4 @@
-"""A network of one array as a network of events that are pytrees."""
+"""One network with an output for each leaf of an event that is a pytree."""
 
 from __future__ import annotations
 
@@ -13,11 +13,13 @@ from jflow import checks
 Array = jax.Array
 
 
-class Joined(nn.Module):
-    """net(s, t, x) of all leaves of x laid end to end, cut up again: one network with an output for each leaf.
+class MultiOutput(nn.Module):
+    """A network of one flat array as a network of pytrees, with an output for each leaf.
 
-    With a State (x, log rho) of ``jflow.likelihood`` it has an output shaped like x and a scalar one, and one pass gives
-    both: ``nets.Joined(nets.MLP())``.
+    All leaves of x are concatenated, the network is called once, and its output is split into the shapes of the leaves.
+
+    With a ``WithLogDensity`` (x, log rho) of ``jflow.likelihood`` it has an output shaped like x and a scalar one, and one pass
+    gives both: ``nets.MultiOutput(nets.MLP())``.
 
     Attributes:
       net: a module of one flat array, as ``MLP`` is: ``(s, t, x, cond=None) -> `` shaped like x.
@@ -30,7 +32,7 @@ class Joined(nn.Module):
         """net(s, t, x, cond), with the structure, shapes and dtypes of x.
 
         Raises:
-          TypeError: when x is not floating point.
+          TypeError: if x is not floating point.
         """
         checks.floating("x", x)
         flat, cut = ravel_pytree(x)

@@ -1,0 +1,86 @@
+"""Forward-mode differentiation, with an error that names the alternatives where a kernel has a reverse rule alone.
+
+Fused attention (cuDNN, every Pallas kernel shipped with jax) defines its gradient with ``jax.custom_vjp``, which
+``jax.jvp`` cannot differentiate. jax says so only when the program is compiled or run, outside of the function that asked
+for the derivative, so the derivative is traced here and its operations are looked at.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import jax
+import jax.extend.core
+import jax.numpy as jnp
+
+# What jax traces in place of the missing forward rule of a jax.custom_vjp function.
+MISSING_RULE = "custom_lin"
+# Parts of the messages with which jax, equinox and diffrax refuse forward mode.
+REFUSALS = ("custom_vjp", "custom_lin", "forward-mode", "JVP", "Differentiation rule for")
+MESSAGE = (
+    "forward mode: the function has no forward-mode derivative (a kernel with a reverse rule alone, jax.custom_vjp, as "
+    "cuDNN and Pallas attention have, or a solve whose adjoint has none). Pass "
+    "derivative=identities.central_difference(step) to a residual or an objective, mode='reverse' to an estimate of the "
+    "divergence, adjoint='direct' or 'forward' to a solve, or give the network a kernel in plain jax "
+    "(jax.nn.dot_product_attention(..., implementation='xla'))"
+)
+
+
+def jvp(function: Callable[..., Any], primals: tuple, tangents: tuple) -> tuple[Any, Any]:
+    """The value of ``function`` and its directional derivative, as ``jax.jvp``.
+
+    Args:
+      function: of the primals; pytrees of arrays in and out.
+      primals: where to differentiate.
+      tangents: the direction, shaped like the primals.
+
+    Returns:
+      (value, derivative).
+
+    Raises:
+      TypeError: for a function without forward-mode derivative, naming what to use instead.
+    """
+    with _refused():
+        traced, out = jax.make_jaxpr(lambda p, t: jax.jvp(function, p, t), return_shape=True)(primals, tangents)
+    _check(traced)
+    leaves = jax.extend.core.jaxpr_as_fun(traced)(*map(jnp.asarray, jax.tree.leaves((primals, tangents))))
+    return jax.tree.unflatten(jax.tree.structure(out), leaves)
+
+
+def linearize(function: Callable[..., Any], *primals: Any) -> tuple[Any, Callable[..., Any]]:
+    """The value of ``function`` and its derivative as a linear function of a tangent, as ``jax.linearize``.
+
+    Raises:
+      TypeError: for a function without forward-mode derivative, naming what to use instead.
+    """
+    with _refused():
+        value, linear = jax.linearize(function, *primals)
+        _check(jax.make_jaxpr(linear)(*jax.tree.map(jnp.zeros_like, primals)))
+    return value, linear
+
+
+@contextlib.contextmanager
+def _refused() -> Iterator[None]:
+    """Replaces the message of a derivative that does not exist."""
+    try:
+        yield
+    except (TypeError, ValueError, NotImplementedError) as error:
+        if str(error) == MESSAGE or not any(part in str(error) for part in REFUSALS):
+            raise
+        raise TypeError(MESSAGE) from error
+
+
+def _check(traced: Any) -> None:
+    if MISSING_RULE in set(_operations(traced.jaxpr)):
+        raise TypeError(MESSAGE)
+
+
+def _operations(jaxpr: Any) -> Iterator[str]:
+    """The names of all operations, those of inner functions (loops, jit, remat) included."""
+    for equation in jaxpr.eqns:
+        yield equation.primitive.name
+        for inner in jax.tree.leaves(equation.params, is_leaf=lambda node: hasattr(node, "eqns")):
+            if hasattr(inner, "eqns"):
+                yield from _operations(getattr(inner, "jaxpr", inner))
