@@ -89,11 +89,18 @@ def test_half_precision_residuals_are_summed_in_float32():
     assert reductions.squared(None, 0.0, 1.0, d).dtype == jnp.float32
 
 
-@pytest.mark.parametrize(
-    "make", [reductions.normalised, reductions.clipped, reductions.pseudo_huber, reductions.cauchy]
-)
+@pytest.mark.parametrize("make", [reductions.normalised, reductions.clipped, reductions.clamped, reductions.cauchy])
 def test_bad_input(make):
     with pytest.raises(ValueError, match="c: expected"):
         make(0.0)
     with pytest.raises(ValueError, match="p: expected"):
         reductions.adaptive(p=-1.0)
+    with pytest.raises(ValueError, match="c: expected"):
+        reductions.adaptive(c=0.0)
+    with pytest.raises(ValueError, match="c: expected"):
+        reductions.pseudo_huber(-1e-9)
+    for factor in (0.0, -1.0, np.inf):
+        with pytest.raises(ValueError, match="factor: expected"):
+            reductions.scaled(factor, reductions.squared)
+    with pytest.raises(TypeError, match="factor: expected"):
+        reductions.scaled("2", reductions.squared)

@@ -7,7 +7,8 @@ r"""Reported values: numbers for a person, each of which knows how it is average
     PerRow(values)         one value for each row of a batch; reported as its mean over the rows
     Total(count)           a number of events; adds up over steps
     Largest(number)        the largest over steps
-    First, Last(number)    the one of the first, or of the last step
+    First(number)          the one of the first step
+    Last(number)           the one of the last step that has one
     Every(truth)           a truth value; true if it was true in every step
 
 A report is a pytree. Reports of many steps, chunks or devices are stacked along a leading axis and become one by ``merged``,
@@ -216,21 +217,33 @@ class First(NamedTuple):
 
 
 class Last(NamedTuple):
-    """The number of the last step."""
+    """The number of the last step that has one.
+
+    Attributes:
+      number: a scalar, or an array.
+      known: whether there is a number, a truth value for the whole of it.
+    """
 
     number: Values
+    known: Values = True
 
     def merged(self) -> Last:
-        """The last."""
-        return Last(self.number[-1])
+        """The last that is known."""
+        xp = jnp if isinstance(self.number, jax.Array) else np
+        known = xp.broadcast_to(xp.asarray(self.known), self.number.shape[:1])
+        place = len(known) - 1 - xp.argmax(known[::-1])
+        return Last(self.number[place], known.any(0))
 
     def neutral(self) -> Last:
-        """Zero, for there is no neutral last number."""
-        return Last(_zeros(self.number))
+        """A number that is not known."""
+        return Last(_zeros(self.number), jnp.zeros((), bool))
 
     def value(self) -> Values:
-        """The number."""
-        return self.number
+        """The number; NaN where it is not known, or zero if it is a whole number."""
+        if not jnp.issubdtype(self.number.dtype, jnp.inexact):
+            return self.number
+        xp = jnp if isinstance(self.number, jax.Array) else np
+        return xp.where(self.known, self.number, xp.full_like(self.number, xp.nan))
 
 
 class Every(NamedTuple):
@@ -320,10 +333,10 @@ def leave_out(metrics: Mapping[str, Report], left_out: Values) -> dict[str, Repo
 
 
 def _once(name: str, value: Any) -> Mean:
-    try:
-        array = jnp.asarray(value)
-    except TypeError as error:
-        raise TypeError(f"metrics: expected a report or a number under {name!r}, got {type(value).__name__}") from error
+    numeric = isinstance(value, (bool, int, float, np.generic, np.ndarray, jax.Array))
+    if not numeric or not any(jnp.issubdtype(jnp.result_type(value), kind) for kind in (np.number, np.bool_)):
+        raise TypeError(f"metrics: expected a report or a number under {name!r}, got {type(value).__name__}")
+    array = jnp.asarray(value)
     array = array if jnp.issubdtype(array.dtype, jnp.inexact) else array.astype(jnp.float32)
     return Mean(array, jnp.ones_like(array))
 

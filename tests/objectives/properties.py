@@ -188,7 +188,7 @@ def check_stationary(method: objectives.Method, path_name: str) -> None:
 
 
 def check_report(method: objectives.Method) -> None:
-    """``info`` carries raw residuals, tangent norms and bins of t and gap; the raw residual is positive beside the map."""
+    """Reports of raw residuals, tangent norms and bins of t and gap; the raw residual is positive beside the map."""
     path_name = method.paths[0] if method.paths else "linear"
     this = setting(method, path_name)
     objective = make(method, student(this, path_name, False), path_name, this.exact)
@@ -196,16 +196,21 @@ def check_report(method: objectives.Method) -> None:
     middle = len(this.weights) // 2
     batch = jax.tree.map(lambda leaf: leaf[middle - 16 : middle + 16], this.batch)
     run = jax.jit(lambda k: objective(theta, k, batch, context(this, theta)))
-    loss, info = jax.device_get(run(jax.random.key(1)))
+    loss, aux = jax.device_get(run(jax.random.key(1)))
     assert loss.shape == (32,) and np.all(np.isfinite(loss))
-    terms = {name.split("/")[0] for name in info if "/" in name}
-    assert terms == ({"tangent"} if objective.diagonal > 0 else set()) | ({objective.term} if method.cost else set())
+    assert aux.state == ()
+    metrics, rows = aux.metrics, aux.metrics["diagonal_rows"].values
+    own = set() if objective.term is None else {objective.term.name}
+    terms = {name.split("/")[0] for name in metrics if "/" in name}
+    assert terms == ({"tangent"} if objective.diagonal > 0 else set()) | own and bool(own) == bool(method.cost)
     for term in terms:
-        assert info[f"{term}/raw"] > 1e-5
-        assert np.sum(info[f"{term}/count_by_t"]) == np.sum(info["diagonal_rows"] == (term == "tangent"))
-    if method.cost:
-        assert info[f"{objective.term}/tangent_norm"] > 0
-        assert np.all(np.isfinite(info[f"{objective.term}/raw_by_gap"]))
+        assert metrics[f"{term}/raw"].value() > 1e-5
+        assert metrics[f"{term}/raw_by_t"].count.sum() == np.sum(rows == (term == "tangent"))
+    for term in own:
+        assert metrics[f"{term}/tangent_norm"].value() > 0
+        by_gap = metrics[f"{term}/raw_by_gap"]
+        assert np.all(np.isfinite(by_gap.total)) and by_gap.count.sum() == np.sum(~rows)
+        np.testing.assert_array_equal(np.isfinite(by_gap.value()), by_gap.count > 0)
 
 
 CHECKS = (check_report, *(functools.partial(check_stationary, path_name=name) for name in PATHS))

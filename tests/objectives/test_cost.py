@@ -12,6 +12,7 @@ import optax
 import pytest
 
 from jflow import interpolants, nets, objectives, parameterizations, training, types
+from jflow.objectives import batch_split
 
 # Passes: 0.75 x 3 + 0.25 x (7, 5, 5, 8, 4, 5) over 3; the derivative's own elementwise work is the rest.
 PLAIN = {"lsd": 1.34, "psd_m": 1.17, "psd_u": 1.17, "esd": 1.43, "mean_flow": 1.09, "improved_mean_flow": 1.17}
@@ -122,6 +123,11 @@ def data_of(method, params, step, points, *, teacher=False):
     return types.Batch(points, x0=points if "pairs" in method.needs else None), context
 
 
+def rows_of(objective, size):
+    """The numbers of diagonal and off-diagonal rows."""
+    return batch_split.split_batch(jax.random.key(0), size, objective.diagonal, objective.blocks).counts
+
+
 def over_parts(name, *, on_extra=0, off_extra=0, **choices):
     """FLOPs of the gradient of the mean loss over those of its parts; the extras are forward passes of a row."""
     method, objective = build(name, nets.from_linen(networks()["plain"]), **choices)
@@ -130,12 +136,12 @@ def over_parts(name, *, on_extra=0, off_extra=0, **choices):
     batch, context = data_of(method, params, step, floats(BATCH, DIM), teacher=choices.get("teacher", False))
 
     def loss(params, key, batch, context):
-        per_sample, info = objective(params, key, batch, context)
-        return jnp.mean(per_sample), info
+        per_sample, aux = objective(params, key, batch, context)
+        return jnp.mean(per_sample), aux
 
     key = jax.eval_shape(lambda: jax.random.key(0))
     found = counted(jax.value_and_grad(loss, has_aux=True), params, key, batch, context)
-    on, off = objective.rows(BATCH)
+    on, off = rows_of(objective, BATCH)
     part = pieces()
     found += off * IN_LOOP.get(name, 0) * part["forward"]
     on_cost = (1 + on_extra) * part["forward"] + part["backward"]
@@ -189,5 +195,5 @@ def test_the_network_is_called_as_often_as_declared(name):
     batch, context = data_of(method, params, jnp.int32(0), jnp.ones((size, DIM), jnp.float32))
     jax.block_until_ready(jax.jit(objective)(params, jax.random.key(0), batch, context))
     jax.effects_barrier()
-    on, off = objective.rows(size)
+    on, off = rows_of(objective, size)
     assert calls["network"] == on + off * method.cost["forward"]

@@ -6,6 +6,7 @@ import numpy as np
 import optax
 import pytest
 
+from jflow import interpolants, objectives, types
 from jflow.objectives import curriculum
 
 FAR = 2_000_000_000
@@ -53,10 +54,12 @@ def test_schedules_of_optax_under_strict_promotion(schedule, expected):
 @pytest.mark.parametrize(
     ("first", "last", "every"), [(10, 1280, 7), (10, 1000, 7), (3, 3, 1), (1, 2**20, 2), (5, 9, 4)]
 )
-def test_doubling_is_whole_number_arithmetic_up_to_its_last(first, last, every):
+def test_numbers_that_double_are_optax_s_exponential_decay(first, last, every):
+    """The schedule that ``curriculum`` names for ``ict``; whole numbers, far steps included."""
     steps = [*range(25 * every), 10**6, FAR]
     expected = [min(first * 2 ** min(step // every, 64), last) for step in steps]
-    np.testing.assert_array_equal(values(curriculum.doubling(first, last, every), steps), expected)
+    doubling = optax.exponential_decay(float(first), every, 2.0, staircase=True, end_value=float(last))
+    np.testing.assert_array_equal(values(doubling, steps), expected)
     assert expected[-1] == last
 
 
@@ -71,17 +74,19 @@ def test_halving_changes_at_halvings_and_nowhere_else(first, every):
     assert got[-1] == 1
 
 
-@pytest.mark.parametrize(("every", "factor", "least"), [(5, 2.0, 0.01), (3, 1.5, 0.2), (1, 10.0, 0.0), (4, 1.0, 0.1)])
-def test_shrinking_is_geometric_down_to_its_least(every, factor, least):
-    steps = np.arange(60)
-    got = values(curriculum.shrinking(every, factor, least), steps)
-    np.testing.assert_allclose(got, np.maximum(factor ** -(steps // every).astype(float), least), rtol=1e-12)
-    assert got[0] == 1.0 and np.all(np.diff(got) <= 0)
-    if least > 0 and factor > 1:
-        # It arrives after ceil(log(1/least)/log(factor)) times ``every`` steps, and stays.
-        arrival = every * int(np.ceil(np.log(1 / least) / np.log(factor)))
-        assert got[arrival - 1] > least and np.all(got[arrival:] == least)
-    assert values(curriculum.shrinking(every, factor, least), [FAR])[0] == (1.0 if factor == 1 else least)
+@pytest.mark.parametrize(("step", "share"), [(0, 1.0), (999, 1.0), (1000, 0.5), (6999, 2.0**-6), (7000, 0.01), (FAR, 0.01)])
+def test_the_share_of_easy_consistency_tuning_halves_every_thousand_steps_down_to_a_hundredth(step, share):
+    """Through the loss: at each step that of a constant share. Optax computes in float32, where 0.01 is rounded."""
+    flow_map = types.FlowMap(lambda p, s, t, x, cond=None, *, key=None: jnp.sin(p * x + s) + t * x)
+    batch = types.Batch(jnp.array([[0.4, 1.0], [-0.3, 0.2]]), jnp.array([[0.1, -1.0], [0.8, 0.5]]))
+
+    def loss(**choices):
+        objective = objectives.ect(flow_map, interpolants.linear(), **choices)
+        context = types.Context(step=jnp.int32(step))
+        return objective(jnp.float64(0.7), jax.random.key(0), batch, context)[0]
+
+    got, expected = jax.jit(lambda: (loss(), loss(fraction=share)))()
+    np.testing.assert_allclose(got, expected, rtol=1e-12 if share > 0.01 else 1e-5)
 
 
 @pytest.mark.parametrize(("middle", "width", "least"), [(100.0, 12.0, 5e-3), (40.5, 3.0, 0.1)])
@@ -111,16 +116,9 @@ def test_falling_sigmoid_with_the_greatest_least_is_a_step():
 @pytest.mark.parametrize(
     ("call", "error", "message"),
     [
-        (lambda: curriculum.doubling(0, 4, 1), ValueError, "first"),
-        (lambda: curriculum.doubling(8, 4, 1), ValueError, "last"),
-        (lambda: curriculum.doubling(1, 4, 0), ValueError, "every"),
-        (lambda: curriculum.doubling(1.5, 4, 1), TypeError, "first"),
         (lambda: curriculum.halving(0, 1), ValueError, "first"),
         (lambda: curriculum.halving(4, 0), ValueError, "every"),
         (lambda: curriculum.halving(4, 10.0), TypeError, "every"),
-        (lambda: curriculum.shrinking(0), ValueError, "every"),
-        (lambda: curriculum.shrinking(10, factor=0.5), ValueError, "factor"),
-        (lambda: curriculum.shrinking(10, least=1.5), ValueError, "least"),
         (lambda: curriculum.falling_sigmoid(10.0, 0.0), ValueError, "width"),
         (lambda: curriculum.falling_sigmoid(10.0, 1.0, least=0.0), ValueError, "least"),
         (lambda: curriculum.falling_sigmoid(10.0, 1.0, least=0.6), ValueError, "least"),

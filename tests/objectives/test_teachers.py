@@ -84,7 +84,7 @@ def test_parameters_of_a_teacher_alone_are_those_of_the_map_itself(key):
     batch, context = batch_of(6), types.Context(teacher=jnp.float64(0.7))
     make = functools.partial(objectives.flow_matching, MAP, PATH, times=times.constant(T))
     run = lambda objective, params: objective(params, clone(key), batch, context)[0]  # noqa: E731
-    taught = make(velocity=objectives.velocities.teacher)
+    taught = make(velocity=objectives.velocity_estimates.teacher)
     np.testing.assert_array_equal(run(taught, jnp.float64(0.7)), 0.0)
     x = jax.vmap(lambda a, b: PATH.interpolate(T, a, b))(batch.x0, batch.x1)
     apart = jax.vmap(lambda z: jnp.sum((velocity(1.2, T, z) - velocity(0.7, T, z)) ** 2))(x)
@@ -147,17 +147,20 @@ def test_distillation_from_an_oracle_drives_nothing_at_the_exact_map(name, key):
 
 def test_a_teacher_gives_its_velocity_at_the_points(key):
     """The estimate by itself: b_t(I_t), at each row's own time and with the path's own point."""
-    t, batch = jnp.array([0.0, 0.3, 0.8, 1.0]), batch_of(4)
-    field = jax.vmap(lambda t_, x: velocity(0.7, t_, x))
-    points = objectives.velocities.Points(PATH, t, batch.x0, batch.x1, batch.x1, field)
-    got = objectives.velocities.teacher(points)
+    t, batch, cond = jnp.array([0.0, 0.3, 0.8, 1.0]), batch_of(4), jnp.array([0.4, -0.2, 0.1, 0.9])
+    estimate = objectives.velocity_estimates.teacher
     for i in range(4):
         x = PATH.alpha(t[i]) * batch.x0[i] + PATH.beta(t[i]) * batch.x1[i]
-        np.testing.assert_allclose(got[i], velocity(0.7, t[i], x), rtol=1e-12)
-    with pytest.raises(ValueError, match="expected a teacher"):
-        objectives.velocities.teacher(points._replace(teacher=None))
-    objective = objectives.flow_matching(MAP, PATH, velocity=objectives.velocities.teacher)
-    with pytest.raises(ValueError, match="expected a teacher"):
+        own, of_teacher = (objectives.Leg(MAP, jnp.float64(p), cond[i], None) for p in (-1.3, 0.7))
+        legs = {"own": own, "frozen": own, "ema": None, "teacher": of_teacher._replace(model=velocity)}
+        drawn = {"s": t[i], "t": t[i], "x0": batch.x0[i], "x1": batch.x1[i], "x": x, "cond": cond[i]}
+        rest = {"key": None, "gamma": None, "step": jnp.int32(0), "data": batch.x1, "interpolant": PATH}
+        row = objectives.Row(**drawn, **legs, **rest, estimate=estimate)
+        np.testing.assert_allclose(row.conditional, velocity(0.7, t[i], x, cond[i]), rtol=1e-12)
+        with pytest.raises(ValueError, match=r"context\.teacher: expected parameters, got None"):
+            estimate(row._replace(teacher=None))
+    objective = objectives.flow_matching(MAP, PATH, velocity=estimate)
+    with pytest.raises(ValueError, match=r"context\.teacher: expected parameters, got None"):
         objective(jnp.float64(0.7), key, batch)
 
 
@@ -212,14 +215,14 @@ def test_a_coupling_within_labels_pairs_equal_labels_alone(key):
     labels = jnp.array([0, 1, 2, 1, 0, 2, 1, 1]).astype(float)
     batch = types.Batch(jnp.zeros((8, 2)), cond=labels)
     objective = objectives.lsd(STILL, interpolants.linear(), coupling=coupling, diagonal=0.5)
-    loss, info = jax.jit(objective)(jnp.float64(1.0), key, batch)
+    loss, aux = jax.jit(objective)(jnp.float64(1.0), key, batch)
     # The pair's velocity is -x0 on the diagonal, and a map that stands still has no Lagrangian residual.
-    np.testing.assert_allclose(loss, np.where(info["diagonal_rows"], 2 * (10.0 + 100.0 * labels) ** 2, 0.0), rtol=1e-12)
+    np.testing.assert_allclose(loss, np.where(aux.metrics["diagonal_rows"].values, 2 * (10.0 + 100.0 * labels) ** 2, 0.0), rtol=1e-12)
 
 
 def test_the_batch_velocity_refuses_every_coupling_but_the_independent_one():
     """Its probabilities are those of independent pairs; a coupling would change them."""
-    batch = objectives.velocities.batch
+    batch = objectives.velocity_estimates.batch
     for name in ("flow_matching", "mean_flow"):
         make = functools.partial(objectives.METHODS[name].constructor, MAP, PATH, velocity=batch)
         assert make().velocity is make(coupling=couplings.independent).velocity is batch
