@@ -117,3 +117,24 @@ def test_other_type_errors_pass_unchanged():
 def test_a_failing_way_back_of_a_callers_own_adjoint_raises_too():
     assert adjoints.make(diffrax.BacksolveAdjoint(solver=diffrax.Dopri5())).kwargs["throw"] is True
     assert adjoints.make(diffrax.BacksolveAdjoint(throw=False)).kwargs["throw"] is False
+
+
+@pytest.mark.parametrize("adjoint", ["direct", "recursive", "backsolve"])
+@pytest.mark.parametrize(
+    ("solver", "choices"), [("heun", {"steps": 4}), ("tsit5", {"rtol": 1e-7})], ids=["fixed", "adaptive"]
+)
+def test_gradients_of_a_part_that_does_not_depend_on_the_batch(adjoint, solver, choices):
+    """Diffrax's own gradient of such a part, vmapped, is too large by the size of the batch."""
+
+    def apart(params, t, x, cond=None, *, key=None):
+        return {"moves": params * x["moves"] + (0.0 if cond is None else cond), "same": -2.0 * params}
+
+    flow = solvers.solve(apart, solver, adjoint=adjoint, max_steps=32, **choices)
+
+    def same(p, x, cond):
+        return flow.mean_velocity(p, 0.1, 0.9, {"moves": x, "same": jnp.zeros(())}, cond)["same"]
+
+    batch = jnp.arange(1.0, 4.0)
+    for axes, args in (((None, 0, None), (batch, None)), ((None, None, 0), (jnp.ones(()), batch))):
+        mean = lambda p, axes=axes, args=args: jnp.mean(jax.vmap(same, axes)(p, *args))  # noqa: E731
+        np.testing.assert_allclose(jax.jit(jax.grad(mean))(P), -2.0, rtol=1e-9)

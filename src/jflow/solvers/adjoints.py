@@ -11,8 +11,9 @@ from collections.abc import Callable, Iterator
 from typing import TYPE_CHECKING, Any
 
 import jax
+import jax.numpy as jnp
 
-from jflow.types import Event
+from jflow.types import Event, PyTree
 
 if TYPE_CHECKING:
     import diffrax
@@ -63,6 +64,28 @@ def has_reverse(adjoint: str | diffrax.AbstractAdjoint) -> bool:
     return not isinstance(adjoint, diffrax.ForwardMode)
 
 
+def is_reverse_only(adjoint: diffrax.AbstractAdjoint) -> bool:
+    """Whether the adjoint is a ``jax.custom_vjp``, which has no forward mode."""
+    import diffrax
+
+    return isinstance(adjoint, diffrax.RecursiveCheckpointAdjoint | diffrax.BacksolveAdjoint)
+
+
+def batched_like(x: Event, args: PyTree) -> Event:
+    """x, on which ``jax.vmap`` has an axis wherever it has one on any leaf of ``args``; the values are the same.
+
+    A part of the state that does not depend on the batch, as the log-density of a linear flow, would else be an output
+    without the axis, and its gradient through Diffrax's reverse rules comes out multiplied by the batch size.
+    """
+    zero = jnp.zeros(())
+    for leaf in jax.tree.leaves(args):
+        if isinstance(leaf, jax.Array) and leaf.size and not jnp.issubdtype(leaf.dtype, jax.dtypes.extended):
+            entry = leaf[(0,) * leaf.ndim]
+            # Zero in both branches, so that a NaN does not spread; XLA removes it.
+            zero = jnp.where(entry == entry, zero, jnp.zeros_like(zero))
+    return jax.tree.map(lambda leaf: leaf + zero.astype(leaf.dtype), x)
+
+
 @contextlib.contextmanager
 def explained(adjoint: diffrax.AbstractAdjoint) -> Iterator[None]:
     """Names the argument where jax finds no forward mode in an un-jitted ``jax.jvp``.
@@ -72,15 +95,12 @@ def explained(adjoint: diffrax.AbstractAdjoint) -> Iterator[None]:
     Raises:
       TypeError: naming ``adjoint``, or ``velocity`` where the adjoint does have a forward mode.
     """
-    import diffrax
-
     try:
         yield
     except TypeError as error:
         if "custom_vjp" not in str(error):
             raise
-        reverse_only = isinstance(adjoint, diffrax.RecursiveCheckpointAdjoint | diffrax.BacksolveAdjoint)
-        message = _NO_FORWARD.format(type(adjoint).__name__) if reverse_only else _REVERSE_ONLY_VELOCITY
+        message = _NO_FORWARD.format(type(adjoint).__name__) if is_reverse_only(adjoint) else _REVERSE_ONLY_VELOCITY
         raise TypeError(message) from error
 
 

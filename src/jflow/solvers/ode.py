@@ -241,6 +241,8 @@ class _Solve:
         solver, adjoint = self.options.make_solver(), adjoints.make(self.options.differentiation)
         cost = methods.cost(solver)
         controller, first, max_steps = self._steps(solver, cost, args[1].dtype, save)
+        if adjoints.is_reverse_only(adjoint):
+            start = adjoints.batched_like(start, args)
         with adjoints.explained(adjoint):
             solution = diffrax.diffeqsolve(
                 diffrax.ODETerm(field),
