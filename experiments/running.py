@@ -12,7 +12,7 @@ import jax
 import numpy as np
 
 from jflow import sharding, training
-from jflow.training import distributed, grids, tensorboard
+from jflow.training import distributed, image_grids, tensorboard
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -81,11 +81,11 @@ def picture(samples: np.ndarray) -> np.ndarray:
       ValueError: for samples that are neither.
     """
     if samples.ndim == 4:
-        return grids.tile(samples)
+        return image_grids.tile(samples)
     if samples.shape[1:] != (2,):
         raise ValueError(f"samples: expected images [N, H, W, C] or points [N, 2], got {samples.shape}")
     counts = np.histogram2d(samples[:, 1], samples[:, 0], bins=64, range=[(-2.0, 2.0)] * 2)[0][::-1]
-    return grids.tile(2.0 * counts[None, :, :, None] / max(counts.max(), 1.0) - 1.0)
+    return image_grids.tile(2.0 * counts[None, :, :, None] / max(counts.max(), 1.0) - 1.0)
 
 
 def grid_writer(
@@ -97,7 +97,7 @@ def grid_writer(
         params = sharding.local(training.ema.as_params(state.ema[average], state.params))
         if distributed.first_process():
             (out / "grids").mkdir(exist_ok=True)
-            grids.write_png(out / "grids" / f"{int(state.step)}.png", picture(draw(params)))
+            image_grids.write_png(out / "grids" / f"{int(state.step)}.png", picture(draw(params)))
         return {}
 
     return write

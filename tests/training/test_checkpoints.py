@@ -14,7 +14,7 @@ import optax
 import pytest
 
 from jflow import sharding
-from jflow.training import Checkpoints, init_state, leaves, restore_params
+from jflow.training import Checkpoints, checkpoint_arrays, init_state, restore_params
 from jflow.training.checkpoints import difference
 
 # Reads of a damaged checkpoint that fail leave others under way, which report to an event loop that has ended.
@@ -123,13 +123,17 @@ def test_checksums_do_not_depend_on_the_layout_and_see_what_moves():
     found = []
     for fsdp in (1, 2, 8):
         mesh = sharding.mesh(fsdp)
-        found.append(leaves.checksums(sharding.place({"w": kernel}, sharding.parts({"w": kernel}, mesh, smallest=1))))
-    assert found[0] == found[1] == found[2] == leaves.checksums({"w": kernel})
+        found.append(
+            checkpoint_arrays.checksums(sharding.place({"w": kernel}, sharding.parts({"w": kernel}, mesh, smallest=1)))
+        )
+    assert found[0] == found[1] == found[2] == checkpoint_arrays.checksums({"w": kernel})
     # Two rows exchanged hold the same words.
-    assert leaves.checksums({"w": kernel[::-1]}) != found[0]
+    assert checkpoint_arrays.checksums({"w": kernel[::-1]}) != found[0]
     for dtype in (np.bool_, np.int8, np.float16, jnp.bfloat16, np.float64, np.int64, np.complex64):
         value = (kernel * 100).astype(dtype)
-        assert leaves.checksums({"w": value}) == leaves.checksums({"w": jnp.asarray(value)}), dtype
+        assert checkpoint_arrays.checksums({"w": value}) == checkpoint_arrays.checksums({"w": jnp.asarray(value)}), (
+            dtype
+        )
 
 
 def test_a_save_does_not_see_what_later_steps_do_to_the_buffers(tmp_path, assert_same):
@@ -319,13 +323,13 @@ def test_every_flip_is_found_or_harmless(written, tmp_path):
 
 def test_a_flipped_bit_in_a_leaf_is_found_by_its_checksum():
     """Without the storage, which may notice some flips itself."""
-    arrays, records = leaves.copies(state_of(0))
-    leaves.verify(arrays, records)
+    arrays, records = checkpoint_arrays.copies(state_of(0))
+    checkpoint_arrays.verify(arrays, records)
     flipped = np.array(arrays["params/dense/kernel"])
     flipped.view(np.uint8)[1, 2] ^= 0x04
     arrays["params/dense/kernel"] = flipped
-    with pytest.raises(leaves.DamagedError, match="leaf params/dense/kernel has another checksum"):
-        leaves.verify(arrays, records)
+    with pytest.raises(checkpoint_arrays.DamagedError, match="leaf params/dense/kernel has another checksum"):
+        checkpoint_arrays.verify(arrays, records)
 
 
 def test_nothing_to_restore(tmp_path, written):

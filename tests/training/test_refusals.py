@@ -21,14 +21,14 @@ from jflow.training import (
     NonFiniteError,
     distributed,
     ema,
+    ema_posthoc,
     feeds,
     fit,
-    grids,
+    image_grids,
     init_state,
     make_chunk,
     make_step,
     metrics_log,
-    posthoc,
     restore_params,
     throughput,
 )
@@ -180,7 +180,7 @@ def images(folder, sizes, **options):
     pytest.importorskip("PIL")
     for name, size in sizes.items():
         (folder / name).parent.mkdir(exist_ok=True)
-        grids.write_png(folder / name, np.zeros((*size, 3), np.uint8))
+        image_grids.write_png(folder / name, np.zeros((*size, 3), np.uint8))
     return datasets.images(folder, **options)
 
 
@@ -958,57 +958,57 @@ CASES = {
     ),
     # After training.
     "snapshots by name": (
-        lambda d, p: posthoc.fit_profile(["0.9", "0.99"], 100, 6.94),
+        lambda d, p: ema_posthoc.fit_profile(["0.9", "0.99"], 100, 6.94),
         TypeError,
         r"^snapshots: expected pairs \(step, gamma\), got \['0\.9', '0\.99'\]$",
     ),
     "a width wider than all": (
-        lambda d, p: posthoc.gamma_of_width(0.5),
+        lambda d, p: ema_posthoc.gamma_of_width(0.5),
         ValueError,
         r"^width: expected a number in \(0, 0\.288675\], got 0\.5$",
     ),
     "one snapshot": (
-        lambda d, p: posthoc.fit_profile([(100, 16.0)], 100, 6.94),
+        lambda d, p: ema_posthoc.fit_profile([(100, 16.0)], 100, 6.94),
         ValueError,
         "^snapshots: expected at least two stored averages to combine, got 1$",
     ),
     "a snapshot twice": (
-        lambda d, p: posthoc.fit_profile([(100, 16.0), (100, 16.0)], 100, 6.94),
+        lambda d, p: ema_posthoc.fit_profile([(100, 16.0), (100, 16.0)], 100, 6.94),
         ValueError,
         r"^snapshots: expected each \(step, gamma\) once, got more of \[\(100, 16\.0\)\]$",
     ),
     "a snapshot before the start": (
-        lambda d, p: posthoc.fit_profile([(0, 16.0), (100, 16.0)], 100, 6.94),
+        lambda d, p: ema_posthoc.fit_profile([(0, 16.0), (100, 16.0)], 100, 6.94),
         ValueError,
         "^snapshots: step: expected a whole number of at least 1, got 0$",
     ),
     "a coefficient too many": (
-        lambda d, p: posthoc.combine([p.params], [0.5, 0.5]),
+        lambda d, p: ema_posthoc.combine([p.params], [0.5, 0.5]),
         ValueError,
         "^averages, coefficients: expected as many of the one as of the other$",
     ),
     "averages of different networks": (
-        lambda d, p: posthoc.combine([p.params, p.params["out"]], [0.5, 0.5]),
+        lambda d, p: ema_posthoc.combine([p.params, p.params["out"]], [0.5, 0.5]),
         ValueError,
         "^averages: expected the pytree structure of the first, .*got ",
     ),
     "pixels as bytes": (
-        lambda d, p: grids.tile(np.zeros((4, 8, 8, 3), np.uint8)),
+        lambda d, p: image_grids.tile(np.zeros((4, 8, 8, 3), np.uint8)),
         TypeError,
         "^images: expected floating-point arrays, got dtype uint8$",
     ),
     "one image": (
-        lambda d, p: grids.tile(PIXELS[0]),
+        lambda d, p: image_grids.tile(PIXELS[0]),
         ValueError,
         r"^images: expected an array of shape \(any, any, any, any\), got \(8, 8, 1\)$",
     ),
     "images of two channels": (
-        lambda d, p: grids.tile(np.repeat(PIXELS, 2, axis=3)),
+        lambda d, p: image_grids.tile(np.repeat(PIXELS, 2, axis=3)),
         ValueError,
         r"^images: expected \[N, H, W, C\] with C = 1 or 3 .*, got \(4, 8, 8, 2\)$",
     ),
     "a picture of floats": (
-        lambda d, p: grids.write_png(d / "a.png", PIXELS[0].repeat(3, axis=2)),
+        lambda d, p: image_grids.write_png(d / "a.png", PIXELS[0].repeat(3, axis=2)),
         TypeError,
         "^image: expected uint8, got float32$",
     ),

@@ -10,7 +10,7 @@ import jax
 import numpy as np
 import pytest
 
-from jflow.training import fit, grids
+from jflow.training import fit, image_grids
 from jflow.training.tensorboard import TensorBoard
 
 pytest.importorskip("tensorboardX", reason="pip install 'jflow[tensorboard]'")
@@ -87,8 +87,8 @@ def test_images_are_a_grid(tmp_path):
     with TensorBoard(tmp_path) as board:
         board.images(16, "samples/one_jump", images)
     value = shown(tmp_path)["samples/one_jump", 16]
-    with grids.pillow().open(io.BytesIO(value.image.encoded_image_string)) as read:
-        np.testing.assert_array_equal(np.asarray(read), grids.tile(images))
+    with image_grids.pillow().open(io.BytesIO(value.image.encoded_image_string)) as read:
+        np.testing.assert_array_equal(np.asarray(read), image_grids.tile(images))
 
 
 def test_every_row_of_a_run_is_there(problem, tmp_path):

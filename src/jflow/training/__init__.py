@@ -1,6 +1,6 @@
 """Training: the state, the step, averages, checkpoints and the loop."""
 
-from jflow.training import distributed, ema, feeds, grids, posthoc, throughput
+from jflow.training import distributed, ema, ema_posthoc, feeds, image_grids, throughput
 from jflow.training.checkpoints import Checkpoints, restore_params
 from jflow.training.distributed import PreemptedError
 from jflow.training.feeds import Feed
@@ -21,13 +21,13 @@ __all__ = [
     "TrainState",
     "distributed",
     "ema",
+    "ema_posthoc",
     "feeds",
     "fit",
-    "grids",
+    "image_grids",
     "init_state",
     "make_chunk",
     "make_step",
-    "posthoc",
     "restore_params",
     "throughput",
 ]

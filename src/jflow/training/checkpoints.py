@@ -3,7 +3,7 @@
 The one module that touches Orbax, whose own files carry no checksums: flipped bits come back as other numbers, a wrong
 dtype is cast, and there is no second try. A checkpoint of step n is one Orbax composite:
 
-    n/state   every array of the state by name (see ``leaves``)
+    n/state   every array of the state by name (see ``checkpoint_arrays``)
     n/meta    JSON: {"crc32", "body"}, the body {"step", "config", "notes", "position", "score", "leaves": the record of
               each array}
 
@@ -28,7 +28,7 @@ import numpy as np
 from jax.experimental import multihost_utils
 
 from jflow import checks
-from jflow.training import leaves
+from jflow.training import checkpoint_arrays
 from jflow.training.distributed import first_process, together
 from jflow.types import Params
 
@@ -105,7 +105,7 @@ class Checkpoints:
         if newest is not None and step <= newest:
             raise ValueError(f"step: {self.directory} holds step {newest}, not before {step}")
         score = None if score is None or not np.isfinite(score) else float(score)
-        arrays, records = leaves.copies(state)
+        arrays, records = checkpoint_arrays.copies(state)
         body = {
             "step": step,
             "config": self._config,
@@ -154,15 +154,15 @@ class Checkpoints:
                 try:
                     body = _read_meta(manager, step)
                     _compare_configs(body["config"], self._config, ignore)
-                    wanted = leaves.match(body["leaves"], template)
-                    layouts = {name: leaves.layout(leaf) for name, leaf in wanted.items()}
+                    wanted = checkpoint_arrays.match(body["leaves"], template)
+                    layouts = {name: checkpoint_arrays.layout(leaf) for name, leaf in wanted.items()}
                     arrays = _read_arrays(manager, step, body["leaves"], layouts)
-                except leaves.DamagedError as error:
+                except checkpoint_arrays.DamagedError as error:
                     _log.warning("%s: step %d is damaged (%s); trying the one before it", self.directory, step, error)
                     damaged.append(step)
                     continue
                 _compare_notes(body["notes"], self._notes)
-                state = leaves.to_tree(arrays, body["leaves"], template)
+                state = checkpoint_arrays.to_tree(arrays, body["leaves"], template)
                 self._set_aside(damaged)
                 _log.info("%s: restored step %d", self.directory, step)
                 return state, body["position"]
@@ -236,16 +236,16 @@ def restore_params(
                 body = _read_meta(manager, this, alone=True)
                 # Asking for what was never saved is the caller's mistake, not damage.
                 records, depth = _select(body["leaves"], which)
-                wanted = {} if template is None else leaves.match(records, template, depth)
-                layouts = {name: leaves.layout(leaf) for name, leaf in wanted.items()}
+                wanted = {} if template is None else checkpoint_arrays.match(records, template, depth)
+                layouts = {name: checkpoint_arrays.layout(leaf) for name, leaf in wanted.items()}
                 arrays = _read_arrays(manager, this, records, layouts, alone=True)
-            except leaves.DamagedError as error:
+            except checkpoint_arrays.DamagedError as error:
                 _log.warning("%s: step %d is damaged (%s); trying the one before it", root, this, error)
                 damaged.append(this)
                 continue
             if template is None:
-                return leaves.to_dict(arrays, records, depth), body["config"]
-            return leaves.to_tree(arrays, records, template, depth), body["config"]
+                return checkpoint_arrays.to_dict(arrays, records, depth), body["config"]
+            return checkpoint_arrays.to_tree(arrays, records, template, depth), body["config"]
     raise _none_whole(root, damaged)
 
 
@@ -338,9 +338,9 @@ def _read_meta(manager: Any, step: int, alone: bool = False) -> dict[str, Any]:
         meta = manager.restore(step, args=ocp.args.Composite(meta=ocp.args.JsonRestore()))["meta"]
         body = meta["body"]
         if _crc_of_json(body) != meta["crc32"]:
-            raise leaves.DamagedError("meta has another checksum than when it was written")
+            raise checkpoint_arrays.DamagedError("meta has another checksum than when it was written")
         if body["step"] != step:
-            raise leaves.DamagedError(f"it holds step {body['step']}")
+            raise checkpoint_arrays.DamagedError(f"it holds step {body['step']}")
     except Exception as error:
         failure = _as_damage(error)
     _raise_on_all(failure, alone)
@@ -348,14 +348,14 @@ def _read_meta(manager: Any, step: int, alone: bool = False) -> dict[str, Any]:
 
 
 def _read_arrays(
-    manager: Any, step: int, records: leaves.Records, layouts: Mapping[str, Any], alone: bool = False
-) -> leaves.Arrays:
+    manager: Any, step: int, records: checkpoint_arrays.Records, layouts: Mapping[str, Any], alone: bool = False
+) -> checkpoint_arrays.Arrays:
     """The verified arrays of these records, each in its layout, or as a numpy array where there is none."""
     import orbax.checkpoint as ocp
 
     empty = {name for name, record in records.items() if 0 in record["shape"]}
     wanted = {
-        name: jax.ShapeDtypeStruct(record["shape"], leaves.dtype_of(record))
+        name: jax.ShapeDtypeStruct(record["shape"], checkpoint_arrays.dtype_of(record))
         for name, record in records.items()
         if name not in empty
     }
@@ -375,8 +375,8 @@ def _read_arrays(
     except Exception as error:
         failure = _as_damage(error)
     _raise_on_all(failure, alone)
-    arrays |= {name: np.zeros(records[name]["shape"], leaves.dtype_of(records[name])) for name in empty}
-    leaves.verify(arrays, records)
+    arrays |= {name: np.zeros(records[name]["shape"], checkpoint_arrays.dtype_of(records[name])) for name in empty}
+    checkpoint_arrays.verify(arrays, records)
     return arrays
 
 
@@ -385,7 +385,7 @@ def _raise_on_all(failure: Exception | None, alone: bool) -> None:
     if jax.process_count() > 1 and not alone:
         failed = multihost_utils.process_allgather(np.asarray(failure is not None))
         if failure is None and failed.any():
-            failure = leaves.DamagedError(f"processes {np.flatnonzero(failed).tolist()} could not read it")
+            failure = checkpoint_arrays.DamagedError(f"processes {np.flatnonzero(failed).tolist()} could not read it")
     if failure is not None:
         raise failure
 
@@ -422,7 +422,7 @@ def _read_scores(directory: pathlib.Path) -> dict[int, float]:
         for step in manager.all_steps():
             try:
                 score = _read_meta(manager, step, alone=True)["score"]
-            except leaves.DamagedError:
+            except checkpoint_arrays.DamagedError:
                 continue
             if score is not None:
                 scores[step] = score
@@ -437,12 +437,14 @@ def _none_whole(directory: pathlib.Path, damaged: list[int]) -> FileNotFoundErro
 
 def _as_damage(error: Exception) -> Exception:
     """Broken files make Orbax and TensorStore fail in many ways; only running out of memory says nothing about them."""
-    if isinstance(error, (leaves.DamagedError, MemoryError)):
+    if isinstance(error, (checkpoint_arrays.DamagedError, MemoryError)):
         return error
-    return leaves.DamagedError(f"{type(error).__name__}: {str(error).splitlines()[0][:200] if str(error) else ''}")
+    return checkpoint_arrays.DamagedError(
+        f"{type(error).__name__}: {str(error).splitlines()[0][:200] if str(error) else ''}"
+    )
 
 
-def _select(records: leaves.Records, which: str) -> tuple[leaves.Records, int]:
+def _select(records: checkpoint_arrays.Records, which: str) -> tuple[checkpoint_arrays.Records, int]:
     """The records of the parameters or of one average, and the number of keys that lead to them."""
     prefix, depth = ("params", 1) if which == "params" else (f"ema/{which}", 2)
     # A bare array as parameters is a leaf of that very name.

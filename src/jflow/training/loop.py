@@ -134,7 +134,7 @@ def fit(
       eval_every: steps per call of ``eval_fn``, a multiple of ``log_every``; also at the end.
       eval_fn: ``state -> {name: number}``; must not keep the state, which the next step donates.
       snapshot_every: steps per snapshot of the averages alone, a multiple of ``log_every``; also at the end. All are kept,
-        in ``out_dir/averages``, to be recombined after training (``training.posthoc``); ``restore_params(out_dir /
+        in ``out_dir/averages``, to be recombined after training (``training.ema_posthoc``); ``restore_params(out_dir /
         "averages", NAME, step=...)`` reads one.
       out_dir: where ``metrics.jsonl`` and ``checkpoints`` go; None to write nothing.
       config: JSON values kept in the checkpoints; on resume they must be the same.

@@ -11,7 +11,7 @@ import jax
 import numpy as np
 
 from jflow import checks
-from jflow.training import grids
+from jflow.training import image_grids
 
 # A killed process loses the events of about so long.
 FLUSH_SECONDS = 10
@@ -66,17 +66,17 @@ class TensorBoard:
                     self._writer.add_scalar(f"{tag}/{place}", float(entry), row["step"])
 
     def images(self, step: int, name: str, images: Any) -> None:
-        """Writes images [N, H, W, C] in [-1, 1] as one grid (``grids.tile``) of that name.
+        """Writes images [N, H, W, C] in [-1, 1] as one grid (``image_grids.tile``) of that name.
 
         Raises:
           ImportError: without Pillow, which comes with ``jflow[experiments]``.
-          ValueError, TypeError: as ``grids.tile``.
+          ValueError, TypeError: as ``image_grids.tile``.
         """
         if self._writer is None:
             return
         # TensorboardX encodes with it, and would not say how to get it.
-        grids.pillow()
-        self._writer.add_image(name, grids.tile(images), step, dataformats="HWC")
+        image_grids.pillow()
+        self._writer.add_image(name, image_grids.tile(images), step, dataformats="HWC")
 
     def close(self) -> None:
         """Writes what is pending and closes the file."""

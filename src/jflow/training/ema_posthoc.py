@@ -1,6 +1,7 @@
 r"""Averages of any length, made after training from a few that were stored (post-hoc EMA, 2312.02696, section 3 and app. C).
 
-The average of ``ema.power(g)`` after t steps is a sum over the parameters p_1, ..., p_t with the profile
+The average of ``ema.power(g)`` after t updates of the optimizer (steps, unless several make one update) is a sum over the
+parameters p_1, ..., p_t with the profile
 
     w_k = (k/t)^{g + 1} - ((k - 1)/t)^{g + 1},        sum_k w_k = 1,
 

@@ -6,32 +6,36 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from jflow.training import grids
+from jflow.training import image_grids
 
 
 def test_pixels_and_places():
     images = np.full((5, 2, 3, 3), -1.0, np.float32)
     images[1, 0, 0] = [1.0, 0.0, -1.0]
     images[4] = 0.5
-    grid = grids.tile(images, columns=3, gap=1)
+    grid = image_grids.tile(images, columns=3, gap=1)
     assert (grid.shape, grid.dtype) == ((2 * 3 - 1, 3 * 4 - 1, 3), np.uint8)
     # The second image begins after one gap, the fifth in the second row.
     assert grid[0, 4].tolist() == [255, 128, 0]
     assert grid[1, 5].tolist() == [0, 0, 0]
     assert np.all(grid[3:5, 4:7] == 191)
     # Gaps, and the place that is left over.
-    assert np.all(grid[2] == grids.GREY) and np.all(grid[:, 3] == grids.GREY) and np.all(grid[3:, 8:] == grids.GREY)
+    assert (
+        np.all(grid[2] == image_grids.GREY)
+        and np.all(grid[:, 3] == image_grids.GREY)
+        and np.all(grid[3:, 8:] == image_grids.GREY)
+    )
 
 
 def test_the_grid_is_about_square():
-    assert grids.tile(np.zeros((10, 4, 4, 1)), gap=0).shape == (12, 16, 3)
-    assert grids.tile(np.zeros((9, 4, 4, 1)), gap=2).shape == (16, 16, 3)
-    assert grids.tile(np.zeros((1, 4, 5, 1))).shape == (4, 5, 3)
+    assert image_grids.tile(np.zeros((10, 4, 4, 1)), gap=0).shape == (12, 16, 3)
+    assert image_grids.tile(np.zeros((9, 4, 4, 1)), gap=2).shape == (16, 16, 3)
+    assert image_grids.tile(np.zeros((1, 4, 5, 1))).shape == (4, 5, 3)
 
 
 def test_grey_is_repeated_and_values_are_clipped():
     column = jnp.asarray([-7.0, -1.0, -0.5, 0.0, 1.0, 7.0], jnp.bfloat16).reshape(1, 6, 1, 1)
-    grid = grids.tile(column)
+    grid = image_grids.tile(column)
     assert grid[:, 0, 0].tolist() == [0, 0, 64, 128, 255, 255]
     assert np.all(grid == grid[:, :, :1])
 
@@ -50,33 +54,33 @@ def test_grey_is_repeated_and_values_are_clipped():
 )
 def test_refusals_name_the_argument(images, options, message):
     with pytest.raises((ValueError, TypeError), match=message):
-        grids.tile(images, **options)
+        image_grids.tile(images, **options)
 
 
 def test_png_is_read_back(tmp_path):
     image = np.random.default_rng(0).integers(0, 256, (5, 7, 3)).astype(np.uint8)
     path = tmp_path / "grid.png"
     for expected in (image, image[:, ::-1]):
-        grids.write_png(path, expected)
-        with grids.pillow().open(path) as read:
+        image_grids.write_png(path, expected)
+        with image_grids.pillow().open(path) as read:
             np.testing.assert_array_equal(np.asarray(read), expected)
     assert list(tmp_path.iterdir()) == [path]
 
 
 def test_a_write_that_fails_leaves_the_old_file(tmp_path, monkeypatch):
     path = tmp_path / "grid.png"
-    grids.write_png(path, np.zeros((2, 2, 3), np.uint8))
+    image_grids.write_png(path, np.zeros((2, 2, 3), np.uint8))
     before = path.read_bytes()
 
     def fail(source, target):
         raise OSError("disk full")
 
-    monkeypatch.setattr(grids.os, "replace", fail)
+    monkeypatch.setattr(image_grids.os, "replace", fail)
     with pytest.raises(OSError, match="disk full"):
-        grids.write_png(path, np.ones((2, 2, 3), np.uint8))
+        image_grids.write_png(path, np.ones((2, 2, 3), np.uint8))
     assert path.read_bytes() == before
     assert list(tmp_path.iterdir()) == [path]
     with pytest.raises(ValueError, match="image"):
-        grids.write_png(path, np.zeros((2, 2), np.uint8))
+        image_grids.write_png(path, np.zeros((2, 2), np.uint8))
     with pytest.raises(TypeError, match="uint8"):
-        grids.write_png(path, np.zeros((2, 2, 3)))
+        image_grids.write_png(path, np.zeros((2, 2, 3)))

@@ -7,10 +7,10 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from jflow.training import ema, posthoc
+from jflow.training import ema, ema_posthoc
 
 STEPS, EVERY, SIZE = 2000, 100, 32
-GAMMAS = tuple(posthoc.gamma_of_width(width) for width in (0.05, 0.10))
+GAMMAS = tuple(ema_posthoc.gamma_of_width(width) for width in (0.05, 0.10))
 SNAPSHOTS = [(step, gamma) for step in range(EVERY, STEPS + 1, EVERY) for gamma in GAMMAS]
 
 
@@ -44,9 +44,9 @@ def stored(walk):
 @pytest.mark.parametrize("step", [STEPS, 1700, 1450])
 @pytest.mark.parametrize("width", [0.03, 0.07, 0.15])
 def test_reconstructed_averages_are_those_computed_directly(walk, stored, width, step):
-    gamma = posthoc.gamma_of_width(width)
-    fit = posthoc.fit_profile(SNAPSHOTS, step, gamma)
-    got = np.asarray(posthoc.combine(stored, fit.coefficients)["w"])
+    gamma = ema_posthoc.gamma_of_width(width)
+    fit = ema_posthoc.fit_profile(SNAPSHOTS, step, gamma)
+    got = np.asarray(ema_posthoc.combine(stored, fit.coefficients)["w"])
     # The combination has the profile that it is said to have; the weights of each step are rounded to float32.
     fitted = fit.coefficients @ np.stack([profile(*snapshot) for snapshot in SNAPSHOTS])
     np.testing.assert_allclose(got, fitted @ walk, atol=1e-5 * np.abs(fit.coefficients).sum())
@@ -59,7 +59,7 @@ def test_reconstructed_averages_are_those_computed_directly(walk, stored, width,
 
 def test_residuals_say_what_can_be_reached():
     def residual(width, step):
-        return posthoc.fit_profile(SNAPSHOTS, step, posthoc.gamma_of_width(width)).residual
+        return ema_posthoc.fit_profile(SNAPSHOTS, step, ema_posthoc.gamma_of_width(width)).residual
 
     # Between the stored widths it fits well; outside of them, or between the stored steps, less so.
     assert residual(0.07, STEPS) < 3e-3
@@ -76,8 +76,8 @@ def test_residuals_say_what_can_be_reached():
 def test_no_other_combination_fits_better(steps, width):
     """Against the least squares on the weights themselves, with the same constraint; 200 steps are few."""
     snapshots = [(step, gamma) for step in range(steps // 10, steps + 1, steps // 10) for gamma in GAMMAS]
-    gamma = posthoc.gamma_of_width(width)
-    fit = posthoc.fit_profile(snapshots, steps, gamma)
+    gamma = ema_posthoc.gamma_of_width(width)
+    fit = ema_posthoc.fit_profile(snapshots, steps, gamma)
     columns = np.stack([profile(*snapshot, steps) for snapshot in snapshots], axis=1)
     wanted = profile(steps, gamma, steps)
 
@@ -93,29 +93,29 @@ def test_no_other_combination_fits_better(steps, width):
 
 
 def test_a_stored_average_is_its_own_reconstruction():
-    fit = posthoc.fit_profile(SNAPSHOTS, *SNAPSHOTS[25])
+    fit = ema_posthoc.fit_profile(SNAPSHOTS, *SNAPSHOTS[25])
     np.testing.assert_allclose(fit.coefficients, np.eye(len(SNAPSHOTS))[25], atol=1e-6)
     assert fit.residual < 1e-6
 
 
 def test_coefficients_stay_small_where_profiles_are_almost_the_same():
     snapshots = [(step, gamma) for step in range(10, 2001, 10) for gamma in (16.0, 16.0 * (1 + 1e-9))]
-    fit = posthoc.fit_profile(snapshots, 2000, 12.0)
+    fit = ema_posthoc.fit_profile(snapshots, 2000, 12.0)
     # Rounding of averages in float32 is multiplied by this.
     assert np.abs(fit.coefficients).sum() < 10
     assert fit.residual < 0.02
     # Nothing overflows, whatever the exponents and steps.
-    far = posthoc.fit_profile([(1, 500.0), (10**7, 1000.0), (10**7, 0.0)], 10**7, 900.0)
+    far = ema_posthoc.fit_profile([(1, 500.0), (10**7, 1000.0), (10**7, 0.0)], 10**7, 900.0)
     assert np.all(np.isfinite(far.coefficients))
     assert far.residual < 0.1
 
 
 def test_widths():
-    assert posthoc.gamma_of_width(0.05) == pytest.approx(16.97, abs=5e-3)
-    assert posthoc.gamma_of_width(0.10) == pytest.approx(6.94, abs=5e-3)
-    assert posthoc.gamma_of_width(posthoc.WIDEST) == pytest.approx(0.0, abs=1e-12)
+    assert ema_posthoc.gamma_of_width(0.05) == pytest.approx(16.97, abs=5e-3)
+    assert ema_posthoc.gamma_of_width(0.10) == pytest.approx(6.94, abs=5e-3)
+    assert ema_posthoc.gamma_of_width(ema_posthoc.WIDEST) == pytest.approx(0.0, abs=1e-12)
     for width in (1e-5, 0.01, 0.2, 0.28):
-        assert posthoc.width_of_gamma(posthoc.gamma_of_width(width)) == pytest.approx(width, rel=1e-12)
+        assert ema_posthoc.width_of_gamma(ema_posthoc.gamma_of_width(width)) == pytest.approx(width, rel=1e-12)
     # It is the standard deviation of the profile.
     weights, k = profile(STEPS, GAMMAS[0]), np.arange(1, STEPS + 1) / STEPS
     deviation = np.sqrt(weights @ k**2 - (weights @ k) ** 2)
@@ -124,7 +124,7 @@ def test_widths():
 
 def test_combine_keeps_dtypes_and_takes_a_generator():
     averages = ({"w": jnp.full(2, v, jnp.bfloat16), "d": np.full(2, float(v)), "n": jnp.int32(v)} for v in (1, 2, 3))
-    got = posthoc.combine(averages, [0.5, 0.25, 0.25])
+    got = ema_posthoc.combine(averages, [0.5, 0.25, 0.25])
     assert (got["w"].dtype, got["d"].dtype, int(got["n"])) == (jnp.float32, jnp.float64, 3)
     np.testing.assert_array_equal(got["w"], np.float32(1.75))
     np.testing.assert_array_equal(got["d"], 1.75)
@@ -133,19 +133,19 @@ def test_combine_keeps_dtypes_and_takes_a_generator():
 @pytest.mark.parametrize(
     ("call", "message"),
     [
-        (lambda: posthoc.gamma_of_width(0.289), "width"),
-        (lambda: posthoc.gamma_of_width(0.0), "width"),
-        (lambda: posthoc.width_of_gamma(-0.5), "gamma"),
-        (lambda: posthoc.fit_profile([(10, 7.0)], 10, 7.0), "snapshots: expected at least two"),
-        (lambda: posthoc.fit_profile([(10, 7.0), (20, 7.0), (10, 7)], 10, 7.0), r"snapshots.*\(10, 7.0\)"),
-        (lambda: posthoc.fit_profile([(0, 7.0), (20, 7.0)], 10, 7.0), "snapshots: step"),
-        (lambda: posthoc.fit_profile([(10, -1.0), (20, 7.0)], 10, 7.0), "snapshots: gamma"),
-        (lambda: posthoc.fit_profile([(10, 7.0), (20, 7.0)], 0, 7.0), "step"),
-        (lambda: posthoc.combine([], []), "averages"),
-        (lambda: posthoc.combine([{"w": np.ones(2)}], [0.5, 0.5]), "as many"),
-        (lambda: posthoc.combine([{"w": np.ones(2)}] * 3, [0.5, 0.5]), "as many"),
-        (lambda: posthoc.combine([{"w": np.ones(2)}, {"v": np.ones(2)}], [0.5, 0.5]), "averages"),
-        (lambda: posthoc.combine([{"w": np.ones(2)}, {"w": np.ones(3)}], [0.5, 0.5]), "averages"),
+        (lambda: ema_posthoc.gamma_of_width(0.289), "width"),
+        (lambda: ema_posthoc.gamma_of_width(0.0), "width"),
+        (lambda: ema_posthoc.width_of_gamma(-0.5), "gamma"),
+        (lambda: ema_posthoc.fit_profile([(10, 7.0)], 10, 7.0), "snapshots: expected at least two"),
+        (lambda: ema_posthoc.fit_profile([(10, 7.0), (20, 7.0), (10, 7)], 10, 7.0), r"snapshots.*\(10, 7.0\)"),
+        (lambda: ema_posthoc.fit_profile([(0, 7.0), (20, 7.0)], 10, 7.0), "snapshots: step"),
+        (lambda: ema_posthoc.fit_profile([(10, -1.0), (20, 7.0)], 10, 7.0), "snapshots: gamma"),
+        (lambda: ema_posthoc.fit_profile([(10, 7.0), (20, 7.0)], 0, 7.0), "step"),
+        (lambda: ema_posthoc.combine([], []), "averages"),
+        (lambda: ema_posthoc.combine([{"w": np.ones(2)}], [0.5, 0.5]), "as many"),
+        (lambda: ema_posthoc.combine([{"w": np.ones(2)}] * 3, [0.5, 0.5]), "as many"),
+        (lambda: ema_posthoc.combine([{"w": np.ones(2)}, {"v": np.ones(2)}], [0.5, 0.5]), "averages"),
+        (lambda: ema_posthoc.combine([{"w": np.ones(2)}, {"w": np.ones(3)}], [0.5, 0.5]), "averages"),
     ],
 )
 def test_refusals_name_the_argument(call, message):
