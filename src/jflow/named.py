@@ -37,6 +37,12 @@ def named(name: str, function: Callable[P, R], **arguments: Any) -> Named[P, R]:
     return Named(name, arguments, function)
 
 
+def described(value: Any) -> str:
+    """What came instead of what was expected, for a message: ``str 'linear'``, ``function linear``, ``FlowMap``."""
+    kind, text = type(value).__name__, shown(value)
+    return kind if text == kind else f"{kind} {text}"
+
+
 def shown(value: Any) -> str:
     """A short text for a value: the name of a function, the type of what would print long."""
     if callable(value) and hasattr(value, "__name__"):

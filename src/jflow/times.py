@@ -30,9 +30,15 @@ class ByStep:
     """A law that changes with the optimizer's step: ``law(step)`` is the one in force, for a traced step.
 
     An objective takes it wherever it takes a law: ``ByStep(lambda step: cells(2 ** (step // 1000)))``.
+
+    Raises:
+      TypeError: for what is no function.
     """
 
     law: Callable[[Array], Any]
+
+    def __post_init__(self) -> None:
+        checks.function("law", self.law, "step -> law")
 
 
 def at_step(law: Any, step: Array | int) -> Any:
@@ -212,7 +218,9 @@ def dyadic(levels: int) -> PairLaw:
 
 
 def check_law(name: str, law: Law) -> None:
-    """Draws from a law of one time and refuses what is not ``[n]`` times in [0, 1]; traced times pass.
+    """Draws from a law of one time and refuses what is not ``[n]`` times in [0, 1].
+
+    Within ``jit``, too, unless the law itself closes over traced values, whose times cannot be looked at and pass.
 
     Args:
       name: how the message calls it.
@@ -220,13 +228,15 @@ def check_law(name: str, law: Law) -> None:
 
     Raises:
       ValueError: for another shape, or times outside [0, 1] or not finite.
-      TypeError: for times that are not floating-point.
+      TypeError: for what is no function, or times that are not floating-point.
     """
-    _check_drawn(name, law(jax.random.key(0), DRAWN), "times")
+    _check_drawn(name, _draw(name, law), "times")
 
 
 def check_pairs(name: str, law: PairLaw, domain: Domain) -> None:
-    """Draws from a law of pairs and refuses what is not two arrays ``[n]`` of times within the domain; traced times pass.
+    """Draws from a law of pairs and refuses what is not two arrays ``[n]`` of times within the domain.
+
+    Within ``jit``, too, unless the law itself closes over traced values, whose times cannot be looked at and pass.
 
     Args:
       name: how the message calls it.
@@ -235,12 +245,13 @@ def check_pairs(name: str, law: PairLaw, domain: Domain) -> None:
 
     Raises:
       ValueError: for anything but a pair, another shape, times outside [0, 1] or not finite, or a pair outside the domain.
-      TypeError: for times that are not floating-point.
+      TypeError: for what is no function, or times that are not floating-point.
     """
-    drawn = law(jax.random.key(0), DRAWN)
+    drawn = _draw(name, law)
     if not isinstance(drawn, tuple) or len(drawn) != 2:
+        of = f" of {len(drawn)}" if isinstance(drawn, tuple) else ""
         raise ValueError(
-            f"{name}: expected a law that returns a pair (s [n], t [n]), it returned {type(drawn).__name__}"
+            f"{name}: expected a law that returns a pair (s [n], t [n]), it returned {type(drawn).__name__}{of}"
         )
     s, t = (_check_drawn(name, part, which) for part, which in zip(drawn, ("s", "t"), strict=True))
     if s is None or t is None:
@@ -253,11 +264,20 @@ def check_pairs(name: str, law: PairLaw, domain: Domain) -> None:
         )
 
 
+def _draw(name: str, law: Any) -> Any:
+    checks.function(name, law, "(key, n) -> times, a law of jflow.times")
+    # Concrete within a trace, where the check would otherwise see nothing.
+    with jax.ensure_compile_time_eval():
+        return law(jax.random.key(0), DRAWN)
+
+
 def _check_drawn(name: str, drawn: Any, which: str) -> np.ndarray | None:
     """The times as numpy, checked; None while they are traced."""
-    shape, dtype = jnp.shape(drawn), jax.dtypes.result_type(drawn)
+    if not isinstance(drawn, (jax.Array, np.ndarray)):
+        raise ValueError(f"{name}: expected a law that returns an array of {which}, it returned {type(drawn).__name__}")
+    shape, dtype = drawn.shape, drawn.dtype
     if shape != (DRAWN,):
-        raise ValueError(f"{name}: expected a law (key, n) that returns {which} of shape [n] = ({DRAWN},), got {shape}")
+        raise ValueError(f"{name}: expected a law that returns {which} of shape [n], got {shape} for n = {DRAWN}")
     if not jnp.issubdtype(dtype, jnp.floating):
         raise TypeError(f"{name}: expected a law that returns floating-point {which}, got {dtype}")
     values = checks.concrete(drawn)

@@ -184,8 +184,8 @@ def scd(flow_map: FlowMap, interpolant: Interpolant, **choices: Unpack[Derivativ
 
 
 def _scm(name: str, flow_map: FlowMap, interpolant: Interpolant, choices: dict[str, Any], velocity: str) -> Objective:
-    if getattr(interpolant, "name", interpolant) != "trigonometric":
-        raise ValueError(f"interpolant: {name} is defined on the trigonometric path, got {interpolant!r}")
+    if isinstance(interpolant, Interpolant) and interpolant.name != "trigonometric":
+        raise ValueError(f"interpolant: {name} is defined on the trigonometric path, got {interpolant.name!r}")
     plain = eulerian_term(
         {"velocity": velocity, "stop": "target"}, choices.pop("warmup", None), choices.pop("derivative", None)
     )

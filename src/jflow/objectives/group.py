@@ -18,6 +18,7 @@ import numpy as np
 from jflow import checks, couplings, reports, sharding, trees
 from jflow import times as laws
 from jflow.interpolants import Interpolant
+from jflow.named import described
 from jflow.objectives.objective import BINS
 from jflow.objectives.row import Leg
 from jflow.types import Array, Aux, Batch, Cond, Context, Event, FlowMap, Key, Params, PyTree, as_batch
@@ -88,9 +89,11 @@ class GroupObjective:
 
     def __post_init__(self) -> None:
         if not isinstance(self.flow_map, FlowMap):
-            raise TypeError(f"flow_map: expected a FlowMap, got {type(self.flow_map).__name__}")
+            raise TypeError(f"flow_map: expected a FlowMap, got {described(self.flow_map)}")
         if not isinstance(self.interpolant, Interpolant):
-            raise TypeError(f"interpolant: expected an Interpolant, got {self.interpolant!r}")
+            raise TypeError(f"interpolant: expected an Interpolant, got {described(self.interpolant)}")
+        for name in ("loss", "coupling"):
+            checks.function(name, getattr(self, name), "as GroupObjective documents it")
         checks.integer("size", self.size, low=2)
         laws.check_pairs("pairs", laws.at_step(self.pairs, 0), self.flow_map.domain)
 

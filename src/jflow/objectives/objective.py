@@ -25,7 +25,7 @@ from jflow import bases, checks, couplings, reductions, reports, sharding, trees
 from jflow import times as laws
 from jflow.identities import tangent
 from jflow.interpolants import Interpolant
-from jflow.named import shown
+from jflow.named import described, shown
 from jflow.objectives import velocity_estimates
 from jflow.objectives.batch_split import BatchSplit, split_batch
 from jflow.objectives.row import Estimate, Leg, Row, Term
@@ -188,12 +188,14 @@ class Objective:
         if not isinstance(self.flow_map, FlowMap):
             raise TypeError(
                 "flow_map: expected a FlowMap (jflow.flow_map(network, form) makes one of a network), got "
-                f"{type(self.flow_map).__name__}"
+                f"{described(self.flow_map)}"
             )
         if not isinstance(self.interpolant, Interpolant):
             raise TypeError(
-                f"interpolant: expected an Interpolant, such as interpolants.linear(), got {self.interpolant!r}"
+                f"interpolant: expected an Interpolant, such as interpolants.linear(), got {described(self.interpolant)}"
             )
+        if self.domain is not None and not isinstance(self.domain, Domain):
+            raise TypeError(f"domain: expected a Domain, such as types.FORWARD, got {described(self.domain)}")
         checks.number("diagonal", self.diagonal, low=0.0, high=1.0)
         checks.integer("blocks", self.blocks, low=1)
         if self.base is not None:
@@ -205,12 +207,13 @@ class Objective:
             if law is not None and not isinstance(law, laws.ByStep):
                 checks.function(name, law, "(key, n) -> times, a law of jflow.times")
         for name in ("reduction", "diagonal_reduction", "velocity", "coupling", "teacher"):
-            if (value := getattr(self, name)) is not None and not isinstance(value, FlowMap):
+            value = getattr(self, name)
+            if value is not None and not (name == "teacher" and isinstance(value, FlowMap)):
                 checks.function(name, value, "as Objective documents it")
         for name, why in self._unread().items():
             if getattr(self, name) is not None:
                 raise ValueError(
-                    f"{name}: expected no choice of it for {self.name}, {why}; got {getattr(self, name)!r}"
+                    f"{name}: expected no choice of it for {self.name}, {why}; got {shown(getattr(self, name))}"
                 )
 
     @property
