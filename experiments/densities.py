@@ -157,6 +157,8 @@ def head_at(bound: BoundFlowMap, x0: jax.Array, grid: Grid) -> jax.Array:
     """The head's log-density ``[N]`` of the samples of base points."""
 
     def one(x: jax.Array) -> jax.Array:
-        return samplers.jumps(bound, WithLogDensity(x, bases.STANDARD_NORMAL.log_density(x)), jnp.asarray(grid)).log_density
+        return samplers.jumps(
+            bound, WithLogDensity(x, bases.STANDARD_NORMAL.log_density(x)), jnp.asarray(grid)
+        ).log_density
 
     return _blocks(one, x0)

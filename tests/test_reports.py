@@ -28,6 +28,7 @@ STEPS = {
     "per row": (reports.PerRow(BINS), BINS.mean()),
 }
 
+
 def on(where, report):
     return jax.tree.map(jnp.asarray if where == "jax" else np.asarray, report)
 

@@ -19,13 +19,14 @@ from jflow import (
     objectives,
     parameterizations,
     reductions,
+    reports,
     sharding,
     times,
     types,
 )
 from jflow.objectives import Objective
 from jflow.parameterizations import flow_map
-from jflow.types import Batch, BoundFlowMap, Context, Domain, FlowMap, Velocity
+from jflow.types import Aux, Batch, BoundFlowMap, Context, Domain, FlowMap, Velocity
 
 if TYPE_CHECKING:
     from jflow import datasets, diagnostics, likelihood, metrics, nets, oracles, samplers, solvers, training
@@ -36,6 +37,7 @@ __version__ = "0.1.0"
 _LAZY = ("datasets", "diagnostics", "likelihood", "metrics", "nets", "oracles", "samplers", "solvers", "training")
 
 __all__ = [
+    "Aux",
     "Batch",
     "BoundFlowMap",
     "Context",
@@ -59,6 +61,7 @@ __all__ = [
     "oracles",
     "parameterizations",
     "reductions",
+    "reports",
     "samplers",
     "sharding",
     "solvers",

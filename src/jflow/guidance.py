@@ -18,8 +18,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jflow import checks, trees
-from jflow.types import Array, Cond, Event, FlowMap, Key, Params, Time, Velocity
+from jflow import checks, parts, trees
+from jflow.types import Array, Cond, Event, FlowMap, Key, Params, Time, Velocity, as_velocity
 
 ALWAYS = (0.0, 1.0)
 KINDS = (jnp.bool_, jnp.integer, jnp.floating, jnp.complexfloating)
@@ -68,7 +68,7 @@ def classifier_free(
         and a null of different kinds (labels and floating-point numbers), or of dtypes that no common one can hold.
     """
     checks.fits("null", null)
-    model = _velocity("velocity", velocity)
+    model = as_velocity("velocity", velocity)
     scale, one = _scale(scale)
     _check_interval(interval)
 
@@ -118,17 +118,16 @@ def autoguided(
       TypeError: for a model that cannot be called, or numbers that are none; when called, for parameters that are not
         ``Guided``.
     """
-    good, bad = _velocity("strong", strong), _velocity("weak", weak)
+    good = parts.on_part(Guided, "strong", as_velocity("strong", strong))
+    bad = parts.on_part(Guided, "weak", as_velocity("weak", weak))
     scale, one = _scale(scale)
     _check_interval(interval)
 
     def guided(params: Guided, t: Time, x: Event, cond: Cond = None, *, key: Key | None = None) -> Event:
-        if not isinstance(params, Guided):
-            raise TypeError(f"params: expected Guided(strong, weak), got {type(params).__name__}")
-        value = good(params.strong, t, x, cond, key=key)
+        value = good(params, t, x, cond, key=key)
         if one:
             return value
-        return _extrapolate(value, lambda: bad(params.weak, t, x, cond, key=key), scale, interval, t)
+        return _extrapolate(value, lambda: bad(params, t, x, cond, key=key), scale, interval, t)
 
     return guided
 
@@ -207,14 +206,6 @@ def _holds(wide: np.dtype, narrow: np.dtype) -> bool:
         return False
     a, b = jnp.iinfo(wide), jnp.iinfo(narrow)
     return a.min <= b.min and b.max <= a.max
-
-
-def _velocity(name: str, model: Velocity | FlowMap) -> Velocity:
-    if isinstance(model, FlowMap):
-        return model.velocity
-    if not callable(model):
-        raise TypeError(f"{name}: expected a Velocity or a FlowMap, got {type(model).__name__}")
-    return model
 
 
 def _scale(scale: Any) -> tuple[float | Array, bool]:

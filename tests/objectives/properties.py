@@ -205,10 +205,10 @@ def check_report(method: objectives.Method) -> None:
     assert terms == ({"tangent"} if objective.diagonal > 0 else set()) | own and bool(own) == bool(method.cost)
     for term in terms:
         assert metrics[f"{term}/raw"].value() > 1e-5
-        assert metrics[f"{term}/raw_by_t"].count.sum() == np.sum(rows == (term == "tangent"))
+        assert metrics[f"{term}/raw"].by["t"].count.sum() == np.sum(rows == (term == "tangent"))
     for term in own:
         assert metrics[f"{term}/tangent_norm"].value() > 0
-        by_gap = metrics[f"{term}/raw_by_gap"]
+        by_gap = metrics[f"{term}/raw"].by["gap"]
         assert np.all(np.isfinite(by_gap.total)) and by_gap.count.sum() == np.sum(~rows)
         np.testing.assert_array_equal(np.isfinite(by_gap.value()), by_gap.count > 0)
 

@@ -389,7 +389,7 @@ def test_a_velocity_as_the_first_teacher_of_progressive_distillation(key):
         context = types.Context(step=jnp.int32(step), teacher=jnp.array(0.5))
         loss, aux = jax.jit(lambda c: objective(params, jax.random.clone(key), batch, c))(context)
         assert np.isfinite(loss).all()
-        gap = np.flatnonzero(np.asarray(aux.metrics["semigroup/raw_by_gap"].count))
+        gap = np.flatnonzero(np.asarray(aux.metrics["semigroup/raw"].by["gap"].count))
         assert set(gap) == {min(int(cell * 8), 7)}
     s, t, b = 0.0, 1.0, 0.5
     half = x0 + 0.5 * b * x0 * (1 + s)

@@ -155,7 +155,7 @@ def test_the_context_holds_teacher_ema_and_state():
     assert state.objective_state == {"mean": 0.0}
     ema = {"fast": lambda n: jnp.float32(0.5), "slow": lambda n: jnp.float32(0.1)}
     step = make_step(objective, optimizer, ema=ema, context_ema="slow")
-    state, metrics = step(state, Batch(jnp.full((4, 1), 3.0)))
+    state, _ = step(state, Batch(jnp.full((4, 1), 3.0)))
     # loss (3 - 2)^2 = 1, gradient 2 * 3 * (3 - 2) = 6
     assert float(state.params["w"]) == pytest.approx(1 - 0.6)
     assert float(state.ema["fast"]["w"]) == pytest.approx(0.7)
