@@ -11,7 +11,7 @@ import numpy as np
 import optax
 import pytest
 
-from jflow import interpolants, oracles, types
+from jflow import interpolants, oracles, reports, types
 from jflow import likelihood as lik
 
 
@@ -49,7 +49,8 @@ def curved_params():
 def test_the_loss_of_the_exact_velocity_is_minus_the_exact_log_density():
     oracle = oracles.mixture(interpolants.linear())
     objective = lik.maximum_likelihood(oracle.velocity, rtol=1e-9, atol=1e-9)
-    loss, info = jax.jit(objective)(PLANE, jax.random.key(0), types.Batch(POINTS))
+    loss, aux = jax.jit(objective)(PLANE, jax.random.key(0), types.Batch(POINTS))
+    info = reports.values(aux.metrics)
     want = -np.array([oracle.log_density(PLANE, 1.0, x) for x in POINTS])
     np.testing.assert_allclose(loss, want, atol=1e-8)
     np.testing.assert_allclose([info["likelihood/raw"], info["likelihood/loss"]], want.mean(), atol=1e-8)
@@ -107,7 +108,8 @@ def test_the_kinetic_energy_of_a_linear_flow():
     """x_t = e^{a (t-1)} x_1 in each entry: int |b|^2 dt = sum a x_1^2 (1 - e^{-2a})/2; and the loss is the sum."""
     rates = np.array([0.7, -0.4])
     objective = lik.maximum_likelihood(linear, kinetic=0.3, jacobian=0.5, rtol=1e-9, atol=1e-9)
-    loss, info = jax.jit(objective)(jnp.diag(jnp.asarray(rates)), jax.random.key(0), types.Batch(POINTS))
+    loss, aux = jax.jit(objective)(jnp.diag(jnp.asarray(rates)), jax.random.key(0), types.Batch(POINTS))
+    info = reports.values(aux.metrics)
     kinetic = np.sum(rates * np.asarray(POINTS) ** 2 * (1 - np.exp(-2 * rates)) / 2, axis=1)
     x0 = np.asarray(POINTS) * np.exp(-rates)
     nll = np.sum(x0**2, axis=1) / 2 + np.log(2 * np.pi) + np.sum(rates)
@@ -145,7 +147,8 @@ def test_the_jacobians_norm_and_the_divergence_are_unbiased(assert_mean):
 def test_samples_whose_solve_fails_are_counted_and_not_hidden():
     objective = lik.maximum_likelihood(lambda p, t, x, cond=None, *, key=None: p * x**3, max_steps=8, rtol=1e-6)
     x1 = jnp.array([[0.1], [-30.0], [0.2]])
-    loss, info = jax.jit(objective)(jnp.asarray(-1.0), jax.random.key(0), types.Batch(x1))
+    loss, aux = jax.jit(objective)(jnp.asarray(-1.0), jax.random.key(0), types.Batch(x1))
+    info = reports.values(aux.metrics)
     assert info["likelihood/failed"] == 1 and np.isfinite(loss).tolist() == [True, False, True]
     assert not np.isfinite(info["likelihood/loss"])
 

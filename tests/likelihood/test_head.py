@@ -164,7 +164,7 @@ def bent(sign):
 
 
 def loss_of(identity, sign, theta, key, *, teacher=False, **choices):
-    """(losses, info) of 32 rows of asymmetric data; ``sign`` may be traced."""
+    """(losses, aux) of 32 rows of asymmetric data; ``sign`` may be traced."""
     data_key, loss_key = jax.random.split(key)
     flow, velocity = bent(sign)
     x1 = oracles.mixture(PATH).sample(PLANE, data_key, 32)
@@ -186,11 +186,11 @@ def test_the_exact_heads_loss_is_zero_on_every_row_and_no_others(identity, choic
         return jax.vmap(lambda *row: loss_of(identity, *row, **choices))(signs, thetas, keys)
 
     thetas = jnp.array([[0.0] * 4, [0.1] * 4, [0.0] * 4])
-    loss, info = losses(jnp.array([1.0, 1.0, -1.0]), thetas, jax.random.split(jax.random.key(5), 3))
+    loss, aux = losses(jnp.array([1.0, 1.0, -1.0]), thetas, jax.random.split(jax.random.key(5), 3))
     assert loss.shape == (3, 32) and np.max(loss[0]) < 1e-20
-    on = np.asarray(info["diagonal_rows"])
-    assert np.all(on.sum(1) == 16) and np.all(info["nonfinite_rows"] == 0)
-    assert {"tangent/raw", f"head_{identity}/raw_by_gap", f"head_{identity}/tangent_norm"} <= set(info)
+    on = np.asarray(aux.metrics["diagonal_rows"].values)
+    assert np.all(on.sum(1) == 16) and np.all(aux.metrics["nonfinite_rows"].value() == 0)
+    assert {"tangent/raw", f"head_{identity}/raw", f"head_{identity}/tangent_norm"} <= set(aux.metrics)
     assert np.mean(loss[1][~on[1]]) > 1e-4
     # Where D_{t,t} stands in for the divergence, the diagonal rows alone know its sign.
     assert np.mean(loss[2][on[2]]) > 0.1
@@ -247,7 +247,7 @@ def test_the_heads_loss_trains_the_head_alone(key):
 
     def gradient(flow, params, key, *names):
         terms = {name: (lik.head_objective(flow, PATH, identity=name), 1.0) for name in names}
-        loss = lik.weighted_sum(terms.pop("lagrangian")[0], **terms)
+        loss = objectives.weighted_sum(terms.pop("lagrangian")[0], **terms)
         return jax.grad(lambda p: loss(p, key, types.Batch(x1))[0].mean())(params)
 
     @jax.jit
@@ -268,7 +268,7 @@ def test_the_heads_loss_trains_the_head_alone(key):
 def test_joint_training_is_the_sum_of_both():
     flow, x1 = lik.shared_network(APPLY, FORM), jax.random.normal(jax.random.key(1), (16, 2))
     map_alone, head_alone = objectives.lsd(lik.without_head(flow), PATH), lik.head_objective(flow, PATH)
-    both = lik.weighted_sum(map_alone, head=(head_alone, 0.5))
+    both = objectives.weighted_sum(map_alone, head=(head_alone, 0.5))
 
     @jax.jit
     def run(params, key, keys):
@@ -280,7 +280,7 @@ def test_joint_training_is_the_sum_of_both():
     assert total[1]["lagrangian/raw"] == of_map[1]["lagrangian/raw"]
     assert total[1]["head_tangent/raw"] == of_head[1]["tangent/raw"]
     with pytest.raises(ValueError, match="head: expected a number"):
-        lik.weighted_sum(map_alone, head=(head_alone, -1.0))
+        objectives.weighted_sum(map_alone, head=(head_alone, -1.0))
 
 
 def test_a_divergence_that_is_not_finite_is_counted(key):
@@ -290,8 +290,8 @@ def test_a_divergence_that_is_not_finite_is_counted(key):
     )
     objective = lik.head_objective(flow, PATH, diagonal=1.0, times=times.constant(1.0))
     x1 = jnp.array([[0.1, 0.0], [0.9, 0.0], [0.2, 0.0], [0.7, 0.0]])
-    _, info = jax.jit(objective)(Headed(None, jnp.asarray(1.0)), key, types.Batch(x1))
-    assert info["nonfinite_rows"] == 2
+    _, aux = jax.jit(objective)(Headed(None, jnp.asarray(1.0)), key, types.Batch(x1))
+    assert aux.metrics["nonfinite_rows"].value() == 2
 
 
 # --- cost and learning ------------------------------------------------------------------------------------------------

@@ -12,10 +12,10 @@ import optax
 import pytest
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
-from jflow.objectives import curriculum
+from jflow import objectives, reports
 from jflow.training import NonFiniteError, ema, fit, init_state, make_chunk, make_step
-from jflow.training.metrics_log import average, read
-from jflow.types import Batch
+from jflow.training.metrics_log import read
+from jflow.types import Aux, Batch
 
 ROWS = 64
 TIMES = ("seconds", "steps_per_second")
@@ -55,7 +55,7 @@ def walk(optimizer, steps, *, broken=(), averages=(0.9,), objective=objective, s
     for n in range(steps):
         state, found = step(state, take(rows, jnp.int32(n)))
         states.append(state)
-        metrics.append(found)
+        metrics.append(reports.values(found))
     return states, metrics
 
 
@@ -186,7 +186,8 @@ def test_teachers_and_curricula_go_by_updates():
     state = init_state(params(), every(3), jax.random.key(1), teacher={**params(), "w": jnp.full((3,), 10.0)})
     for n in range(9):
         state, metrics = step(state, jax.jit(batches())(data(), jnp.int32(n)))
-        seen.append((float(metrics["teacher"]), float(metrics["w"])))
+        shown = reports.values(metrics)
+        seen.append((float(shown["teacher"]), float(shown["w"])))
     # Two updates have been made before the seventh step.
     assert [teacher for teacher, _ in seen] == [10.0] * 6 + [seen[6][1]] * 3
     assert seen[6][1] != seen[5][1]
@@ -194,7 +195,7 @@ def test_teachers_and_curricula_go_by_updates():
     def stage(which):
         return lambda p, key, batch, context: (objective(p, key, batch, context)[0], {"stage": jnp.asarray(which)})
 
-    staged = curriculum.sequence([(0, stage(0.0)), (2, stage(1.0))])
+    staged = objectives.sequence([(0, stage(0.0)), (2, stage(1.0))])
     _, metrics = walk(every(3), 9, objective=staged)
     assert [float(found["stage"]) for found in metrics] == [0.0] * 6 + [1.0] * 3
 
@@ -205,14 +206,14 @@ def test_the_length_of_an_update_is_averaged_over_updates():
     chunk = make_chunk(make_step(objective, optimizer, ema=(0.9,)), batches())
     state, found = chunk(init_state(params(), optimizer, jax.random.key(1), ema=(0.9,)), data(), 8)
     expected = np.mean([float(metrics[n]["update_norm"]) for n in (3, 7)])
-    assert float(found["update_norm"]) == pytest.approx(expected, rel=1e-6)
-    assert float(found["updated"]) == pytest.approx(0.25) and int(found["updates"]) == int(state.updates) == 2
+    assert float(found["update_norm"].value()) == pytest.approx(expected, rel=1e-6)
+    assert float(found["update_norm"].count) == 2 and int(found["updates"].value()) == int(state.updates) == 2
     # Chunks of three steps have zero, one or no updates; the row is the same.
     state, parts = init_state(params(), optimizer, jax.random.key(1), ema=(0.9,)), []
     for length in (3, 3, 2):
         state, part = chunk(state, data(), length)
         parts.append(jax.device_get(part))
-    row = average({name: np.stack([part[name] for part in parts]) for name in parts[0]}, np.array([3.0, 3.0, 2.0]))
+    row = reports.values(reports.merged(jax.tree.map(lambda *leaves: np.stack(leaves), *parts)))
     assert row["update_norm"] == pytest.approx(expected, rel=1e-6) and row["updates"] == 2
 
 
@@ -383,8 +384,8 @@ def test_parameters_that_are_not_finite_are_never_forgiven(optimizer):
 
 def test_a_loss_that_is_not_finite_with_a_finite_update_is_a_broken_step(tmp_path):
     def lossless(params, key, batch, context):
-        loss, info = objective(params, key, batch, context)
-        return loss + jax.lax.stop_gradient(jnp.where(context.step == 1, jnp.inf, 0.0)), info
+        loss, metrics = objective(params, key, batch, context)
+        return loss + jax.lax.stop_gradient(jnp.where(context.step == 1, jnp.inf, 0.0)), metrics
 
     optimizer = optax.adam(0.1)
     states, metrics = walk(optimizer, 3, objective=lossless)
@@ -393,18 +394,25 @@ def test_a_loss_that_is_not_finite_with_a_finite_update_is_a_broken_step(tmp_pat
     assert int(states[-1].updates) == 3
 
 
-def test_a_broken_step_leaves_the_state_of_a_reduction():
-    def running(params, key, batch, context):
-        loss, _ = objective(params, key, batch, context)
-        return loss, {"reduction": 0.9 * context.reduction + 0.1 * jax.lax.stop_gradient(jnp.mean(loss))}
+class Running:
+    """An objective with a running mean of its loss."""
 
+    def init(self, key, params):
+        return jnp.ones(())
+
+    def __call__(self, params, key, batch, context):
+        loss, _ = objective(params, key, batch, context)
+        return loss, Aux(0.9 * context.state + 0.1 * jax.lax.stop_gradient(jnp.mean(loss)))
+
+
+def test_a_broken_step_leaves_the_state_of_the_objective():
     optimizer = SURVIVORS["apply_if_finite"]
-    step = jax.jit(make_step(running, optimizer))
-    state = init_state(params(), optimizer, jax.random.key(1), reduction=jnp.ones(()))
+    step = jax.jit(make_step(Running(), optimizer))
+    state = init_state(params(), optimizer, jax.random.key(1), objective=Running())
     seen = []
     for n in range(3):
         state, _ = step(state, jax.jit(batches(broken=(1,)))(data(), jnp.int32(n)))
-        seen.append(float(state.context_extras.reduction))
+        seen.append(float(state.objective_state))
     assert seen[0] == seen[1] != seen[2] and np.all(np.isfinite(seen))
 
 

@@ -33,7 +33,7 @@ from jflow.training import (
     throughput,
 )
 from jflow.training.tensorboard import TensorBoard
-from jflow.types import Batch
+from jflow.types import Aux, Batch
 
 # Reads of a damaged checkpoint that fail leave others under way, which report to an event loop that has ended.
 pytestmark = pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
@@ -95,6 +95,16 @@ def with_nan(problem, out, first=True):
 def state(problem, **options):
     given = {"params": problem.params, "optimizer": problem.optimizer, "key": jax.random.key(1), "ema": DECAYS}
     return init_state(**{**given, **options})
+
+
+class Growing:
+    """An objective whose state grows."""
+
+    def init(self, key, params):
+        return jnp.zeros((1,), jnp.float32)
+
+    def __call__(self, params, key, batch, context):
+        return batch.x1[:, 0], Aux(jnp.zeros((2,), jnp.float32))
 
 
 def traced(problem, objective=None, start=None, **options):
@@ -464,10 +474,10 @@ CASES = {
         TypeError,
         "^teacher_updates: expected a sequence of steps, or a function of the step, got 100$",
     ),
-    "a loss without info": (
+    "a loss without an aux": (
         lambda d, p: traced(p, lambda params, key, batch, context: batch.x1[:, 0]),
         TypeError,
-        r"^objective: expected it to return \(loss \[B\], info, a mapping\), got ",
+        r"^objective: expected it to return \(loss \[B\], Aux\) or \(loss \[B\], a mapping of metrics\), got ",
     ),
     "the dataset instead of its batches": (
         lambda d, p: make_chunk(p.step, p.dataset),
@@ -547,7 +557,7 @@ CASES = {
     "updates of another network": (
         lambda d, p: traced(p, teacher_updates=(100,), start=p.state(teacher=p.params["out"])),
         ValueError,
-        r"^state\.context_extras\.teacher: expected the pytree structure of the parameters, .*got .*'bias'",
+        r"^state\.teacher: expected the pytree structure of the parameters, .*got .*'bias'",
     ),
     "updates before the start": (
         lambda d, p: make_step(p.objective, p.optimizer, teacher_updates=(-1,)),
@@ -564,14 +574,20 @@ CASES = {
         ValueError,
         r"^objective: expected a loss of shape \[B\], got \(\)",
     ),
-    "a reduction that grows": (
-        lambda d, p: traced(
-            p,
-            lambda params, key, batch, context: (batch.x1[:, 0], {"reduction": jnp.zeros((2,), jnp.float32)}),
-            p.state(reduction=jnp.zeros((1,), jnp.float32)),
-        ),
+    "a state that grows": (
+        lambda d, p: traced(p, Growing(), p.state(objective=Growing())),
         ValueError,
-        r"^info\['reduction'\]: expected the state's own kind, \(\(1,\), 'float32'\), got \(\(2,\), 'float32'\)",
+        r"^aux\.state: expected the state's own kind, float32\[1\], got float32\[2\]",
+    ),
+    "a state that was not made": (
+        lambda d, p: traced(p, Growing()),
+        ValueError,
+        r"^state\.objective_state: expected what the objective's init makes, .* make the state with init_state\(",
+    ),
+    "a metric that is not a number": (
+        lambda d, p: traced(p, lambda params, key, batch, context: (batch.x1[:, 0], {"name": "text"})),
+        TypeError,
+        "^metrics: expected a report or a number under 'name', got str$",
     ),
     "a loss that is nan": (
         lambda d, p: with_nan(p, d),
