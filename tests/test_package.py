@@ -20,7 +20,7 @@ import jflow
 
 ROOT = Path(__file__).resolve().parents[1]
 # Helpers of the library's own modules: importable, and no part of what users are promised.
-HELPERS = {"checks", "trees"}
+HELPERS = {"autodiff", "checks", "parts", "trees"}
 
 
 def in_new_process(code: str) -> str:
