@@ -126,8 +126,8 @@ def rows(name: str, tree: Any) -> int:
     """
     sizes = {np.shape(leaf)[:1] for leaf in jax.tree.leaves(tree)}
     if len(sizes) != 1 or sizes & {(), (0,)}:
-        got = sorted((size[0] if size else "a scalar" for size in sizes), key=str)
-        raise ValueError(f"{name}: expected arrays with the same leading axis of at least one row, got lengths {got}")
+        got = sorted(sizes)
+        raise ValueError(f"{name}: expected arrays with one common leading axis of rows, got {got}")
     return int(next(iter(sizes))[0])
 
 

@@ -60,7 +60,7 @@ class Independent:
     def __call__(self, key: Key, x1: Event, cond: Cond = None) -> Event:
         """x0 ~ base, shaped and typed like x1, ``[B, ...]``."""
         del cond
-        size = _rows("x1", x1)
+        size = checks.rows("x1", x1)
         one = jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape[1:], leaf.dtype), x1)
         return self.base.sample(key, one, (size,))
 
@@ -109,7 +109,7 @@ def sinkhorn(
 
     def couple(key: Key, x1: Event, cond: Cond = None) -> Event:
         checks.floating("x1", x1)
-        size = _rows("x1", x1)
+        size = checks.rows("x1", x1)
         same = _same(cond, size) if labels else jnp.ones((size, size), bool)
         base_key, row_key = jax.random.split(key)
         x0 = draw(base_key, x1)
@@ -228,8 +228,8 @@ def reflow(
             f"bound: expected a map defined at (s, t) = (0, 1), got one whose domain is {bound.domain.name}"
         )
     checks.floating("like", like)
-    if cond is not None and _rows("cond", cond) != n:
-        raise ValueError(f"cond: expected leaves with a leading axis of n = {n}, got {_rows('cond', cond)}")
+    if cond is not None and checks.rows("cond", cond) != n:
+        raise ValueError(f"cond: expected leaves with a leading axis of n = {n}, got {checks.rows('cond', cond)}")
     bases.check(base)
     z = base.sample(key, jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype), like), (n,))
     x1 = _ends(bound, z, cond, chunk)
@@ -316,20 +316,12 @@ def _on_host(name: str, leaf: Array) -> np.ndarray:
     return values
 
 
-def _rows(name: str, x: PyTree) -> int:
-    """B, the leading axis that all leaves share."""
-    sizes = {np.shape(leaf)[:1] for leaf in jax.tree.leaves(x)}
-    if len(sizes) != 1 or sizes & {(), (0,)}:
-        raise ValueError(f"{name}: expected arrays with one common leading axis of rows, got {sorted(sizes)}")
-    return next(iter(sizes))[0]
-
-
 def _pair_rows(x0: Event, x1: Event) -> int:
     """B of two batches of points that fit each other."""
     checks.floating("x0", x0)
     checks.floating("x1", x1)
     checks.same_structure("x0", x0, "x1", x1)
-    return _rows("x1", x1)
+    return checks.rows("x1", x1)
 
 
 def _discrete(name: str, labels: PyTree, size: int) -> list[Array]:
@@ -342,8 +334,8 @@ def _discrete(name: str, labels: PyTree, size: int) -> list[Array]:
                 f"{name}: expected whole numbers or booleans, got dtype {dtype}; conditioning that is continuous leaves no "
                 "rows that may be exchanged"
             )
-    if _rows(name, labels) != size:
-        raise ValueError(f"{name}: expected a leading axis of {size} rows as in x1, got {_rows(name, labels)}")
+    if checks.rows(name, labels) != size:
+        raise ValueError(f"{name}: expected a leading axis of {size} rows as in x1, got {checks.rows(name, labels)}")
     return leaves
 
 

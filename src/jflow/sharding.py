@@ -22,7 +22,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
-from jflow import checks
+from jflow import checks, trees
 from jflow.types import PyTree
 
 AXES = ("data", "fsdp")
@@ -153,15 +153,17 @@ def split(tree: PyTree, mesh: Mesh, *, name: str = "tree") -> PyTree:
 def local(tree: PyTree) -> PyTree:
     """Copies that are whole on this process, as numpy arrays (typed keys as jax arrays); all processes must call it."""
 
+    def on_host(data: jax.Array) -> np.ndarray:
+        if not (data.is_fully_addressable or data.is_fully_replicated):
+            sharding = data.sharding
+            assert isinstance(sharding, NamedSharding)
+            data = jax.jit(lambda x: x, out_shardings=whole(sharding.mesh))(data)
+        return np.array(data.addressable_data(0) if data.is_fully_replicated else data)
+
     def of(leaf: Any) -> Any:
         if not isinstance(leaf, jax.Array):
             return np.asarray(leaf)
-        key = jnp.issubdtype(leaf.dtype, jax.dtypes.prng_key)
-        data = jax.random.key_data(leaf) if key else leaf
-        if not (data.is_fully_addressable or data.is_fully_replicated):
-            data = jax.jit(lambda x: x, out_shardings=whole(data.sharding.mesh))(data)
-        value = np.array(data.addressable_data(0) if data.is_fully_replicated else data)
-        return jax.random.wrap_key_data(jnp.asarray(value), impl=jax.random.key_impl(leaf)) if key else value
+        return trees.on_words(lambda words: jnp.asarray(on_host(words)), leaf) if trees.is_key(leaf) else on_host(leaf)
 
     return jax.tree.map(of, tree)
 
@@ -234,23 +236,25 @@ def each_device(function: Callable[..., PyTree], shared: PyTree, *rows: PyTree) 
 
 
 def _pad(rows: PyTree, more: int) -> PyTree:
-    """The rows, with the first one repeated ``more`` times at the end; what comes of those is dropped."""
+    """The rows, with the first one repeated ``more`` times at the end (zeros for keys); what comes of those is dropped."""
 
     def leaf_rows(leaf: jax.Array) -> jax.Array:
-        if not jnp.issubdtype(leaf.dtype, jax.dtypes.prng_key):
-            return jnp.concatenate([leaf, jnp.broadcast_to(leaf[:1], (more, *leaf.shape[1:]))])
-        # Zero keys, because jax's key-reuse check rejects a key that is used twice.
-        data = jax.random.key_data(leaf)
-        data = jnp.concatenate([data, jnp.zeros((more, *data.shape[1:]), data.dtype)])
-        return jax.random.wrap_key_data(data, impl=jax.random.key_impl(leaf))
+        # Other keys, because jax's key-reuse check rejects a key that is used twice.
+        last = jnp.zeros_like if trees.is_key(leaf) else lambda first: first
+
+        def padded(words: jax.Array) -> jax.Array:
+            return jnp.concatenate([words, jnp.broadcast_to(last(words[:1]), (more, *words.shape[1:]))])
+
+        return trees.on_words(padded, leaf)
 
     return jax.tree.map(leaf_rows, rows) if more else rows
 
 
 def _placed(leaf: Any, sharding: NamedSharding) -> jax.Array:
-    if isinstance(leaf, jax.Array) and jnp.issubdtype(leaf.dtype, jax.dtypes.prng_key):
-        return jax.random.wrap_key_data(_placed(jax.random.key_data(leaf), sharding), impl=jax.random.key_impl(leaf))
-    value = np.array(leaf)
-    placed = jax.make_array_from_callback(value.shape, sharding, lambda index: value[index])
-    # On CPU a device's buffer may be numpy's own memory, which a donated state must not be.
-    return jnp.copy(placed)
+    def place(words: Any) -> jax.Array:
+        value = np.array(words)
+        placed = jax.make_array_from_callback(value.shape, sharding, lambda index: value[index])
+        # On CPU a device's buffer may be numpy's own memory, which a donated state must not be.
+        return jnp.copy(placed)
+
+    return trees.on_words(place, leaf)

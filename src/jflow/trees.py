@@ -5,6 +5,7 @@ Scalars are cast to the dtype of each leaf, so that float32 times move bfloat16 
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -62,3 +63,15 @@ def _bits(dtype: jnp.dtype) -> int:
 def zeros_like(x: Any) -> Any:
     """Zeros, shaped and typed like x."""
     return jax.tree.map(jnp.zeros_like, x)
+
+
+def is_key(leaf: Any) -> bool:
+    """Whether a leaf is an array of typed PRNG keys."""
+    return isinstance(leaf, jax.Array) and jnp.issubdtype(leaf.dtype, jax.dtypes.prng_key)
+
+
+def on_words(function: Callable[[Any], Any], leaf: Any) -> Any:
+    """``function(leaf)`` for an array of numbers; of typed PRNG keys, keys whose words are ``function`` of theirs."""
+    if not is_key(leaf):
+        return function(leaf)
+    return jax.random.wrap_key_data(function(jax.random.key_data(leaf)), impl=jax.random.key_impl(leaf))

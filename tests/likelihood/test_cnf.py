@@ -175,7 +175,7 @@ def test_samples_whose_solve_fails_are_counted_and_not_hidden():
                 jnp.eye(2), jax.random.key(0), types.Batch(POINTS, cond=jnp.ones(2))
             ),
             ValueError,
-            "batch: .*same leading axis",
+            "batch: .*one common leading axis",
         ),
         (
             lambda: lik.maximum_likelihood(linear)(jnp.ones((3, 2)), jax.random.key(0), types.Batch(POINTS)),

@@ -52,8 +52,8 @@ def test_the_message_of_a_tangent():
     )
     assert said == (
         f"steps 3001-3100: the tangent 'eulerian/tangent_norm' exploded: its norm 5.2e+04 is {5.2e4 / median:.3g} times "
-        f"the median so far ({median:.2g}), worst at t in [0.875, 1] and t - s in [0, 0.125]; lower the learning rate, normalise or "
-        "clip the tangent (jflow.reductions), or lengthen its warm-up"
+        f"the median so far ({median:.2g}), worst at t in [0.875, 1] and t - s in [0, 0.125]; lower the learning rate, "
+        "normalise or clip the tangent (jflow.reductions), or lengthen its warm-up"
     )
 
 

@@ -829,7 +829,7 @@ CASES = {
     "labels too few": (
         lambda d, p: fed(Batches({"x1": ROWS, "cond": ROWS[:4]})),
         ValueError,
-        r"^iterator: expected arrays with one common leading axis of rows, got \[\(4,\), \(16,\)\] at step 0$",
+        r"^iterator: step 0: expected arrays with one common leading axis of rows, got \[\(4,\), \(16,\)\]$",
     ),
     "names of files": (
         lambda d, p: fed(Batches(np.array(["a.png", "b.png"]))),

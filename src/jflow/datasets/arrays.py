@@ -53,14 +53,12 @@ class ArrayDataset:
     """
 
     def __init__(self, data: PyTree, batch_size: int, seed: int = 0, *, mesh: Mesh | None = None) -> None:
-        sizes = {np.shape(leaf)[:1] for leaf in jax.tree.leaves(data)}
-        if len(sizes) != 1 or sizes & {(), (0,)}:
-            raise ValueError(f"data: expected arrays with one common leading axis of rows, got {sorted(sizes)}")
+        rows = checks.rows("data", data)
         for leaf in jax.tree.leaves(data):
             dtype = leaf.dtype if hasattr(leaf, "dtype") else np.asarray(leaf).dtype
             if not any(jnp.issubdtype(dtype, kind) for kind in (jnp.number, jnp.bool_)):
                 raise TypeError(f"data: expected arrays of numbers, got dtype {dtype}")
-        self.size = checks.integer("the number of rows", next(iter(sizes))[0], low=1, high=2**28 - 1)
+        self.size = checks.integer("the number of rows", rows, low=1, high=2**28 - 1)
         self.batch_size = checks.integer("batch_size", batch_size, low=1, high=2**28 - 1)
         self.seed = checks.integer("seed", seed, high=2**32 - 1)
         if mesh is not None:

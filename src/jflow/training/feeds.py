@@ -309,11 +309,7 @@ def _check(values: PyTree, step: int) -> None:
     for leaf in jax.tree.leaves(values):
         if not (jnp.issubdtype(leaf.dtype, jnp.number) or leaf.dtype == bool):
             raise TypeError(f"iterator: expected arrays of numbers, got dtype {leaf.dtype} at step {step}")
-    sizes = {leaf.shape[:1] for leaf in jax.tree.leaves(values)}
-    if len(sizes) != 1 or sizes & {(), (0,)}:
-        raise ValueError(
-            f"iterator: expected arrays with one common leading axis of rows, got {sorted(sizes)} at step {step}"
-        )
+    checks.rows(f"iterator: step {step}", values)
 
 
 def _placing(sharding: NamedSharding | None) -> Place:

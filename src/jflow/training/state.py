@@ -7,7 +7,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
-from jflow import objectives
+from jflow import objectives, trees
 from jflow.training import ema as averages
 from jflow.training.optimizers import check_optimizer
 from jflow.types import Array, Key, ObjectiveFn, Params, PyTree
@@ -75,7 +75,7 @@ def init_state(
     Raises:
       TypeError: when the key is no single typed key, or ``ema`` or the optimizer is of another type.
     """
-    if not _is_key(key) or key.shape != ():
+    if not trees.is_key(key) or key.shape != ():
         raise TypeError(f"key: expected one typed PRNG key from jax.random.key, got {type(key).__name__} {key}")
     check_optimizer(optimizer)
     params = jax.tree.map(jnp.asarray, params)
@@ -97,16 +97,9 @@ def init_state(
     return jax.tree.map(_private_copy, state)
 
 
-def _is_key(leaf: Any) -> bool:
-    return isinstance(leaf, jax.Array) and jnp.issubdtype(leaf.dtype, jax.dtypes.prng_key)
-
-
 def _private_copy(leaf: Any) -> Array:
-    if _is_key(leaf):
-        data = jnp.array(jax.random.key_data(leaf), copy=True)
-        return jax.random.wrap_key_data(data, impl=jax.random.key_impl(leaf))
     # The explicit dtype also makes a weakly typed leaf strong: else the second step would trace anew.
-    return jnp.array(leaf, dtype=jnp.result_type(leaf), copy=True)
+    return trees.on_words(lambda words: jnp.array(words, dtype=jnp.result_type(words), copy=True), leaf)
 
 
 def _shapes(tree: PyTree) -> str:
