@@ -40,7 +40,7 @@ def train(out: pathlib.Path, kind: str, steps: int) -> None:
     import jflow
     from jflow import interpolants, nets, objectives, parameterizations, training
     from jflow.datasets import ArrayDataset
-    from jflow.training import feeds
+    from jflow.training import prefetch
     from jflow.types import Batch
 
     rows = np.random.default_rng(0).normal(size=(500, 4)).astype(np.float32)
@@ -56,7 +56,7 @@ def train(out: pathlib.Path, kind: str, steps: int) -> None:
     dataset = ArrayDataset(Batch(rows), batch_size=32, seed=1)
     data, batch_fn = dataset.data, dataset.batch
     if kind == "feed":
-        data, batch_fn = feeds.Feed(Batches(rows, 32)), feeds.batch
+        data, batch_fn = prefetch.Feed(Batches(rows, 32)), prefetch.batch
     optimizer, averages = optax.adam(1e-3), (0.99,)
     params = module.init(jax.random.key(0), jnp.float32(0), jnp.float32(1), jnp.zeros(4))["params"]
     state = training.init_state(params, optimizer, jax.random.key(1), ema=averages)

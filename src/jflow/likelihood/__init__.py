@@ -1,6 +1,6 @@
 """Likelihood: log-densities along the solve, through jumps, and by a learned head; maximum likelihood; weights."""
 
-from jflow.likelihood.cnf import MaximumLikelihood, maximum_likelihood
+from jflow.likelihood.batch_mixture import BatchMixture, Renoised, renoised
 from jflow.likelihood.divergence import Divergence, WithLogDensity, augment, exact_divergence, hutch_pp, hutchinson
 from jflow.likelihood.head import (
     Headed,
@@ -12,10 +12,10 @@ from jflow.likelihood.head import (
     without_head,
 )
 from jflow.likelihood.images import bits_per_dim, dequantise, quantise
-from jflow.likelihood.jumps import log_density, push, refine
-from jflow.likelihood.ode import LogDensity, ODEDensity, along_ode
-from jflow.likelihood.renoised import BatchMixture, Renoised, renoised
-from jflow.likelihood.weights import Weights, effective_sample_size, expectation, normalised
+from jflow.likelihood.importance import Weights, effective_sample_size, expectation, normalised
+from jflow.likelihood.jump_density import log_density, push, refine
+from jflow.likelihood.max_likelihood import MaximumLikelihood, maximum_likelihood
+from jflow.likelihood.ode_density import LogDensity, ODEDensity, along_ode
 
 __all__ = [
     "BatchMixture",

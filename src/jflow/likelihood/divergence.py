@@ -25,7 +25,7 @@ import jax
 import jax.numpy as jnp
 
 from jflow import checks, trees
-from jflow.likelihood.linear import Mode, linearise
+from jflow.likelihood.jacobian import Mode, linearise
 from jflow.types import Array, Cond, Event, Key, Params, Time, Velocity
 
 # (b, x, key) -> (b(x), div b(x)): of a function of x alone, with one call of it.

@@ -1,11 +1,11 @@
 """Training: the state, the step, averages, checkpoints and the loop."""
 
-from jflow.training import distributed, ema, ema_posthoc, feeds, image_grids, throughput
+from jflow.training import distributed, ema, ema_posthoc, image_grids, prefetch, throughput
 from jflow.training.checkpoints import Checkpoints, restore_params
 from jflow.training.distributed import PreemptedError
-from jflow.training.feeds import Feed
 from jflow.training.loop import fit
 from jflow.training.metrics_log import MetricsLog
+from jflow.training.prefetch import Feed
 from jflow.training.recorder import NonFiniteError
 from jflow.training.state import TrainState, init_state
 from jflow.training.step import make_chunk, make_step
@@ -22,12 +22,12 @@ __all__ = [
     "distributed",
     "ema",
     "ema_posthoc",
-    "feeds",
     "fit",
     "image_grids",
     "init_state",
     "make_chunk",
     "make_step",
+    "prefetch",
     "restore_params",
     "throughput",
 ]

@@ -17,8 +17,8 @@ from jflow.training import throughput
 from jflow.training.alarms import Watch
 from jflow.training.checkpoints import Checkpoints, absolute, as_json
 from jflow.training.distributed import Notice, PreemptedError, Watchdog, first_process, together
-from jflow.training.feeds import Feed
 from jflow.training.metrics_log import MetricsLog, read
+from jflow.training.prefetch import Feed
 from jflow.training.progress import progress
 from jflow.training.recorder import Interval, Recorder, Row
 from jflow.training.state import TrainState

@@ -4,7 +4,7 @@ r"""The log-density along the ODE dx/dt = b_t(x), by one Diffrax solve of the st
 
 in both directions: of a given x at time t, which is carried back to the base, and of the sample that a base point x_0
 flows to. With an estimated divergence, whose probes are fixed within a solve, the log-density is unbiased; the density,
-its exponential, is then biased upward (see ``jflow.likelihood.weights``).
+its exponential, is then biased upward (see ``jflow.likelihood.importance``).
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ class LogDensity(NamedTuple):
       valid: whether the number means what it says, a bool: the solve reached its end and the result is finite; through
         jumps, every Jacobian met has a positive determinant and every inverse was found.
       sign: of the determinant of the sampler's Jacobian, the product over its jumps: 1.0, -1.0 where the map has been turned
-        over, as in a fold, 0.0 where it is singular. Along a solve 1. See ``jflow.likelihood.weights``.
+        over, as in a fold, 0.0 where it is singular. Along a solve 1. See ``jflow.likelihood.importance``.
     """
 
     log_density: Array

@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
-from jflow.training import Feed, feeds, make_chunk
+from jflow.training import Feed, make_chunk, prefetch
 from jflow.types import Batch
 
 BATCH = 16
@@ -92,7 +92,7 @@ def no_thread_is_left():
 
 @pytest.fixture(scope="module")
 def chunk(problem):
-    return make_chunk(problem.step, feeds.batch)
+    return make_chunk(problem.step, prefetch.batch)
 
 
 def train(state, chunk, feed, step, stop):
@@ -179,7 +179,7 @@ def test_batches_do_not_depend_on_the_devices(shape, spec):
     for leaf in jax.tree.leaves(data.batches):
         assert leaf.sharding.is_equivalent_to(NamedSharding(mesh, PartitionSpec(None, spec)), 3)
     np.testing.assert_array_equal(data.batches.x1, expected)
-    take = jax.jit(feeds.batch, out_shardings=sharding)
+    take = jax.jit(prefetch.batch, out_shardings=sharding)
     np.testing.assert_array_equal(take(data, np.int32(2)).x1, expected[2])
     assert take(data, np.int32(2)).cond.sharding.is_equivalent_to(sharding, 2)
 
@@ -346,7 +346,7 @@ def test_the_thread_ends_with_its_feed():
 
 
 def test_closing_does_not_wait_for_ever(monkeypatch):
-    monkeypatch.setattr(feeds, "PATIENCE", 0.05)
+    monkeypatch.setattr(prefetch, "PATIENCE", 0.05)
     asked, gate = threading.Event(), threading.Event()
 
     class Slow(Reader):

@@ -25,8 +25,8 @@ import numpy as np
 
 from jflow import autodiff, bases, checks, solvers, trees
 from jflow.bases import Base
-from jflow.likelihood.linear import flatten, linearise
-from jflow.likelihood.ode import LogDensity, check_event, log_base
+from jflow.likelihood.jacobian import flatten, linearise
+from jflow.likelihood.ode_density import LogDensity, check_event, log_base
 from jflow.samplers import Grid
 from jflow.types import Array, BoundFlowMap, Cond, Event, Key
 

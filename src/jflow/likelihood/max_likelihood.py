@@ -25,7 +25,7 @@ from jax.flatten_util import ravel_pytree
 from jflow import autodiff, bases, checks, reports, solvers, trees
 from jflow.bases import Base
 from jflow.likelihood.divergence import Divergence, WithLogDensity, augment
-from jflow.likelihood.ode import log_base
+from jflow.likelihood.ode_density import log_base
 from jflow.types import Array, Aux, Batch, Cond, Context, Event, Key, Params, Time, Velocity, as_batch, move
 
 
