@@ -206,9 +206,7 @@ def page(results: dict[str, Any], bias: dict[str, Any] | None) -> str:
     seeds = min(row["seeds"] for row in found.values())
     head = MEASURED.format(**facts, **{k: config[k] for k in ("steps", "batch", "depth", "features")}, seeds=seeds)
     parts = [INTRO, head, measured(found), FIGURE, "## Method by method"]
-    # In the order of the table; a method without a row raises.
-    names = [name for name in found if name in objectives.METHODS]
-    parts += [section(name, found) for name in dict.fromkeys([*names, *objectives.METHODS])]
+    parts += [section(name, found) for name in objectives.METHODS]
     parts += [NOISE]
     if bias is not None:
         parts += [BIAS, reduction_bias.table(bias["rows"])]

@@ -4,6 +4,15 @@
 above it; ``sequence`` and ``weighted_sum`` make objectives of objectives.
 """
 
+# The families in the order of the catalogue, which is the order in which they are imported.
+# isort: off
+from jflow.objectives import regression as _regression  # noqa: F401
+from jflow.objectives import lagrangian as _lagrangian  # noqa: F401
+from jflow.objectives import eulerian as _eulerian  # noqa: F401
+from jflow.objectives import semigroup as _semigroup  # noqa: F401
+from jflow.objectives import consistency as _consistency  # noqa: F401
+
+# isort: on
 from jflow.objectives import curriculum, velocity_estimates
 from jflow.objectives.combine import sequence, weighted_sum
 from jflow.objectives.consistency import consistency_distillation, consistency_training, ect, ict

@@ -18,17 +18,11 @@ from jflow import identities, reductions, times
 from jflow.identities import Derivative
 from jflow.interpolants import Interpolant
 from jflow.objectives.curriculum import Schedule, value_at
+from jflow.objectives.lagrangian import align_your_flow
 from jflow.objectives.method import method
-from jflow.objectives.objective import Choices, Objective, default_pairs
+from jflow.objectives.objective import DerivativeChoices, Objective, default_pairs
 from jflow.objectives.row import Row, Term
-from jflow.types import TO_DATA, Array, Event, FlowMap
-
-
-class DerivativeChoices(Choices, total=False):
-    """The choices of a method with a derivative in its residual."""
-
-    warmup: Schedule | None
-    derivative: Derivative
+from jflow.types import TO_DATA, Event, FlowMap
 
 
 class Reads(TypedDict):
@@ -357,15 +351,6 @@ def facm(flow_map: FlowMap, interpolant: Interpolant, **choices: Unpack[Derivati
     """
     reads: Reads = {"velocity": "conditional", "stop": "target"}
     return _eulerian("facm", flow_map, interpolant, {"diagonal": 0.5, **to_data({**choices})}, reads)
-
-
-def align_your_flow() -> dict[str, Any]:
-    """The paper's choices (2506.14603), of both its methods."""
-
-    def rising(step: Array) -> Array:
-        return 0.99 * (step / 10_000.0).clip(0.0, 1.0)
-
-    return {"reduction": reductions.normalised(0.1), "warmup": rising}
 
 
 @method(

@@ -13,15 +13,14 @@ from typing import Any, Unpack
 
 import jax.numpy as jnp
 
-from jflow import checks, identities, times, trees
+from jflow import checks, identities, reductions, times, trees
 from jflow.identities import Derivative
 from jflow.interpolants import Interpolant
 from jflow.objectives.curriculum import Schedule, value_at
-from jflow.objectives.eulerian import DerivativeChoices, align_your_flow
 from jflow.objectives.method import method
-from jflow.objectives.objective import Choices, Objective, default_pairs
+from jflow.objectives.objective import Choices, DerivativeChoices, Objective, default_pairs
 from jflow.objectives.row import Row, Term
-from jflow.types import FROM_NOISE, FlowMap, move
+from jflow.types import FROM_NOISE, Array, FlowMap, move
 
 
 def lagrangian_term(leg: str, stop: str, warmup: Schedule | None = None, derivative: Derivative | None = None) -> Term:
@@ -139,6 +138,15 @@ def lsd(
     Cost: 7 passes (derivative with value 2, back through it 4, the diagonal 1).
     """
     return _lagrangian("lsd", flow_map, interpolant, {**choices}, leg, stop)
+
+
+def align_your_flow() -> dict[str, Any]:
+    """The paper's choices (2506.14603), of both its methods."""
+
+    def rising(step: Array) -> Array:
+        return 0.99 * (step / 10_000.0).clip(0.0, 1.0)
+
+    return {"reduction": reductions.normalised(0.1), "warmup": rising}
 
 
 @method(

@@ -23,11 +23,12 @@ import jax.numpy as jnp
 
 from jflow import bases, checks, couplings, reductions, reports, sharding, trees
 from jflow import times as laws
-from jflow.identities import tangent
+from jflow.identities import Derivative, tangent
 from jflow.interpolants import Interpolant
 from jflow.named import described, shown
 from jflow.objectives import velocity_estimates
 from jflow.objectives.batch_split import BatchSplit, split_batch
+from jflow.objectives.curriculum import Schedule
 from jflow.objectives.row import Estimate, Leg, Row, Term
 from jflow.types import (
     Array,
@@ -67,6 +68,13 @@ class Choices(TypedDict, total=False):
     coupling: couplings.Coupling
     blocks: int
     domain: Domain
+
+
+class DerivativeChoices(Choices, total=False):
+    """The choices of a method with a derivative in its residual."""
+
+    warmup: Schedule | None
+    derivative: Derivative
 
 
 class Sample(NamedTuple):
