@@ -285,6 +285,9 @@ def test_encode_inverts_and_falls_back_on_a_solve_saying_so():
     np.testing.assert_allclose(solved, noise, rtol=1e-6)
     with pytest.raises(ValueError, match="descending"):
         samplers.encode(both, x, [0.0, 1.0])
+    # Options of a solve that does not take place are not ignored.
+    with pytest.raises(ValueError, match="rtol: expected none for a map whose domain goes backward"):
+        samplers.encode(both, x, [1.0, 0.0], rtol=1e-3)
 
 
 # ---- the registry ----

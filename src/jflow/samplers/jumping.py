@@ -101,7 +101,8 @@ def encode(
       The state at grid[-1], shaped like x1.
 
     Raises:
-      ValueError: for a grid that does not descend, or a jump outside the domain of a map that goes backward.
+      ValueError: for a grid that does not descend; for a map that goes backward, for a jump outside its domain, or options of
+        a solve that it does not need.
       TypeError: for x1 that is not floating-point.
       RuntimeError: at an un-jitted call whose solve needs more than ``max_steps``.
     """
@@ -111,6 +112,9 @@ def encode(
     if values is not None and not (np.diff(values) < 0).all():
         raise ValueError(f"grid: expected strictly descending times, got {values}")
     if bound.domain.backward:
+        if solver is not None or choices:
+            given = ", ".join(["solver"] * (solver is not None) + sorted(choices))
+            raise ValueError(f"{given}: expected none for a map whose domain goes backward, which jumps and is not solved")
         return jumps(bound, x1, grid, cond, key=key)
     warnings.warn(
         f"encode: the map's domain, {bound.domain.name}, has no backward direction: its diagonal is solved",
