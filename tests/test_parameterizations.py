@@ -209,3 +209,21 @@ def test_refusals_of_a_started_map():
         parameterizations.from_velocity(velocity, short).jump(STARTED, 0.0, 1.0, X)
     with pytest.raises(ValueError, match="velocity's output"):
         parameterizations.from_velocity(short, correction).jump(STARTED, 0.0, 1.0, X)
+
+
+def test_the_gaussian_form_reads_the_deviation_of_the_base():
+    """With a network of zeros the map is the exact one of N(0, I) data and the base, and another base is refused."""
+    from jflow import bases, oracles
+
+    path, base = interpolants.trigonometric(), bases.Normal(std=2.5)
+    zero = lambda p, s, t, x, cond=None, *, key=None: jnp.zeros_like(x)  # noqa: E731
+    flow_map = parameterizations.flow_map(zero, parameterizations.gaussian_form(path, base))
+    exact = oracles.gaussian(path, base=base)
+    truth = oracles.gaussian_params(jnp.zeros(2), jnp.eye(2))
+    x = jnp.array([0.7, -1.2])
+    for s, t in ((0.0, 1.0), (0.2, 0.2), (0.3, 0.9)):
+        want = exact.flow_map.mean_velocity(truth, s, t, x)
+        np.testing.assert_allclose(flow_map.mean_velocity(None, s, t, x), want, rtol=1e-10)
+    for other in (bases.Normal(mean=1.0), bases.Normal(std=jnp.ones(2))):
+        with pytest.raises(ValueError, match="gaussian_form expects a Normal with mean 0"):
+            parameterizations.gaussian_form(path, other)

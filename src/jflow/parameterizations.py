@@ -14,7 +14,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
-from jflow import checks, parts, trees, types
+from jflow import bases, checks, parts, trees, types
 from jflow.interpolants import Interpolant
 from jflow.types import FORWARD, Array, Cond, Domain, Event, FlowMap, Key, Params, Time, Velocity
 
@@ -57,8 +57,11 @@ def data_form(interpolant: Interpolant, clamp: float = 0.05) -> Parameterization
     """A = alpha_t/alpha_s, B = beta_t - alpha_t beta_s/alpha_s: the network predicts the data end (DDIM, 2010.02502).
 
     On the diagonal it is the denoiser. Singular where alpha_s = 0 (s = 1 on the linear path): there alpha_s is replaced by
-    max(alpha_s, clamp) in the denominators (2601.22158 uses 0.05), which keeps X_{s,s} = id and the value for the exact
-    network finite, but is another function of the network than the unclamped one wherever alpha_s < clamp.
+    max(alpha_s, clamp) in the denominators, which keeps X_{s,s} = id and the value for the exact network finite, but is
+    another function of the network than the unclamped one wherever alpha_s < clamp.
+
+    Pixel MeanFlow (2601.22158) clamps otherwise on the linear path: v = (net - x)/max(1 - s, 0.05), regressed on the
+    velocity of the pair that is clamped in the same way. The two agree where 1 - s >= clamp.
 
     Raises:
       ValueError: for a clamp outside (0, 1]; TypeError when it is no number.
@@ -92,17 +95,29 @@ def noise_form(interpolant: Interpolant, clamp: float = 0.05) -> Parameterizatio
     return Parameterization("noise", coefficients, singular=(0.0,))
 
 
-def gaussian_form(interpolant: Interpolant) -> Parameterization:
-    """A = sigma_t/sigma_s with sigma^2 = alpha^2 + beta^2, B = t - s: the network predicts what v is beyond that of N(0, I).
+def gaussian_form(interpolant: Interpolant, base: bases.Base = bases.STANDARD_NORMAL) -> Parameterization:
+    """A = sigma_t/sigma_s with sigma^2 = alpha^2 std^2 + beta^2, B = t - s: the network predicts what v is beyond that of
+    data ~ N(0, I).
 
     For centred data of unit scale the linear part is the exact map of the Gaussian with the same moments, so the network
     starts from there; the preconditioning of EDM (2206.00364), for two times. sigma has no zero.
+
+    Args:
+      interpolant: the path.
+      base: a centred ``bases.Normal`` whose std is a number.
+
+    Raises:
+      ValueError: for another base.
     """
+    normal = bases.gaussian(base, "gaussian_form")
+    if not isinstance(normal.std, (int, float)) or not isinstance(normal.mean, (int, float)) or normal.mean != 0:
+        raise ValueError(f"base: gaussian_form expects a Normal with mean 0 and a number for its std, got {normal!r}")
+    variance = float(normal.std) ** 2
 
     def coefficients(s: Time, t: Time) -> tuple[Array, Array]:
         a_s, a_t, b_s, b_t = interpolant.alpha(s), interpolant.alpha(t), interpolant.beta(s), interpolant.beta(t)
-        sigma_s, sigma_t = jnp.sqrt(a_s**2 + b_s**2), jnp.sqrt(a_t**2 + b_t**2)
-        variance_dd = interpolant.alpha_dd(s, t) * (a_s + a_t) + interpolant.beta_dd(s, t) * (b_s + b_t)
+        sigma_s, sigma_t = jnp.sqrt(variance * a_s**2 + b_s**2), jnp.sqrt(variance * a_t**2 + b_t**2)
+        variance_dd = variance * interpolant.alpha_dd(s, t) * (a_s + a_t) + interpolant.beta_dd(s, t) * (b_s + b_t)
         return variance_dd / ((sigma_s + sigma_t) * sigma_s), jnp.ones_like(sigma_s)
 
     return Parameterization("gaussian", coefficients)

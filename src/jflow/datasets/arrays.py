@@ -23,7 +23,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh
 
-from jflow import checks, couplings, sharding
+from jflow import bases, checks, couplings, sharding
 from jflow.types import Array, Batch, Key, PyTree
 
 ROUNDS = 24
@@ -143,6 +143,7 @@ def coupled(
     batch_size: int | None = None,
     seed: int = 0,
     couple: Callable[[PyTree, PyTree, PyTree], couplings.Assignment] = couplings.assignment,
+    base: bases.Base = bases.STANDARD_NORMAL,
 ) -> CoupledDataset:
     """Minibatches of a dataset, each paired with base points on the host, once, as a pool of rows to train on.
 
@@ -150,7 +151,7 @@ def coupled(
         chunk = make_chunk(step, pool.batch)
         fit(state, chunk, pool.data, ...)
 
-    Minibatch k is ``dataset.batch(dataset.data, k)``, k = 0, ..., batches - 1, with x0 ~ N(0, I) from (seed, k), paired by
+    Minibatch k is ``dataset.batch(dataset.data, k)``, k = 0, ..., batches - 1, with x0 ~ base from (seed, k), paired by
     ``couple(x0, x1, cond)``. The rows of the pool are then shuffled together, every epoch anew. A row's law is the same
     as if the minibatches were kept (the mean of their pairings), whereas the batches of training change from epoch to
     epoch, and may be smaller than the minibatches of the coupling, which pair the better the larger they are.
@@ -168,6 +169,7 @@ def coupled(
       couple: ``(x0, x1, cond) -> Assignment``, of numpy arrays. By default the exact assignment, with cond, where there
         is any, as the labels within which rows are exchanged; for cond that is not discrete pass a function that makes
         labels of it, or that ignores it, with the consequence that ``jflow.couplings`` states.
+      base: the law of x0.
 
     Returns:
       CoupledDataset of batches * dataset.batch_size rows, Batch(x1, x0, cond).
@@ -178,6 +180,7 @@ def coupled(
       ImportError: as ``couple``.
     """
     checks.integer("batches", batches, low=1, high=2**31 - 1)
+    independent = couplings.Independent(base)
     checks.integer("seed", seed, high=2**32 - 1)
     # No step has this number: the keys differ from those of a SampledDataset of the same seed.
     key = jax.random.fold_in(jax.random.key(seed, impl="threefry2x32"), 2**32 - 1)
@@ -187,7 +190,7 @@ def coupled(
         batch = dataset.batch(data, step)
         if not isinstance(batch, Batch) or batch.x0 is not None:
             raise ValueError("dataset: expected batches that are a Batch without x0")
-        return batch, couplings.independent(jax.random.fold_in(key, step), batch.x1)
+        return batch, independent(jax.random.fold_in(key, step), batch.x1)
 
     checks.fits("dataset: data", dataset.data)
     pairs, costs = [], []

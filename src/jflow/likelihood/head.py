@@ -257,7 +257,8 @@ def head_objective(
       along: "divergence", or "head": off the diagonal sg D_{t,t} then takes the place of div c_t, which saves its passes
         and leaves the diagonal rows to say what it is.
       stop: what gets no gradient beside the map. "velocity", div c alone: the default but for the semigroup; "target", all
-        but the leading D: the semigroup's; "spatial", of the Eulerian: div c and grad D.
+        but the leading D: the semigroup's; "spatial", of the Eulerian: div c and grad D. F2D2 (2512.02636)
+        stops the target.
       derivative: ``forward_mode``, ``central_difference(h)`` or ``finite_difference(h)``.
       **choices: of ``Objective``: diagonal (1/2 by default), times, pairs, gammas, reduction, diagonal_reduction,
         base, coupling, blocks, domain. Only the squared reduction leaves the exact head stationary with an estimated

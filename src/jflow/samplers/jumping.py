@@ -114,7 +114,9 @@ def encode(
     if bound.domain.backward:
         if solver is not None or choices:
             given = ", ".join(["solver"] * (solver is not None) + sorted(choices))
-            raise ValueError(f"{given}: expected none for a map whose domain goes backward, which jumps and is not solved")
+            raise ValueError(
+                f"{given}: expected none for a map whose domain goes backward, which jumps and is not solved"
+            )
         return jumps(bound, x1, grid, cond, key=key)
     warnings.warn(
         f"encode: the map's domain, {bound.domain.name}, has no backward direction: its diagonal is solved",
