@@ -31,7 +31,7 @@ from jflow.types import Aux, Batch, BoundFlowMap, Context, Domain, FlowMap, Velo
 if TYPE_CHECKING:
     from jflow import datasets, diagnostics, likelihood, metrics, nets, oracles, samplers, solvers, training
 
-__version__ = "0.1.0"
+__version__ = "0.2.0"
 
 # Loaded at first use: they bring flax, diffrax, orbax or the like.
 _LAZY = ("datasets", "diagnostics", "likelihood", "metrics", "nets", "oracles", "samplers", "solvers", "training")
