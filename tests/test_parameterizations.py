@@ -227,3 +227,28 @@ def test_the_gaussian_form_reads_the_deviation_of_the_base():
     for other in (bases.Normal(mean=1.0), bases.Normal(std=jnp.ones(2))):
         with pytest.raises(ValueError, match="gaussian_form expects a Normal with mean 0"):
             parameterizations.gaussian_form(path, other)
+
+
+def test_arguments_that_are_not_a_network_and_a_form_are_named():
+    net = lambda p, s, t, x, cond=None, *, key=None: p @ x  # noqa: E731
+    form = parameterizations.mean_velocity_form()
+    with pytest.raises(TypeError, match=r"parameterization: expected .*, got a function that was not called"):
+        parameterizations.flow_map(net, parameterizations.mean_velocity_form)
+    with pytest.raises(TypeError, match="parameterization: expected a Parameterization.*, got 'v'"):
+        parameterizations.flow_map(net, "v")
+    with pytest.raises(TypeError, match="apply: expected a network .*, got Parameterization"):
+        parameterizations.flow_map(form, net)
+    made = parameterizations.flow_map(net, form)
+    with pytest.raises(TypeError, match="apply: expected a network .*, got FlowMap"):
+        parameterizations.flow_map(made, form)
+    # A batch in place of a sample: the network's own error, with what it was given.
+    for call in (made.jump, made.mean_velocity):
+        with pytest.raises(TypeError) as error:
+            call(jnp.eye(3), 0.0, 1.0, jnp.zeros((8, 3)))
+        assert any("one sample, here of shape (8, 3)" in note for note in error.value.__notes__)
+    with pytest.raises(ValueError, match="s: expected a scalar"):
+        made.jump(jnp.eye(3), jnp.zeros(8), jnp.ones(8), jnp.zeros((8, 3)))
+    with pytest.raises(ValueError, match="outside the map's domain"):
+        made.jump(jnp.eye(3), 1.0, 0.0, jnp.zeros(3))
+    with pytest.raises(ValueError, match=r"t: expected a time in \[0, 1\], got 999"):
+        made.jump(jnp.eye(3), 0.0, 999.0, jnp.zeros(3))

@@ -6,6 +6,7 @@ concrete; ``concrete`` returns None for a traced array, and the caller then skip
 
 from __future__ import annotations
 
+import contextlib
 import math
 from collections.abc import Collection, Iterator, Sequence
 from typing import Any
@@ -205,6 +206,19 @@ def _lost(values: np.ndarray, dtype: np.dtype) -> np.ndarray:
     with np.errstate(over="ignore", invalid="ignore"):
         cast = values.astype(dtype)
     return cast != values if values.dtype.kind in "iu" else np.isfinite(values) & ~np.isfinite(cast)
+
+
+@contextlib.contextmanager
+def of_one_sample(x: Any) -> Iterator[None]:
+    """Adds to an error raised within what a model was given, for a batch in place of a sample fails deep inside of it."""
+    try:
+        yield
+    except (TypeError, ValueError) as error:
+        shapes = ", ".join(str(np.shape(leaf)) for leaf in jax.tree.leaves(x))
+        note = f"x: jflow calls a model with one sample, here of shape {shapes}; call it under jax.vmap over a batch"
+        if note not in getattr(error, "__notes__", ()):
+            error.add_note(note)
+        raise
 
 
 def output(name: str, value: Any, x: Any) -> Any:

@@ -167,8 +167,18 @@ def flow_map(apply: NetworkApply, parameterization: Parameterization, domain: Do
 
     Raises:
       ValueError: (when called) for a time that is not a scalar, or a network whose output is not shaped like x.
-      TypeError: (when called) for an x or an output that is not floating point.
+      TypeError: for a network that cannot be called, or a form that is not a Parameterization; (when called) for an x or an
+        output that is not floating point.
     """
+    if isinstance(apply, (Parameterization, FlowMap)) or not callable(apply):
+        raise TypeError(
+            f"apply: expected a network (params, s, t, x, cond=None, *, key=None), got {type(apply).__name__}"
+        )
+    if not isinstance(parameterization, Parameterization):
+        kind = "a function that was not called" if callable(parameterization) else repr(parameterization)
+        raise TypeError(
+            f"parameterization: expected a Parameterization, as parameterizations.mean_velocity_form(), got {kind}"
+        )
 
     def mean_velocity(
         params: Params, s: Time, t: Time, x: Event, cond: Cond = None, *, key: Key | None = None

@@ -204,7 +204,9 @@ class _Checked:
         self, params: Params, s: Time, t: Time, x: Event, cond: Cond = None, *, key: Key | None = None
     ) -> Event:
         self.domain.check_times(s, t)
-        return checks.output(f"{self.name}'s output", self.function(params, s, t, x, cond, key=key), x)
+        with checks.of_one_sample(x):
+            output = self.function(params, s, t, x, cond, key=key)
+        return checks.output(f"{self.name}'s output", output, x)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -215,7 +217,9 @@ class _CheckedVelocity:
     name: str
 
     def __call__(self, params: Params, t: Time, x: Event, cond: Cond = None, *, key: Key | None = None) -> Event:
-        return checks.output(f"{self.name}'s output", self.function(params, t, x, cond, key=key), x)
+        with checks.of_one_sample(x):
+            output = self.function(params, t, x, cond, key=key)
+        return checks.output(f"{self.name}'s output", output, x)
 
 
 @jax.tree_util.register_dataclass
