@@ -9,7 +9,7 @@ from __future__ import annotations
 import contextlib
 import math
 from collections.abc import Collection, Iterator, Sequence
-from typing import Any
+from typing import Any, TypeVar
 
 import jax
 import numpy as np
@@ -18,6 +18,8 @@ import numpy as np
 ROUNDING = 1e-6
 # Elements of an array that ``fits`` looks at together, so that of a memory-mapped array little is in memory.
 _BLOCK = 2**20
+
+Choice = TypeVar("Choice")
 
 
 def concrete(value: Any) -> np.ndarray | None:
@@ -58,7 +60,7 @@ def integer(name: str, value: Any, *, low: int = 0, high: int | None = None) -> 
     return int(value)
 
 
-def choice(name: str, value: Any, allowed: Collection[Any]) -> Any:
+def choice(name: str, value: Choice, allowed: Collection[object]) -> Choice:
     """One of the allowed values.
 
     Raises:

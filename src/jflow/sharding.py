@@ -23,14 +23,14 @@ import numpy as np
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
 from jflow import checks, trees
-from jflow.types import PyTree
+from jflow.types import Device, PyTree
 
 AXES = ("data", "fsdp")
 # Smaller arrays are whole on every device: collecting their parts would cost more than it saves.
 SMALLEST = 2**12
 
 
-def mesh(fsdp: int = 1, devices: Sequence[jax.Device] | None = None) -> Mesh:
+def mesh(fsdp: int = 1, devices: Sequence[Device] | None = None) -> Mesh:
     """A mesh with axes ``data`` and ``fsdp``, of sizes devices/fsdp and fsdp.
 
     Args:
@@ -138,7 +138,9 @@ def split(tree: PyTree, mesh: Mesh, *, name: str = "tree") -> PyTree:
         count, *rest = leaf.shape
         padded = -(-count // mesh.size) * mesh.size
 
-        def block(index: tuple[slice, ...]) -> np.ndarray:
+        def block(index: tuple[slice, ...] | None) -> np.ndarray:
+            # None, in jax's type, stands for a shard without rows; the rows of a NamedSharding have indices.
+            assert index is not None
             start, stop, _ = index[0].indices(padded)
             part = np.asarray(leaf[start : min(stop, count)])
             checks.fits(f"{name}{jax.tree_util.keystr(path)}", part)
@@ -156,7 +158,8 @@ def local(tree: PyTree) -> PyTree:
     def on_host(data: jax.Array) -> np.ndarray:
         if not (data.is_fully_addressable or data.is_fully_replicated):
             sharding = data.sharding
-            assert isinstance(sharding, NamedSharding)
+            # Every layout of the library is one, and an array lies on devices, not on an abstract mesh.
+            assert isinstance(sharding, NamedSharding) and isinstance(sharding.mesh, Mesh)
             data = jax.jit(lambda x: x, out_shardings=whole(sharding.mesh))(data)
         return np.array(data.addressable_data(0) if data.is_fully_replicated else data)
 

@@ -13,7 +13,7 @@ from __future__ import annotations
 import dataclasses
 import itertools
 from collections.abc import Sequence
-from typing import Any, NamedTuple, Protocol
+from typing import Any, NamedTuple, Protocol, TypeAlias
 
 import jax
 import jax.numpy as jnp
@@ -28,19 +28,21 @@ Event = Any
 Cond = Any
 Key = Array
 Time = Any
+# jaxlib comes without types, so that to a type checker the class is a variable.
+Device: TypeAlias = jax.Device  # pyright: ignore[reportInvalidTypeForm]
 
 
 class Velocity(Protocol):
     """The velocity b_t(x) of a probability-flow ODE dx/dt = b_t(x), of one sample; shaped like x."""
 
-    def __call__(self, params: Params, t: Time, x: Event, cond: Cond = None, *, key: Key | None = None) -> Event: ...
+    def __call__(self, params: Params, t: Time, x: Event, /, cond: Cond = None, *, key: Key | None = None) -> Event: ...
 
 
 class MeanVelocity(Protocol):
     """The mean velocity v_{s,t}(x) = (X_{s,t}(x) - x)/(t - s) of one sample; shaped like x."""
 
     def __call__(
-        self, params: Params, s: Time, t: Time, x: Event, cond: Cond = None, *, key: Key | None = None
+        self, params: Params, s: Time, t: Time, x: Event, /, cond: Cond = None, *, key: Key | None = None
     ) -> Event: ...
 
 

@@ -15,7 +15,7 @@ import pytest
 
 from jflow import sharding
 from jflow.training import Checkpoints, checkpoint_arrays, init_state, restore_params
-from jflow.training.checkpoints import difference
+from jflow.training.checkpoint_config import difference
 
 # Reads of a damaged checkpoint that fail leave others under way, which report to an event loop that has ended.
 pytestmark = pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")

@@ -50,9 +50,9 @@ def digits(held_out: float = 0.2, seed: int = 0) -> Split:
         raise ImportError(
             "digits: the images come with scikit-learn, which is missing: pip install scikit-learn"
         ) from error
-    source = load_digits()
-    images = (source.images[..., None] / 8.0 - 1.0).astype(np.float32)
-    labels = source.target.astype(np.int32)
+    pixels, target = (np.asarray(array) for array in load_digits(return_X_y=True))
+    images = (pixels.reshape(-1, 8, 8, 1) / 8.0 - 1.0).astype(np.float32)
+    labels = target.astype(np.int32)
     random = np.random.default_rng(seed)
     out = np.zeros(len(labels), bool)
     for label in np.unique(labels):

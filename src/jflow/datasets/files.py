@@ -183,7 +183,7 @@ def pipeline(
         raise TypeError(f"transform: expected a function (row, rng) -> row, got {type(transform).__name__}")
     if (process_index is None) != (process_count is None):
         raise ValueError("process_index, process_count: expected both or neither")
-    if process_count is None:
+    if process_index is None or process_count is None:
         process_index, process_count = jax.process_index(), jax.process_count()
     checks.integer("process_count", process_count, low=1)
     checks.integer("process_index", process_index, high=process_count - 1)
@@ -198,6 +198,7 @@ def pipeline(
     if not 1 <= len(source) <= 2**32:
         raise ValueError(f"source: expected at least one row, and at most 2^32, got {len(source)}")
     share = batch_size // process_count
+    offset = process_index * share
 
     class Share(grain.MapDataset):
         """Item n B/P + i of this process is position n B + p B/P + i of all."""
@@ -211,7 +212,7 @@ def pipeline(
 
         def __getitem__(self, index: int) -> PyTree:
             step, place = divmod(index, share)
-            return self.rows[step * batch_size + process_index * share + place]
+            return self.rows[step * batch_size + offset + place]
 
     rows = grain.MapDataset.source(source).seed(seed).shuffle().repeat()
     if transform is not None:

@@ -37,7 +37,7 @@ from jflow.identities import Derivative
 from jflow.interpolants import Interpolant
 from jflow.likelihood.divergence import Divergence, WithLogDensity, augment
 from jflow.objectives import velocity_estimates
-from jflow.objectives.objective import Choices, Objective
+from jflow.objectives.objective import Objective, RowChoices
 from jflow.objectives.row import Row, Term, gamma_of
 from jflow.parameterizations import NetworkApply, Parameterization
 from jflow.types import (
@@ -218,7 +218,10 @@ class HeadObjective:
         batch = as_batch(batch)
         if self.own:
             context = context._replace(teacher=jax.lax.stop_gradient(params))
-        states = Batch(_states("batch.x1", batch.x1), _states("batch.x0", batch.x0), batch.cond)
+        x1, x0 = (
+            None if x is None else _states(f"batch.{name}", x) for name, x in (("x1", batch.x1), ("x0", batch.x0))
+        )
+        states = Batch(x1, x0, batch.cond)
         loss, aux = self.on_states(params, key, states, context)
         broken = jnp.logical_not(jnp.isfinite(jax.lax.stop_gradient(loss)))
         return loss, aux._replace(metrics={**aux.metrics, "nonfinite_rows": reports.Total(jnp.sum(broken))})
@@ -234,7 +237,7 @@ def head_objective(
     along: str = "divergence",
     stop: str | None = None,
     derivative: Derivative = identities.forward_mode,
-    **choices: Unpack[Choices],
+    **choices: Unpack[RowChoices],
 ) -> HeadObjective:
     """R( residual of D ) by one of the module's identities, and R( D_{t,t} - sg div c_t ) on the diagonal rows.
 
@@ -272,7 +275,7 @@ def head_objective(
     """
     checks.choice("identity", identity, STOPS)
     checks.choice("along", along, ("divergence", "head"))
-    stop = STOPS[identity][0] if stop is None else checks.choice("stop", stop, STOPS[identity])
+    stopped: str = STOPS[identity][0] if stop is None else checks.choice("stop", stop, STOPS[identity])
     chosen: dict[str, Any] = {"diagonal": 0.5, **choices}
     if chosen["diagonal"] == 0.0 and (identity == "semigroup" or along == "head"):
         raise ValueError(f"diagonal: expected more than 0, for the {identity} identity alone holds for D = 0 as well")
@@ -289,9 +292,9 @@ def head_objective(
 
         v, b = row.own.v, row.leg("teacher").velocity if along == "divergence" else own
         if identity == "lagrangian":
-            found = identities.lagrangian(v, row.s, row.t, row.x, b, stop=stop, derivative=derivative)
+            found = identities.lagrangian(v, row.s, row.t, row.x, b, stop=stopped, derivative=derivative)
         elif identity == "eulerian":
-            found = identities.eulerian(v, row.s, row.t, row.x, b(row.s, row.x), stop=stop, derivative=derivative)
+            found = identities.eulerian(v, row.s, row.t, row.x, b(row.s, row.x), stop=stopped, derivative=derivative)
         else:
             found = identities.semigroup(v, row.s, row.t, row.x, gamma_of(row))
         return identities.Residual(*(part.log_density for part in found[:3]))
@@ -365,10 +368,8 @@ def _state(x: Event) -> WithLogDensity:
     return WithLogDensity(x, jnp.zeros((), trees.at_least_float32(jax.tree.map(jnp.asarray, x))))
 
 
-def _states(name: str, x: Event | None) -> WithLogDensity | None:
+def _states(name: str, x: Event) -> WithLogDensity:
     """A batch of events with a log-density of 0 each, which nothing depends on."""
-    if x is None:
-        return None
     checks.floating(name, x)
     rows = jnp.shape(jax.tree.leaves(x)[0])[:1]
     return WithLogDensity(x, jnp.zeros(rows, trees.at_least_float32(x)))

@@ -160,6 +160,8 @@ def maximum_likelihood(
         speed = None if along.kinetic is None else trees.sq_norm(state.x)
         steep = None
         if along.jacobian is not None:
+            # ``MaximumLikelihood`` has a key for every sample.
+            assert probe is not None
             flat, cut = ravel_pytree(along.state.x)
             z = cut(jax.random.rademacher(probe, flat.shape, flat.dtype))
             jz = autodiff.jvp(lambda x: velocity(params, t, x, cond, key=model), (along.state.x,), (z,))[1]

@@ -22,7 +22,8 @@ MEDIAN_MULTIPLES = (0.5, 1.0, 2.0)
 def _squared_distances(x: Array, y: Array) -> Array:
     """|x_i - y_j|² as [n, m]."""
     if x.shape[1] <= _DIRECT_DIMENSIONS:
-        return sum(jnp.square(x[:, k, None] - y[None, :, k]) for k in range(x.shape[1]))
+        squares = (jnp.square(x[:, k, None] - y[None, :, k]) for k in range(x.shape[1]))
+        return sum(squares, start=jnp.zeros((), x.dtype))
     cross = jnp.matmul(x, y.T, precision="highest")
     norms = jnp.sum(x * x, axis=1)[:, None] + jnp.sum(y * y, axis=1)[None, :]
     return jnp.maximum(norms - 2 * cross, 0)
@@ -64,7 +65,7 @@ def _pair_means(kernel: Callable, params: Params, x: Array, y: Array, chunk: int
     rows, columns = -(-n // chunk), -(-m // chunk)
     x = jnp.pad(x, ((0, rows * chunk - n), (0, 0))).reshape(rows, chunk, -1)
     y = jnp.pad(y, ((0, columns * chunk - m), (0, 0))).reshape(columns, chunk, -1)
-    blocks = np.array([(i, j) for i in range(rows) for j in range(i if same else 0, columns)], np.int32)
+    blocks = jnp.asarray(np.array([(i, j) for i in range(rows) for j in range(i if same else 0, columns)], np.int32))
     inside = jnp.arange(chunk, dtype=jnp.int32)
 
     def visit(sums: tuple[Array, Array], block: Array) -> tuple[tuple[Array, Array], None]:

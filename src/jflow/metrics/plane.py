@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable
+from typing import TypedDict, Unpack
 
 import jax
 import jax.numpy as jnp
@@ -87,6 +88,15 @@ def _histogram_kl(points: Array, rho: Array, low: float, high: float, pseudo_den
     return jnp.where(jnp.all(jnp.isfinite(points)), jnp.sum(terms) * area, jnp.nan)
 
 
+class HistogramChoices(TypedDict, total=False):
+    """The keywords of ``histogram_kl``."""
+
+    bins: int
+    low: float
+    high: float
+    pseudo_density: float
+
+
 def histogram_kl_floor(
     key: Key,
     sample: Callable[[Key, int], Array],
@@ -94,7 +104,7 @@ def histogram_kl_floor(
     *,
     samples: int = 100_000,
     repeats: int = 4,
-    **options: float,
+    **options: Unpack[HistogramChoices],
 ) -> Estimate:
     """What exact samples score in ``histogram_kl``: the floor under every score with the same options.
 

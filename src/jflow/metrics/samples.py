@@ -11,6 +11,9 @@ import numpy as np
 from jflow import checks
 from jflow.types import Array
 
+# Samples as they come: in jax, or on the host.
+Points = Array | np.ndarray
+
 
 class Estimate(NamedTuple):
     """A number measured on samples.
@@ -29,7 +32,7 @@ def _wide(dtype: np.dtype) -> np.dtype:
     return dtype if dtype.itemsize > 4 else np.dtype("float32")
 
 
-def as_points(name: str, samples: Array, *, least: int = 1, dimension: int | None = None) -> Array:
+def as_points(name: str, samples: Points, *, least: int = 1, dimension: int | None = None) -> Array:
     """Samples ``[N, ...]`` as ``[N, d]`` in float32 or wider, checked.
 
     Raises:
@@ -41,7 +44,7 @@ def as_points(name: str, samples: Array, *, least: int = 1, dimension: int | Non
     return jnp.asarray(points).astype(_wide(jax.dtypes.result_type(points)))
 
 
-def rows(name: str, samples: Array, *, least: int, dimension: int | None = None) -> np.ndarray | Array:
+def rows(name: str, samples: Points, *, least: int, dimension: int | None = None) -> Points:
     """Samples as [N, d] in their own dtype, checked: a numpy array, or a traced one."""
     if np.ndim(samples) < 1:
         raise ValueError(f"{name}: expected samples [N, ...], got shape {np.shape(samples)}")
@@ -63,7 +66,7 @@ def rows(name: str, samples: Array, *, least: int, dimension: int | None = None)
     return points
 
 
-def both(x: Array, y: Array, *, least: int) -> tuple[np.ndarray | Array, np.ndarray | Array]:
+def both(x: Points, y: Points, *, least: int) -> tuple[Points, Points]:
     """Two sets of one dimension, [n, d] and [m, d], each as ``rows`` gives it."""
     x, y = rows("x", x, least=least), rows("y", y, least=least)
     if x.shape[1] != y.shape[1]:
@@ -79,19 +82,19 @@ class Pair(NamedTuple):
     centre: Array
 
 
-def as_pair(x: Array, y: Array, *, least: int) -> Pair:
+def as_pair(x: Points, y: Points, *, least: int) -> Pair:
     """Two sets as a Pair in float32 or wider."""
     x, y = both(x, y, least=least)
     dtype = max((_wide(z.dtype) for z in (x, y)), key=lambda dtype: dtype.itemsize)
     if isinstance(x, np.ndarray) and isinstance(y, np.ndarray):
         # Before float64 samples become float32 (where jax has nothing wider): the offset would take their digits.
         return Pair(*(jnp.asarray(z.astype(dtype)) for z in centred(x, y)))
-    x, y = (jnp.asarray(z).astype(dtype) for z in (x, y))
-    centre = jnp.mean(x, axis=0)
-    return Pair(x - centre[None, :], y - centre[None, :], centre)
+    first, second = (jnp.asarray(z).astype(dtype) for z in (x, y))
+    centre = jnp.mean(first, axis=0)
+    return Pair(first - centre[None, :], second - centre[None, :], centre)
 
 
 def centred(x: np.ndarray, y: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """Both sets less the mean of the first, and that mean, in float64."""
-    centre = np.mean(x, axis=0, dtype=np.float64)
+    centre = np.asarray(np.mean(x, axis=0, dtype=np.float64))
     return x.astype(np.float64) - centre, y.astype(np.float64) - centre, centre

@@ -36,15 +36,15 @@ def frechet_distance(x: Array, y: Array) -> Array:
       ValueError: for too few samples, unequal dimensions or a feature that is not finite. Under ``jit`` features that are
         not finite give NaN.
     """
-    x, y = both(x, y, least=2)
+    a, b = both(x, y, least=2)
     dtype = jnp.result_type(float)
-    if isinstance(x, np.ndarray) and isinstance(y, np.ndarray):
-        return jnp.asarray(_frechet(x, y), dtype)
+    if isinstance(a, np.ndarray) and isinstance(b, np.ndarray):
+        return jnp.asarray(_frechet(a, b), dtype)
 
-    def on_host(x: Array, y: Array) -> np.ndarray:
-        return np.asarray(_frechet(np.asarray(x), np.asarray(y)), dtype)
+    def on_host(a: Array, b: Array) -> np.ndarray:
+        return np.asarray(_frechet(np.asarray(a), np.asarray(b)), dtype)
 
-    return jax.pure_callback(on_host, jax.ShapeDtypeStruct((), dtype), x, y, vmap_method="sequential")
+    return jax.pure_callback(on_host, jax.ShapeDtypeStruct((), dtype), a, b, vmap_method="sequential")
 
 
 def _frechet(x: np.ndarray, y: np.ndarray) -> float:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, cast
 
 import flax.linen as nn
 import jax
@@ -93,6 +93,7 @@ def with_log_weight(flow_map: FlowMap, module: LogWeight) -> tuple[FlowMap, Call
     """
 
     def apply(weights: Params, s: Time, t: Time) -> Array:
-        return module.apply({"params": weights}, s, t)
+        # Without ``mutable`` it is the output alone.
+        return cast(Array, module.apply({"params": weights}, s, t))
 
     return parts.map_on_part(Weighted, "map", flow_map), parts.on_part(Weighted, "log_weight", apply)

@@ -43,7 +43,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from jflow.nets import signatures
-from jflow.types import Params, PyTree, Velocity
+from jflow.types import Key, Params, PyTree, Velocity
 
 MIXES = (
     "mixes the samples of a batch, and a function of one sample cannot: use group or layer normalisation, or freeze its "
@@ -165,9 +165,10 @@ def from_nnx(
         copy.eval() if key is None else copy.train()
         for path, layer in nnx.iter_modules(copy):
             if frozen.get(path) is not None:
-                layer.use_running_average = frozen[path]
+                setattr(layer, "use_running_average", frozen[path])  # noqa: B010, it is not a field of every module
         if key is not None:
-            nnx.reseed(copy, **dict(zip(tags, _split(key, len(tags)), strict=True)))
+            streams: dict[str, Any] = dict(zip(tags, _split(key, len(tags)), strict=True))
+            nnx.reseed(copy, **streams)
         before = _variables(copy)
         out = copy(*args, **kwargs)
         after = _variables(copy)
@@ -180,9 +181,9 @@ def from_nnx(
         if not names <= stored.keys():
             return False
         with jax.ensure_compile_time_eval():
-            examples = jax.tree.map(_example, (args, kwargs))
+            args, kwargs = jax.tree.map(_example, (args, kwargs))
             seed = None if key is None else jax.random.key(0)
-            after = jax.jit(lambda: call(state, *examples, seed)[1])()
+            after = jax.jit(lambda: call(state, args, kwargs, seed)[1])()
             return all(_equal(after.get(name, stored[name]), stored[name]) for name in names)
 
     harmless: set[frozenset[str]] = {frozenset()}
@@ -318,8 +319,8 @@ def _refuse_all_variables(params: Any) -> None:
         raise ValueError("params: expected the collection variables['params'], got all variables")
 
 
-def _split(key: Any, number: int) -> Sequence[Any]:
-    return (key,) if number == 1 else jax.random.split(key, number)
+def _split(key: Key, number: int) -> list[Key]:
+    return [key] if number == 1 else list(jax.random.split(key, number))
 
 
 def _is(kinds: Any) -> Callable[[Any], bool]:

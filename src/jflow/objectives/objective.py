@@ -53,8 +53,8 @@ BINS = 8
 _UNSET: Any = None
 
 
-class Choices(TypedDict, total=False):
-    """The choices of every method; see ``Objective`` for what they are."""
+class RowChoices(TypedDict, total=False):
+    """How rows are drawn and reduced: the choices of every objective; see ``Objective`` for what they are."""
 
     diagonal: float
     times: laws.Law | laws.ByStep
@@ -62,12 +62,17 @@ class Choices(TypedDict, total=False):
     gammas: laws.Law | laws.ByStep
     reduction: reductions.Reduction
     diagonal_reduction: reductions.Reduction
-    velocity: Estimate
-    teacher: FlowMap | Velocity | None
     base: bases.Base
     coupling: couplings.Coupling
     blocks: int
     domain: Domain
+
+
+class Choices(RowChoices, total=False):
+    """The choices of every method of the catalogue, which say whose velocity is learned as well."""
+
+    velocity: Estimate
+    teacher: FlowMap | Velocity | None
 
 
 class DerivativeChoices(Choices, total=False):

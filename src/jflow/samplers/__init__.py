@@ -21,10 +21,10 @@ from jflow.samplers.drawing import draw
 from jflow.samplers.jumping import Jumps, encode, jumps, jumps_path
 from jflow.samplers.renoising import Renoise, RenoisePlan, renoise, renoise_path, renoise_plan
 from jflow.samplers.steps import Grid, Info, Sampler, State, run, run_path, uniform_grid
-from jflow.types import BoundFlowMap
+from jflow.types import BoundFlowMap, Key
 
 # name -> maker: (bound, interpolant) -> Sampler, for run(sampler, key, x0, grid, cond=None).
-SAMPLERS: dict[str, Callable[[BoundFlowMap, Interpolant], Sampler]] = {
+SAMPLERS: dict[str, Callable[[BoundFlowMap, Interpolant], Sampler[Key]]] = {
     "jumps": lambda bound, interpolant: Jumps(bound),
     "renoise": lambda bound, interpolant: Renoise(bound, interpolant, kappa=0.5),
     "consistency": lambda bound, interpolant: Renoise(bound, interpolant, kappa=1.0),

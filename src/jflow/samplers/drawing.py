@@ -15,7 +15,7 @@ from jflow.types import Array, Cond, Event, Key
 
 
 def draw(
-    sampler: Sampler,
+    sampler: Sampler[Key],
     key: Key,
     n: int,
     grid: Grid,
@@ -64,8 +64,8 @@ def draw(
         raise ValueError("like, x0: expected one of them, an event to draw base points for or the points themselves")
     if x0 is not None and base is not None:
         raise ValueError("base: expected none beside x0, which is given")
-    base = getattr(sampler, "base", bases.STANDARD_NORMAL) if base is None else base
-    bases.check(base)
+    law: bases.Base = getattr(sampler, "base", bases.STANDARD_NORMAL) if base is None else base
+    bases.check(law)
     if checks.concrete(grid) is None:
         raise ValueError("grid: expected concrete times, got traced ones")
     sampler.check(grid)
@@ -79,7 +79,7 @@ def draw(
     devices = 1 if mesh is None else mesh.size
     size = -(-min(block, n) // devices) * devices
     # A base that is not a pytree, hence its own leaf, is part of the program.
-    static = base if jax.tree.structure(base) == jax.tree.structure(0) else None
+    static = law if jax.tree.structure(law) == jax.tree.structure(0) else None
     events = None if like is None else _Event.of(like)
     ends = []
     for first in range(0, n, size):
@@ -87,7 +87,7 @@ def draw(
         rows = np.minimum(np.arange(first, first + size), n - 1)
         taken = jax.tree.map(lambda leaf, rows=rows: leaf[rows], (x0, cond))
         end = _block(
-            sampler, base if static is None else None, key, times, rows.astype(np.uint32), *taken, static, events, mesh
+            sampler, law if static is None else None, key, times, rows.astype(np.uint32), *taken, static, events, mesh
         )
         ends.append(jax.tree.map(lambda leaf, first=first: leaf[: n - first], sharding.local(end)))
     return jax.tree.map(lambda *leaves: np.concatenate(leaves), *ends)
@@ -107,7 +107,7 @@ class _Event(NamedTuple):
 
 @functools.partial(jax.jit, static_argnums=(7, 8, 9))
 def _block(
-    sampler: Sampler,
+    sampler: Sampler[Key],
     base: bases.Base | None,
     key: Key,
     times: Array,
@@ -120,7 +120,9 @@ def _block(
 ) -> Event:
     """One block of samples; ``rows`` are their numbers."""
 
-    def one(sampler: Sampler, base: Any, key: Key, times: Array, row: Array, x0: Event | None, cond: Cond) -> Event:
+    def one(
+        sampler: Sampler[Key], base: Any, key: Key, times: Array, row: Array, x0: Event | None, cond: Cond
+    ) -> Event:
         base_key, sampler_key = jax.random.split(jax.random.fold_in(key, row))
         if like is not None:
             event = jax.tree.unflatten(like.structure, like.leaves)

@@ -13,7 +13,7 @@ resampled or changed between two steps:
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import Any, NamedTuple, Protocol
+from typing import Any, NamedTuple, Protocol, TypeVar
 
 import jax
 import jax.numpy as jnp
@@ -23,6 +23,10 @@ from jflow import checks, trees
 from jflow.types import Array, Cond, Event, Key, Time
 
 Grid = Sequence[float] | np.ndarray | Array
+# What the steps of a sampler take as their key: a key, or a key or None where none is needed.
+KeyLike = TypeVar("KeyLike", bound=Key | None)
+KeyTaken = TypeVar("KeyTaken", bound=Key | None, contravariant=True)
+Kept = TypeVar("Kept")
 
 
 class State(NamedTuple):
@@ -59,14 +63,18 @@ class Info(NamedTuple):
     centre: Event | None = None
 
 
-class Sampler(Protocol):
-    """What ``run`` and ``draw`` accept. For ``draw`` it is a pytree as well."""
+class Sampler(Protocol[KeyTaken]):
+    """What ``run`` and ``draw`` accept. For ``draw`` it is a pytree as well.
+
+    Its parameter is what ``step`` takes as a key: ``Sampler[Key]`` draws random numbers, and ``Sampler[Key | None]`` also
+    steps without a key.
+    """
 
     def init(self, x0: Event, t: Time, cond: Cond = None) -> State:
         """The state of a sample x0 at time t."""
         ...
 
-    def step(self, key: Key | None, state: State, t: Time) -> tuple[State, Info]:
+    def step(self, key: KeyTaken, state: State, t: Time) -> tuple[State, Info]:
         """One step from ``state.t`` to t, both of which may be traced; the key is for this step alone."""
         ...
 
@@ -89,7 +97,7 @@ def uniform_grid(steps: int, *, start: float = 0.0, end: float = 1.0) -> np.ndar
     )
 
 
-def run(sampler: Sampler, key: Key | None, x0: Event, grid: Grid, cond: Cond = None) -> Event:
+def run(sampler: Sampler[KeyLike], key: KeyLike, x0: Event, grid: Grid, cond: Cond = None) -> Event:
     """The sample at grid[-1], one step of the sampler between each two times of the grid; shaped like x0.
 
     Args:
@@ -107,7 +115,7 @@ def run(sampler: Sampler, key: Key | None, x0: Event, grid: Grid, cond: Cond = N
     return end.x
 
 
-def run_path(sampler: Sampler, key: Key | None, x0: Event, grid: Grid, cond: Cond = None) -> tuple[Event, Info]:
+def run_path(sampler: Sampler[KeyLike], key: KeyLike, x0: Event, grid: Grid, cond: Cond = None) -> tuple[Event, Info]:
     """All samples on the way, and what each step reports.
 
     Args and errors: as ``run``.
@@ -121,20 +129,20 @@ def run_path(sampler: Sampler, key: Key | None, x0: Event, grid: Grid, cond: Con
 
 
 def _scan(
-    sampler: Sampler,
-    key: Key | None,
+    sampler: Sampler[KeyLike],
+    key: KeyLike,
     x0: Event,
     grid: Grid,
     cond: Cond,
-    keep: Callable[[State, Info], Any],
-) -> tuple[State, Any]:
+    keep: Callable[[State, Info], Kept],
+) -> tuple[State, Kept]:
     times = times_of(x0, grid)
     sampler.check(grid)
 
-    def leg(state: State, inputs: tuple[Array, Array]) -> tuple[State, Any]:
+    def leg(state: State, inputs: tuple[Array, Array]) -> tuple[State, Kept]:
         index, t = inputs
-        # Keys split beforehand and scanned over trip jax's check for key reuse under vmap.
-        state, info = sampler.step(None if key is None else jax.random.fold_in(key, index), state, t)
+        # Keys split beforehand and scanned over trip jax's check for key reuse under vmap. None is a tree without keys.
+        state, info = sampler.step(jax.tree.map(lambda key: jax.random.fold_in(key, index), key), state, t)
         return state, keep(state, info)
 
     indices = jnp.arange(times.shape[0] - 1, dtype=jnp.uint32)

@@ -17,7 +17,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any, NamedTuple, Protocol, Unpack, cast
 
 import jax
@@ -351,7 +351,7 @@ def _check_time(name: str, value: Time) -> None:
         raise ValueError(f"{name}: expected a time in [0, 1], got {float(number):g}")
 
 
-def check_times(name: str, times: Array | np.ndarray, *, increasing: bool) -> None:
+def check_times(name: str, times: Sequence[float] | Array | np.ndarray, *, increasing: bool) -> None:
     """Refuses times that are not a strictly monotone ``[N]`` within [0, 1], N >= 2.
 
     Raises:

@@ -3,7 +3,7 @@ r"""The SDE with the marginals of a flow, by fixed steps of Diffrax's solvers. D
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any
+from typing import TYPE_CHECKING
 
 import jax
 import jax.numpy as jnp
@@ -12,6 +12,9 @@ from jflow import bases, checks, trees
 from jflow.interpolants import Interpolant
 from jflow.solvers.ode import cast_like, check_times, widen
 from jflow.types import Array, Cond, Event, Key, Params, Time, Velocity
+
+if TYPE_CHECKING:
+    import lineax
 
 SDE_METHODS = ("euler", "heun")
 
@@ -123,7 +126,7 @@ def sde_step(
         s, t = jnp.asarray(s, dtype), jnp.asarray(t, dtype)
         mean, std = base.moments(y)
 
-        def drift(u: Array, y: Event, args: Any) -> Event:
+        def drift(u: Time, y: Event, args: None) -> Event:
             b = widen(velocity(params, u, cast_like(y, like), cond), dtype)
             c = interpolant.coefficients(u)
 
@@ -132,7 +135,7 @@ def sde_step(
 
             return jax.tree.map(of, correction(u, std), mean, b, y)
 
-        def noise(u: Array, y: Event, args: Any) -> Any:
+        def noise(u: Time, y: Event, args: None) -> lineax.AbstractLinearOperator:
             return lineax.DiagonalLinearOperator(
                 jax.tree.map(lambda leaf, n: jnp.broadcast_to(n, leaf.shape), y, sigma(u, std))
             )

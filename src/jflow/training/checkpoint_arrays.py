@@ -196,8 +196,11 @@ def _checksum(value: jax.Array) -> tuple[jax.Array, jax.Array]:
     for axis in reversed(range(words.ndim)):
         place += jax.lax.broadcasted_iota(jnp.uint32, words.shape, axis) * jnp.uint32(stride % 2**32)
         stride *= words.shape[axis]
-    halves = (_mix(words + _mix(2 * place + jnp.uint32(half))) for half in (0, 1))
-    return tuple(jnp.sum(half, dtype=jnp.uint32) for half in halves)
+
+    def half(which: int) -> jax.Array:
+        return jnp.sum(_mix(words + _mix(2 * place + jnp.uint32(which))), dtype=jnp.uint32)
+
+    return half(0), half(1)
 
 
 def _mix(word: jax.Array) -> jax.Array:

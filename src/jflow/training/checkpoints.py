@@ -28,12 +28,11 @@ import numpy as np
 from jax.experimental import multihost_utils
 
 from jflow import checks
-from jflow.training import checkpoint_arrays
+from jflow.training import checkpoint_arrays, checkpoint_config
 from jflow.training.distributed import first_process, together
 from jflow.types import Params
 
 _log = logging.getLogger(__name__)
-_ABSENT = object()
 
 
 class Checkpoints:
@@ -70,8 +69,8 @@ class Checkpoints:
         if resume and overwrite:
             raise ValueError("resume, overwrite: expected at most one of them")
         self.directory = absolute("directory", directory)
-        self._config = as_json("config", config or {})
-        self._notes = as_json("notes", {**_versions(), **(notes or {})})
+        self._config = checkpoint_config.as_json("config", config or {})
+        self._notes = checkpoint_config.as_json("notes", {**checkpoint_config.versions(), **(notes or {})})
         if keep is not None:
             checks.integer("keep", keep, low=1)
         checks.integer("keep_best", keep_best)
@@ -110,7 +109,7 @@ class Checkpoints:
             "step": step,
             "config": self._config,
             "notes": self._notes,
-            "position": as_json("position", position),
+            "position": checkpoint_config.as_json("position", position),
             "score": score,
             "leaves": records,
         }
@@ -153,7 +152,7 @@ class Checkpoints:
             for step in steps:
                 try:
                     body = _read_meta(manager, step)
-                    _compare_configs(body["config"], self._config, ignore)
+                    checkpoint_config.compare(body["config"], self._config, ignore)
                     wanted = checkpoint_arrays.match(body["leaves"], template)
                     layouts = {name: checkpoint_arrays.layout(leaf) for name, leaf in wanted.items()}
                     arrays = _read_arrays(manager, step, body["leaves"], layouts)
@@ -161,7 +160,7 @@ class Checkpoints:
                     _log.warning("%s: step %d is damaged (%s); trying the one before it", self.directory, step, error)
                     damaged.append(step)
                     continue
-                _compare_notes(body["notes"], self._notes)
+                checkpoint_config.compare_notes(body["notes"], self._notes)
                 state = checkpoint_arrays.to_tree(arrays, body["leaves"], template)
                 self._set_aside(damaged)
                 _log.info("%s: restored step %d", self.directory, step)
@@ -262,33 +261,6 @@ def absolute(name: str, directory: str | os.PathLike[str]) -> pathlib.Path:
     if path.is_file():
         raise NotADirectoryError(f"{name}: {path} is a file; expected a directory")
     return path
-
-
-def as_json(name: str, value: Any) -> Any:
-    """The value as it comes back from JSON (tuples as lists).
-
-    Raises:
-      TypeError: when it is not made of JSON types.
-    """
-    try:
-        return json.loads(json.dumps(value, allow_nan=False))
-    except (TypeError, ValueError) as error:
-        raise TypeError(
-            f"{name}: expected dictionaries, lists, strings, finite numbers and None only: {error}"
-        ) from None
-
-
-def difference(before: Any, now: Any, name: str = "") -> dict[str, tuple[Any, Any]]:
-    """The entries in which two JSON values differ, by dotted name: (before, now), "(absent)" where there is none."""
-    if isinstance(before, dict) and isinstance(now, dict):
-        found: dict[str, tuple[Any, Any]] = {}
-        for key in [*before, *(key for key in now if key not in before)]:
-            inner = f"{name}.{key}" if name else key
-            found |= difference(before.get(key, _ABSENT), now.get(key, _ABSENT), inner)
-        return found
-    if before is now or (type(before) is type(now) and before == now):
-        return {}
-    return {name: tuple("(absent)" if value is _ABSENT else value for value in (before, now))}
 
 
 def _writer(directory: pathlib.Path, keep: int | None, keep_best: int, scores: Mapping[int, float]) -> Any:
@@ -457,23 +429,3 @@ def _select(records: checkpoint_arrays.Records, which: str) -> tuple[checkpoint_
 
 def _crc_of_json(body: Any) -> int:
     return zlib.crc32(json.dumps(body, sort_keys=True).encode())
-
-
-def _compare_configs(before: Any, now: Any, ignore: Collection[str]) -> None:
-    found = {
-        name: values
-        for name, values in difference(before, now).items()
-        if not any(name == entry or name.startswith(entry + ".") for entry in ignore)
-    }
-    if found:
-        lines = "".join(f"\n  {name}: checkpoint {old!r}, now {new!r}" for name, (old, new) in found.items())
-        raise ValueError(f"config: it differs from the checkpoint's:{lines}")
-
-
-def _compare_notes(before: Any, now: Any) -> None:
-    for name, (old, new) in difference(before, now).items():
-        _log.warning("%s was %s, now %s: the run continues, but not bit for bit", name, old, new)
-
-
-def _versions() -> dict[str, str]:
-    return {"jax": jax.__version__, "backend": jax.default_backend()}

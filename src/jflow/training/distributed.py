@@ -81,7 +81,7 @@ def processes(
     checks.integer("start_seconds", start_seconds, low=1)
     given = (coordinator, count, index)
     if any(value is not None for value in given):
-        if None in given:
+        if coordinator is None or count is None or index is None:
             raise ValueError(f"coordinator, count, index: expected all three or none, got {given}")
         _check_address(coordinator)
         checks.integer("count", count, low=1)

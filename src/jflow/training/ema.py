@@ -17,6 +17,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterable, Mapping
+from typing import cast
 
 import jax
 import jax.numpy as jnp
@@ -96,10 +97,11 @@ def resolve(averages: Averages) -> dict[str, Schedule]:
         raise TypeError(f"ema: expected a mapping of names to schedules or a tuple of decays, got {averages!r}")
     if not isinstance(averages, Mapping):
         return {str(checks.number("decay", decay, low=0.0, high=1.0)): constant(decay) for decay in averages}
-    for name, schedule in averages.items():
+    schedules = cast(Mapping[str, Schedule], averages)
+    for name, schedule in schedules.items():
         if not isinstance(name, str) or "/" in name or not callable(schedule):
             raise TypeError(f"ema: expected names without '/' and callable schedules, got {name!r}: {schedule!r}")
-    return dict(averages)
+    return dict(schedules)
 
 
 def init(params: Params) -> Params:

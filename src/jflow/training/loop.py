@@ -15,7 +15,8 @@ import jax
 from jflow import checks
 from jflow.training import throughput
 from jflow.training.alarms import Watch
-from jflow.training.checkpoints import Checkpoints, absolute, as_json
+from jflow.training.checkpoint_config import as_json
+from jflow.training.checkpoints import Checkpoints, absolute
 from jflow.training.distributed import Notice, PreemptedError, Watchdog, first_process, together
 from jflow.training.metrics_log import MetricsLog, read
 from jflow.training.prefetch import Feed
@@ -208,7 +209,7 @@ def fit(
     with contextlib.ExitStack() as stack:
         # Where to start: the newest whole checkpoint, with the rows of metrics up to it.
         checkpoints, snapshots, log, watch, position = None, None, None, Watch(), None
-        notice, resumed = None, False
+        out, notice, resumed = None, None, False
         if out_dir is not None:
             out = _open(out_dir, bool(resume), overwrite)
             if resume or checkpoint_every is not None:
@@ -223,8 +224,8 @@ def fit(
                 )
                 stack.enter_context(checkpoints)
                 notice = stack.enter_context(Notice())
-            resumed = resume is True or (resume == "auto" and bool(checkpoints.steps()))
-            if resumed:
+            if checkpoints is not None and (resume is True or (resume == "auto" and checkpoints.steps())):
+                resumed = True
                 state, position = checkpoints.restore_latest(state, ignore=ignore)
             # Of a run that was killed before its first checkpoint nothing is left to go on from but the files.
             kept = (int(state.step) if resumed else 0) if resume else None
@@ -242,11 +243,13 @@ def fit(
             stack.enter_context(feed)
             feed.start(step, position, plan.length, total_steps)
         report = stack.enter_context(progress(total_steps, step, show_progress))
-        trace = stack.enter_context(_Trace(out / "profile" if profile else None, profile))
+        trace = stack.enter_context(_Trace(out / "profile" if out is not None and profile else None, profile))
         stack.enter_context(watchdog)
         recorder = Recorder(checkpoints, log, watch, callbacks, report, forgive)
 
         def save() -> None:
+            # Called for a planned checkpoint or on a notice, and there is neither without the checkpoints.
+            assert checkpoints is not None
             score = None if best is None else recorder.score(step, best)
             checkpoints.save(state, position=None if feed is None else feed.position, score=score)
 
@@ -254,7 +257,7 @@ def fit(
         interval: Interval = []
         done: Interval = []
         while step < total_steps:
-            if notice is not None and notice.seen(step):
+            if checkpoints is not None and notice is not None and notice.seen(step):
                 recorder.train(done)
                 recorder.train(interval)
                 if step != saved:
@@ -287,9 +290,9 @@ def fit(
             recorder.train(done)
             done = []
             watchdog.rest()
-            if plan.falls("eval", step):
+            if eval_fn is not None and plan.falls("eval", step):
                 recorder.eval(step, eval_fn(state))
-            if plan.falls("snapshot", step) and step not in snapshots.steps():
+            if snapshots is not None and plan.falls("snapshot", step) and step not in snapshots.steps():
                 snapshots.save(Averages(state.step, state.ema))
             if plan.falls("checkpoint", step):
                 save()

@@ -154,9 +154,11 @@ class Feed:
         # A feed that is forgotten ends its thread, which therefore must not hold it.
         weakref.finalize(self, self._shelf.close)
         # Both may be set for the caller's thread alone.
-        config = (jax.config.jax_enable_x64, jax.config.jax_default_device)
+        # jax's class for its options gets their names while jax is imported: its types do not have them.
+        x64 = jax.config.jax_enable_x64  # pyright: ignore[reportAttributeAccessIssue]
+        device = jax.config.jax_default_device  # pyright: ignore[reportAttributeAccessIssue]
         spans = _spans(step, length, total_steps)
-        arguments = (self._shelf, self._iterator, _placing(self._sharding), spans, total_steps, *config)
+        arguments = (self._shelf, self._iterator, _placing(self._sharding), spans, total_steps, x64, device)
         self._thread = threading.Thread(target=_fill, args=arguments, name="jflow-feed", daemon=True)
         self._thread.start()
 
@@ -228,6 +230,8 @@ class _Shelf:
             if self.closed:
                 raise RuntimeError("Feed: expected start() before take(), it is closed")
             if not self._chunks:
+                # The wait above ended, so that without chunks there is an error.
+                assert self._error is not None
                 raise self._error
             self._changed.notify_all()
             return self._chunks.popleft()
@@ -329,7 +333,9 @@ def _placing(sharding: NamedSharding | None) -> Place:
         rows = local.shape[1]
         shape = (local.shape[0], rows * processes, *local.shape[2:])
 
-        def block(index: tuple[slice, ...]) -> np.ndarray:
+        def block(index: tuple[slice, ...] | None) -> np.ndarray:
+            # None, in jax's type, stands for a shard without rows; the rows of a NamedSharding have indices.
+            assert index is not None
             start, stop, _ = index[1].indices(shape[1])
             start, stop = start - rows * process, stop - rows * process
             if start < 0 or stop > rows:

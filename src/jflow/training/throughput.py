@@ -12,7 +12,7 @@ from typing import Any
 import jax
 
 from jflow.training.state import TrainState
-from jflow.types import PyTree
+from jflow.types import Device, PyTree
 
 # Vendors' figures in FLOPs per second: dense (no sparsity) bfloat16 with float32 sums, per jax device, by its device_kind.
 # A TPU v2, v3 or 7x chip is two devices, so its figure is half the chip's; V100 and T4 have no bfloat16: float16.
@@ -74,7 +74,7 @@ def flops_per_step(chunk: Any, state: TrainState, data: PyTree) -> float | None:
     return float(flops) if flops > 0 else None
 
 
-def peak_flops(device: jax.Device | None = None) -> float | None:
+def peak_flops(device: Device | None = None) -> float | None:
     """The peak of a device, by default the first, in FLOPs per second, dense bfloat16 (``PEAK``); None if unknown."""
     device = jax.devices()[0] if device is None else device
     return PEAK.get(device.device_kind)
@@ -83,7 +83,7 @@ def peak_flops(device: jax.Device | None = None) -> float | None:
 def utilisation(
     flops: float | None,
     steps_per_second: float,
-    devices: Sequence[jax.Device] | None = None,
+    devices: Sequence[Device] | None = None,
     peak: float | None = None,
 ) -> float | None:
     """The share of the devices' peak that a run uses (MFU).
