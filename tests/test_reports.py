@@ -1,5 +1,7 @@
 """Reports: what a number becomes over rows, steps, chunks and devices; on the device and on the host."""
 
+import itertools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -28,6 +30,7 @@ STEPS = {
     "per row": (reports.PerRow(BINS), BINS.mean()),
 }
 
+
 def on(where, report):
     return jax.tree.map(jnp.asarray if where == "jax" else np.asarray, report)
 
@@ -43,7 +46,7 @@ def test_the_value_over_steps_in_chunks_of_any_lengths(name, where):
     np.testing.assert_allclose(whole.value(), expected, rtol=1e-12)
     for cuts in ((1,), (2, 5), (1, 2, 3, 4, 5, 6)):
         edges = [0, *cuts, length]
-        parts = [jax.tree.map(lambda leaf, a=a, b=b: leaf[a:b], stacked).merged() for a, b in zip(edges, edges[1:])]
+        parts = [jax.tree.map(lambda leaf, a=a, b=b: leaf[a:b], stacked).merged() for a, b in itertools.pairwise(edges)]
         if name == "per row":  # the chunks have different numbers of rows, and are joined and not stacked
             joined = reports.PerRow(np.concatenate([part.values for part in parts])[None]).merged()
         else:

@@ -155,7 +155,9 @@ def test_an_objective_takes_laws_by_step_wherever_it_takes_laws(key):
         )
         np.testing.assert_allclose(loss, jax.jit(then)(params, jax.random.clone(key), batch)[0], rtol=1e-12)
         # All eight gaps are 1/count, which lies in the bin 8/count (the last bin holds 1 as well).
-        np.testing.assert_array_equal(aux.metrics["semigroup/raw_by_gap"].count, 8 * (np.arange(8) == min(8 // count, 7)))
+        np.testing.assert_array_equal(
+            aux.metrics["semigroup/raw_by_gap"].count, 8 * (np.arange(8) == min(8 // count, 7))
+        )
         losses.append(loss)
     assert len(traces) == 1
     assert np.abs(losses[0] - losses[1]).max() > 1e-3

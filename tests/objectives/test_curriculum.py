@@ -74,7 +74,9 @@ def test_halving_changes_at_halvings_and_nowhere_else(first, every):
     assert got[-1] == 1
 
 
-@pytest.mark.parametrize(("step", "share"), [(0, 1.0), (999, 1.0), (1000, 0.5), (6999, 2.0**-6), (7000, 0.01), (FAR, 0.01)])
+@pytest.mark.parametrize(
+    ("step", "share"), [(0, 1.0), (999, 1.0), (1000, 0.5), (6999, 2.0**-6), (7000, 0.01), (FAR, 0.01)]
+)
 def test_the_share_of_easy_consistency_tuning_halves_every_thousand_steps_down_to_a_hundredth(step, share):
     """Through the loss: at each step that of a constant share. Optax computes in float32, where 0.01 is rounded."""
     flow_map = types.FlowMap(lambda p, s, t, x, cond=None, *, key=None: jnp.sin(p * x + s) + t * x)

@@ -217,7 +217,9 @@ def test_a_coupling_within_labels_pairs_equal_labels_alone(key):
     objective = objectives.lsd(STILL, interpolants.linear(), coupling=coupling, diagonal=0.5)
     loss, aux = jax.jit(objective)(jnp.float64(1.0), key, batch)
     # The pair's velocity is -x0 on the diagonal, and a map that stands still has no Lagrangian residual.
-    np.testing.assert_allclose(loss, np.where(aux.metrics["diagonal_rows"].values, 2 * (10.0 + 100.0 * labels) ** 2, 0.0), rtol=1e-12)
+    np.testing.assert_allclose(
+        loss, np.where(aux.metrics["diagonal_rows"].values, 2 * (10.0 + 100.0 * labels) ** 2, 0.0), rtol=1e-12
+    )
 
 
 def test_the_batch_velocity_refuses_every_coupling_but_the_independent_one():
