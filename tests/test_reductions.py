@@ -89,6 +89,71 @@ def test_half_precision_residuals_are_summed_in_float32():
     assert reductions.squared(None, 0.0, 1.0, d).dtype == jnp.float32
 
 
+def value_and_slope(reduction, difference):
+    return jax.value_and_grad(lambda d: reduction(None, 0.0, 1.0, d))(difference)
+
+
+@pytest.mark.parametrize("of", ["squared", "adaptive", "normalised", "clipped", "unclipped", "pseudo_huber", "cauchy"])
+def test_a_mean_over_entries_is_the_reduction_of_the_residual_over_the_root_of_their_number(of):
+    """Three entries in two leaves: |D|^2 becomes |D|^2/3, in value and gradient."""
+    then = FORMULAS[of][0]
+    value, slope = value_and_slope(reductions.per_entry(then), D)
+    small = jax.tree.map(lambda leaf: leaf / np.sqrt(3.0), D)
+    expected, along = value_and_slope(then, small)
+    np.testing.assert_allclose(value, expected, rtol=1e-12)
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b / np.sqrt(3.0), rtol=1e-12), slope, along)
+
+
+def test_means_over_entries_of_images_and_cut_offs_outside_them():
+    image = jnp.full((28, 28, 3), 0.5).at[0, 0, 0].set(40.0)
+    np.testing.assert_allclose(
+        reductions.per_entry()(None, 0.0, 1.0, image), np.mean(np.asarray(image) ** 2), rtol=1e-12
+    )
+    weighted = reductions.clamped(1.0, then=reductions.per_entry(reductions.adaptive(0.5, 1e-3)))
+    mean = np.mean(np.minimum(np.asarray(image), 1.0) ** 2)
+    np.testing.assert_allclose(weighted(None, 0.0, 1.0, image), mean * (mean + 1e-3) ** -0.5, rtol=1e-12)
+    small = jnp.full((4,), 0.5, jnp.bfloat16)
+    assert reductions.per_entry()(None, 0.0, 1.0, small).dtype == jnp.float32
+
+
+@pytest.mark.parametrize("of", sorted(set(FORMULAS)))
+def test_scaled_multiplies_value_and_gradient(of):
+    then = FORMULAS[of][0]
+    for got, plain in zip(
+        jax.tree.leaves(value_and_slope(reductions.scaled(3.5, then), D)),
+        jax.tree.leaves(value_and_slope(then, D)),
+        strict=True,
+    ):
+        np.testing.assert_allclose(got, 3.5 * plain, rtol=1e-12)
+
+
+@pytest.mark.parametrize(
+    "reduction", [reductions.pseudo_huber(0.0), reductions.pseudo_huber(0.0, times_root_size=True)]
+)
+def test_pseudo_huber_of_width_zero_is_the_norm(reduction):
+    value, slope = value_and_slope(reduction, D)
+    np.testing.assert_allclose(value, SQUARE**0.5, rtol=1e-12)
+    jax.tree.map(lambda a, d: np.testing.assert_allclose(a, d / SQUARE**0.5, rtol=1e-12), slope, D)
+    # At zero, alone and beside other rows, forwards and backwards: zero, not NaN.
+    rows = jnp.array([[0.0, 0.0], [3.0, -4.0], [1e-30, 0.0]])
+    values, slopes = jax.jit(jax.vmap(lambda d: value_and_slope(reduction, d)))(rows)
+    np.testing.assert_allclose(values, [0.0, 5.0, 1e-30], rtol=1e-12)
+    np.testing.assert_allclose(slopes, [[0.0, 0.0], [0.6, -0.8], [1.0, 0.0]], rtol=1e-12)
+    _, forward = jax.jvp(lambda d: reduction(None, 0.0, 1.0, d), (rows[0],), (rows[1],))
+    assert forward == 0.0
+
+
+def test_pseudo_huber_s_width_grows_with_the_root_of_the_size():
+    reduction = reductions.pseudo_huber(0.1, times_root_size=True)
+    c = 0.1 * 3**0.5
+    value, slope = value_and_slope(reduction, D)
+    np.testing.assert_allclose(value, (SQUARE + c**2) ** 0.5 - c, rtol=1e-12)
+    jax.tree.map(lambda a, d: np.testing.assert_allclose(a, d / (SQUARE + c**2) ** 0.5, rtol=1e-12), slope, D)
+    # Without cancellation: |D|^2/(2c) where D is small beside c.
+    tiny = jax.tree.map(lambda leaf: 1e-9 * leaf, D)
+    np.testing.assert_allclose(reduction(None, 0.0, 1.0, tiny), 1e-18 * SQUARE / (2 * c), rtol=1e-9)
+
+
 @pytest.mark.parametrize("make", [reductions.normalised, reductions.clipped, reductions.clamped, reductions.cauchy])
 def test_bad_input(make):
     with pytest.raises(ValueError, match="c: expected"):

@@ -130,6 +130,47 @@ def test_devices_share_the_work(method, fsdp):
     assert each < 0.2 * one
 
 
+def collectives(objective, **of):
+    """The communication of a gradient's program on eight devices, each with the whole parameters: how often each."""
+    mesh = sharding.mesh()
+    params = jax.eval_shape(init_params, jax.random.key(0))
+    batch = Batch(jax.ShapeDtypeStruct((64, 3), jnp.float64), **of)
+
+    def step(params, key, batch):
+        return jax.value_and_grad(lambda p: jnp.mean(objective(p, key, batch)[0]))(params)
+
+    whole, rows = sharding.whole(mesh), sharding.rows(mesh)
+    with jax.sharding.use_abstract_mesh(mesh.abstract_mesh):
+        jitted = jax.jit(step, in_shardings=(whole, whole, rows), out_shardings=whole)
+        text = jitted.lower(params, jax.eval_shape(lambda: jax.random.key(1)), batch).compile().as_text()
+    words = ("all-gather", "all-to-all", "collective-permute", "all-reduce")
+    return {word: text.count(f" {word}(") + text.count(f" {word}-start(") for word in words}
+
+
+PATH = interpolants.linear()
+ALONE = {
+    "lsd": objectives.lsd(FLOW_MAP, PATH, blocks=8),
+    "psd_m": objectives.psd_m(FLOW_MAP, PATH, blocks=8),
+    "mean_flow": objectives.mean_flow(FLOW_MAP, PATH, blocks=8),
+    "energy": objectives.energy_distance(FLOW_MAP, PATH, size=4),
+}
+
+
+@pytest.mark.parametrize("name", ALONE)
+def test_no_row_leaves_its_device(name):
+    """Gradients are summed over devices, and nothing is collected: not the data of the batch, which only the batch's
+    velocity looks at, nor the rows of either kind."""
+    found = collectives(ALONE[name])
+    assert found["all-reduce"] > 0
+    assert not any(found[word] for word in ("all-gather", "all-to-all", "collective-permute")), found
+
+
+def test_the_batch_velocity_collects_the_data():
+    """The same count sees it where it happens."""
+    batch = objectives.velocity_estimates.batch
+    assert collectives(objectives.lsd(FLOW_MAP, PATH, blocks=8, velocity=batch))["all-gather"] > 0
+
+
 def test_parts_stay_parts(plain):
     state, losses, _ = trained("lsd", mesh_of("1 x 8"), split=True)
     np.testing.assert_allclose(losses, plain["lsd"][1], rtol=1e-12)

@@ -52,7 +52,7 @@ def weighted(weight: Callable[[Array], Array]) -> Reduction:
         square = trees.sq_norm(difference)
         return jax.lax.stop_gradient(weight(square)) * square
 
-    return reduction
+    return named("weighted", reduction, weight=weight)
 
 
 def adaptive(p: float = 1.0, c: float = 0.01) -> Reduction:
@@ -76,7 +76,7 @@ def shaped(shape: Callable[[Event], Event], then: Reduction = squared) -> Reduct
         moved = jax.lax.stop_gradient(trees.sub(shape(difference), difference))
         return then(params, s, t, trees.add(difference, moved))
 
-    return reduction
+    return named("shaped", reduction, shape=shape, then=then)
 
 
 def normalised(c: float = 0.1, then: Reduction = squared) -> Reduction:

@@ -15,7 +15,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from jflow import checks
-from jflow.named import named
+from jflow.named import named, shown
 from jflow.types import Array, Domain, Key
 
 # How many times are drawn when a law is checked.
@@ -39,6 +39,9 @@ class ByStep:
 
     def __post_init__(self) -> None:
         checks.function("law", self.law, "step -> law")
+
+    def __repr__(self) -> str:
+        return f"ByStep({shown(self.law)})"
 
 
 def at_step(law: Any, step: Array | int) -> Any:

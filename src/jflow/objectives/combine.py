@@ -15,6 +15,8 @@ from jflow.objectives.objective import init
 from jflow.reports import Report, as_reports
 from jflow.types import Array, Aux, Batch, Context, Key, ObjectiveFn, Params, PyTree
 
+_CALL = "(params, key, batch, context) -> (loss [B], aux)"
+
 
 @dataclasses.dataclass(frozen=True)
 class Stages:
@@ -35,7 +37,7 @@ class Stages:
     def __call__(self, params: Params, key: Key, batch: Batch, context: Context | None = None) -> tuple[Array, Aux]:
         """The loss of each row, and the metrics of all stages; those of a stage not in force are empty."""
         context = Context() if context is None else context
-        states = _states(context, len(self.objectives))
+        states = _states(self.objectives, key, params, context)
         operands = (params, key, batch, context._replace(state=states))
         calls = [_stage(objective, place) for place, objective in enumerate(self.objectives)]
         outputs = [jax.eval_shape(call, *operands) for call in calls]
@@ -62,11 +64,13 @@ def sequence(stages: Sequence[tuple[int, ObjectiveFn]]) -> ObjectiveFn:
 
     Raises:
       ValueError: when there is no stage, the first does not start at step 0, or the starts do not increase.
-      TypeError: when a start is not a whole number.
+      TypeError: when a start is not a whole number, or a stage is not a function.
     """
     starts = [checks.integer("stages: first step", start) for start, _ in stages]
     if not starts or starts[0] != 0 or any(b <= a for a, b in itertools.pairwise(starts)):
         raise ValueError(f"stages: expected first steps that increase from 0, got {starts}")
+    for _, objective in stages:
+        checks.function("stages", objective, _CALL)
     if len(stages) == 1:
         return stages[0][1]
     return Stages(tuple(starts), tuple(objective for _, objective in stages))
@@ -93,7 +97,8 @@ class WeightedSum:
     def __call__(self, params: Params, key: Key, batch: Batch, context: Context | None = None) -> tuple[Array, Aux]:
         """The weighted sum of the losses of each row, and the metrics of all terms."""
         context = Context() if context is None else context
-        keys, states = jax.random.split(key, len(self.objectives)), _states(context, len(self.objectives))
+        states = _states(self.objectives, key, params, context)
+        keys = jax.random.split(key, len(self.objectives))
         loss, next_states, metrics = None, [], {}
         terms = zip(self.names, self.weights, self.objectives, keys, states, strict=True)
         for name, weight, objective, its_key, state in terms:
@@ -116,8 +121,14 @@ def weighted_sum(objective: ObjectiveFn, **more: tuple[ObjectiveFn, float]) -> O
       The objective.
 
     Raises:
-      ValueError: for a weight that is negative or not finite; TypeError when it is not a number.
+      ValueError: for a weight that is negative or not finite.
+      TypeError: when it is not a number, for an objective that is not a function, or one without a weight.
     """
+    checks.function("objective", objective, _CALL)
+    for name, pair in more.items():
+        if not isinstance(pair, tuple) or len(pair) != 2:
+            raise TypeError(f"{name}: expected a pair (objective, weight), got {type(pair).__name__}")
+        checks.function(name, pair[0], _CALL)
     weights = [checks.number(name, weight, low=0.0) for name, (_, weight) in more.items()]
     return WeightedSum(("", *more), (1.0, *weights), (objective, *(other for other, _ in more.values())))
 
@@ -127,10 +138,20 @@ def _init_all(objectives: Sequence[ObjectiveFn], key: Key, params: Params) -> Py
     return tuple(init(objective, k, params) for objective, k in zip(objectives, keys, strict=True))
 
 
-def _states(context: Context, count: int) -> tuple[PyTree, ...]:
-    """The states of the parts; a caller without one has no part with a state."""
+def _states(objectives: Sequence[ObjectiveFn], key: Key, params: Params, context: Context) -> tuple[PyTree, ...]:
+    """The states of the parts; ``()`` will do where no part has one.
+
+    Raises:
+      ValueError: for another structure than that of ``init``.
+    """
+    expected = jax.eval_shape(lambda *args: _init_all(objectives, *args), key, params)
     stateless = isinstance(context.state, tuple) and not context.state
-    return ((),) * count if stateless else context.state
+    if stateless and not jax.tree.leaves(expected):
+        return expected
+    wanted, got = jax.tree.structure(expected), jax.tree.structure(context.state)
+    if got != wanted:
+        raise ValueError(f"context.state: expected what objectives.init makes, {wanted}, got {got}")
+    return context.state
 
 
 def _stage(objective: ObjectiveFn, place: int) -> Callable[..., tuple[Array, Aux]]:

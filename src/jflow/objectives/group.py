@@ -18,7 +18,7 @@ import numpy as np
 from jflow import checks, couplings, reports, sharding, trees
 from jflow import times as laws
 from jflow.interpolants import Interpolant
-from jflow.named import described
+from jflow.named import described, shown
 from jflow.objectives.objective import BINS
 from jflow.objectives.row import Leg
 from jflow.types import Array, Aux, Batch, Cond, Context, Event, FlowMap, Key, Params, PyTree, as_batch
@@ -56,6 +56,18 @@ class Group(NamedTuple):
             return self.own._replace(cond=cond, key=key).jump(self.s, self.t, x)
 
         return jax.vmap(one)(self.x, self.own.cond, self.own.key)
+
+
+class Drawn(NamedTuple):
+    """What is drawn for groups, ``[G, ...]`` or ``[G, M, ...]`` each; see ``Group``."""
+
+    s: Array
+    t: Array
+    x0: Event
+    x1: Event
+    cond: Cond
+    network_keys: Key
+    key: Key
 
 
 # The loss of a group, a scalar.
@@ -97,6 +109,10 @@ class GroupObjective:
         checks.integer("size", self.size, low=2)
         laws.check_pairs("pairs", laws.at_step(self.pairs, 0), self.flow_map.domain)
 
+    def __repr__(self) -> str:
+        choices = {"path": self.interpolant.name, "size": self.size, "pairs": self.pairs, "coupling": self.coupling}
+        return f"{self.name}({', '.join(f'{name}={shown(value)}' for name, value in choices.items())})"
+
     def init(self, key: Key, params: Params) -> PyTree:
         """The state before the first step: ``()``."""
         del key, params
@@ -112,12 +128,14 @@ class GroupObjective:
           context: the step (``Context()`` by default).
 
         Raises:
-          ValueError: for a batch that the group's size does not divide, or a group whose conditions differ. Traced
+          ValueError: for a batch without data or that the group's size does not divide, or a group whose conditions differ. Traced
             conditions cannot be looked at: the loss of such a group is then NaN.
           TypeError: for data that is not floating point.
         """
         context = Context() if context is None else context
         batch = as_batch(batch)
+        if batch.x1 is None:
+            raise ValueError(f"batch.x1: expected data for {self.name}, got None")
         checks.floating("batch.x1", batch.x1)
         rows = checks.rows("batch", (batch.x1, batch.x0, batch.cond))
         if rows % self.size:
@@ -132,9 +150,9 @@ class GroupObjective:
             lambda leaf: leaf.reshape(groups, self.size, *leaf.shape[1:]),
             (x0, batch.x1, batch.cond, jax.random.split(network_key, rows)),
         )
-        drawn = (s, t, *cut, jax.random.split(group_key, groups))
+        drawn = Drawn(s, t, *cut, jax.random.split(group_key, groups))
         (losses,) = sharding.each_device(self._evaluate, (params, context.step), drawn)
-        losses = jnp.where(_agree(cut[2], groups), losses.astype(dtype), jnp.nan)
+        losses = jnp.where(_agree(drawn.cond, groups), losses.astype(dtype), jnp.nan)
         said = jax.lax.stop_gradient(losses)
         metrics = {
             f"{self.name}/loss": reports.mean(said),
@@ -143,28 +161,29 @@ class GroupObjective:
         }
         return jnp.repeat(losses, self.size), Aux((), metrics)
 
-    def _evaluate(self, shared: tuple[Params, Array], drawn: PyTree) -> list[Array]:
+    def _evaluate(self, shared: tuple[Params, Array], drawn: Drawn) -> list[Array]:
+        """Losses of the groups; each device calls it with its own."""
         params, step = shared
 
-        def one(s: Array, t: Array, x0: Event, x1: Event, cond: Cond, network_keys: Key, key: Key) -> Array:
+        def one(drawn: Drawn) -> Array:
             at = jax.vmap(self.interpolant.interpolate, (None, 0, 0))
             group = Group(
-                s=s,
-                t=t,
-                x0=x0,
-                x1=x1,
-                x=at(s, x0, x1),
-                y=at(t, x0, x1),
-                cond=cond,
-                key=key,
+                s=drawn.s,
+                t=drawn.t,
+                x0=drawn.x0,
+                x1=drawn.x1,
+                x=at(drawn.s, drawn.x0, drawn.x1),
+                y=at(drawn.t, drawn.x0, drawn.x1),
+                cond=drawn.cond,
+                key=drawn.key,
                 step=jnp.asarray(step),
-                own=Leg(self.flow_map, params, cond, network_keys),
+                own=Leg(self.flow_map, params, drawn.cond, drawn.network_keys),
             )
             loss = self.loss(group)
             checks.scalar("loss", loss)
             return loss
 
-        return [jax.vmap(one)(*drawn)]
+        return [jax.vmap(one)(drawn)]
 
 
 def _agree(cond: Cond, groups: int) -> Array:

@@ -1,0 +1,251 @@
+"""Terms on groups: the squared energy distance, unbiased in value and gradient, on any number of devices."""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from jflow import interpolants, objectives, oracles, sharding, times, types
+from jflow.objectives.distributions import squared_energy_distance
+
+clone = jax.random.clone
+PATH = interpolants.linear()
+ORACLE = oracles.gaussian(PATH)
+MEAN, STD = 0.7, 0.6
+TRUTH = oracles.gaussian_params(jnp.array([MEAN]), jnp.array([[STD**2]]))
+SIZE = 6
+
+
+def perturbed(params, s, t, x, cond=None, *, key=None):
+    """X = X* + a + b X*: the exact jump, moved and stretched."""
+    a, b = params
+    gap = jnp.where(t == s, 1.0, t - s)
+    exact = ORACLE.flow_map.jump(TRUTH, s, t, x)
+    return (exact + a + b * exact - x) / gap
+
+
+MAP = types.FlowMap(perturbed)
+
+
+def expected_distance(mean, std):
+    """E|N(m, sigma^2)| = sigma sqrt(2/pi) e^{-m^2/2 sigma^2} + m erf(m / sigma sqrt 2)."""
+    z = mean / (std * np.sqrt(2.0))
+    return std * np.sqrt(2 / np.pi) * np.exp(-(z**2)) + mean * float(jax.scipy.special.erf(z))
+
+
+def energy(mean, std, other_mean, other_std):
+    """2 E|x - y| - E|x - x'| - E|y - y'| of two Gaussians in one dimension."""
+    cross = expected_distance(mean - other_mean, np.hypot(std, other_std))
+    return 2 * cross - expected_distance(0.0, std * np.sqrt(2)) - expected_distance(0.0, other_std * np.sqrt(2))
+
+
+def marginal(t):
+    return t * MEAN, np.sqrt((1 - t) ** 2 + (t * STD) ** 2)
+
+
+@functools.cache
+def sampled(size, s, t, a, b, batches=4000, groups=8):
+    """Losses and gradients in (a, b), of batches of the objective."""
+    law = times.independent(times.constant(s), times.constant(t))
+    objective = objectives.energy_distance(MAP, PATH, size=size, pairs=law)
+
+    def one(key):
+        data_key, loss_key = jax.random.split(key)
+        x1 = MEAN + STD * jax.random.normal(data_key, (groups * size, 1))
+        return jax.value_and_grad(lambda p: objective(p, loss_key, types.Batch(x1))[0].mean())(jnp.array([a, b]))
+
+    keys = jax.random.split(jax.random.key(5), batches)
+    return jax.device_get(jax.jit(lambda ks: jax.lax.map(one, ks, batch_size=200))(keys))
+
+
+@pytest.mark.parametrize("size", [2, 6])
+@pytest.mark.parametrize(("s", "t", "a", "b"), [(0.0, 1.0, 0.0, 0.0), (0.2, 0.9, 0.3, 0.0), (0.0, 1.0, -0.2, 0.5)])
+def test_the_loss_is_unbiased(size, s, t, a, b, assert_mean):
+    """With x_i compared with y_i, which comes of the same pair, or with i = j within x, the mean is another one."""
+    mean, std = marginal(t)
+    value = energy((1 + b) * mean + a, (1 + b) * std, mean, std)
+    assert_mean(sampled(size, s, t, a, b)[0], value)
+
+
+def test_the_expected_gradient_vanishes_at_the_exact_map_alone():
+    """Within four standard errors there, and beyond ten of them for a map that is 2 % off.
+
+    To second order the distance is a^2/(sigma sqrt pi), so that its slope at a = 0.02 sigma is 0.04/sqrt(pi) = 0.0226.
+    """
+    batches, groups = 40_000, 8
+    at_truth, beside = (sampled(SIZE, 0.0, 1.0, a, b, batches, groups)[1] for a, b in ((0.0, 0.0), (0.02 * STD, 0.02)))
+    error = at_truth.std(0, ddof=1) / np.sqrt(batches)
+    assert np.all(np.abs(at_truth.mean(0)) < 4 * error), at_truth.mean(0) / error
+    error = beside.std(0, ddof=1) / np.sqrt(batches)
+    assert np.max(np.abs(beside.mean(0)) / error) > 10, beside.mean(0) / error
+    h = 1e-5
+    slope = [
+        (energy(MEAN * 1.02 + 0.02 * STD + d * da, STD * (1.02 + 0.0 * d) + d * db, MEAN, STD))
+        for d, da, db in ((h, 1, 0), (-h, 1, 0))
+    ]
+    assert abs(beside.mean(0)[0] - (slope[0] - slope[1]) / (2 * h)) < 4 * error[0]
+
+
+def test_the_distance_against_the_double_sum(key):
+    x, y = np.random.default_rng(0).normal(size=(2, 5, 3, 2))
+    square = lambda a, b: np.sqrt(np.sum((a - b) ** 2))  # noqa: E731
+    total = sum(
+        2 * square(x[i], y[j]) - square(x[i], x[j]) - square(y[i], y[j]) for i in range(5) for j in range(5) if i != j
+    )
+    got = squared_energy_distance(jnp.asarray(x), jnp.asarray(y))
+    np.testing.assert_allclose(got, total / 20, rtol=1e-12)
+    tree = lambda z: {"a": jnp.asarray(z[:, 0]), "b": jnp.asarray(z[:, 1:])}  # noqa: E731
+    np.testing.assert_allclose(squared_energy_distance(tree(x), tree(y)), total / 20, rtol=1e-12)
+    for wrong in ((x[:1], y[:1]), (x, y[:4]), ({"a": x}, y)):
+        with pytest.raises(ValueError, match=r"^x: expected"):
+            squared_energy_distance(*jax.tree.map(jnp.asarray, wrong))
+
+
+def net(params, s, t, x, cond=None, *, key=None):
+    h = jnp.tanh(params["in"] @ jnp.concatenate([jnp.stack([s, t]), x]))
+    return params["out"] @ h + (0.0 if cond is None else 0.1 * cond.astype(x.dtype) * x)
+
+
+def params_of():
+    keys = jax.random.split(jax.random.key(2), 2)
+    return {"in": jax.random.normal(keys[0], (16, 5)), "out": 0.5 * jax.random.normal(keys[1], (3, 16))}
+
+
+def batch_of(groups, size=4, seed=0):
+    rng = np.random.default_rng(seed)
+    labels = np.repeat(rng.integers(0, 10, size=groups), size)
+    return types.Batch(jnp.asarray(rng.normal(size=(groups * size, 3))), cond=jnp.asarray(labels, jnp.int32))
+
+
+OBJECTIVE = objectives.energy_distance(types.FlowMap(net), PATH, size=4)
+
+
+@pytest.mark.parametrize("groups", [16, 6])
+@pytest.mark.parametrize(("devices", "fsdp"), [(1, 1), (8, 1), (8, 2), (8, 8)])
+def test_one_device_and_eight_agree(devices, fsdp, groups, key):
+    """As a training step lays the rows out; the number of groups need not be divisible by that of devices."""
+    batch, params = batch_of(groups), params_of()
+
+    def step(params, k, batch):
+        return jax.value_and_grad(lambda p: OBJECTIVE(p, k, batch)[0].mean())(params)
+
+    expected = jax.jit(step)(params, clone(key), batch)
+    mesh = sharding.mesh(fsdp, jax.devices()[:devices])
+    spread = sharding.rows(mesh) if (groups * 4) % devices == 0 else sharding.whole(mesh)
+    state = sharding.parts(params, mesh, smallest=16)
+    with jax.sharding.use_abstract_mesh(mesh.abstract_mesh):
+        run = jax.jit(step, out_shardings=(sharding.whole(mesh), state))
+        got = run(
+            sharding.place(params, state),
+            sharding.place(clone(key), sharding.whole(mesh)),
+            sharding.place(batch, spread),
+        )
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-10, atol=1e-13), got, expected)
+
+
+def test_each_row_carries_the_loss_of_its_group(key):
+    batch = batch_of(8)
+    loss, aux = jax.jit(OBJECTIVE)(params_of(), clone(key), batch)
+    of_groups = np.asarray(loss).reshape(8, 4)
+    np.testing.assert_array_equal(of_groups, np.repeat(of_groups[:, :1], 4, 1))
+    assert len(np.unique(of_groups[:, 0])) == 8
+    assert aux.state == ()
+    np.testing.assert_allclose(aux.metrics["energy/loss"].value(), loss.mean(), rtol=1e-12)
+    for name in ("energy/loss_by_t", "energy/loss_by_gap"):
+        report = aux.metrics[name]
+        assert report.count.sum() == 8
+        np.testing.assert_allclose(report.total.sum() / 8, loss.mean(), rtol=1e-9)
+    # The losses of other groups do not depend on what lies in one.
+    moved = batch._replace(x1=batch.x1.at[5].add(1.0))
+    changed = np.abs(np.asarray(jax.jit(OBJECTIVE)(params_of(), clone(key), moved)[0]) - loss).reshape(8, 4)
+    assert np.all(changed[1] > 0) and np.all(np.delete(changed, 1, 0) == 0)
+
+
+def test_the_loss_of_a_group_is_made_of_its_samples(key):
+    """A term of one's own: everything that a group holds, against the objective's own draws."""
+    seen = {}
+
+    def loss(group):
+        assert group.s.shape == group.t.shape == () and group.x.shape == group.y.shape == (4, 3)
+        jax.debug.callback(
+            lambda **kw: seen.setdefault("groups", []).append(kw), **group._asdict() | {"own": 0.0, "key": 0.0}
+        )
+        return jnp.sum(group.jumps() - group.y)
+
+    objective = objectives.GroupObjective("mine", types.FlowMap(net), PATH, loss, 4)
+    batch, params = batch_of(2), params_of()
+    losses, aux = jax.jit(objective)(params, clone(key), batch)
+    jax.effects_barrier()
+    assert set(aux.metrics) == {"mine/loss", "mine/loss_by_t", "mine/loss_by_gap"}
+    assert len(seen["groups"]) == 2
+    for group in seen["groups"]:
+        s, t, x0, x1 = (group[name] for name in ("s", "t", "x0", "x1"))
+        place = int(np.flatnonzero([np.array_equal(x1, batch.x1[i : i + 4]) for i in (0, 4)])[0])
+        np.testing.assert_allclose(group["x"], (1 - s) * x0 + s * x1, rtol=1e-12)
+        np.testing.assert_allclose(group["y"], (1 - t) * x0 + t * x1, rtol=1e-12)
+        jumped = jax.vmap(lambda x, c, s=s, t=t: x + (t - s) * net(params, s, t, x, c))(group["x"], group["cond"])
+        np.testing.assert_allclose(losses[4 * place], jnp.sum(jumped - group["y"]), rtol=1e-9)
+
+
+def test_groups_of_mixed_conditions_are_refused_or_nan(key):
+    batch = batch_of(4)
+    mixed = batch._replace(cond=batch.cond.at[9].add(1))
+    with pytest.raises(ValueError, match=r"^batch\.cond: expected one condition in each group.*in 1 of 4 groups"):
+        OBJECTIVE(params_of(), clone(key), mixed)
+    loss, _ = jax.jit(OBJECTIVE)(params_of(), clone(key), mixed)
+    np.testing.assert_array_equal(np.isnan(loss), np.repeat([False, False, True, False], 4))
+    assert np.isfinite(jax.jit(OBJECTIVE)(params_of(), clone(key), batch)[0]).all()
+
+
+def test_equal_samples_give_finite_gradients(key):
+    """Duplicates within x, within y, and x_i equal to y_j: the gradient of a distance of zero is zero."""
+    still = types.FlowMap(lambda p, s, t, x, cond=None, *, key=None: p * x)
+    law = times.independent(times.constant(0.0), times.constant(1.0))
+    objective = objectives.energy_distance(still, PATH, size=4, pairs=law)
+    x = jnp.array([[1.0], [1.0], [2.0], [2.0]])
+    for x0 in (x, x[::-1], jnp.zeros_like(x)):
+        for theta in (0.0, 0.5):
+            value, slope = jax.jit(
+                jax.value_and_grad(lambda p, x0=x0: objective(p, clone(key), types.Batch(x, x0))[0].mean())
+            )(theta)
+            assert np.isfinite(value) and np.isfinite(slope)
+    # All equal and at rest: no distance at all.
+    ones = jnp.ones((4, 1))
+    value, slope = jax.jit(jax.value_and_grad(lambda p: objective(p, clone(key), types.Batch(ones, ones))[0].mean()))(
+        0.0
+    )
+    assert value == 0.0 and slope == 0.0
+
+
+def test_groups_combine_with_other_objectives(key):
+    lsd = objectives.lsd(types.FlowMap(net), PATH, diagonal=0.5)
+    both = objectives.weighted_sum(lsd, energy=(OBJECTIVE, 0.5))
+    batch, params = batch_of(8), params_of()
+    loss, aux = jax.jit(both)(params, clone(key), batch)
+    one, two = jax.random.split(clone(key))
+    expected = jax.jit(lsd)(params, one, batch)[0] + 0.5 * jax.jit(OBJECTIVE)(params, two, batch)[0]
+    np.testing.assert_allclose(loss, expected, rtol=1e-12)
+    assert {"lagrangian/raw", "energy_energy/loss"} <= set(aux.metrics)
+
+
+@pytest.mark.parametrize(
+    ("call", "error", "message"),
+    [
+        (lambda k: objectives.energy_distance(MAP, PATH, size=1), ValueError, "^size"),
+        (lambda k: objectives.energy_distance(MAP, PATH, size=2.0), TypeError, "^size"),
+        (lambda k: OBJECTIVE(params_of(), k, types.Batch(jnp.ones((6, 3)))), ValueError, "^batch: expected a multiple"),
+        (lambda k: OBJECTIVE(params_of(), k, types.Batch(jnp.ones((8, 3), int))), TypeError, r"^batch\.x1"),
+        (lambda k: OBJECTIVE(params_of(), k, types.Batch(jnp.ones((8, 3)), jnp.ones((8, 2)))), ValueError, r"^batch\.x0"),
+        (lambda k: OBJECTIVE(params_of(), k, types.Batch(None, jnp.ones((8, 3)))), ValueError, r"^batch\.x1"),
+        (lambda k: OBJECTIVE(params_of(), k, types.Batch(jnp.ones((8, 3)), cond=jnp.ones(4))), ValueError, "leading axis"),
+        (lambda k: objectives.GroupObjective("x", MAP, PATH, 3.0, 4), TypeError, "^loss: expected a function"),
+        (lambda k: objectives.energy_distance(MAP, PATH, size=4, coupling=1), TypeError, "^coupling"),
+        (lambda k: objectives.GroupObjective("x", MAP, PATH, lambda g: g.x, 4)(jnp.zeros(2), k, types.Batch(jnp.ones((8, 1)))),
+         ValueError, "^loss: expected a scalar"),
+    ],
+)  # fmt: skip
+def test_bad_input(call, error, message, key):
+    with pytest.raises(error, match=message):
+        call(key)
