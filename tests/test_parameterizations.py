@@ -234,12 +234,12 @@ def test_arguments_that_are_not_a_network_and_a_form_are_named():
     form = parameterizations.mean_velocity_form()
     with pytest.raises(TypeError, match=r"parameterization: expected .*, got a function that was not called"):
         parameterizations.flow_map(net, parameterizations.mean_velocity_form)
-    with pytest.raises(TypeError, match="parameterization: expected a Parameterization.*, got 'v'"):
+    with pytest.raises(TypeError, match=r"parameterization: expected a Parameterization.*, got 'v'"):
         parameterizations.flow_map(net, "v")
-    with pytest.raises(TypeError, match="apply: expected a network .*, got Parameterization"):
+    with pytest.raises(TypeError, match=r"apply: expected a network .*, got Parameterization"):
         parameterizations.flow_map(form, net)
     made = parameterizations.flow_map(net, form)
-    with pytest.raises(TypeError, match="apply: expected a network .*, got FlowMap"):
+    with pytest.raises(TypeError, match=r"apply: expected a network .*, got FlowMap"):
         parameterizations.flow_map(made, form)
     # A batch in place of a sample: the network's own error, with what it was given.
     for call in (made.jump, made.mean_velocity):

@@ -68,8 +68,8 @@ def trained(method, mesh, split=False):
     losses, norms = [], []
     for _ in range(3):
         state, metrics = chunk(state, data, 2)
-        losses.append(metrics["loss"])
-        norms.append(metrics["grad_norm"])
+        losses.append(metrics["loss"].value())
+        norms.append(metrics["grad_norm"].value())
     return state, np.array(losses), np.array(norms)
 
 
@@ -94,7 +94,7 @@ def test_a_run_goes_on_on_fewer_devices(tmp_path, plain):
     expected = []
     for _ in range(4):
         state, metrics = chunk(state, data, 2)
-        expected.append(float(metrics["loss"]))
+        expected.append(float(metrics["loss"].value()))
     state, chunk, data = run_of("flow_matching", mesh_of("4 x 2"))
     state, _ = chunk(state, data, 2)
     with Checkpoints(tmp_path) as checkpoints:

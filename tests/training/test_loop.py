@@ -18,11 +18,11 @@ from jflow.training import (
     Checkpoints,
     NonFiniteError,
     distributed,
-    feeds,
     fit,
     loop,
     make_chunk,
     make_step,
+    prefetch,
     restore_params,
 )
 from jflow.training.loop import Plan
@@ -171,11 +171,11 @@ class Walk:
 
 
 def test_data_from_the_host_go_on_where_they_were(problem, tmp_path, assert_same):
-    chunk = make_chunk(problem.step, feeds.batch)
+    chunk = make_chunk(problem.step, prefetch.batch)
     one, two = tmp_path / "one", tmp_path / "two"
-    whole = run(problem, one, 21, chunk=chunk, data=feeds.Feed(Walk()))
-    run(problem, two, 16, chunk=chunk, data=feeds.Feed(Walk()))
-    assert_same(run(problem, two, 21, chunk=chunk, data=feeds.Feed(Walk()), resume=True), whole)
+    whole = run(problem, one, 21, chunk=chunk, data=prefetch.Feed(Walk()))
+    run(problem, two, 16, chunk=chunk, data=prefetch.Feed(Walk()))
+    assert_same(run(problem, two, 21, chunk=chunk, data=prefetch.Feed(Walk()), resume=True), whole)
     assert rows_of(two) == rows_of(one)
 
 

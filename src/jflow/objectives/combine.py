@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import itertools
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 import jax
@@ -24,7 +24,7 @@ class Stages:
 
     Attributes:
       starts: the first step of each stage.
-      objectives: the stages; the state is the tuple of theirs.
+      objectives: the stages; the state is the tuple of theirs, or ``()`` where none has one.
     """
 
     starts: tuple[int, ...]
@@ -53,7 +53,8 @@ class Stages:
             return padded
 
         index = jnp.sum(jnp.asarray(context.step) >= jnp.asarray(self.starts, jnp.int32)[1:])
-        return jax.lax.switch(index, [branch(call) for call in calls], *operands)
+        loss, aux = jax.lax.switch(index, [branch(call) for call in calls], *operands)
+        return loss, aux._replace(state=_whole(aux.state))
 
 
 def sequence(stages: Sequence[tuple[int, ObjectiveFn]]) -> ObjectiveFn:
@@ -83,7 +84,7 @@ class WeightedSum:
     Attributes:
       names: put before the metrics of each; "" leaves them as they are.
       weights: of the losses.
-      objectives: the terms; the state is the tuple of theirs.
+      objectives: the terms; the state is the tuple of theirs, or ``()`` where none has one.
     """
 
     names: tuple[str, ...]
@@ -107,7 +108,7 @@ class WeightedSum:
             next_states.append(aux.state)
             metrics |= {f"{name}_{entry}" if name else entry: report for entry, report in aux.metrics.items()}
         assert loss is not None
-        return loss, Aux(tuple(next_states), metrics)
+        return loss, Aux(_whole(next_states), metrics)
 
 
 def weighted_sum(objective: ObjectiveFn, **more: tuple[ObjectiveFn, float]) -> ObjectiveFn:
@@ -134,24 +135,27 @@ def weighted_sum(objective: ObjectiveFn, **more: tuple[ObjectiveFn, float]) -> O
 
 
 def _init_all(objectives: Sequence[ObjectiveFn], key: Key, params: Params) -> PyTree:
+    """The states of the parts; ``()`` where no part has one, so that nobody needs to bring any."""
     keys = jax.random.split(key, len(objectives))
-    return tuple(init(objective, k, params) for objective, k in zip(objectives, keys, strict=True))
+    return _whole(init(objective, k, params) for objective, k in zip(objectives, keys, strict=True))
+
+
+def _whole(states: Iterable[PyTree]) -> PyTree:
+    found = tuple(states)
+    return found if jax.tree.leaves(found) else ()
 
 
 def _states(objectives: Sequence[ObjectiveFn], key: Key, params: Params, context: Context) -> tuple[PyTree, ...]:
-    """The states of the parts; ``()`` will do where no part has one.
+    """The states of the parts.
 
     Raises:
       ValueError: for another structure than that of ``init``.
     """
     expected = jax.eval_shape(lambda *args: _init_all(objectives, *args), key, params)
-    stateless = isinstance(context.state, tuple) and not context.state
-    if stateless and not jax.tree.leaves(expected):
-        return expected
     wanted, got = jax.tree.structure(expected), jax.tree.structure(context.state)
     if got != wanted:
         raise ValueError(f"context.state: expected what objectives.init makes, {wanted}, got {got}")
-    return context.state
+    return context.state if jax.tree.leaves(expected) else ((),) * len(objectives)
 
 
 def _stage(objective: ObjectiveFn, place: int) -> Callable[..., tuple[Array, Aux]]:

@@ -1,7 +1,7 @@
 """Batches from a host iterator, several steps of them at once, on the devices before they are needed.
 
     feed = Feed(datasets.pipeline(source, batch_size=256), sharding=rows)
-    chunk = make_chunk(step, feeds.batch, batch_sharding=rows)
+    chunk = make_chunk(step, prefetch.batch, batch_sharding=rows)
     with feed:
         feed.start(0, None, plan.length, total_steps)
         state, metrics = chunk(state, feed.take(), steps)

@@ -34,7 +34,7 @@ class NonFiniteError(RuntimeError):
         self.first_step, self.last_step, self.checkpoint = first_step, last_step, checkpoint
         numbers = ", ".join(
             f"{name} {np.asarray(metrics[name]):.4g}"
-            for name in ("last_loss", "grad_norm", "update_norm")
+            for name in ("loss", "grad_norm", "update_norm")
             if name in metrics
         )
         good = "there is no checkpoint" if checkpoint is None else f"the last good checkpoint is of step {checkpoint}"
