@@ -128,8 +128,8 @@ class GroupObjective:
           context: the step (``Context()`` by default).
 
         Raises:
-          ValueError: for a batch without data or that the group's size does not divide, or a group whose conditions differ. Traced
-            conditions cannot be looked at: the loss of such a group is then NaN.
+          ValueError: for a batch without data, or one that the group's size does not divide, or a group whose conditions
+            differ. Traced conditions cannot be looked at: the loss of such a group is then NaN.
           TypeError: for data that is not floating point.
         """
         context = Context() if context is None else context
