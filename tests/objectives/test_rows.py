@@ -94,6 +94,26 @@ def test_a_target_guided_by_the_maps_own_legs(leg, key):
         assert np.abs(loose - slope).max() > 1e-3
 
 
+def test_no_gradient_passes_through_the_rows_velocity(key):
+    """In a residual that stops nothing itself, with an estimate through the trained leg."""
+
+    def residual(row):
+        return identities.Residual(row.own.v(row.s, row.t, row.x), row.conditional, row.x)
+
+    def loss(params, at, k):
+        def estimate(row):
+            return row.own._replace(params=row.own.params if at is None else at).velocity(row.s, row.x)
+
+        term = objectives.Term("open", residual, ("velocity",))
+        choices = {"diagonal": 0.0, "pairs": fixed(), "velocity": estimate}
+        return objectives.Objective("open", MAP, interpolants.linear(), term, **choices)(params, k, batch_of())[0].sum()
+
+    slope = jax.jit(jax.grad(lambda p, k: loss(p, None, k)))(PARAMS, clone(key))
+    expected = jax.jit(jax.grad(lambda p, k: loss(p, PARAMS, k)))(PARAMS, clone(key))
+    np.testing.assert_allclose(slope, expected, rtol=1e-12)
+    assert np.abs(slope).max() > 1e-2
+
+
 def test_a_residual_sees_every_leg(key):
     """own, frozen, ema and teacher, each at its own parameters, with the row's condition; gradients through own alone."""
 
