@@ -109,7 +109,7 @@ def test_a_run_goes_on_on_fewer_devices(tmp_path, plain):
             losses = []
             for _ in range(3):
                 here, metrics = chunk(here, data, 2)
-                losses.append(float(metrics["loss"]))
+                losses.append(float(metrics["loss"].value()))
             np.testing.assert_allclose(losses, expected[1:], rtol=1e-12)
 
 

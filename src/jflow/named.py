@@ -25,7 +25,7 @@ class Named(Generic[P, R]):
     function: Callable[P, R]
 
     def __call__(self, *args: P.args, **kwargs: P.kwargs) -> R:
-        """Calls the function."""
+        """The function's value."""
         return self.function(*args, **kwargs)
 
     def __repr__(self) -> str:

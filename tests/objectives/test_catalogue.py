@@ -172,9 +172,11 @@ def test_shortcut_is_midpoint_self_distillation_on_a_dyadic_grid(key):
     flow_map = properties.student(this, "linear", False)
     theta, path = jnp.asarray(properties.OFF), interpolants.linear()
     batch = types.Batch(this.batch.x1[:64], this.batch.x0[:64])
-    one = objectives.shortcut(flow_map, path, levels=5, leg="own")
+    # Gaps of at least two cells of the finer grid: over one cell the legs are asked at s = t (test_recipes).
+    longer = {"pairs": times.dyadic(5), "domain": types.dyadic(6)}
+    one = objectives.shortcut(flow_map, path, levels=6, leg="own", **longer)
     two = objectives.psd_m(flow_map, path, pairs=times.dyadic(5), diagonal=0.875)
-    averaged = objectives.shortcut(flow_map, path, levels=5)
+    averaged = objectives.shortcut(flow_map, path, levels=6, **longer)
     run = jax.jit(
         lambda k: [o(theta, jax.random.clone(k), batch, types.Context(ema=theta))[0] for o in (one, two, averaged)]
     )
@@ -182,7 +184,8 @@ def test_shortcut_is_midpoint_self_distillation_on_a_dyadic_grid(key):
     np.testing.assert_array_equal(first, second)
     np.testing.assert_allclose(first, third, rtol=1e-12)
     s, t = times.dyadic(5)(jax.random.key(1), 1000)
-    assert all(one.domain.contains(a, b) for a, b in zip(np.asarray(s), np.asarray(t), strict=True))
+    on_grid = objectives.shortcut(flow_map, path, levels=5).domain
+    assert all(on_grid.contains(a, b) for a, b in zip(np.asarray(s), np.asarray(t), strict=True))
 
 
 def test_terminal_velocity_matching_with_its_own_velocity_is_lagrangian_self_distillation():
@@ -294,6 +297,10 @@ def every_reduction(params, s, t, difference):
     return sum(reduction(params, s, t, difference) for reduction in chosen)
 
 
+# Off the diagonal alone, from pairs: nothing of them reads a teacher's velocity.
+UNTAUGHT = ("consistency_training", "ect", "ict")
+
+
 @pytest.mark.parametrize("name", sorted(METHODS))
 def test_every_method_takes_every_reduction_and_a_teacher(name, key):
     method = METHODS[name]
@@ -301,11 +308,13 @@ def test_every_method_takes_every_reduction_and_a_teacher(name, key):
     flow_map = types.FlowMap(small_map, types.BOTH)
     params = {"a": jnp.array(0.7), "b": jnp.array(-0.4), "w": jnp.array(0.3)}
     choices = {"reduction": every_reduction} if method.cost else {"diagonal_reduction": every_reduction}
-    objective = (
-        method.constructor(flow_map, path, teacher=lambda p, t, x, cond=None, *, key=None: p * x, **choices)
-        if "map teacher" not in method.needs
-        else method.constructor(flow_map, path, teacher=flow_map, **choices)
-    )
+    if name in UNTAUGHT:
+        with pytest.raises(ValueError, match="teacher: expected no choice of it"):
+            method.constructor(flow_map, path, teacher=flow_map)
+    else:
+        velocity = lambda p, t, x, cond=None, *, key=None: p * x  # noqa: E731
+        choices["teacher"] = flow_map if "map teacher" in method.needs else velocity
+    objective = method.constructor(flow_map, path, **choices)
     first, second = jax.random.split(jax.random.key(4))
     batch = types.Batch(jax.random.normal(first, (16, 2)) + 0.5, jax.random.normal(second, (16, 2)))
     teacher = params if "map teacher" in method.needs else jnp.array(0.3)

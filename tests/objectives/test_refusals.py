@@ -261,7 +261,7 @@ def teacher_model(params, t, x, cond=None, *, key=None):
 OTHER = {
     "diagonal": 0.5,
     "times": times.constant(0.37),
-    "pairs": times.independent(times.constant(0.0), times.constant(1.0)),
+    "pairs": times.independent(times.constant(0.125), times.constant(0.875)),
     "gammas": times.constant(0.21),
     "reduction": reductions.scaled(3.0, reductions.squared),
     "diagonal_reduction": reductions.scaled(5.0, reductions.squared),

@@ -14,6 +14,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from jflow import reports
 from jflow.training import (
     Checkpoints,
     NonFiniteError,
@@ -306,7 +307,9 @@ def test_what_is_not_finite_stops_the_run(problem, tmp_path, checkpoint_every):
     def chunk(state, data, steps):
         state, metrics = problem.chunk(state, data, steps)
         # Broken from step 21 on, so within the fifth and sixth chunk.
-        return state, {**metrics, "finite": state.step <= 20, "loss": jnp.where(state.step <= 20, 1.0, jnp.nan)}
+        sound = state.step <= 20
+        loss = reports.Mean(jnp.where(sound, 1.0, jnp.nan), jnp.ones(()))
+        return state, {**metrics, "finite": reports.Every(sound), "loss": loss}
 
     with pytest.raises(NonFiniteError, match="not finite within steps 21 to 24") as error:
         run(problem, tmp_path, 48, chunk=chunk, checkpoint_every=checkpoint_every)

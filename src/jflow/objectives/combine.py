@@ -11,7 +11,7 @@ import jax
 import jax.numpy as jnp
 
 from jflow import checks, trees
-from jflow.objectives.objective import init
+from jflow.objectives.calling import call, init
 from jflow.reports import Report, as_reports
 from jflow.types import Array, Aux, Batch, Context, Key, ObjectiveFn, Params, PyTree
 
@@ -103,7 +103,7 @@ class WeightedSum:
         loss, next_states, metrics = None, [], {}
         terms = zip(self.names, self.weights, self.objectives, keys, states, strict=True)
         for name, weight, objective, its_key, state in terms:
-            added, aux = objective(params, its_key, batch, context._replace(state=state))
+            added, aux = call(objective, params, its_key, batch, context._replace(state=state))
             loss = trees.scale(weight, added) if loss is None else trees.axpy(weight, added, loss)
             next_states.append(aux.state)
             metrics |= {f"{name}_{entry}" if name else entry: report for entry, report in aux.metrics.items()}
@@ -161,9 +161,9 @@ def _states(objectives: Sequence[ObjectiveFn], key: Key, params: Params, context
 def _stage(objective: ObjectiveFn, place: int) -> Callable[..., tuple[Array, Aux]]:
     """The stage at this place, given and returning the states of all."""
 
-    def call(params: Params, key: Key, batch: Batch, context: Context) -> tuple[Array, Aux]:
+    def staged(params: Params, key: Key, batch: Batch, context: Context) -> tuple[Array, Aux]:
         states = context.state
-        loss, aux = objective(params, key, batch, context._replace(state=states[place]))
+        loss, aux = call(objective, params, key, batch, context._replace(state=states[place]))
         return loss, Aux((*states[:place], aux.state, *states[place + 1 :]), as_reports(aux.metrics))
 
-    return call
+    return staged

@@ -128,8 +128,8 @@ class GroupObjective:
           context: the step (``Context()`` by default).
 
         Raises:
-          ValueError: for a batch without data or that the group's size does not divide, or a group whose conditions differ. Traced
-            conditions cannot be looked at: the loss of such a group is then NaN.
+          ValueError: for a batch without data, or one that the group's size does not divide, or a group whose conditions
+            differ. Traced conditions cannot be looked at: the loss of such a group is then NaN.
           TypeError: for data that is not floating point.
         """
         context = Context() if context is None else context
@@ -146,11 +146,11 @@ class GroupObjective:
         checks.same_structure("batch.x0", x0, "batch.x1", batch.x1)
         dtype = trees.at_least_float32(batch.x1)
         s, t = (time.astype(dtype) for time in laws.at_step(self.pairs, context.step)(pair_key, groups))
-        cut = jax.tree.map(
+        x0, x1, cond, network_keys = jax.tree.map(
             lambda leaf: leaf.reshape(groups, self.size, *leaf.shape[1:]),
             (x0, batch.x1, batch.cond, jax.random.split(network_key, rows)),
         )
-        drawn = Drawn(s, t, *cut, jax.random.split(group_key, groups))
+        drawn = Drawn(s, t, x0, x1, cond, network_keys, jax.random.split(group_key, groups))
         (losses,) = sharding.each_device(self._evaluate, (params, context.step), drawn)
         losses = jnp.where(_agree(drawn.cond, groups), losses.astype(dtype), jnp.nan)
         said = jax.lax.stop_gradient(losses)

@@ -10,7 +10,7 @@ An objective with a state of its own (a discriminator with its optimizer, a runn
     init(key, params) -> state
     __call__(params, key, batch, context) -> (loss [B], Aux(next state, metrics)),   the state in context.state
 
-and ``init`` below is what the training state calls.
+and ``objectives.init`` is what the training state calls.
 """
 
 from __future__ import annotations
@@ -40,7 +40,6 @@ from jflow.types import (
     Event,
     FlowMap,
     Key,
-    ObjectiveFn,
     Params,
     PyTree,
     Velocity,
@@ -399,12 +398,6 @@ class Objective:
 def default_pairs(choices: dict[str, Any], pairs: laws.PairLaw, domain: Domain) -> dict[str, Any]:
     """A method's own law of (s, t) and the domain that goes with it, unless another law is chosen."""
     return choices if "pairs" in choices else {"pairs": pairs, "domain": domain, **choices}
-
-
-def init(objective: ObjectiveFn, key: Key, params: Params) -> PyTree:
-    """The state of an objective before the first step: what its ``init(key, params)`` makes, ``()`` if it has none."""
-    make = getattr(objective, "init", None)
-    return () if make is None else make(key, params)
 
 
 def _reported(term: str, sample: Sample, found: Found) -> dict[str, reports.Report]:

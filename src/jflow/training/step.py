@@ -16,7 +16,7 @@ from jflow.reports import Every, First, Largest, Last, Mean, Report, Total, as_r
 from jflow.training import ema as averages
 from jflow.training.optimizers import check_optimizer, has_updated, with_extra_args
 from jflow.training.state import TrainState
-from jflow.types import Array, Aux, Batch, Context, Key, ObjectiveFn, Params, PyTree
+from jflow.types import Array, Aux, Batch, Context, ObjectiveFn, Params, PyTree
 
 Metrics = dict[str, Report]
 Step = Callable[[TrainState, Batch], tuple[TrainState, Metrics]]
@@ -99,7 +99,7 @@ def make_step(
         def mean_loss(params: Params) -> tuple[Array, tuple[Array, Aux]]:
             # Made here, for a line search draws the same numbers again: the key itself would be used twice.
             key = jax.random.fold_in(state.key, state.step)
-            return _mean_loss(*_called(objective, params, key, batch, context))
+            return _mean_loss(*objectives.call(objective, params, key, batch, context))
 
         (loss, (rows, aux)), grads = jax.value_and_grad(mean_loss, has_aux=True)(state.params)
         # In the session's own floats: optax's backtracking transposes a Python 1.0 through it.
@@ -191,20 +191,6 @@ def make_chunk(
         return state, {**merged(stacked), "param_norm": Last(_norm(state.params))}
 
     return jax.jit(chunk, static_argnums=2, donate_argnums=(0,) if donate else (), out_shardings=(state_sharding, None))
-
-
-def _called(objective: ObjectiveFn, params: Params, key: Key, batch: Batch, context: Context) -> tuple[Array, Aux]:
-    """What the objective returns, checked; a mapping of metrics becomes an Aux."""
-    found = objective(params, key, batch, context)
-    if not (isinstance(found, tuple) and len(found) == 2 and isinstance(found[1], (Aux, Mapping))):
-        raise TypeError(
-            "objective: expected it to return (loss [B], Aux) or (loss [B], a mapping of metrics), got "
-            f"{type(found).__name__}"
-        )
-    loss, aux = found
-    if jnp.ndim(loss) != 1:
-        raise ValueError(f"objective: expected a loss of shape [B], got {jnp.shape(loss)}")
-    return loss, aux if isinstance(aux, Aux) else Aux(context.state, dict(aux))
 
 
 def _mean_loss(loss: Array, aux: Aux) -> tuple[Array, tuple[Array, Aux]]:

@@ -1,0 +1,33 @@
+"""Calls any objective: its state before the first step, and what it returns, checked."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+import jax.numpy as jnp
+
+from jflow.types import Array, Aux, Batch, Context, Key, ObjectiveFn, Params, PyTree
+
+
+def init(objective: ObjectiveFn, key: Key, params: Params) -> PyTree:
+    """The state of an objective before the first step: what its ``init(key, params)`` makes, ``()`` if it has none."""
+    make = getattr(objective, "init", None)
+    return () if make is None else make(key, params)
+
+
+def call(objective: ObjectiveFn, params: Params, key: Key, batch: Batch, context: Context) -> tuple[Array, Aux]:
+    """What an objective returns, checked; a mapping of metrics in place of an Aux leaves the state as it was.
+
+    Raises:
+      TypeError: for anything but a loss and an Aux or a mapping; ValueError for a loss that is not of rank one.
+    """
+    found = objective(params, key, batch, context)
+    if not (isinstance(found, tuple) and len(found) == 2 and isinstance(found[1], (Aux, Mapping))):
+        raise TypeError(
+            "objective: expected it to return (loss [B], Aux) or (loss [B], a mapping of metrics), got "
+            f"{type(found).__name__}"
+        )
+    loss, aux = found
+    if jnp.ndim(loss) != 1:
+        raise ValueError(f"objective: expected a loss of shape [B], got {jnp.shape(loss)}")
+    return loss, aux if isinstance(aux, Aux) else Aux(context.state, dict(aux))
