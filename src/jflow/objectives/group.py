@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable
-from typing import NamedTuple
+from typing import NamedTuple, TypedDict
 
 import jax
 import jax.numpy as jnp
@@ -60,6 +60,13 @@ class Group(NamedTuple):
 
 # The loss of a group, a scalar.
 GroupLoss = Callable[[Group], Array]
+
+
+class GroupChoices(TypedDict, total=False):
+    """The choices of every loss on groups; see ``GroupObjective`` for what they are."""
+
+    pairs: laws.PairLaw | laws.ByStep
+    coupling: couplings.Coupling
 
 
 @dataclasses.dataclass(frozen=True)
