@@ -34,7 +34,7 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any, overload
+from typing import TYPE_CHECKING, Any, overload
 
 import flax.errors
 import flax.linen as nn
@@ -45,6 +45,9 @@ import numpy as np
 from jflow.nets import signatures
 from jflow.nets.signatures import Network, OneTime, TwoTimes
 from jflow.types import Key, Params, PyTree, Velocity
+
+if TYPE_CHECKING:
+    import flax.nnx
 
 MIXES = (
     "mixes the samples of a batch, and a function of one sample cannot: use group or layer normalisation, or freeze its "
@@ -151,13 +154,13 @@ def from_linen(
 
 
 @overload
-def from_nnx(module: Any, *, signature: TwoTimes = ..., batched: bool = ...) -> tuple[Network, Params]: ...
+def from_nnx(module: flax.nnx.Module, *, signature: TwoTimes = ..., batched: bool = ...) -> tuple[Network, Params]: ...
 @overload
-def from_nnx(module: Any, *, signature: OneTime, batched: bool = ...) -> tuple[Velocity, Params]: ...
+def from_nnx(module: flax.nnx.Module, *, signature: OneTime, batched: bool = ...) -> tuple[Velocity, Params]: ...
 @overload
-def from_nnx(module: Any, *, signature: str, batched: bool = ...) -> tuple[Network | Velocity, Params]: ...
+def from_nnx(module: flax.nnx.Module, *, signature: str, batched: bool = ...) -> tuple[Network | Velocity, Params]: ...
 def from_nnx(
-    module: Any, *, signature: str = signatures.DEFAULT, batched: bool = False
+    module: flax.nnx.Module, *, signature: str = signatures.DEFAULT, batched: bool = False
 ) -> tuple[Network | Velocity, Params]:
     """A flax.nnx module as a network of two times, or as a Velocity; and its parameters as nested dicts with string keys.
 
@@ -238,13 +241,19 @@ def from_nnx(
 
 
 @overload
-def from_equinox(module: Any, *, signature: TwoTimes = ..., batched: bool = ...) -> tuple[Network, Params]: ...
-@overload
-def from_equinox(module: Any, *, signature: OneTime, batched: bool = ...) -> tuple[Velocity, Params]: ...
-@overload
-def from_equinox(module: Any, *, signature: str, batched: bool = ...) -> tuple[Network | Velocity, Params]: ...
 def from_equinox(
-    module: Any, *, signature: str = signatures.DEFAULT, batched: bool = False
+    module: Callable[..., PyTree], *, signature: TwoTimes = ..., batched: bool = ...
+) -> tuple[Network, Params]: ...
+@overload
+def from_equinox(
+    module: Callable[..., PyTree], *, signature: OneTime, batched: bool = ...
+) -> tuple[Velocity, Params]: ...
+@overload
+def from_equinox(
+    module: Callable[..., PyTree], *, signature: str, batched: bool = ...
+) -> tuple[Network | Velocity, Params]: ...
+def from_equinox(
+    module: Callable[..., PyTree], *, signature: str = signatures.DEFAULT, batched: bool = False
 ) -> tuple[Network | Velocity, Params]:
     """An equinox module as a network of two times, or as a Velocity; and its floating-point arrays as the parameters.
 
