@@ -9,12 +9,14 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Callable, Iterator
-from typing import Any
+from typing import Any, TypeVar
 
 import jax
 import jax.extend.core
 import jax.numpy as jnp
 
+Out = TypeVar("Out")
+PyTree = Any
 # What jax traces in place of the missing forward rule of a jax.custom_vjp function.
 MISSING_RULE = "custom_lin"
 # Parts of the messages with which jax, equinox and diffrax refuse forward mode.
@@ -28,7 +30,7 @@ MESSAGE = (
 )
 
 
-def jvp(function: Callable[..., Any], primals: tuple, tangents: tuple) -> tuple[Any, Any]:
+def jvp(function: Callable[..., Out], primals: tuple, tangents: tuple) -> tuple[Out, Out]:
     """The value of ``function`` and its directional derivative, as ``jax.jvp``.
 
     Args:
@@ -49,7 +51,7 @@ def jvp(function: Callable[..., Any], primals: tuple, tangents: tuple) -> tuple[
     return jax.tree.unflatten(jax.tree.structure(out), leaves)
 
 
-def linearize(function: Callable[..., Any], *primals: Any) -> tuple[Any, Callable[..., Any]]:
+def linearize(function: Callable[..., Out], *primals: PyTree) -> tuple[Out, Callable[..., Out]]:
     """The value of ``function`` and its derivative as a linear function of a tangent, as ``jax.linearize``.
 
     Raises:
@@ -72,12 +74,12 @@ def _refused() -> Iterator[None]:
         raise TypeError(MESSAGE) from error
 
 
-def _check(traced: Any) -> None:
+def _check(traced: jax.extend.core.ClosedJaxpr) -> None:
     if MISSING_RULE in set(_operations(traced.jaxpr)):
         raise TypeError(MESSAGE)
 
 
-def _operations(jaxpr: Any) -> Iterator[str]:
+def _operations(jaxpr: jax.extend.core.Jaxpr) -> Iterator[str]:
     """The names of all operations, those of inner functions (loops, jit, remat) included."""
     for equation in jaxpr.eqns:
         yield equation.primitive.name

@@ -20,7 +20,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from jflow import checks, trees
-from jflow.types import Array, Event, Key
+from jflow.types import Array, Event, Key, PyTree
 
 _HALF_LOG_TAU = 0.5 * float(np.log(2.0 * np.pi))
 
@@ -75,8 +75,8 @@ class Normal:
         does not have the structure and shapes of the event.
     """
 
-    mean: Any = 0.0
-    std: Any = 1.0
+    mean: PyTree = 0.0
+    std: PyTree = 1.0
 
     def __post_init__(self) -> None:
         _check_entries("mean", self.mean, -np.inf)

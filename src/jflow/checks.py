@@ -19,10 +19,12 @@ ROUNDING = 1e-6
 # Elements of an array that ``fits`` looks at together, so that of a memory-mapped array little is in memory.
 _BLOCK = 2**20
 
+PyTree = Any
+Tree = TypeVar("Tree")
 Choice = TypeVar("Choice")
 
 
-def concrete(value: Any) -> np.ndarray | None:
+def concrete(value: object) -> np.ndarray | None:
     """The value as a numpy array, or None while it is being traced."""
     try:
         return np.asarray(value)
@@ -30,7 +32,7 @@ def concrete(value: Any) -> np.ndarray | None:
         return None
 
 
-def number(name: str, value: Any, *, low: float = -np.inf, high: float = np.inf, open_low: bool = False) -> float:
+def number(name: str, value: object, *, low: float = -np.inf, high: float = np.inf, open_low: bool = False) -> float:
     """A concrete finite number in [low, high] (or in (low, high] with ``open_low``).
 
     Raises:
@@ -45,7 +47,7 @@ def number(name: str, value: Any, *, low: float = -np.inf, high: float = np.inf,
     return float(value)
 
 
-def integer(name: str, value: Any, *, low: int = 0, high: int | None = None) -> int:
+def integer(name: str, value: object, *, low: int = 0, high: int | None = None) -> int:
     """A concrete whole number of at least ``low`` and at most ``high``.
 
     Raises:
@@ -72,7 +74,7 @@ def choice(name: str, value: Choice, allowed: Collection[object]) -> Choice:
     return value
 
 
-def function(name: str, value: Any, what: str) -> None:
+def function(name: str, value: object, what: str) -> None:
     """Something that can be called.
 
     Args:
@@ -121,7 +123,7 @@ def time(name: str, value: Any) -> None:
         raise ValueError(f"{name}: expected a time in [0, 1], got {float(number):g}")
 
 
-def rows(name: str, tree: Any) -> int:
+def rows(name: str, tree: PyTree) -> int:
     """The length of the leading axis that all leaves of a pytree share: the number of rows of a batch.
 
     Raises:
@@ -134,7 +136,7 @@ def rows(name: str, tree: Any) -> int:
     return int(next(iter(sizes))[0])
 
 
-def floating(name: str, value: Any) -> None:
+def floating(name: str, value: PyTree) -> None:
     """A pytree whose leaves are all floating-point arrays.
 
     Raises:
@@ -146,7 +148,7 @@ def floating(name: str, value: Any) -> None:
             raise TypeError(f"{name}: expected floating-point arrays, got dtype {dtype}")
 
 
-def same_structure(name: str, value: Any, like_name: str, like: Any) -> None:
+def same_structure(name: str, value: PyTree, like_name: str, like: PyTree) -> None:
     """Two pytrees of the same structure and leaf shapes.
 
     Raises:
@@ -162,7 +164,7 @@ def same_structure(name: str, value: Any, like_name: str, like: Any) -> None:
             raise ValueError(f"{name}: expected the shape of {like_name}, {np.shape(b)}, got {np.shape(a)}")
 
 
-def fits(name: str, tree: Any) -> None:
+def fits(name: str, tree: PyTree) -> None:
     """Host arrays whose values the dtypes that jax gives them on a device can hold.
 
     Where jax has no 64-bit types (``jax_enable_x64`` is off) int64 becomes int32, uint64 uint32, float64 float32 and
@@ -223,7 +225,7 @@ def of_one_sample(x: Any) -> Iterator[None]:
         raise
 
 
-def output(name: str, value: Any, x: Any) -> Any:
+def output(name: str, value: PyTree, x: Tree) -> Tree:
     """What a function of events returned, cast leaf by leaf to the dtypes of the event x that it was given.
 
     Args:

@@ -12,6 +12,7 @@ carry the base to the law tilted by a power of the likelihood, as is often said:
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import jax
@@ -132,7 +133,9 @@ def autoguided(
     return guided
 
 
-def _extrapolate(strong: Event, weak: Any, scale: float | Array, interval: tuple[float, float], t: Time) -> Event:
+def _extrapolate(
+    strong: Event, weak: Callable[[], Event], scale: float | Array, interval: tuple[float, float], t: Time
+) -> Event:
     """strong + (scale - 1)(strong - weak()) at times within the interval, strong outside."""
 
     def correction() -> Event:

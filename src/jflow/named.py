@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable, Mapping
-from typing import Any, Generic, ParamSpec, TypeVar
+from typing import Generic, ParamSpec, TypeVar
 
 P = ParamSpec("P")
 R = TypeVar("R")
@@ -21,7 +21,7 @@ class Named(Generic[P, R]):
     """
 
     name: str
-    arguments: Mapping[str, Any]
+    arguments: Mapping[str, object]
     function: Callable[P, R]
 
     def __call__(self, *args: P.args, **kwargs: P.kwargs) -> R:
@@ -32,18 +32,18 @@ class Named(Generic[P, R]):
         return f"{self.name}({', '.join(f'{name}={shown(value)}' for name, value in self.arguments.items())})"
 
 
-def named(name: str, function: Callable[P, R], **arguments: Any) -> Named[P, R]:
+def named(name: str, function: Callable[P, R], **arguments: object) -> Named[P, R]:
     """The function, printed as ``name(**arguments)``."""
     return Named(name, arguments, function)
 
 
-def described(value: Any) -> str:
+def described(value: object) -> str:
     """What came instead of what was expected, for a message: ``str 'linear'``, ``function linear``, ``FlowMap``."""
     kind, text = type(value).__name__, shown(value)
     return kind if text == kind else f"{kind} {text}"
 
 
-def shown(value: Any) -> str:
+def shown(value: object) -> str:
     """A short text for a value: the name of a function, the entries of a tuple, the type of what would print long."""
     if callable(value) and hasattr(value, "__name__"):
         return value.__name__

@@ -13,7 +13,7 @@ from typing import Any
 from jflow.types import FlowMap, Params
 
 
-def take(params: Any, kind: type, name: str) -> Params:
+def take(params: Params, kind: type, name: str) -> Params:
     """The part ``name`` of parameters that must be of the NamedTuple class ``kind``.
 
     Raises:

@@ -15,7 +15,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, TypeVar
 
 import jax
 import jax.numpy as jnp
@@ -24,6 +24,8 @@ from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
 from jflow import checks, trees
 from jflow.types import Device, PyTree
+
+Tree = TypeVar("Tree")
 
 AXES = ("data", "fsdp")
 # Smaller arrays are whole on every device: collecting their parts would cost more than it saves.
@@ -87,7 +89,7 @@ def parts(tree: PyTree, mesh: Mesh, smallest: int = SMALLEST) -> PyTree:
     return jax.tree.map(of, tree)
 
 
-def init(make: Callable[..., PyTree], mesh: Mesh, *args: Any) -> PyTree:
+def init(make: Callable[..., Tree], mesh: Mesh, *args: PyTree) -> Tree:
     """``make(*args)``, compiled so that every device makes its parts alone: for states that no device could hold whole.
 
     Args:
@@ -98,7 +100,7 @@ def init(make: Callable[..., PyTree], mesh: Mesh, *args: Any) -> PyTree:
     return jax.jit(make, out_shardings=parts(jax.eval_shape(make, *args), mesh))(*args)
 
 
-def place(tree: PyTree, shardings: PyTree) -> PyTree:
+def place(tree: Tree, shardings: PyTree) -> Tree:
     """Copies of arrays, the same on every process, laid out so: ``shardings`` is one, or a pytree like ``tree``.
 
     Raises:
@@ -113,7 +115,7 @@ def place(tree: PyTree, shardings: PyTree) -> PyTree:
     return jax.tree.map(_placed, tree, shardings)
 
 
-def split(tree: PyTree, mesh: Mesh, *, name: str = "tree") -> PyTree:
+def split(tree: Tree, mesh: Mesh, *, name: str = "tree") -> Tree:
     """Rows of host arrays spread over all devices, with rows of zeros at the end where their number is not divisible.
 
     Each process reads the rows of its own devices only: of a memory-mapped array it loads only those.
@@ -172,8 +174,8 @@ def local(tree: PyTree) -> PyTree:
 
 
 def vmap(
-    function: Callable[..., PyTree], mesh: Mesh, in_axes: int | Sequence[int | None] | None = 0
-) -> Callable[..., PyTree]:
+    function: Callable[..., Tree], mesh: Mesh, in_axes: int | Sequence[int | None] | None = 0
+) -> Callable[..., Tree]:
     """``jax.vmap(function, in_axes)``, each device alone with its share of the rows.
 
     For Diffrax's adaptive solves: a plain vmap of sharded rows makes one loop of them all, whose devices wait for one
@@ -190,7 +192,7 @@ def vmap(
       ValueError: for other axes, no rows at all, or a number of rows that does not divide.
     """
 
-    def mapped(*args: Any) -> PyTree:
+    def mapped(*args: PyTree) -> Tree:
         axes = (in_axes,) * len(args) if in_axes is None or isinstance(in_axes, int) else tuple(in_axes)
         if len(axes) != len(args) or set(axes) - {0, None} or 0 not in axes:
             raise ValueError(f"in_axes: expected 0 or None for each of {len(args)} arguments, and one 0, got {in_axes}")

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, Generic, TypeVar
 
 import jax
 import jax.numpy as jnp
@@ -23,10 +23,11 @@ DRAWN = 256
 
 Law = Callable[[Key, int], Array]
 PairLaw = Callable[[Key, int], tuple[Array, Array]]
+AnyLaw = TypeVar("AnyLaw", Law, PairLaw)
 
 
 @dataclasses.dataclass(frozen=True)
-class ByStep:
+class ByStep(Generic[AnyLaw]):
     """A law that changes with the optimizer's step: ``law(step)`` is the one in force, for a traced step.
 
     An objective takes it wherever it takes a law: ``ByStep(lambda step: cells(2 ** (step // 1000)))``.
@@ -35,7 +36,7 @@ class ByStep:
       TypeError: for what is no function.
     """
 
-    law: Callable[[Array], Any]
+    law: Callable[[Array], AnyLaw]
 
     def __post_init__(self) -> None:
         checks.function("law", self.law, "step -> law")
@@ -44,7 +45,7 @@ class ByStep:
         return f"ByStep({shown(self.law)})"
 
 
-def at_step(law: Any, step: Array | int) -> Any:
+def at_step(law: AnyLaw | ByStep[AnyLaw], step: Array | int) -> AnyLaw:
     """The law in force at a step: ``law`` itself unless it is ``ByStep``."""
     if not isinstance(law, ByStep):
         return law

@@ -6,52 +6,55 @@ Scalars are cast to the dtype of each leaf, so that float32 times move bfloat16 
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any
+from typing import Any, TypeVar
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
 Array = jax.Array
+Scalar = Array | float
+PyTree = Any
+Tree = TypeVar("Tree")
 
 
-def scale(a: Any, x: Any) -> Any:
+def scale(a: Scalar, x: Tree) -> Tree:
     """a x."""
     return jax.tree.map(lambda leaf: jnp.asarray(a).astype(leaf.dtype) * leaf, x)
 
 
-def add(x: Any, y: Any) -> Any:
+def add(x: Tree, y: Tree) -> Tree:
     """x + y."""
     return jax.tree.map(jnp.add, x, y)
 
 
-def sub(x: Any, y: Any) -> Any:
+def sub(x: Tree, y: Tree) -> Tree:
     """x - y."""
     return jax.tree.map(jnp.subtract, x, y)
 
 
-def axpy(a: Any, x: Any, y: Any) -> Any:
+def axpy(a: Scalar, x: Tree, y: Tree) -> Tree:
     """a x + y."""
     return add(scale(a, x), y)
 
 
-def combine(a: Any, x: Any, b: Any, y: Any) -> Any:
+def combine(a: Scalar, x: Tree, b: Scalar, y: Tree) -> Tree:
     """a x + b y."""
     return add(scale(a, x), scale(b, y))
 
 
-def sq_norm(x: Any) -> Array:
+def sq_norm(x: PyTree) -> Array:
     """|x|^2, summed over all leaves and axes, accumulated in at least float32; a scalar."""
     dtype = at_least_float32(x)
     return sum((jnp.sum(jnp.square(leaf.astype(dtype))) for leaf in jax.tree.leaves(x)), start=jnp.zeros((), dtype))
 
 
-def size(x: Any) -> int:
+def size(x: PyTree) -> int:
     """The number of entries of all leaves."""
     return sum(int(np.size(leaf)) for leaf in jax.tree.leaves(x))
 
 
-def at_least_float32(x: Any) -> jnp.dtype:
+def at_least_float32(x: PyTree) -> jnp.dtype:
     """The widest dtype of the leaves, or float32 where all are narrower: for times, sums and random draws."""
     return max((jnp.dtype(leaf.dtype) for leaf in (*jax.tree.leaves(x), jnp.zeros((), jnp.float32))), key=_bits)
 
@@ -60,12 +63,12 @@ def _bits(dtype: jnp.dtype) -> int:
     return jnp.finfo(dtype).bits
 
 
-def zeros_like(x: Any) -> Any:
+def zeros_like(x: Tree) -> Tree:
     """Zeros, shaped and typed like x."""
     return jax.tree.map(jnp.zeros_like, x)
 
 
-def is_key(leaf: Any) -> bool:
+def is_key(leaf: object) -> bool:
     """Whether a leaf is an array of typed PRNG keys."""
     return isinstance(leaf, jax.Array) and jnp.issubdtype(leaf.dtype, jax.dtypes.prng_key)
 

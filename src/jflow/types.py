@@ -22,6 +22,8 @@ import numpy as np
 from jflow import checks, trees
 
 Array = jax.Array
+# jax has no type for pytrees. A time is a scalar, a number or an array; functions that callers write, such as a Velocity,
+# may annotate theirs as they like, which a union here would forbid.
 PyTree = Any
 Params = Any
 Event = Any
@@ -318,7 +320,11 @@ class Batch(NamedTuple):
     cond: Cond = None
 
 
-def as_batch(batch: Any) -> Batch:
+# What an objective accepts as its batch: see ``as_batch``.
+BatchLike: TypeAlias = Batch | Array | np.ndarray | dict[str, Any]
+
+
+def as_batch(batch: BatchLike) -> Batch:
     """A Batch as it is; an array as its data; a dictionary with the keys x1, x0 and cond, of which x1 or x0 is there.
 
     Raises:

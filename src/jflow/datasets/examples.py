@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -61,7 +61,7 @@ def digits(held_out: float = 0.2, seed: int = 0) -> Split:
     return Split(*(Batch(x1=images[rows], cond=labels[rows]) for rows in (~out, out)))
 
 
-def checkerboard(key: Key, n: int, dtype: Any = jnp.float32) -> Array:
+def checkerboard(key: Key, n: int, dtype: jax.typing.DTypeLike = jnp.float32) -> Array:
     """Samples [n, 2], uniform on the cells (i, j) with i + j even of a 4x4 board on [-1, 1]^2 (2505.18825).
 
     Mean 0, standard deviation ``CHECKERBOARD_STD`` in each coordinate, covariance 1/16, entropy log 2 nats.

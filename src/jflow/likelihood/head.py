@@ -45,6 +45,7 @@ from jflow.types import (
     Array,
     Aux,
     Batch,
+    BatchLike,
     Cond,
     Context,
     Domain,
@@ -206,7 +207,7 @@ class HeadObjective:
     on_states: Objective
     own: bool
 
-    def __call__(self, params: Params, key: Key, batch: Batch, context: Context | None = None) -> tuple[Array, Aux]:
+    def __call__(self, params: Params, key: Key, batch: BatchLike, context: Context | None = None) -> tuple[Array, Aux]:
         """The loss of each sample, and the metrics of ``Objective`` for the residual of D.
 
         The metric "nonfinite_rows" counts the rows whose loss is not finite, as it is where a divergence was not.

@@ -12,8 +12,6 @@ bounds the model's code length -log2 P(q) / d from above. A model that is unifor
 
 from __future__ import annotations
 
-from typing import Any
-
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -22,7 +20,7 @@ from jflow import checks
 from jflow.types import Array, Key
 
 
-def dequantise(key: Key, pixels: Array, levels: int = 256, *, dtype: Any = float) -> Array:
+def dequantise(key: Key, pixels: Array, levels: int = 256, *, dtype: jax.typing.DTypeLike = float) -> Array:
     """x = 2 (q + u)/levels - 1 with u uniform on (0, 1), new for each entry; ``quantise`` gives the pixels back exactly.
 
     u lies on the middles of a lattice fine enough for the dtype to tell apart, so that no rounding leaves a pixel's cell.

@@ -26,7 +26,7 @@ from jflow import autodiff, bases, checks, reports, solvers, trees
 from jflow.bases import Base
 from jflow.likelihood.divergence import Divergence, WithLogDensity, augment
 from jflow.likelihood.ode_density import log_base
-from jflow.types import Array, Aux, Batch, Cond, Context, Event, Key, Params, Time, Velocity, as_batch, move
+from jflow.types import Array, Aux, BatchLike, Cond, Context, Event, Key, Params, Time, Velocity, as_batch, move
 
 
 class Along(NamedTuple):
@@ -58,7 +58,7 @@ class MaximumLikelihood:
     kinetic: float
     jacobian: float
 
-    def __call__(self, params: Params, key: Key, batch: Batch, context: Context | None = None) -> tuple[Array, Aux]:
+    def __call__(self, params: Params, key: Key, batch: BatchLike, context: Context | None = None) -> tuple[Array, Aux]:
         """The loss of each sample in nats, and what a person wants to look at.
 
         Args:

@@ -10,7 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from jflow import checks
-from jflow.metrics.samples import Estimate, as_pair
+from jflow.metrics.samples import Estimate, Points, as_pair
 from jflow.types import Array, Params
 
 _CHUNK = 512
@@ -109,7 +109,7 @@ def _two_samples(kernel: Callable, params: Params, x: Array, y: Array, biased: b
     return Estimate(jnp.mean(xx - xy) + jnp.mean(yy - yx), error)
 
 
-def energy_distance(x: Array, y: Array, *, biased: bool = False, chunk: int = _CHUNK) -> Estimate:
+def energy_distance(x: Points, y: Points, *, biased: bool = False, chunk: int = _CHUNK) -> Estimate:
     """The (squared) energy distance 2 E|X-Y| - E|X-X'| - E|Y-Y'|, zero only for equal laws.
 
     Unbiased by default (a U-statistic, which may be slightly negative); ``biased`` gives the V-statistic,
@@ -133,7 +133,7 @@ def energy_distance(x: Array, y: Array, *, biased: bool = False, chunk: int = _C
     return _two_samples(_minus_distance, None, x, y, biased, checks.integer("chunk", chunk, low=1))
 
 
-def median_bandwidth(x: Array, y: Array, *, points: int = 1000) -> Array:
+def median_bandwidth(x: Points, y: Points, *, points: int = 1000) -> Array:
     """The median of |a - b| over pairs of the first ``points`` of each set, pooled; in the units of x.
 
     Raises:
@@ -147,10 +147,10 @@ def median_bandwidth(x: Array, y: Array, *, points: int = 1000) -> Array:
 
 
 def mmd(
-    x: Array,
-    y: Array,
+    x: Points,
+    y: Points,
     *,
-    bandwidths: Sequence[float] | Array | None = None,
+    bandwidths: Sequence[float] | Points | None = None,
     biased: bool = False,
     chunk: int = _CHUNK,
 ) -> Estimate:
@@ -184,7 +184,7 @@ def mmd(
     return _two_samples(_gaussians, widths, x, y, biased, checks.integer("chunk", chunk, low=1))
 
 
-def kernel_distance(x: Array, y: Array, *, chunk: int = _CHUNK) -> Estimate:
+def kernel_distance(x: Points, y: Points, *, chunk: int = _CHUNK) -> Estimate:
     """The kernel distance of features, KID (1801.01401): the unbiased MMD² with k(a,b) = (a·b/d + 1)³.
 
     Args:

@@ -11,7 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from jflow import checks
-from jflow.metrics.samples import Estimate, as_points
+from jflow.metrics.samples import Estimate, Points, as_points
 from jflow.types import Array, Key
 
 
@@ -21,7 +21,9 @@ def bin_centres(bins: int, *, low: float = -1.0, high: float = 1.0) -> np.ndarra
     return np.stack(np.meshgrid(side, side, indexing="ij"), axis=-1)
 
 
-def _density_at_centres(density: Callable | Array, bins: int, low: float, high: float, dtype: np.dtype) -> Array:
+def _density_at_centres(
+    density: Callable[[Array], Array] | Points, bins: int, low: float, high: float, dtype: np.dtype
+) -> Array:
     if callable(density):
         centres = jnp.asarray(bin_centres(bins, low=low, high=high), dtype).reshape(-1, 2)
         density = jax.vmap(density)(centres).reshape(bins, bins)
@@ -33,8 +35,8 @@ def _density_at_centres(density: Callable | Array, bins: int, low: float, high: 
 
 
 def histogram_kl(
-    samples: Array,
-    density: Callable[[Array], Array] | Array,
+    samples: Points,
+    density: Callable[[Array], Array] | Points,
     *,
     bins: int = 64,
     low: float = -1.0,
@@ -100,7 +102,7 @@ class HistogramChoices(TypedDict, total=False):
 def histogram_kl_floor(
     key: Key,
     sample: Callable[[Key, int], Array],
-    density: Callable[[Array], Array] | Array,
+    density: Callable[[Array], Array] | Points,
     *,
     samples: int = 100_000,
     repeats: int = 4,
@@ -127,7 +129,7 @@ def histogram_kl_floor(
     return Estimate(jnp.mean(scores), jnp.std(scores, ddof=1) / repeats**0.5)
 
 
-def mass_off_support(samples: Array, indicator: Callable[[Array], Array]) -> Estimate:
+def mass_off_support(samples: Points, indicator: Callable[[Array], Array]) -> Estimate:
     """The share of samples outside the support.
 
     Args:

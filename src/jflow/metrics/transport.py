@@ -9,11 +9,11 @@ import jax.numpy as jnp
 import numpy as np
 
 from jflow import checks
-from jflow.metrics.samples import as_pair, both, centred
+from jflow.metrics.samples import Points, as_pair, both, centred
 from jflow.types import Array, Key
 
 
-def frechet_distance(x: Array, y: Array) -> Array:
+def frechet_distance(x: Points, y: Points) -> Array:
     """The Fréchet distance |m_x - m_y|² + tr(C_x + C_y - 2 (C_x C_y)^½) of Gaussians fitted to features.
 
     The FID (1706.08500) when the features are Inception's. Biased upward, by an amount that falls as 1/n and
@@ -86,7 +86,7 @@ def _sliced_wasserstein(
     return jnp.mean(jax.lax.map(cost, directions)) ** (1 / p)
 
 
-def sliced_wasserstein(key: Key, x: Array, y: Array, *, p: int = 2, projections: int = 128) -> Array:
+def sliced_wasserstein(key: Key, x: Points, y: Points, *, p: int = 2, projections: int = 128) -> Array:
     """The sliced Wasserstein distance (mean over θ of W_p(θ·X, θ·Y)^p)^{1/p}, θ uniform on the sphere.
 
     Each one-dimensional distance is exact, for unequal sizes too: the quantile functions are integrated piece

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any, NamedTuple, cast
+from typing import NamedTuple, cast
 
 import flax.linen as nn
 import jax
@@ -30,7 +30,7 @@ class LogWeight(nn.Module):
     features: int = 64
     time_features: int = 32
     max_frequency: float = 2.0
-    param_dtype: Any = jnp.float32
+    param_dtype: jax.typing.DTypeLike = jnp.float32
 
     def __post_init__(self) -> None:
         """Refuses fields out of range, at construction."""

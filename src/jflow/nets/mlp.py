@@ -16,6 +16,7 @@ import numpy as np
 
 from jflow import checks
 from jflow.nets import embeddings
+from jflow.types import Cond, Event
 
 Array = jax.Array
 Dtype = Any
@@ -135,7 +136,7 @@ class MLP(nn.Module):
         super().__post_init__()
 
     @nn.compact
-    def __call__(self, s: Array | float, t: Array | float, x: Array, cond: Any = None) -> Array:
+    def __call__(self, s: Array | float, t: Array | float, x: Array, cond: Cond = None) -> Array:
         """net(s, t, x, cond).
 
         Args:
@@ -187,7 +188,7 @@ class MLP(nn.Module):
             return [jnp.stack([s, t])]
         return [embeddings.sinusoidal(u, self.time_features, highest=self.max_frequency) for u in (s, t - s)]
 
-    def _conditions(self, cond: Any, dtype: Dtype) -> list[Array]:
+    def _conditions(self, cond: Cond, dtype: Dtype) -> list[Array]:
         """[label, other conditions], in the embeddings' precision."""
         label, other = _split(cond, self.num_classes, self.cond_features)
         parts = [leaf.reshape(-1).astype(dtype) for leaf in other]
@@ -230,14 +231,14 @@ def _normalise(h: Array, norm: str | None, epsilon: float = 1e-6) -> Array:
     return (wide * jax.lax.rsqrt(jnp.mean(jnp.square(wide)) + epsilon)).astype(h.dtype)
 
 
-def _event(x: Any) -> Array:
+def _event(x: Event) -> Array:
     if not hasattr(x, "dtype") or not hasattr(x, "shape"):
         raise TypeError(f"x: expected one floating-point array, got {type(x).__name__}")
     checks.floating("x", x)
     return jnp.asarray(x)
 
 
-def _split(cond: Any, num_classes: int, cond_features: int) -> tuple[Array | int, list[Array]]:
+def _split(cond: Cond, num_classes: int, cond_features: int) -> tuple[Array | int, list[Array]]:
     """The label (the null label when there is none) and the floating-point leaves of a condition."""
     checks.fits("cond", cond)
     values = jax.tree.leaves(cond)

@@ -2,15 +2,11 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 import flax.linen as nn
-import jax
 from jax.flatten_util import ravel_pytree
 
 from jflow import checks
-
-Array = jax.Array
+from jflow.types import Array, Cond, Event
 
 
 class MultiOutput(nn.Module):
@@ -28,7 +24,7 @@ class MultiOutput(nn.Module):
     net: nn.Module
 
     @nn.compact
-    def __call__(self, s: Array | float, t: Array | float, x: Any, cond: Any = None) -> Any:
+    def __call__(self, s: Array | float, t: Array | float, x: Event, cond: Cond = None) -> Event:
         """net(s, t, x, cond), with the structure, shapes and dtypes of x.
 
         Raises:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Callable, Mapping
-from typing import Any, NamedTuple, Protocol
+from typing import Any, Literal, NamedTuple, Protocol
 
 import jax
 import jax.numpy as jnp
@@ -14,6 +14,20 @@ from jflow.types import Cond, Event, Key, Params, PyTree, Time, Velocity
 
 DEFAULT = "s t x cond"
 NAMES = ("s", "t", "x", "cond")
+# The usual signatures, of which a type checker tells whether a network or a velocity is made. Any other is as good.
+TwoTimes = Literal[
+    "s t x cond",
+    "s t x",
+    "t s x cond",
+    "t s x",
+    "x s t cond",
+    "x s t",
+    "x t s cond",
+    "x t s",
+    "x s t y=cond",
+    "x t s y=cond",
+]
+OneTime = Literal["t x cond", "t x", "t x y=cond", "x t cond", "x t", "x t y=cond"]
 
 
 class Network(Protocol):

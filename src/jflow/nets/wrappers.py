@@ -34,7 +34,7 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any, overload
 
 import flax.errors
 import flax.linen as nn
@@ -43,7 +43,11 @@ import jax.numpy as jnp
 import numpy as np
 
 from jflow.nets import signatures
+from jflow.nets.signatures import Network, OneTime, TwoTimes
 from jflow.types import Key, Params, PyTree, Velocity
+
+if TYPE_CHECKING:
+    import flax.nnx
 
 MIXES = (
     "mixes the samples of a batch, and a function of one sample cannot: use group or layer normalisation, or freeze its "
@@ -60,6 +64,33 @@ FROZEN_EQUINOX = (
 )
 
 
+@overload
+def from_linen(
+    module: nn.Module,
+    *,
+    signature: TwoTimes = ...,
+    batched: bool = ...,
+    rngs: Sequence[str] = ...,
+    constants: Mapping[str, PyTree] | None = ...,
+) -> Network: ...
+@overload
+def from_linen(
+    module: nn.Module,
+    *,
+    signature: OneTime,
+    batched: bool = ...,
+    rngs: Sequence[str] = ...,
+    constants: Mapping[str, PyTree] | None = ...,
+) -> Velocity: ...
+@overload
+def from_linen(
+    module: nn.Module,
+    *,
+    signature: str,
+    batched: bool = ...,
+    rngs: Sequence[str] = ...,
+    constants: Mapping[str, PyTree] | None = ...,
+) -> Network | Velocity: ...
 def from_linen(
     module: nn.Module,
     *,
@@ -67,7 +98,7 @@ def from_linen(
     batched: bool = False,
     rngs: Sequence[str] = ("dropout",),
     constants: Mapping[str, PyTree] | None = None,
-) -> signatures.Network | Velocity:
+) -> Network | Velocity:
     """A flax.linen module as a network of two times, or as a Velocity; its params are ``module.init(...)['params']``.
 
     Args:
@@ -122,9 +153,15 @@ def from_linen(
     return signatures.wrap(run, inspect.signature(module.__call__), signature, batched)
 
 
+@overload
+def from_nnx(module: flax.nnx.Module, *, signature: TwoTimes = ..., batched: bool = ...) -> tuple[Network, Params]: ...
+@overload
+def from_nnx(module: flax.nnx.Module, *, signature: OneTime, batched: bool = ...) -> tuple[Velocity, Params]: ...
+@overload
+def from_nnx(module: flax.nnx.Module, *, signature: str, batched: bool = ...) -> tuple[Network | Velocity, Params]: ...
 def from_nnx(
-    module: Any, *, signature: str = signatures.DEFAULT, batched: bool = False
-) -> tuple[signatures.Network | Velocity, Params]:
+    module: flax.nnx.Module, *, signature: str = signatures.DEFAULT, batched: bool = False
+) -> tuple[Network | Velocity, Params]:
     """A flax.nnx module as a network of two times, or as a Velocity; and its parameters as nested dicts with string keys.
 
     The parameters are the variables of type ``nnx.Param``; all others stay as they are. Without a key the
@@ -203,9 +240,21 @@ def from_nnx(
     return apply, _string_keys(nnx.to_pure_dict(state))
 
 
+@overload
 def from_equinox(
-    module: Any, *, signature: str = signatures.DEFAULT, batched: bool = False
-) -> tuple[signatures.Network | Velocity, Params]:
+    module: Callable[..., PyTree], *, signature: TwoTimes = ..., batched: bool = ...
+) -> tuple[Network, Params]: ...
+@overload
+def from_equinox(
+    module: Callable[..., PyTree], *, signature: OneTime, batched: bool = ...
+) -> tuple[Velocity, Params]: ...
+@overload
+def from_equinox(
+    module: Callable[..., PyTree], *, signature: str, batched: bool = ...
+) -> tuple[Network | Velocity, Params]: ...
+def from_equinox(
+    module: Callable[..., PyTree], *, signature: str = signatures.DEFAULT, batched: bool = False
+) -> tuple[Network | Velocity, Params]:
     """An equinox module as a network of two times, or as a Velocity; and its floating-point arrays as the parameters.
 
     The parameters have the module's own structure (``eqx.partition``). Without a key the module runs in
@@ -246,9 +295,15 @@ def from_equinox(
     return signatures.wrap(run, takes, signature, batched), parameters
 
 
+@overload
+def from_function(function: Callable[..., PyTree], *, signature: TwoTimes = ..., batched: bool = ...) -> Network: ...
+@overload
+def from_function(function: Callable[..., PyTree], *, signature: OneTime, batched: bool = ...) -> Velocity: ...
+@overload
+def from_function(function: Callable[..., PyTree], *, signature: str, batched: bool = ...) -> Network | Velocity: ...
 def from_function(
     function: Callable[..., PyTree], *, signature: str = signatures.DEFAULT, batched: bool = False
-) -> signatures.Network | Velocity:
+) -> Network | Velocity:
     """A function of params and the signature's arguments as a network of two times, or as a Velocity.
 
     Args:

@@ -5,18 +5,20 @@ x = X_{s,t}(I_s) with law q is compared with y = I_t with law p over groups of M
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Unpack
 
 import jax
 import jax.numpy as jnp
 
 from jflow import checks, trees
 from jflow.interpolants import Interpolant
-from jflow.objectives.group import Group, GroupObjective
+from jflow.objectives.group import Group, GroupChoices, GroupObjective
 from jflow.types import Array, Event, FlowMap
 
 
-def energy_distance(flow_map: FlowMap, interpolant: Interpolant, *, size: int, **choices: Any) -> GroupObjective:
+def energy_distance(
+    flow_map: FlowMap, interpolant: Interpolant, *, size: int, **choices: Unpack[GroupChoices]
+) -> GroupObjective:
     r"""2 E|x - y| - E|x - x'| - E|y - y'|: the squared energy distance between X_{s,t}(I_s) and I_t (Székely & Rizzo 2013).
 
     Unbiased for any M >= 2: all three means leave out i = j, the first since x_i and y_i come from the same pair. It is zero

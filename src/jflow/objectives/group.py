@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable
-from typing import NamedTuple
+from typing import NamedTuple, TypedDict
 
 import jax
 import jax.numpy as jnp
@@ -21,7 +21,7 @@ from jflow.interpolants import Interpolant
 from jflow.named import described, shown
 from jflow.objectives.objective import BINS
 from jflow.objectives.row import Leg
-from jflow.types import Array, Aux, Batch, Cond, Context, Event, FlowMap, Key, Params, PyTree, as_batch
+from jflow.types import Array, Aux, BatchLike, Cond, Context, Event, FlowMap, Key, Params, PyTree, as_batch
 
 
 class Group(NamedTuple):
@@ -74,6 +74,13 @@ class Drawn(NamedTuple):
 GroupLoss = Callable[[Group], Array]
 
 
+class GroupChoices(TypedDict, total=False):
+    """The choices of every loss on groups; see ``GroupObjective`` for what they are."""
+
+    pairs: laws.PairLaw | laws.ByStep[laws.PairLaw]
+    coupling: couplings.Coupling
+
+
 @dataclasses.dataclass(frozen=True)
 class GroupObjective:
     """A loss on groups and the choices around it, called as every objective.
@@ -96,7 +103,7 @@ class GroupObjective:
     interpolant: Interpolant
     loss: GroupLoss
     size: int
-    pairs: laws.PairLaw | laws.ByStep = dataclasses.field(default_factory=laws.triangle)
+    pairs: laws.PairLaw | laws.ByStep[laws.PairLaw] = dataclasses.field(default_factory=laws.triangle)
     coupling: couplings.Coupling = couplings.independent
 
     def __post_init__(self) -> None:
@@ -118,7 +125,7 @@ class GroupObjective:
         del key, params
         return ()
 
-    def __call__(self, params: Params, key: Key, batch: Batch, context: Context | None = None) -> tuple[Array, Aux]:
+    def __call__(self, params: Params, key: Key, batch: BatchLike, context: Context | None = None) -> tuple[Array, Aux]:
         """The loss of each row, which is that of its group, and the metrics NAME/loss, NAME/loss_by_t, NAME/loss_by_gap.
 
         Args:

@@ -34,6 +34,7 @@ from jflow.types import (
     Array,
     Aux,
     Batch,
+    BatchLike,
     Cond,
     Context,
     Domain,
@@ -56,9 +57,9 @@ class RowChoices(TypedDict, total=False):
     """How rows are drawn and reduced: the choices of every objective; see ``Objective`` for what they are."""
 
     diagonal: float
-    times: laws.Law | laws.ByStep
-    pairs: laws.PairLaw | laws.ByStep
-    gammas: laws.Law | laws.ByStep
+    times: laws.Law | laws.ByStep[laws.Law]
+    pairs: laws.PairLaw | laws.ByStep[laws.PairLaw]
+    gammas: laws.Law | laws.ByStep[laws.Law]
     reduction: reductions.Reduction
     diagonal_reduction: reductions.Reduction
     base: bases.Base
@@ -154,9 +155,9 @@ class Objective:
     interpolant: Interpolant
     term: Term | None = None
     diagonal: float = 0.75
-    times: laws.Law | laws.ByStep = _UNSET
-    pairs: laws.PairLaw | laws.ByStep = _UNSET
-    gammas: laws.Law | laws.ByStep = _UNSET
+    times: laws.Law | laws.ByStep[laws.Law] = _UNSET
+    pairs: laws.PairLaw | laws.ByStep[laws.PairLaw] = _UNSET
+    gammas: laws.Law | laws.ByStep[laws.Law] = _UNSET
     reduction: reductions.Reduction = _UNSET
     diagonal_reduction: reductions.Reduction = _UNSET
     velocity: Estimate = _UNSET
@@ -263,7 +264,7 @@ class Objective:
         del key, params
         return ()
 
-    def __call__(self, params: Params, key: Key, batch: Batch, context: Context | None = None) -> tuple[Array, Aux]:
+    def __call__(self, params: Params, key: Key, batch: BatchLike, context: Context | None = None) -> tuple[Array, Aux]:
         """The loss of each sample, in batch order, and what a person wants to look at.
 
         Args:

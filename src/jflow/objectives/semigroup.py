@@ -8,7 +8,7 @@ off-diagonal sample, in forward passes of the network.
 from __future__ import annotations
 
 import functools
-from typing import Any, Unpack
+from typing import Unpack
 
 import jax.numpy as jnp
 
@@ -18,14 +18,14 @@ from jflow.objectives.curriculum import Schedule, value_at
 from jflow.objectives.method import method
 from jflow.objectives.objective import Choices, Objective, default_pairs
 from jflow.objectives.row import Leg, Row, Term, gamma_of
-from jflow.types import Array, Event, FlowMap, Time, move
+from jflow.types import Array, Cond, Event, FlowMap, Key, Params, Time, move
 
 
 def solver_step(leg: Leg, method: str, steps: int, s: Array, u: Array, x: Event) -> Event:
     """The mean velocity from s to u of a Diffrax solver's ``steps`` steps along a leg's velocity."""
     from jflow import solvers
 
-    def velocity(params: Any, t: Array, x: Event, cond: Any = None, *, key: Any = None) -> Event:
+    def velocity(params: Params, t: Time, x: Event, cond: Cond = None, *, key: Key | None = None) -> Event:
         del params, cond, key
         return leg.velocity(t, x)
 

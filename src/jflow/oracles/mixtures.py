@@ -9,6 +9,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.scipy.linalg import solve_triangular
+from numpy.typing import ArrayLike
 
 from jflow import checks
 from jflow.types import Array
@@ -34,7 +35,7 @@ class MixtureParams(NamedTuple):
     variances: Array
 
 
-def mixture_params(weights: Any, means: Any, covs: Any) -> MixtureParams:
+def mixture_params(weights: ArrayLike, means: ArrayLike, covs: ArrayLike) -> MixtureParams:
     """The parameters of a mixture, checked, in jax's default float.
 
     Args:
@@ -64,7 +65,7 @@ def mixture_params(weights: Any, means: Any, covs: Any) -> MixtureParams:
     return MixtureParams(jnp.log(weights), means, bases, variances)
 
 
-def gaussian_params(mean: Any, cov: Any) -> MixtureParams:
+def gaussian_params(mean: ArrayLike, cov: ArrayLike) -> MixtureParams:
     """The parameters of one Gaussian: mean ``[d]`` and covariance ``[d, d]``, or its diagonal ``[d]``.
 
     Raises:
@@ -75,7 +76,7 @@ def gaussian_params(mean: Any, cov: Any) -> MixtureParams:
     return mixture_params(jnp.ones(1), mean[None], cov[None])
 
 
-def tilt(params: MixtureParams, a: Any, precision: Any | None = None) -> tuple[MixtureParams, Array]:
+def tilt(params: MixtureParams, a: ArrayLike, precision: ArrayLike | None = None) -> tuple[MixtureParams, Array]:
     r"""The mixture reweighted by e^{a.x - x'Px/2}, rho* = rho_1 e^{a.x - x'Px/2} / Z.
 
     Per component, with C = S S', S = Q lambda^(1/2), M = I + S'PS and g = S'(a - Pm):
@@ -124,7 +125,9 @@ def tilt(params: MixtureParams, a: Any, precision: Any | None = None) -> tuple[M
     return shifted._replace(log_weights=log_joint - total), total
 
 
-def posterior(params: MixtureParams, matrix: Any, observation: Any, noise_cov: Any) -> tuple[MixtureParams, Array]:
+def posterior(
+    params: MixtureParams, matrix: ArrayLike, observation: ArrayLike, noise_cov: ArrayLike
+) -> tuple[MixtureParams, Array]:
     r"""The posterior of x given y = A x + N(0, R) under the mixture: the tilt by the log-likelihood, which is quadratic.
 
     Args:

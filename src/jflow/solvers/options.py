@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import typing
-from typing import TYPE_CHECKING, Any, TypeAlias, TypedDict
+from typing import TYPE_CHECKING, Any, TypeAlias, TypedDict, Unpack
 
 import jax
 import numpy as np
@@ -168,7 +168,7 @@ class Choices(TypedDict, total=False):
     options: Options | None
 
 
-def choose(solver: SolverLike | None, choices: Choices, **defaults: Any) -> Options:
+def choose(solver: SolverLike | None, choices: Choices, **defaults: Unpack[Choices]) -> Options:
     """The Options that a caller gave, as an object or as keywords.
 
     Args:
@@ -191,7 +191,8 @@ def choose(solver: SolverLike | None, choices: Choices, **defaults: Any) -> Opti
                 f"{name}: expected one of the choices {', '.join(known)}, options; got {name}={fields[name]!r}"
             )
     if options is None:
-        return Options(**{**defaults, **fields})
+        given: dict[str, Any] = {**defaults, **fields}
+        return Options(**given)
     if not isinstance(options, Options):
         raise TypeError(f"options: expected solvers.Options, got {type(options).__name__}")
     if fields:

@@ -21,7 +21,7 @@ import pathlib
 import shutil
 import zlib
 from collections.abc import Collection, Mapping, Sequence
-from typing import Any
+from typing import Any, Protocol, TypeVar
 
 import jax
 import numpy as np
@@ -30,9 +30,21 @@ from jax.experimental import multihost_utils
 from jflow import checks
 from jflow.training import checkpoint_arrays, checkpoint_config
 from jflow.training.distributed import first_process, together
-from jflow.types import Params
+from jflow.types import Array, Params
 
 _log = logging.getLogger(__name__)
+
+
+class Stepped(Protocol):
+    """What a checkpoint holds: a named tuple of arrays, one of which is the number of steps taken."""
+
+    @property
+    def step(self) -> Array | int:
+        """The steps taken, a whole number."""
+        ...
+
+
+State = TypeVar("State", bound=Stepped)
 
 
 class Checkpoints:
@@ -84,7 +96,7 @@ class Checkpoints:
         self._scores = _read_scores(self.directory) if resume and keep_best else {}
         self._manager = _writer(self.directory, keep, keep_best, self._scores)
 
-    def save(self, state: Any, *, position: Any = None, score: float | None = None) -> None:
+    def save(self, state: Stepped, *, position: Any = None, score: float | None = None) -> None:
         """Copies the state, at once, and writes it, in the background.
 
         Args:
@@ -124,7 +136,7 @@ class Checkpoints:
             ),
         )
 
-    def restore_latest(self, template: Any, *, ignore: Collection[str] = ()) -> tuple[Any, Any]:
+    def restore_latest(self, template: State, *, ignore: Collection[str] = ()) -> tuple[State, Any]:
         """The newest checkpoint that is whole.
 
         A damaged one is named in the log and set aside, as STEP.damaged, and the one before it is tried.

@@ -7,6 +7,7 @@ import pathlib
 from typing import Any
 
 import numpy as np
+from numpy.typing import ArrayLike
 
 from jflow import checks
 
@@ -14,7 +15,7 @@ from jflow import checks
 GREY = 128
 
 
-def tile(images: Any, columns: int | None = None, gap: int = 1) -> np.ndarray:
+def tile(images: ArrayLike, columns: int | None = None, gap: int = 1) -> np.ndarray:
     """Images side by side, row after row.
 
     Args:

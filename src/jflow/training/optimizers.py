@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import inspect
-from typing import Any
+from collections.abc import Callable
+from typing import Any, Protocol
 
 import jax.numpy as jnp
 import optax
@@ -14,7 +15,21 @@ from jflow.types import Array, PyTree
 SILENT = (optax.ConditionallyMaskState, optax.ApplyEvery)
 
 
-def check_optimizer(optimizer: Any) -> None:
+class Optimizer(Protocol):
+    """What optax trains with: a ``GradientTransformation`` of any kind, or ``optax.MultiSteps``, which is not one."""
+
+    @property
+    def init(self) -> optax.TransformInitFn:
+        """``params -> state``."""
+        ...
+
+    @property
+    def update(self) -> Callable[..., tuple[PyTree, PyTree]]:
+        """``(gradient, state, params) -> (update, state)``, with extra arguments by keyword where it takes them."""
+        ...
+
+
+def check_optimizer(optimizer: Optimizer) -> None:
     """Refuses a learning rate, or an optimizer that was not called.
 
     Raises:
@@ -26,7 +41,7 @@ def check_optimizer(optimizer: Any) -> None:
         )
 
 
-def with_extra_args(optimizer: Any) -> optax.GradientTransformationExtraArgs:
+def with_extra_args(optimizer: Optimizer) -> optax.GradientTransformationExtraArgs:
     """The optimizer with an ``update`` that takes extra arguments, and ignores them where the optimizer has no use for them.
 
     ``optax.with_extra_args_support``, but an ``update`` that does take ``**extra_args`` gets them, whatever its class is:
@@ -70,6 +85,6 @@ def _states(state: PyTree, kind: type) -> list[Any]:
     return [value for _, value in found]
 
 
-def _takes_keywords(update: Any) -> bool:
+def _takes_keywords(update: Callable[..., Any]) -> bool:
     kinds = [parameter.kind for parameter in inspect.signature(update).parameters.values()]
     return inspect.Parameter.VAR_KEYWORD in kinds

@@ -9,7 +9,7 @@ import jax.numpy as jnp
 
 from jflow import objectives, trees
 from jflow.training import ema as averages
-from jflow.training.optimizers import check_optimizer
+from jflow.training.optimizers import Optimizer, check_optimizer
 from jflow.types import Array, Key, ObjectiveFn, Params, PyTree
 
 # A state prints the shapes of parts with at most so many arrays.
@@ -51,7 +51,7 @@ class TrainState(NamedTuple):
 
 def init_state(
     params: Params,
-    optimizer: Any,
+    optimizer: Optimizer,
     key: Key,
     *,
     ema: averages.Averages = (),

@@ -14,7 +14,7 @@ from jax.sharding import NamedSharding, PartitionSpec
 from jflow import checks, objectives
 from jflow.reports import Every, First, Largest, Last, Mean, Report, Total, as_reports, leave_out, mean, merged
 from jflow.training import ema as averages
-from jflow.training.optimizers import check_optimizer, has_updated, with_extra_args
+from jflow.training.optimizers import Optimizer, check_optimizer, has_updated, with_extra_args
 from jflow.training.state import TrainState
 from jflow.types import Array, Aux, Batch, Context, ObjectiveFn, Params, PyTree
 
@@ -28,7 +28,7 @@ When = Sequence[int] | Callable[[Array], Array]
 
 def make_step(
     objective: ObjectiveFn,
-    optimizer: Any,
+    optimizer: Optimizer,
     *,
     ema: averages.Averages = (),
     context_ema: str | None = None,
@@ -147,7 +147,7 @@ def make_chunk(
     batch_fn: BatchFn,
     *,
     batch_sharding: NamedSharding | None = None,
-    state_sharding: Any = None,
+    state_sharding: PyTree = None,
     donate: bool = True,
 ) -> Chunk:
     """A jitted ``(state, data, steps) -> (state, metrics)`` that takes ``steps`` steps in one dispatch.

@@ -9,6 +9,7 @@ from typing import Any
 
 import jax
 import numpy as np
+from numpy.typing import ArrayLike
 
 from jflow import checks
 from jflow.training import image_grids
@@ -65,7 +66,7 @@ class TensorBoard:
                 for place, entry in enumerate(value):
                     self._writer.add_scalar(f"{tag}/{place}", float(entry), row["step"])
 
-    def images(self, step: int, name: str, images: Any) -> None:
+    def images(self, step: int, name: str, images: ArrayLike) -> None:
         """Writes images [N, H, W, C] in [-1, 1] as one grid (``image_grids.tile``) of that name.
 
         Raises:
