@@ -45,11 +45,11 @@ def described(value: object) -> str:
 
 def shown(value: object) -> str:
     """A short text for a value: the name of a function, the entries of a tuple, the type of what would print long."""
+    if isinstance(value, tuple) and type(value) is tuple:
+        return f"({', '.join(map(shown, value))}{',' if len(value) == 1 else ''})"
     if callable(value) and hasattr(value, "__name__"):
         return value.__name__
     if callable(value) and hasattr(value, "func"):
         return f"partial({shown(value.func)})"
-    if type(value) is tuple:
-        return f"({', '.join(map(shown, value))}{',' if len(value) == 1 else ''})"
     text = repr(value)
     return text if len(text) <= 100 and "\n" not in text and " at 0x" not in text else type(value).__name__

@@ -29,7 +29,7 @@ from jax.experimental import multihost_utils
 
 from jflow import checks
 from jflow.training import checkpoint_arrays, checkpoint_config
-from jflow.training.distributed import first_process, together
+from jflow.training.distributed import barrier, first_process
 from jflow.types import Array, Params
 
 _log = logging.getLogger(__name__)
@@ -89,10 +89,10 @@ class Checkpoints:
         used = self.directory.exists() and any(self.directory.iterdir())
         if used and not (resume or overwrite):
             raise FileExistsError(f"{self.directory} is not empty; resume the run or overwrite it")
-        together("looked at the directory")
+        barrier("looked at the directory")
         if used and overwrite and first_process():
             shutil.rmtree(self.directory)
-        together("emptied the directory")
+        barrier("emptied the directory")
         self._scores = _read_scores(self.directory) if resume and keep_best else {}
         self._manager = _writer(self.directory, keep, keep_best, self._scores)
 
@@ -208,7 +208,7 @@ class Checkpoints:
             aside = self.directory / f"{step}.damaged"
             shutil.rmtree(aside, ignore_errors=True)
             (self.directory / str(step)).rename(aside)
-        together("set damaged checkpoints aside")
+        barrier("set damaged checkpoints aside")
         if steps:
             self._manager.reload()
 

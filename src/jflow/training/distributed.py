@@ -121,7 +121,7 @@ def first_process() -> bool:
     return jax.process_index() == 0
 
 
-def together(what: str) -> None:
+def barrier(what: str) -> None:
     """Waits until every process has come here; ``what`` is named when they come to different places."""
     if jax.process_count() > 1:
         multihost_utils.sync_global_devices(what)

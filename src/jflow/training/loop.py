@@ -17,7 +17,7 @@ from jflow.training import throughput
 from jflow.training.alarms import Watch
 from jflow.training.checkpoint_config import as_json
 from jflow.training.checkpoints import Checkpoints, absolute
-from jflow.training.distributed import Notice, PreemptedError, Watchdog, first_process, together
+from jflow.training.distributed import Notice, PreemptedError, Watchdog, barrier, first_process
 from jflow.training.metrics_log import MetricsLog, read
 from jflow.training.prefetch import Feed
 from jflow.training.progress import progress
@@ -367,10 +367,10 @@ def _open(out_dir: str | os.PathLike[str], resume: bool, overwrite: bool) -> pat
     used = metrics.exists() or any(folder.exists() and any(folder.iterdir()) for folder in folders)
     if used and not (resume or overwrite):
         raise FileExistsError(f"{out} holds a run already; resume it, overwrite it, or choose another out_dir")
-    together("looked at the run's directory")
+    barrier("looked at the run's directory")
     if used and overwrite and first_process():
         metrics.unlink(missing_ok=True)
         for folder in folders:
             shutil.rmtree(folder, ignore_errors=True)
-    together("emptied the run's directory")
+    barrier("emptied the run's directory")
     return out
