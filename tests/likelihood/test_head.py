@@ -277,8 +277,11 @@ def test_joint_training_is_the_sum_of_both():
 
     total, of_map, of_head = run(init(4), jax.random.key(0), jax.random.split(jax.random.key(0)))
     np.testing.assert_allclose(total[0], of_map[0] + 0.5 * of_head[0], rtol=1e-12)
-    assert total[1]["lagrangian/raw"] == of_map[1]["lagrangian/raw"]
-    assert total[1]["head_tangent/raw"] == of_head[1]["tangent/raw"]
+    for name, own, other in (
+        ("lagrangian/raw", of_map, "lagrangian/raw"),
+        ("head_tangent/raw", of_head, "tangent/raw"),
+    ):
+        assert total[1].metrics[name].value() == own[1].metrics[other].value()
     with pytest.raises(ValueError, match="head: expected a number"):
         objectives.weighted_sum(map_alone, head=(head_alone, -1.0))
 
@@ -376,7 +379,7 @@ POINT = WithLogDensity(jnp.zeros(2), jnp.zeros(()))
     ("call", "error", "message"),
     [
         (lambda: FORWARD.jump(Headed(0, 0), 0.9, 0.2, POINT), ValueError, "jump from 0.9 to 0.2 is outside .*s <= t"),
-        (lambda: JOINT.jump(init(0), 0.0, 1.2, POINT), ValueError, "jump from 0 to 1.2 is outside"),
+        (lambda: JOINT.jump(init(0), 0.0, 1.2, POINT), ValueError, r"t: expected a time in \[0, 1\], got 1.2"),
         (
             lambda: FORWARD.jump(Headed(0, 0), 0.0, 1.0, jnp.zeros(2)),
             TypeError,

@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from jflow import interpolants, objectives, parameterizations, reductions, times, types
+from jflow import bases, interpolants, objectives, parameterizations, reductions, times, types
 
 clone = jax.random.clone
 METHODS = objectives.METHODS
@@ -181,7 +181,7 @@ def test_the_map_and_the_path_are_refused_by_name(name):
     with pytest.raises(TypeError, match=r"^(flow_map|interpolant): expected"):
         constructor(path, MAP)
     for wrong in (path, None, "lsd", {"w": 1.0}, parameterizations.mean_velocity_form()):
-        with pytest.raises(TypeError, match=r"^flow_map: expected a FlowMap"):
+        with pytest.raises(TypeError, match=r"^flow_map: expected a (Velocity or a )?FlowMap"):
             constructor(wrong, path)
     if name not in ("flow_matching", "reflow"):
         # A network, or a form that was not called: neither is a map. (A function alone is a Velocity to flow matching.)
@@ -267,13 +267,14 @@ OTHER = {
     "diagonal_reduction": reductions.scaled(5.0, reductions.squared),
     "velocity": lambda row: 2.0 * objectives.velocity_estimates.pair(row),
     "teacher": types.FlowMap(lambda p, s, t, x, cond=None, *, key=None: p[0] * x + t, types.BOTH),
+    "base": bases.Normal(mean=0.3, std=2.0),
     "coupling": lambda key, x1, cond: x1 + 1.0,
     "blocks": 2,
     "domain": types.BOTH,
 }
 assert set(OTHER) == set(objectives.Choices.__annotations__)
 # The ones read by methods as they stand by default, and with half of the rows on the diagonal.
-ALWAYS = {"diagonal", "coupling", "blocks"}
+ALWAYS = {"diagonal", "base", "coupling", "blocks"}
 
 
 def off_reads(name):
@@ -330,7 +331,7 @@ def test_a_choice_that_is_accepted_is_read(name, key):
     context = types.Context(step=jnp.int32(0), ema=EMA, teacher=TEACHER)
     chosen = sorted(read(name, 0.5) - {"domain", "blocks"})
     if "pairs" in METHODS[name].needs:
-        chosen.remove("coupling")  # its batch holds x0
+        chosen = [choice for choice in chosen if choice not in ("base", "coupling")]  # its batch holds x0
 
     def losses(**choices):
         return make(name, **{**half, **choices})(PARAMS, clone(key), batch, context)[0]
