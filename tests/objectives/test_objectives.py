@@ -1,12 +1,14 @@
 """What every objective does: the loss against its formula, the split of the batch, the report, and its errors."""
 
+import dataclasses
+
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
-from jflow import interpolants, objectives, reductions, times, types
+from jflow import bases, interpolants, objectives, reductions, times, types
 
 S, T = 0.2, 0.7
 clone = jax.random.clone
@@ -359,3 +361,20 @@ def test_sequence_computes_the_stage_in_force(key):
     for stages in ([], [(1, alone)], [(0, alone), (0, lsd)]):
         with pytest.raises(ValueError, match="stages"):
             objectives.sequence(stages)
+
+
+def test_a_choice_is_replaced_and_the_others_stay(key):
+    """``dataclasses.replace``: what the objective chose by default is not taken for a choice of the caller's."""
+    batch = types.Batch(batch_of(16).x1)
+    for name in ("lsd", "lmd", "flow_matching"):
+        objective = make(name, **({"teacher": FLOW_MAP} if name == "lmd" else {}))
+        again = dataclasses.replace(objective, blocks=2)
+        assert (again.blocks, again.diagonal, again.domain) == (2, objective.diagonal, objective.domain)
+    alone = dataclasses.replace(make("lsd"), diagonal=0.0)
+    expected, _ = make("lsd", diagonal=0.0)(PARAMS, clone(key), batch)
+    np.testing.assert_array_equal(alone(PARAMS, clone(key), batch)[0], expected)
+    wide = dataclasses.replace(make("lsd"), base=bases.Normal(std=2.0))
+    expected, _ = make("lsd", base=bases.Normal(std=2.0))(PARAMS, clone(key), batch)
+    np.testing.assert_array_equal(wide(PARAMS, clone(key), batch)[0], expected)
+    with pytest.raises(ValueError, match="times: expected no choice of it for lsd"):
+        dataclasses.replace(make("lsd", times=times.constant(0.5)), diagonal=0.0)

@@ -1,5 +1,6 @@
 """What an objective refuses when it is made or called, by the argument's name: every method, every choice."""
 
+import dataclasses
 import functools
 
 import jax
@@ -270,7 +271,7 @@ OTHER = {
     "base": bases.Normal(mean=0.3, std=2.0),
     "coupling": lambda key, x1, cond: x1 + 1.0,
     "blocks": 2,
-    "domain": types.BOTH,
+    "domain": dataclasses.replace(types.BOTH, name="both directions, of another name"),
 }
 assert set(OTHER) == set(objectives.Choices.__annotations__)
 # The ones read by methods as they stand by default, and with half of the rows on the diagonal.

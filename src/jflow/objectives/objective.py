@@ -53,6 +53,16 @@ BINS = 8
 _UNSET: Any = None
 
 
+# The choices of an objective that has not made others.
+DEFAULTS: dict[str, Any] = {
+    "times": laws.uniform(),
+    "pairs": laws.triangle(),
+    "gammas": laws.constant(0.5),
+    "reduction": reductions.squared,
+    "diagonal_reduction": reductions.squared,
+}
+
+
 class RowChoices(TypedDict, total=False):
     """How rows are drawn and reduced: the choices of every objective; see ``Objective`` for what they are."""
 
@@ -170,18 +180,13 @@ class Objective:
 
     def __post_init__(self) -> None:
         self._check()
-        estimate = velocity_estimates.pair if self.teacher is None else velocity_estimates.teacher
-        coupling = couplings.independent if self.base is None else couplings.Independent(self.base)
+        if self.base is not None and self.coupling in (None, couplings.independent):
+            object.__setattr__(self, "coupling", couplings.Independent(self.base))
         base = self.coupling.base if isinstance(self.coupling, couplings.Independent) else bases.STANDARD_NORMAL
-        defaults = {"velocity": estimate, "base": base, "coupling": coupling, "domain": self.flow_map.domain}
-        if self.diagonal > 0:
-            defaults |= {"times": laws.uniform(), "diagonal_reduction": reductions.squared}
-        if self.term is not None:
-            defaults |= {"pairs": laws.triangle(), "reduction": reductions.squared}
-            if "gamma" in self.term.reads:
-                defaults |= {"gammas": laws.constant(0.5)}
-        for name, value in defaults.items():
-            if getattr(self, name) is None:
+        estimate = velocity_estimates.pair if self.teacher is None else velocity_estimates.teacher
+        always = {"base": base, "coupling": couplings.independent, "domain": self.flow_map.domain}
+        for name, value in {**DEFAULTS, "velocity": estimate, **always}.items():
+            if getattr(self, name) is None and (name in always or name in self.reads):
                 object.__setattr__(self, name, value)
         if isinstance(self.coupling, couplings.Independent) and self.coupling.base is not self.base:
             raise ValueError(f"base: expected that of the coupling, {self.coupling.base!r}, got {self.base!r}")
@@ -223,8 +228,12 @@ class Objective:
             value = getattr(self, name)
             if value is not None and not (name == "teacher" and isinstance(value, FlowMap)):
                 checks.function(name, value, "as Objective documents it")
+        # A default is not a choice: ``dataclasses.replace(objective, diagonal=0.0)`` leaves the others as they were.
+        defaults = (*DEFAULTS.values(), velocity_estimates.pair, velocity_estimates.teacher)
         for name, why in self._unread().items():
-            if getattr(self, name) is not None:
+            chosen = getattr(self, name)
+            default = any(chosen is one for one in defaults) or (name == "domain" and chosen == self.flow_map.domain)
+            if chosen is not None and not default:
                 raise ValueError(
                     f"{name}: expected no choice of it for {self.name}, {why}; got {shown(getattr(self, name))}"
                 )
