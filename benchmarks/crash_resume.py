@@ -49,9 +49,9 @@ def train(out: pathlib.Path, kind: str, steps: int) -> None:
     method = objectives.lsd(flow_map, interpolants.linear())
 
     def objective(params: Any, key: Any, batch: Batch, context: Any) -> Any:
-        loss, info = method(params, key, batch, context)
+        loss, aux = method(params, key, batch, context)
         place = jnp.arange(1, len(loss) + 1, dtype=jnp.float32)[:, None]
-        return loss, {**info, "order": jnp.sum(batch.x1 * place)}
+        return loss, aux._replace(metrics={**aux.metrics, "order": jnp.sum(batch.x1 * place)})
 
     dataset = ArrayDataset(Batch(rows), batch_size=32, seed=1)
     data, batch_fn = dataset.data, dataset.batch

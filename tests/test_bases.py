@@ -197,8 +197,8 @@ ONLY_GAUSSIAN = {
     "samplers.renoise": lambda b: samplers.renoise(
         GROWS, X, [0.0, 0.5], key=jax.random.key(0), interpolant=LINEAR, kappa=1.0, base=b
     ),
-    "velocities.batch": lambda b: objectives.velocities.batch(
-        objectives.velocities.Points(LINEAR, jnp.array([T]), X[None], X[None], X[None], base=b)
+    "velocity_estimates.batch": lambda b: objectives.flow_matching(
+        GROWS.flow_map, LINEAR, base=b, velocity=objectives.velocity_estimates.batch
     ),
     "oracles.gaussian": lambda b: oracles.gaussian(LINEAR, base=b),
     "oracles.mixture": lambda b: oracles.mixture(LINEAR, base=b),

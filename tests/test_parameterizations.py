@@ -35,7 +35,7 @@ def test_jump_is_a_x_plus_b_net(form, name):
     make = parameterizations.PARAMETERIZATIONS[form]
     parameterization = make(path) if form in ("v", "gaussian", "trigonometric") else make(path, clamp=1e-3)
     net = lambda params, s, t, x, cond=None, *, key=None: jnp.sin(params * x) + s - 2.0 * t  # noqa: E731
-    flow_map = parameterizations.flow_map(net, parameterization)
+    flow_map = parameterizations.flow_map(net, parameterization, types.BOTH)
     x, params = jnp.array([0.7, -1.3]), jnp.float64(1.5)
     for s, t in PAIRS:
         big_a, big_b = closed_form(form, path, s, t)
@@ -65,10 +65,12 @@ def test_the_diagonal_of_each_form_is_what_it_claims():
         x, b = path.interpolate(t, x0, x1), path.derivative(t, x0, x1)
         for form, value in (("v", b), ("x", x1), ("noise", x0)):
             parameterization = parameterizations.PARAMETERIZATIONS[form](path)
-            flow_map = parameterizations.flow_map(lambda p, *_, key=None: p, parameterization)
+            flow_map = parameterizations.flow_map(lambda p, *_, key=None: p, parameterization, types.BOTH)
             np.testing.assert_allclose(flow_map.velocity(value, t, x), b, rtol=1e-9)
     path = interpolants.trigonometric()
-    flow_map = parameterizations.flow_map(lambda p, *_, key=None: p, parameterizations.trigonometric_form(path))
+    flow_map = parameterizations.flow_map(
+        lambda p, *_, key=None: p, parameterizations.trigonometric_form(path), types.BOTH
+    )
     np.testing.assert_allclose(flow_map.velocity(x0, t, x1), jnp.pi / 2 * x0, rtol=1e-12)
 
 
@@ -77,7 +79,7 @@ def test_the_form_of_a_map_says_what_its_network_predicts(form, name):
     """Predicting, of one pair, what ``form`` names, the map carries I_s to I_t: the flow of that pair alone."""
     path = interpolants.INTERPOLANTS[name]()
     parameterization = parameterizations.PARAMETERIZATIONS[form](path)
-    flow_map = parameterizations.flow_map(lambda p, *_, key=None: p, parameterization)
+    flow_map = parameterizations.flow_map(lambda p, *_, key=None: p, parameterization, types.BOTH)
     x0, x1 = jnp.array([0.3, -1.0]), jnp.array([2.0, 0.5])
     sigma = lambda u: jnp.sqrt(path.alpha(u) ** 2 + path.beta(u) ** 2)  # noqa: E731
     for s, t in PAIRS:
@@ -105,7 +107,7 @@ def test_a_map_without_a_parameterization_has_no_form():
 
 def test_the_clamp_of_the_data_form_is_finite_at_the_data_and_right_for_the_exact_denoiser():
     path = interpolants.linear()
-    flow_map = parameterizations.flow_map(lambda p, *_, key=None: p, parameterizations.data_form(path))
+    flow_map = parameterizations.flow_map(lambda p, *_, key=None: p, parameterizations.data_form(path), types.BOTH)
     x = jnp.array([1.5, -0.5])
     # At s = t = 1 the exact denoiser is x and the exact velocity E[x1 - x0 | x1 = x] = x.
     np.testing.assert_allclose(flow_map.velocity(x, 1.0, x), x, rtol=1e-9)
@@ -148,7 +150,7 @@ X = jnp.array([0.7, -1.3])
 
 @pytest.mark.parametrize("frozen", [False, True])
 def test_a_map_that_starts_from_a_velocity(frozen):
-    flow_map = parameterizations.from_velocity(velocity, correction, frozen=frozen)
+    flow_map = parameterizations.from_velocity(velocity, correction, frozen=frozen, domain=types.BOTH)
     for s, t in PAIRS:
         expected = velocity(STARTED.velocity, s, X) + (t - s) * correction(STARTED.correction, s, t, X)
         np.testing.assert_allclose(flow_map.mean_velocity(STARTED, s, t, X), expected, rtol=1e-14)

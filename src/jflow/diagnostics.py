@@ -260,7 +260,9 @@ def _check_times(name: str, given: Sequence[float] | np.ndarray, least: int = 1)
 
 def _law_of(domain: Domain) -> PairLaw:
     if domain.levels is not None:
-        return times.dyadic(domain.levels)
+        # Gaps of two cells and more, whose midpoints lie on the grid.
+        both_ends = times.independent(times.constant(0.0), times.constant(1.0))
+        return times.dyadic(domain.levels - 1) if domain.levels > 1 else both_ends
     if domain.target is not None:
         return times.independent(times.uniform(), times.constant(domain.target))
     if domain.source is not None:

@@ -272,7 +272,7 @@ def test_flags_are_each_samples_own():
                 STEPS,
             ),
             ValueError,
-            r"X\(x\): expected the shape of x, \(2,\), got \(1,\)",
+            r"jump.s output: expected the shape of x, \(2,\), got \(1,\)",
         ),
         (lambda: likelihood.log_density(WARPED, POINTS[0], [1.0, 0.0]), ValueError, "grid: the jump from 1 to 0"),
         (lambda: likelihood.log_density(WARPED, POINTS[0], [0.0, 0.5, 0.5]), ValueError, "grid: expected strictly"),

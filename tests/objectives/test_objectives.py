@@ -296,7 +296,9 @@ def row_of(path, t, batch, i):
     x = path.interpolate(t, batch.x0[i], batch.x1[i])
     own = {"own": leg, "frozen": leg, "ema": None, "teacher": None, "estimate": objectives.velocity_estimates.pair}
     drawn = {"s": t, "t": t, "x0": batch.x0[i], "x1": batch.x1[i], "x": x, "cond": None, "key": None, "gamma": None}
-    return objectives.Row(**drawn, **own, step=jnp.int32(0), data=batch.x1, interpolant=path)
+    return objectives.Row(
+        **drawn, **own, step=jnp.int32(0), data=batch.x1, interpolant=path, base=bases.STANDARD_NORMAL
+    )
 
 
 def test_the_batch_velocity_is_the_posterior_mean_over_the_batch(key):
@@ -356,7 +358,7 @@ def test_sequence_computes_the_stage_in_force(key):
             if name in own.metrics:
                 np.testing.assert_allclose(report.value(), own.metrics[name].value(), rtol=1e-12)
             else:  # of the stage that is not in force: nothing, counted no times
-                assert not np.any(report.total) and not np.any(report.count) and np.all(np.isnan(report.value()))
+                assert all(not np.any(leaf) for leaf in jax.tree.leaves(report)) and np.all(np.isnan(report.value()))
     assert objectives.sequence([(0, alone)]) is alone
     for stages in ([], [(1, alone)], [(0, alone), (0, lsd)]):
         with pytest.raises(ValueError, match="stages"):

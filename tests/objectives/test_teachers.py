@@ -154,7 +154,7 @@ def test_a_teacher_gives_its_velocity_at_the_points(key):
         own, of_teacher = (objectives.Leg(MAP, jnp.float64(p), cond[i], None) for p in (-1.3, 0.7))
         legs = {"own": own, "frozen": own, "ema": None, "teacher": of_teacher._replace(model=velocity)}
         drawn = {"s": t[i], "t": t[i], "x0": batch.x0[i], "x1": batch.x1[i], "x": x, "cond": cond[i]}
-        rest = {"key": None, "gamma": None, "step": jnp.int32(0), "data": batch.x1, "interpolant": PATH}
+        rest = {"key": None, "gamma": None, "step": jnp.int32(0), "data": batch.x1, "interpolant": PATH, "base": None}
         row = objectives.Row(**drawn, **legs, **rest, estimate=estimate)
         np.testing.assert_allclose(row.conditional, velocity(0.7, t[i], x, cond[i]), rtol=1e-12)
         with pytest.raises(ValueError, match=r"context\.teacher: expected parameters, got None"):

@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from jflow import likelihood, samplers, solvers, types
+from jflow import bases, likelihood, samplers, solvers, types
 
 RATE, X = jnp.asarray(0.7), jnp.asarray([0.3, -1.2])
 PID = diffrax.PIDController(1e-9, 1e-9)
@@ -32,7 +32,7 @@ def test_a_density_along_any_solver(choices):
     density = likelihood.along_ode(linear, **choices)
     found = jax.jit(density.log_density)(RATE, X)
     np.testing.assert_allclose(found.x0, X * jnp.exp(-RATE), rtol=1e-6)
-    want = likelihood.standard_normal(X * jnp.exp(-RATE)) - 2 * RATE
+    want = bases.STANDARD_NORMAL.log_density(X * jnp.exp(-RATE)) - 2 * RATE
     np.testing.assert_allclose(found.log_density, want, rtol=1e-6)
 
 
@@ -56,7 +56,9 @@ def test_a_likelihood_objective_with_any_solver(choices, counted):
 
     slope, info = jax.jit(jax.grad(mean, has_aux=True))(RATE)
     want = jax.grad(
-        lambda rate: jnp.mean(jax.vmap(lambda x: 2 * rate - likelihood.standard_normal(x * jnp.exp(-rate)))(batch.x1))
+        lambda rate: jnp.mean(
+            jax.vmap(lambda x: 2 * rate - bases.STANDARD_NORMAL.log_density(x * jnp.exp(-rate)))(batch.x1)
+        )
     )(RATE)
     np.testing.assert_allclose(slope, want, rtol=1e-3)
     assert ("likelihood/nfe" in info) == counted

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 import jax
 import jax.numpy as jnp
 
+from jflow import autodiff
 from jflow.types import Event, PyTree
 
 if TYPE_CHECKING:
@@ -98,7 +99,8 @@ def explained(adjoint: diffrax.AbstractAdjoint) -> Iterator[None]:
     try:
         yield
     except TypeError as error:
-        if "custom_vjp" not in str(error):
+        # A derivative within the velocity, as of a divergence, has said itself what to use instead.
+        if "custom_vjp" not in str(error) or str(error).startswith(autodiff.MESSAGE[:40]):
             raise
         message = _NO_FORWARD.format(type(adjoint).__name__) if is_reverse_only(adjoint) else _REVERSE_ONLY_VELOCITY
         raise TypeError(message) from error
