@@ -61,7 +61,7 @@ def test_a_likelihood_objective_with_any_solver(choices, counted):
         )
     )(RATE)
     np.testing.assert_allclose(slope, want, rtol=1e-3)
-    assert ("likelihood/nfe" in info) == counted
+    assert ("likelihood/nfe" in info.metrics) == counted
 
 
 @pytest.mark.parametrize("adjoint", [diffrax.ForwardMode(), "forward"])
