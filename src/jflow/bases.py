@@ -60,9 +60,12 @@ class Base(Protocol):
 
 
 @jax.tree_util.register_pytree_node_class
-@dataclasses.dataclass(frozen=True, repr=False)
+@dataclasses.dataclass(frozen=True, repr=False, eq=False)
 class Normal:
-    """The normal law with independent entries, N(mean, diag(std^2)); a pytree of mean and std, hashable if they are numbers.
+    """The normal law with independent entries, N(mean, diag(std^2)); a pytree of mean and std.
+
+    Two are equal if their entries are, so that objectives which hold one are static arguments of ``jax.jit``. One with
+    traced entries equals only itself.
 
     Attributes:
       mean: a number for all entries, or a pytree with the structure of an event, whose leaves are numbers or arrays of
@@ -84,6 +87,22 @@ class Normal:
 
     def __repr__(self) -> str:
         return f"Normal(mean={_short(self.mean)}, std={_short(self.std)})"
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, Normal) and self._values() == other._values()
+
+    def __hash__(self) -> int:
+        return hash(self._values())
+
+    def _values(self) -> tuple[Any, ...]:
+        """The structure and values of mean and std, for comparison."""
+        leaves, structure = jax.tree.flatten((self.mean, self.std))
+        values = map(checks.concrete, leaves)
+        # Adding zero makes one of -0.0 and 0.0, which are equal and have different bytes.
+        return structure, *(
+            id(leaf) if value is None else (value.shape, (value.astype(np.float64) + 0.0).tobytes())
+            for leaf, value in zip(leaves, values, strict=True)
+        )
 
     @property
     def name(self) -> str:

@@ -7,11 +7,13 @@ concrete; ``concrete`` returns None for a traced array, and the caller then skip
 from __future__ import annotations
 
 import contextlib
+import inspect
 import math
 from collections.abc import Collection, Iterator, Sequence
 from typing import Any, TypeVar
 
 import jax
+import jax.core
 import numpy as np
 
 # Times that differ by less are the same: arithmetic in float32 may leave 1.0000001 of a one.
@@ -26,6 +28,8 @@ Choice = TypeVar("Choice")
 
 def concrete(value: object) -> np.ndarray | None:
     """The value as a numpy array, or None while it is being traced."""
+    if isinstance(value, jax.core.Tracer):
+        return None
     try:
         return np.asarray(value)
     except jax.errors.TracerArrayConversionError:
@@ -80,13 +84,62 @@ def function(name: str, value: object, what: str) -> None:
     Args:
       name: the argument.
       value: the function.
-      what: what it is expected to do, for the message.
+      what: its signature, for the message.
 
     Raises:
-      TypeError: when it cannot.
+      TypeError: for anything that cannot be called, and for a class, of which the caller forgot to make an instance.
     """
+    if isinstance(value, type):
+        raise TypeError(
+            f"{name}: expected a function {what}, got the class {value.__name__}; make one with {value.__name__}()"
+        )
     if not callable(value):
         raise TypeError(f"{name}: expected a function {what}, got {type(value).__name__}")
+
+
+def accepts(name: str, value: Any, what: str, positional: int) -> None:
+    """A function that can be called with this many positional arguments and ``key=``.
+
+    A function whose signature Python does not know passes.
+
+    Args:
+      name: the argument.
+      value: the function.
+      what: its signature, for the message.
+      positional: the number of positional arguments that it will be called with.
+
+    Raises:
+      TypeError: for anything that is not a function, and for a function of other arguments.
+    """
+    function(name, value, what)
+    try:
+        signature = inspect.signature(value)
+    except (TypeError, ValueError):
+        return
+    places = (inspect.Parameter.POSITIONAL_ONLY, inspect.Parameter.POSITIONAL_OR_KEYWORD)
+    parameters = [each for each in signature.parameters.values() if each.kind in places]
+    # The last argument that jflow gives is cond. One that must be given, and has another behind it, is x: what came is a
+    # function of more times.
+    shifted = len(parameters) > positional and parameters[positional - 1].default is inspect.Parameter.empty
+    try:
+        signature.bind(*[None] * positional, key=None)
+    except TypeError:
+        shifted = True
+    if shifted:
+        raise TypeError(f"{name}: expected a function {what}, got one of {signature}")
+
+
+def key(name: str, value: Any) -> None:
+    """A PRNG key of jax: a typed one (``jax.random.key``), or the raw one of ``jax.random.PRNGKey``.
+
+    Raises:
+      TypeError: for anything else.
+    """
+    dtype = getattr(value, "dtype", None)
+    typed = dtype is not None and jax.numpy.issubdtype(dtype, jax.dtypes.prng_key)
+    if not typed and not (dtype == np.uint32 and np.ndim(value) == 1):
+        got = type(value).__name__ if dtype is None else f"an array of {dtype}"
+        raise TypeError(f"{name}: expected a PRNG key, such as jax.random.key(0), got {got}")
 
 
 def shape(name: str, value: Any, expected: Sequence[int | None]) -> None:
@@ -120,7 +173,7 @@ def time(name: str, value: Any) -> None:
     scalar(name, value)
     number = concrete(value)
     if number is not None and not -ROUNDING <= float(number) <= 1.0 + ROUNDING:
-        raise ValueError(f"{name}: expected a time in [0, 1], got {float(number):g}")
+        raise ValueError(f"{name}: expected a time in [0, 1], got {float(number):.9g}")
 
 
 def rows(name: str, tree: PyTree) -> int:
@@ -240,7 +293,15 @@ def output(name: str, value: PyTree, x: Tree) -> Tree:
       ValueError: for another structure or other shapes than those of x.
       TypeError: for leaves that are not floating-point: casting complex numbers or integers would lose or hide something.
     """
-    floating("x", x)
     same_structure(name, value, "x", x)
-    floating(name, value)
-    return jax.tree.map(lambda leaf, like: jax.numpy.asarray(leaf).astype(jax.numpy.asarray(like).dtype), value, x)
+
+    def cast(leaf: Any, like: Any) -> jax.Array:
+        # An eager cast to the same dtype costs as much as a small network.
+        dtype = getattr(like, "dtype", None)
+        if isinstance(leaf, jax.Array) and leaf.dtype == dtype and jax.numpy.issubdtype(dtype, jax.numpy.floating):
+            return leaf
+        floating("x", like)
+        floating(name, leaf)
+        return jax.numpy.asarray(leaf).astype(jax.dtypes.result_type(like))
+
+    return jax.tree.map(cast, value, x)

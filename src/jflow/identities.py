@@ -40,14 +40,14 @@ class Residual(NamedTuple):
     Attributes:
       prediction: the side that is trained, shaped like x.
       target: the other side, shaped like x.
-      tangent: the derivative term without its factor t - s, or its finite difference, shaped like x (zeros where there
-        is none): its norm shows a tangent that explodes.
+      tangent: the derivative term without its factor t - s, or its finite difference, shaped like x; None or zeros where
+        there is none. Its norm shows a tangent that explodes.
       weight: what the reduced loss is multiplied with, a scalar; it gets no gradient.
     """
 
     prediction: Event
     target: Event
-    tangent: Event
+    tangent: Event = None
     weight: Array | float = 1.0
 
     @property

@@ -16,7 +16,7 @@ import numpy as np
 
 from jflow import checks
 from jflow.named import named, shown
-from jflow.types import Array, Domain, Key
+from jflow.types import FINEST_LEVELS, Array, Domain, Key
 
 # How many times are drawn when a law is checked.
 DRAWN = 256
@@ -206,9 +206,9 @@ def dyadic(levels: int) -> PairLaw:
     The smallest gap of the grid is drawn too: in the paper's code the flow-matching rows carry it.
 
     Raises:
-      ValueError: when levels is not a positive whole number; TypeError when it is not a number.
+      ValueError: for levels outside 1 to ``types.FINEST_LEVELS``; TypeError if it is not a whole number.
     """
-    checks.integer("levels", levels, low=1)
+    checks.integer("levels", levels, low=1, high=FINEST_LEVELS)
 
     def pair(key: Key, n: int) -> tuple[Array, Array]:
         level_key, start_key = jax.random.split(key)
@@ -221,7 +221,7 @@ def dyadic(levels: int) -> PairLaw:
     return named("dyadic", pair, levels=levels)
 
 
-def check_law(name: str, law: Law) -> None:
+def check_law(name: str, law: Law) -> np.ndarray | None:
     """Draws from a law of one time and refuses what is not ``[n]`` times in [0, 1].
 
     Within ``jit``, too, unless the law itself closes over traced values, whose times cannot be looked at and pass.
@@ -230,14 +230,17 @@ def check_law(name: str, law: Law) -> None:
       name: how the message calls it.
       law: ``(key, n) -> [n]``.
 
+    Returns:
+      The times that were drawn, in float64; None if they are traced.
+
     Raises:
       ValueError: for another shape, or times outside [0, 1] or not finite.
       TypeError: for what is no function, or times that are not floating-point.
     """
-    _check_drawn(name, _draw(name, law), "times")
+    return _check_drawn(name, _draw(name, law), "times")
 
 
-def check_pairs(name: str, law: PairLaw, domain: Domain) -> None:
+def check_pairs(name: str, law: PairLaw, domain: Domain) -> tuple[np.ndarray, np.ndarray] | None:
     """Draws from a law of pairs and refuses what is not two arrays ``[n]`` of times within the domain.
 
     Within ``jit``, too, unless the law itself closes over traced values, whose times cannot be looked at and pass.
@@ -246,6 +249,9 @@ def check_pairs(name: str, law: PairLaw, domain: Domain) -> None:
       name: how the message calls it.
       law: ``(key, n) -> (s [n], t [n])``.
       domain: of the map that is trained at these times.
+
+    Returns:
+      The pairs (s, t) that were drawn, in float64; None if they are traced.
 
     Raises:
       ValueError: for anything but a pair, another shape, times outside [0, 1] or not finite, or a pair outside the domain.
@@ -259,13 +265,14 @@ def check_pairs(name: str, law: PairLaw, domain: Domain) -> None:
         )
     s, t = (_check_drawn(name, part, which) for part, which in zip(drawn, ("s", "t"), strict=True))
     if s is None or t is None:
-        return
+        return None
     outside = np.flatnonzero(~domain.contains_all(s, t))
     if outside.size:
         place = outside[0]
         raise ValueError(
             f"{name}: expected pairs (s, t) within the domain, {domain.name}; the law drew ({s[place]:g}, {t[place]:g})"
         )
+    return s, t
 
 
 def _draw(name: str, law: Any) -> Any:

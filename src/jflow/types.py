@@ -69,20 +69,29 @@ class Domain:
     def __repr__(self) -> str:
         return f"Domain({self.name!r})"
 
+    def __post_init__(self) -> None:
+        if not isinstance(self.name, str):
+            raise TypeError(f"name: expected a string, got {type(self.name).__name__}")
+
     def contains(self, s: float, t: float) -> bool:
-        """Whether the pair of concrete times (s, t) lies in the domain; the diagonal s = t always does."""
+        """Whether the pair of concrete times (s, t) lies in the domain; the diagonal s = t always does.
+
+        Times that differ by less than ``checks.ROUNDING`` count as equal: 0.1 + 0.2 is 0.3 here, and a float32 sum of
+        steps that ends at 1.0000001 ends at 1.
+        """
         return bool(self.contains_all(np.asarray(s, np.float64), np.asarray(t, np.float64)))
 
     def contains_all(self, s: np.ndarray, t: np.ndarray) -> np.ndarray:
         """``contains`` for arrays of concrete times, entry by entry."""
-        inside = (s >= 0.0) & (s <= 1.0) & (t >= 0.0) & (t <= 1.0)
+        rounding = checks.ROUNDING
+        inside = (np.minimum(s, t) >= -rounding) & (np.maximum(s, t) <= 1.0 + rounding)
         allowed = np.ones_like(inside)
         if not self.backward:
             allowed &= s <= t
         if self.target is not None:
-            allowed &= np.abs(t - self.target) <= 1e-6
+            allowed &= np.abs(t - self.target) <= rounding
         if self.source is not None:
-            allowed &= np.abs(s - self.source) <= 1e-6
+            allowed &= np.abs(s - self.source) <= rounding
         if self.levels is not None:
             cells = 2**self.levels
             # float32 grids hold a dyadic number exactly only up to rounding of the caller's own arithmetic.
@@ -90,7 +99,7 @@ class Domain:
             power = np.log2(np.maximum(gap, 1e-30))
             allowed &= (np.abs(start - np.round(start)) < 1e-3) & (np.abs(power - np.round(power)) < 1e-3)
             allowed &= power > -0.5
-        return inside & (allowed | (s == t))
+        return inside & (allowed | (np.abs(t - s) <= rounding))
 
     def check_times(self, s: Time, t: Time) -> None:
         """Refuses scalar times outside [0, 1] and a jump outside the domain; traced times cannot be looked at and pass.
@@ -103,9 +112,10 @@ class Domain:
         source, target = checks.concrete(s), checks.concrete(t)
         if source is None or target is None:
             return
-        # Times that rounding has put beyond an end are taken for the end.
-        if not self.contains(*np.clip((float(source), float(target)), 0.0, 1.0)):
-            raise ValueError(f"s, t: the jump from {source:g} to {target:g} is outside the map's domain, {self.name}")
+        if not self.contains(float(source), float(target)):
+            raise ValueError(
+                f"s, t: the jump from {float(source):.9g} to {float(target):.9g} is outside the map's domain, {self.name}"
+            )
 
     def check_grid(self, grid: Sequence[float] | Array | np.ndarray) -> None:
         """Refuses a grid of times with a jump outside the domain.
@@ -122,8 +132,14 @@ class Domain:
             raise ValueError(f"grid: expected at least two times in one dimension, got shape {values.shape}")
         for s, t in itertools.pairwise(values):
             if not self.contains(s, t):
-                raise ValueError(f"grid: the jump from {s:g} to {t:g} is outside the map's domain, {self.name}")
+                raise ValueError(
+                    f"grid: the jump from {float(s):.9g} to {float(t):.9g} is outside the map's domain, {self.name}"
+                )
 
+
+# The signatures of the library's two types, for messages.
+_ONE_TIME = "(params, t, x, cond=None, *, key=None) -> b_t(x)"
+_TWO_TIMES = "(params, s, t, x, cond=None, *, key=None) -> v_{s,t}(x)"
 
 FORWARD = Domain("0 <= s <= t <= 1")
 BOTH = Domain("0 <= s, t <= 1, both directions", backward=True)
@@ -131,10 +147,17 @@ TO_DATA = Domain("t = 1 only", target=1.0)
 FROM_NOISE = Domain("s = 0 only", source=0.0)
 
 
+# A finer dyadic grid has neighbours near t = 1 that float32 cannot tell apart.
+FINEST_LEVELS = 23
+
+
 def dyadic(levels: int) -> Domain:
-    """The dyadic grid of the shortcut model: multiples of 2^-levels, gaps that are powers of two."""
-    if levels < 1:
-        raise ValueError(f"levels: expected a positive number of halvings, got {levels}")
+    """The dyadic grid of the shortcut model: multiples of 2^-levels, gaps that are powers of two.
+
+    Raises:
+      ValueError: for a number of levels that is not between 1 and ``FINEST_LEVELS``; TypeError if it is not whole.
+    """
+    checks.integer("levels", levels, low=1, high=FINEST_LEVELS)
     return Domain(f"dyadic grid of {2**levels} cells, s <= t", levels=levels)
 
 
@@ -166,13 +189,17 @@ class FlowMap:
     form: str = ""
 
     def __post_init__(self) -> None:
+        if not isinstance(self.domain, Domain):
+            raise TypeError(f"domain: expected a Domain, such as types.FORWARD, got {type(self.domain).__name__}")
         # Anew at every ``dataclasses.replace``, which may have changed the domain.
         for field, name in (("mean_velocity", "mean velocity"), ("jump_override", "jump")):
             if (function := getattr(self, field)) is not None:
                 inner = function.function if isinstance(function, _Checked) else function
+                checks.accepts(field, inner, _TWO_TIMES, 5)
                 object.__setattr__(self, field, _Checked(inner, name, self.domain))
         velocity = self.velocity_override
         if velocity is not None and not isinstance(velocity, _CheckedVelocity):
+            checks.accepts("velocity_override", velocity, _ONE_TIME, 4)
             object.__setattr__(self, "velocity_override", _CheckedVelocity(velocity, "velocity"))
 
     def jump(self, params: Params, s: Time, t: Time, x: Event, cond: Cond = None, *, key: Key | None = None) -> Event:
@@ -215,12 +242,16 @@ class _Checked:
 
 @dataclasses.dataclass(frozen=True)
 class _CheckedVelocity:
-    """A velocity whose output is checked and cast to the dtypes of x; equal functions make equal ones."""
+    """A velocity: a concrete time is checked, its output is checked and cast to the dtypes of x.
+
+    Equal functions make equal ones.
+    """
 
     function: Velocity
     name: str
 
     def __call__(self, params: Params, t: Time, x: Event, cond: Cond = None, *, key: Key | None = None) -> Event:
+        checks.time("t", t)
         with checks.of_one_sample(x):
             output = self.function(params, t, x, cond, key=key)
         return checks.output(f"{self.name}'s output", output, x)
@@ -268,11 +299,11 @@ def as_velocity(name: str, model: Velocity | FlowMap) -> Velocity:
       model: a FlowMap, or ``(params, t, x, cond=None, *, key=None) -> b_t(x)`` of one sample.
 
     Returns:
-      The Velocity; equal models give equal ones, so that nothing compiles anew. Called, it raises ValueError for an output
-      that is not shaped like x, TypeError for one that is not floating-point.
+      The Velocity; equal models give equal ones, which jit compiles once. Called, it raises ValueError for a concrete time
+      outside [0, 1] or an output that is not shaped like x, and TypeError for an output that is not floating-point.
 
     Raises:
-      TypeError: for anything else.
+      TypeError: for anything else, a network of two times included.
     """
     if isinstance(model, FlowMap):
         return model.velocity
@@ -285,6 +316,7 @@ def as_velocity(name: str, model: Velocity | FlowMap) -> Velocity:
     if not callable(model) or isinstance(model, type):
         kind = model.__name__ if isinstance(model, type) else type(model).__name__
         raise TypeError(f"{name}: expected a Velocity or a FlowMap, got {kind}")
+    checks.accepts(name, model, f"{_ONE_TIME}, or a FlowMap (jflow.flow_map makes one of a network of two times)", 4)
     return _CheckedVelocity(model, name)
 
 
@@ -329,13 +361,16 @@ def as_batch(batch: BatchLike) -> Batch:
 
     Raises:
       TypeError: for anything else. A plain tuple could mean (data, labels) as well as (data, base points).
+      ValueError: for values of a host array that do not fit the dtype that jax makes of them (``checks.fits``).
     """
-    if isinstance(batch, Batch):
-        return batch
     if isinstance(batch, (jax.Array, np.ndarray)):
-        return Batch(batch)
-    if isinstance(batch, dict) and set(batch) <= set(Batch._fields) and {"x1", "x0"} & set(batch):
-        return Batch(batch.get("x1"), batch.get("x0"), batch.get("cond"))
+        batch = Batch(batch)
+    elif isinstance(batch, dict) and set(batch) <= set(Batch._fields) and {"x1", "x0"} & set(batch):
+        batch = Batch(batch.get("x1"), batch.get("x0"), batch.get("cond"))
+    if isinstance(batch, Batch):
+        for field, tree in zip(Batch._fields, batch, strict=True):
+            checks.fits(f"batch.{field}", tree)
+        return batch
     keys = f" with the keys {sorted(map(str, batch))}" if isinstance(batch, dict) else ""
     raise TypeError(
         "batch: expected a Batch(x1=..., x0=..., cond=...), an array of data, or a dictionary with the keys x1, x0 and "
@@ -357,6 +392,21 @@ class Context(NamedTuple):
     ema: Params = None
     teacher: Params = None
     state: PyTree = ()
+
+
+def as_context(context: Context | None) -> Context:
+    """A Context as it is; ``Context()`` for None.
+
+    Raises:
+      TypeError: for anything else.
+    """
+    if context is None:
+        return Context()
+    if not isinstance(context, Context):
+        raise TypeError(
+            f"context: expected a Context(step=..., ema=..., teacher=..., state=...), got {type(context).__name__}"
+        )
+    return context
 
 
 class Aux(NamedTuple):

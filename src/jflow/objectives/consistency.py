@@ -9,6 +9,7 @@ formulas R is |.|^2 under the reduction and sg the stop-gradient. Cost is per sa
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Callable
 from typing import Any, Unpack
 
@@ -17,10 +18,10 @@ import jax.numpy as jnp
 from jflow import identities, reductions
 from jflow.interpolants import Interpolant
 from jflow.objectives.curriculum import Schedule, value_at
-from jflow.objectives.eulerian import to_data
+from jflow.objectives.eulerian import TO_DATA_PAIRS
 from jflow.objectives.method import method
 from jflow.objectives.objective import Choices, Objective
-from jflow.objectives.row import Row, Term
+from jflow.objectives.row import Row, Term, second_leg
 from jflow.objectives.semigroup import solver_step
 from jflow.types import Array, Event, FlowMap
 
@@ -91,7 +92,7 @@ def consistency_distillation(
     def solved(row: Row, u: Array) -> Event:
         return solver_step(row.leg("teacher"), solver, steps, row.s, u, row.x)
 
-    term = _term(_share(fraction), solved, leg)._replace(reads=("teacher",))
+    term = dataclasses.replace(_term(_share(fraction), solved, leg), reads=("teacher",))
     return _consistency("consistency_distillation", flow_map, interpolant, {**choices}, term)
 
 
@@ -182,10 +183,10 @@ def _term(share: Callable[[Row], Array], first: Callable[[Row, Array], Event], l
         # v times the gap is X up to x, which both sides share.
         return two.rescaled(prediction=gap, difference=gap)._replace(weight=weight)
 
-    return Term("consistency", residual, ("teacher",) if leg == "teacher" else ())
+    return Term("consistency", residual, ("teacher",) if leg == "teacher" else (), second_leg)
 
 
 def _consistency(
     name: str, flow_map: FlowMap, interpolant: Interpolant, choices: dict[str, Any], term: Term
 ) -> Objective:
-    return Objective(name, flow_map, interpolant, term, **{"diagonal": 0.0, **to_data(choices)})
+    return Objective(name, flow_map, interpolant, term, defaults={"diagonal": 0.0, **TO_DATA_PAIRS}, **choices)

@@ -10,6 +10,7 @@ multiplies the derivative (1 by default).
 
 from __future__ import annotations
 
+import dataclasses
 from typing import Any, NotRequired, TypedDict, Unpack
 
 import jax.numpy as jnp
@@ -20,8 +21,8 @@ from jflow.interpolants import Interpolant
 from jflow.objectives.curriculum import Schedule, value_at
 from jflow.objectives.lagrangian import align_your_flow
 from jflow.objectives.method import method
-from jflow.objectives.objective import DerivativeChoices, Objective, default_pairs
-from jflow.objectives.row import Row, Term
+from jflow.objectives.objective import DerivativeChoices, Objective
+from jflow.objectives.row import Row, Term, near_source
 from jflow.types import TO_DATA, Event, FlowMap
 
 
@@ -60,15 +61,16 @@ def eulerian_term(reads: Reads, warmup: Schedule | None = None, derivative: Deri
         )
 
     asked = {"conditional": "velocity", "teacher": "teacher"}
-    return Term("eulerian", residual, tuple(asked[which] for which in (velocity, along) if which in asked))
+
+    return Term("eulerian", residual, tuple(asked[which] for which in (velocity, along) if which in asked), near_source)
 
 
 def _eulerian(
-    name: str, flow_map: FlowMap, interpolant: Interpolant, choices: dict[str, Any], reads: Reads
+    name: str, flow_map: FlowMap, interpolant: Interpolant, choices: dict[str, Any], reads: Reads, **defaults: Any
 ) -> Objective:
     """A method whose residual is the plain Eulerian one."""
     term = eulerian_term(reads, choices.pop("warmup", None), choices.pop("derivative", None))
-    return Objective(name, flow_map, interpolant, term, **choices)
+    return Objective(name, flow_map, interpolant, term, defaults=defaults, **choices)
 
 
 @method(
@@ -88,9 +90,8 @@ def emd(flow_map: FlowMap, interpolant: Interpolant, **choices: Unpack[Derivativ
 
     Cost: 7 passes (the teacher 1, derivative with value 2, back 4).
     """
-    return _eulerian(
-        "emd", flow_map, interpolant, {"diagonal": 0.0, **choices}, {"velocity": "teacher", "stop": "none"}
-    )
+    reads: Reads = {"velocity": "teacher", "stop": "none"}
+    return _eulerian("emd", flow_map, interpolant, {**choices}, reads, diagonal=0.0)
 
 
 @method(
@@ -190,13 +191,12 @@ def _scm(name: str, flow_map: FlowMap, interpolant: Interpolant, choices: dict[s
         k = (2.0 / jnp.pi) / jnp.sinc(0.5 * gap)
         return plain.residual(row).rescaled(prediction=k, difference=(2.0 / jnp.pi) * jnp.cos(0.5 * jnp.pi * gap))
 
-    term = plain._replace(residual=residual)
-    return Objective(name, flow_map, interpolant, term, **{"diagonal": 0.0, **to_data(choices)})
+    term = dataclasses.replace(plain, residual=residual)
+    return Objective(name, flow_map, interpolant, term, defaults={"diagonal": 0.0, **TO_DATA_PAIRS}, **choices)
 
 
-def to_data(choices: dict[str, Any]) -> dict[str, Any]:
-    """t = 1 and the domain that goes with it, unless another law of times is chosen."""
-    return default_pairs(choices, times.to_data(), TO_DATA)
+# The default pairs and domain of a method that trains jumps to the data alone.
+TO_DATA_PAIRS: dict[str, Any] = {"pairs": times.to_data(), "domain": TO_DATA}
 
 
 def _mean_flow_recipe(diagonal: float) -> dict[str, Any]:
@@ -350,7 +350,7 @@ def facm(flow_map: FlowMap, interpolant: Interpolant, **choices: Unpack[Derivati
     Cost: 4 passes, 5 with a teacher.
     """
     reads: Reads = {"velocity": "conditional", "stop": "target"}
-    return _eulerian("facm", flow_map, interpolant, {"diagonal": 0.5, **to_data({**choices})}, reads)
+    return _eulerian("facm", flow_map, interpolant, {**choices}, reads, diagonal=0.5, **TO_DATA_PAIRS)
 
 
 @method(
@@ -373,4 +373,4 @@ def ayf_emd(flow_map: FlowMap, interpolant: Interpolant, **choices: Unpack[Deriv
     (``guidance.autoguided``). Cost: 5 passes.
     """
     reads: Reads = {"velocity": "teacher", "stop": "target"}
-    return _eulerian("ayf_emd", flow_map, interpolant, {"diagonal": 0.0, **choices}, reads)
+    return _eulerian("ayf_emd", flow_map, interpolant, {**choices}, reads, diagonal=0.0)

@@ -9,6 +9,7 @@ Every method takes ``derivative``, ``identities.forward_mode`` or a finite diffe
 
 from __future__ import annotations
 
+import dataclasses
 from typing import Any, Unpack
 
 import jax.numpy as jnp
@@ -18,8 +19,8 @@ from jflow.identities import Derivative
 from jflow.interpolants import Interpolant
 from jflow.objectives.curriculum import Schedule, value_at
 from jflow.objectives.method import method
-from jflow.objectives.objective import Choices, DerivativeChoices, Objective, default_pairs
-from jflow.objectives.row import Row, Term
+from jflow.objectives.objective import Choices, DerivativeChoices, Objective
+from jflow.objectives.row import Row, Term, near_target
 from jflow.types import FROM_NOISE, Array, FlowMap, move
 
 
@@ -32,15 +33,21 @@ def lagrangian_term(leg: str, stop: str, warmup: Schedule | None = None, derivat
         b = row.leg(leg).velocity
         return identities.lagrangian(row.own.v, row.s, row.t, row.x, b, stop=stop, derivative=along)
 
-    return Term("lagrangian", residual, ("teacher",) if leg == "teacher" else ())
+    return Term("lagrangian", residual, ("teacher",) if leg == "teacher" else (), near_target)
 
 
 def _lagrangian(
-    name: str, flow_map: FlowMap, interpolant: Interpolant, choices: dict[str, Any], leg: str, stop: str
+    name: str,
+    flow_map: FlowMap,
+    interpolant: Interpolant,
+    choices: dict[str, Any],
+    leg: str,
+    stop: str,
+    **defaults: Any,
 ) -> Objective:
     """A method whose residual is the plain Lagrangian one."""
     term = lagrangian_term(leg, stop, choices.pop("warmup", None), choices.pop("derivative", None))
-    return Objective(name, flow_map, interpolant, term, **choices)
+    return Objective(name, flow_map, interpolant, term, defaults=defaults, **choices)
 
 
 @method(
@@ -60,7 +67,7 @@ def lmd(flow_map: FlowMap, interpolant: Interpolant, **choices: Unpack[Derivativ
 
     Cost: 8 passes (derivative with value 2, back 4, the teacher 1, and back to its input 1).
     """
-    return _lagrangian("lmd", flow_map, interpolant, {"diagonal": 0.0, **choices}, "teacher", "none")
+    return _lagrangian("lmd", flow_map, interpolant, {**choices}, "teacher", "none", diagonal=0.0)
 
 
 @method(
@@ -109,8 +116,9 @@ def fmm(
         )
 
     square = times.independent(times.uniform(), times.uniform())
-    term = Term("matching", residual, ("velocity",))
-    return Objective("fmm", flow_map, interpolant, term, **{"diagonal": 0.0, "pairs": square, **choices})
+
+    term = Term("matching", residual, ("velocity",), lambda s, t, gamma: near_target(t, s, gamma))
+    return Objective("fmm", flow_map, interpolant, term, defaults={"diagonal": 0.0, "pairs": square}, **choices)
 
 
 @method(
@@ -168,7 +176,7 @@ def ayf_lmd(flow_map: FlowMap, interpolant: Interpolant, **choices: Unpack[Deriv
     ``warmup`` is r; the paper's rises to 0.99. The paper normalises the tangent
     (``reductions.normalised``) and guides the teacher (``guidance.autoguided``). Cost: 5 passes.
     """
-    return _lagrangian("ayf_lmd", flow_map, interpolant, {"diagonal": 0.0, **choices}, "teacher", "target")
+    return _lagrangian("ayf_lmd", flow_map, interpolant, {**choices}, "teacher", "target", diagonal=0.0)
 
 
 @method(
@@ -264,6 +272,6 @@ def _from_noise(
         return lagrangian_term("teacher", stop, derivative=identities.finite_difference(h)).residual(row)
 
     pairs = times.independent(times.constant(0.0), times.uniform())
-    choices = {"diagonal": 0.0, **default_pairs(choices, pairs, FROM_NOISE)}
-    term = Term("lagrangian", residual, ("teacher",))
-    return Objective(name, flow_map, interpolant, term, needs=("no data",), **choices)
+    defaults = {"diagonal": 0.0, "pairs": pairs, "domain": FROM_NOISE}
+    term = dataclasses.replace(lagrangian_term("teacher", stop), residual=residual)
+    return Objective(name, flow_map, interpolant, term, needs=("no data",), defaults=defaults, **choices)

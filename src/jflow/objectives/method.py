@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 from collections.abc import Callable, Mapping
-from typing import Any, TypeVar
+from typing import Any, TypeVar, cast
 
-from jflow.objectives.objective import Objective
+from jflow.named import shown
+from jflow.objectives.objective import Choices, Objective
 
 Constructor = TypeVar("Constructor", bound=Callable[..., Objective])
 
@@ -68,25 +70,52 @@ class Method:
         return sum(PASSES[piece] * count for piece, count in self.cost.items()) or None
 
 
+# The arguments that every method takes.
+_COMMON = ("flow_map", "interpolant", *Choices.__annotations__)
+
 # The catalogue: every method that ``method`` declares, by the name of its constructor.
 METHODS: dict[str, Method] = {}
 
 
 def method(**row: Any) -> Callable[[Constructor], Constructor]:
-    """Declares the function below as a method of the catalogue: ``METHODS[its name]``.
+    """Declares the function below as a method of the catalogue: ``METHODS[its name]``, for the whole session.
+
+    The function refuses its own keywords (those beside ``Choices``) where the objective has no off-diagonal rows to read
+    them. The same function defined again, as in a notebook cell that runs twice, takes the place of the first.
 
     Args:
-      **row: the attributes of ``Method``, but for the constructor.
+      **row: the attributes of ``Method``, but for the constructor: title, source, identity, velocity and when, and any
+        other that differs from its default.
 
     Raises:
-      ValueError: for a name that the catalogue has already; TypeError for attributes that ``Method`` does not have.
+      ValueError: for a name that another function has in the catalogue; TypeError for attributes that ``Method`` does not
+        have, or without one that it needs.
     """
 
     def declare(constructor: Constructor) -> Constructor:
         name = constructor.__name__
-        if name in METHODS:
-            raise ValueError(f"method: the catalogue has a method {name!r} already")
-        METHODS[name] = Method(constructor=constructor, **row)
-        return constructor
+        earlier = METHODS.get(name)
+        if earlier is not None and _place(earlier.constructor) != _place(constructor):
+            raise ValueError(
+                f"method: the catalogue has a method {name!r} already, of {_place(earlier.constructor)[0]}"
+            )
+
+        @functools.wraps(constructor)
+        def checked(*args: Any, **choices: Any) -> Objective:
+            objective = constructor(*args, **choices)
+            unread = [choice for choice in choices if choice not in _COMMON]
+            if unread and objective.diagonal == 1.0 and objective.term is not None:
+                raise ValueError(
+                    f"{unread[0]}: expected no choice of it for {name} with diagonal=1, which has no off-diagonal rows; "
+                    f"got {shown(choices[unread[0]])}"
+                )
+            return objective
+
+        METHODS[name] = Method(constructor=checked, **row)
+        return cast(Constructor, checked)
 
     return declare
+
+
+def _place(function: Callable[..., Any]) -> tuple[str, str]:
+    return function.__module__, function.__qualname__

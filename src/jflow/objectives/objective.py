@@ -8,22 +8,26 @@ devices is split evenly on each.
 An objective with a state of its own (a discriminator with its optimizer, a running scale, a queue) is any object with
 
     init(key, params) -> state
-    __call__(params, key, batch, context) -> (loss [B], Aux(next state, metrics)),   the state in context.state
+    __call__(params, key, batch, context) -> (loss [B], Aux(next state, metrics))
 
-and ``objectives.init`` is what the training state calls.
+The state comes in ``context.state``, and the next one goes out in the Aux, of the same structure, shapes and dtypes. The
+training state keeps it. At a direct call, pass ``Context(state=objectives.init(objective, key, params))``; an objective
+without a state needs no context.
 """
 
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Mapping
 from typing import Any, NamedTuple, TypedDict
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from jflow import bases, checks, couplings, reductions, reports, sharding, trees
 from jflow import times as laws
-from jflow.identities import Derivative, tangent
+from jflow.identities import Derivative, Residual, tangent
 from jflow.interpolants import Interpolant
 from jflow.named import described, shown
 from jflow.objectives import velocity_estimates
@@ -45,6 +49,7 @@ from jflow.types import (
     PyTree,
     Velocity,
     as_batch,
+    as_context,
 )
 
 # Means by t and by t - s are taken over this many equal bins.
@@ -53,13 +58,27 @@ BINS = 8
 _UNSET: Any = None
 
 
-# The choices of an objective that has not made others.
+# The choices of an objective that has not made others; a method may have defaults of its own.
 DEFAULTS: dict[str, Any] = {
+    "diagonal": 0.75,
     "times": laws.uniform(),
     "pairs": laws.triangle(),
     "gammas": laws.constant(0.5),
     "reduction": reductions.squared,
     "diagonal_reduction": reductions.squared,
+}
+
+
+# What the choices that are functions take and return, for messages.
+_SIGNATURES = {
+    "times": "(key, n) -> times, a law of jflow.times",
+    "pairs": "(key, n) -> (s, t), a law of pairs of jflow.times",
+    "gammas": "(key, n) -> times, a law of jflow.times",
+    "reduction": "(params, s, t, difference) -> loss, such as reductions.squared",
+    "diagonal_reduction": "(params, s, t, difference) -> loss, such as reductions.squared",
+    "velocity": "row -> velocity, such as velocity_estimates.pair",
+    "coupling": "(key, x1, cond) -> x0, such as couplings.independent",
+    "teacher": "(params, t, x, cond=None, *, key=None) -> b_t(x), or a FlowMap",
 }
 
 
@@ -136,7 +155,7 @@ class Objective:
       flow_map: the map that is trained.
       interpolant: the path.
       term: the residual of a row with s < t, or None for flow matching alone.
-      diagonal: the share of the batch with s = t, which learns the velocity of its pair.
+      diagonal: the share of the batch with s = t, which learns the velocity of its pair; 0.75 by default.
       times: the law of t on the diagonal; uniform by default.
       pairs: the law of (s, t) off it; uniform on the triangle by default.
       gammas: the law of gamma, for semigroup residuals; 1/2 by default.
@@ -151,12 +170,17 @@ class Objective:
       coupling: ``(key, x1, cond) -> x0`` where the batch holds no x0; ``couplings.Independent(base)`` by default.
       blocks: the number of equal blocks, in batch order, that are each split alike: a multiple of the number of
         devices that a batch is spread over.
-      domain: where the map is trained, if it is less than the map's own domain.
+      domain: where the map is trained, if it is less than the map's own domain; ``pairs`` must draw from both.
       needs: what else the method needs: "x0", pairs made beforehand; "no data", whose x1 may be None.
+      defaults: the method's own defaults of these choices, where they are not those above. That of ``domain`` goes with
+        that of ``pairs``: it holds unless other pairs are chosen.
+      filled: the choices that were not made, and the defaults that took their places. ``dataclasses.replace`` carries it
+        over, so that ``replace(objective, diagonal=0.0)`` does not take a default for a choice.
 
     Raises:
       ValueError: for numbers out of range, a law that draws times outside [0, 1] or the domain or that returns another
-        shape than asked for, or a choice that nothing reads.
+        shape than asked for, a map whose domain does not hold the times that the method asks, or a choice that nothing
+        reads.
       TypeError: for arguments of another type.
     """
 
@@ -164,7 +188,7 @@ class Objective:
     flow_map: FlowMap
     interpolant: Interpolant
     term: Term | None = None
-    diagonal: float = 0.75
+    diagonal: float = _UNSET
     times: laws.Law | laws.ByStep[laws.Law] = _UNSET
     pairs: laws.PairLaw | laws.ByStep[laws.PairLaw] = _UNSET
     gammas: laws.Law | laws.ByStep[laws.Law] = _UNSET
@@ -177,30 +201,37 @@ class Objective:
     blocks: int = 1
     domain: Domain = _UNSET
     needs: tuple[str, ...] = ()
+    defaults: Mapping[str, Any] = dataclasses.field(default_factory=dict, compare=False)
+    filled: Mapping[str, Any] = dataclasses.field(default_factory=dict, compare=False)
 
     def __post_init__(self) -> None:
+        for name, value in self.filled.items():
+            if getattr(self, name) is value:
+                self._set(name, None)
         self._check()
-        if self.base is not None and self.coupling in (None, couplings.independent):
-            object.__setattr__(self, "coupling", couplings.Independent(self.base))
-        base = self.coupling.base if isinstance(self.coupling, couplings.Independent) else bases.STANDARD_NORMAL
-        estimate = velocity_estimates.pair if self.teacher is None else velocity_estimates.teacher
-        always = {"base": base, "coupling": couplings.independent, "domain": self.flow_map.domain}
-        for name, value in {**DEFAULTS, "velocity": estimate, **always}.items():
-            if getattr(self, name) is None and (name in always or name in self.reads):
-                object.__setattr__(self, name, value)
-        if isinstance(self.coupling, couplings.Independent) and self.coupling.base is not self.base:
-            raise ValueError(f"base: expected that of the coupling, {self.coupling.base!r}, got {self.base!r}")
-        if self.velocity is velocity_estimates.batch:
-            bases.gaussian(self.base, "velocity_estimates.batch")
-            if not isinstance(self.coupling, couplings.Independent):
-                raise ValueError(
-                    "velocity: expected an independent coupling with the batch's velocity, which assumes it"
-                )
-        for name in ("times", "gammas"):
-            if getattr(self, name) is not None:
-                laws.check_law(name, laws.at_step(getattr(self, name), 0))
-        if self.pairs is not None:
-            laws.check_pairs("pairs", laws.at_step(self.pairs, 0), self.domain)
+        filled, unread = {}, self._unread().keys() - {"domain"}
+        for name, value in self._defaults().items():
+            if getattr(self, name) is None and name not in unread:
+                filled[name] = value
+                self._set(name, value)
+        self._set("filled", filled)
+        self._check_base()
+        self._check_times()
+
+    def _set(self, name: str, value: Any) -> None:
+        object.__setattr__(self, name, value)
+
+    def _defaults(self) -> dict[str, Any]:
+        """What takes the place of the choices that are None."""
+        own = {name: value for name, value in self.defaults.items() if name != "domain" or self.pairs is None}
+        found = {**DEFAULTS, "domain": self.flow_map.domain, **own}
+        found["velocity"] = velocity_estimates.pair if self.teacher is None else velocity_estimates.teacher
+        if isinstance(self.coupling, couplings.Independent) and self.coupling is not couplings.independent:
+            found["base"] = self.coupling.base
+        else:
+            found["base"] = bases.STANDARD_NORMAL
+        found["coupling"] = couplings.independent if self.base is None else couplings.Independent(self.base)
+        return found
 
     def _check(self) -> None:
         if not isinstance(self.flow_map, FlowMap):
@@ -212,31 +243,65 @@ class Objective:
             raise TypeError(
                 f"interpolant: expected an Interpolant, such as interpolants.linear(), got {described(self.interpolant)}"
             )
+        if self.term is not None and not isinstance(self.term, Term):
+            raise TypeError(f"term: expected an objectives.Term(name, residual), got {described(self.term)}")
         if self.domain is not None and not isinstance(self.domain, Domain):
             raise TypeError(f"domain: expected a Domain, such as types.FORWARD, got {described(self.domain)}")
-        checks.number("diagonal", self.diagonal, low=0.0, high=1.0)
+        if self.diagonal is not None:
+            checks.number("diagonal", self.diagonal, low=0.0, high=1.0)
         checks.integer("blocks", self.blocks, low=1)
         if self.base is not None:
             bases.check(self.base)
-        if self.term is None and self.diagonal != 1.0:
+        if self.term is None and self.diagonal not in (None, 1.0):
             raise ValueError(f"diagonal: expected 1 for a method without off-diagonal rows, got {self.diagonal}")
-        for name in ("times", "pairs", "gammas"):
-            law = getattr(self, name)
-            if law is not None and not isinstance(law, laws.ByStep):
-                checks.function(name, law, "(key, n) -> times, a law of jflow.times")
-        for name in ("reduction", "diagonal_reduction", "velocity", "coupling", "teacher"):
+        for name, signature in _SIGNATURES.items():
             value = getattr(self, name)
-            if value is not None and not (name == "teacher" and isinstance(value, FlowMap)):
-                checks.function(name, value, "as Objective documents it")
-        # A default is not a choice: ``dataclasses.replace(objective, diagonal=0.0)`` leaves the others as they were.
-        defaults = (*DEFAULTS.values(), velocity_estimates.pair, velocity_estimates.teacher)
+            if value is not None and not isinstance(value, (FlowMap, laws.ByStep)):
+                checks.function(name, value, signature)
         for name, why in self._unread().items():
-            chosen = getattr(self, name)
-            default = any(chosen is one for one in defaults) or (name == "domain" and chosen == self.flow_map.domain)
-            if chosen is not None and not default:
+            if getattr(self, name) is not None:
                 raise ValueError(
                     f"{name}: expected no choice of it for {self.name}, {why}; got {shown(getattr(self, name))}"
                 )
+
+    def _check_base(self) -> None:
+        """Refuses a base that is not that of the coupling, and the batch's velocity where it does not hold."""
+        if self.coupling is couplings.independent and self.base is not bases.STANDARD_NORMAL:
+            # The independent coupling by name, of the base that was chosen.
+            self._set("coupling", couplings.Independent(self.base))
+        independent = isinstance(self.coupling, couplings.Independent)
+        if independent and self.coupling.base != self.base:
+            raise ValueError(f"base: expected that of the coupling, {self.coupling.base!r}, got {self.base!r}")
+        if self.velocity is velocity_estimates.batch:
+            bases.gaussian(self.base, "velocity_estimates.batch")
+            if not independent:
+                raise ValueError(
+                    "velocity: expected an independent coupling with the batch's velocity, which assumes it"
+                )
+
+    def _check_times(self) -> None:
+        """Draws from the laws, and refuses times that are outside [0, 1] or the domain, or at which the map has none."""
+        drawn = {}
+        for name in ("times", "gammas"):
+            if getattr(self, name) is not None:
+                drawn[name] = laws.check_law(name, laws.at_step(getattr(self, name), 0))
+        if self.pairs is None:
+            return
+        law = laws.at_step(self.pairs, 0)
+        pair = laws.check_pairs("pairs", law, self.domain)
+        if self.domain != self.flow_map.domain:
+            laws.check_pairs("pairs", law, self.flow_map.domain)
+        if self.term is None or self.term.asks is None or pair is None:
+            return
+        gamma = drawn.get("gammas")
+        for s, t in self.term.asks(*pair, np.full_like(pair[0], 0.5) if gamma is None else gamma):
+            for domain in (self.flow_map.domain, self.domain):
+                outside = np.flatnonzero(~domain.contains_all(s, t))
+                if outside.size:
+                    raise ValueError(
+                        f"domain: {self.name} asks the map at (s, t) = ({s[outside[0]]:g}, {t[outside[0]]:g}), too, for "
+                        f"these pairs and gammas; expected a domain that holds them, got {domain.name}"
+                    )
 
     @property
     def reads(self) -> tuple[str, ...]:
@@ -245,25 +310,31 @@ class Objective:
 
     def _unread(self) -> dict[str, str]:
         """The choices that nothing reads, and why."""
-        reads = () if self.term is None else self.term.reads
+        diagonal = self.defaults.get("diagonal", DEFAULTS["diagonal"]) if self.diagonal is None else self.diagonal
+        off = self.term is not None and diagonal < 1.0
+        reads = self.term.reads if self.term is not None and off else ()
         unread = {}
-        if self.term is None:
-            unread |= dict.fromkeys(("pairs", "reduction", "domain"), "which has no off-diagonal rows")
         if "gamma" not in reads:
             unread["gammas"] = "which has no middle time"
-        if self.diagonal == 0.0:
+        if not off:
+            where = "" if self.term is None else " with diagonal=1"
+            unread |= dict.fromkeys(
+                ("pairs", "reduction", "gammas", "domain"), f"which has no off-diagonal rows{where}"
+            )
+        if diagonal == 0.0:
             unread |= dict.fromkeys(("times", "diagonal_reduction"), "which has no diagonal rows")
-            if "velocity" not in reads:
-                unread["velocity"] = "which reads no conditional velocity"
-                if "teacher" not in reads:
-                    unread["teacher"] = "which reads no teacher"
+        if diagonal == 0.0 and "velocity" not in reads:
+            unread["velocity"] = "which reads no conditional velocity"
+        estimates = (velocity_estimates.pair, velocity_estimates.batch)
+        if "teacher" not in reads and ("velocity" in unread or self.velocity in estimates):
+            unread["teacher"] = "which reads no teacher" + ("" if "velocity" in unread else " with that velocity")
         return unread
 
     def __repr__(self) -> str:
         choices = {
             field.name: getattr(self, field.name)
             for field in dataclasses.fields(self)
-            if field.name not in ("name", "flow_map", "interpolant", "term", "needs")
+            if field.name not in ("name", "flow_map", "interpolant", "term", "needs", "defaults", "filled")
         }
         made = (f"{name}={shown(value)}" for name, value in choices.items() if value is not None)
         return f"{self.name}({', '.join((f'path={self.interpolant.name!r}', *made))})"
@@ -290,9 +361,11 @@ class Objective:
 
         Raises:
           ValueError, TypeError: while tracing, for leaves of different lengths, a size that cannot be split, an x0
-            that does not match x1, or data that is not floating point.
+            that does not match x1, data that is not floating point, a residual that is not an ``identities.Residual``, or
+            an argument of another type.
         """
-        context = Context() if context is None else context
+        context = as_context(context)
+        checks.key("key", key)
         batch = self._complete(as_batch(batch))
         split, on, off = self._draw(key, batch, context)
         shared = Shared(params, context._replace(state=()), batch.x1)
@@ -385,11 +458,17 @@ class Objective:
         """The method's residual of an off-diagonal row, reduced."""
         assert self.term is not None
         residual = self.term.residual(row)
+        if not isinstance(residual, Residual):
+            raise TypeError(
+                f"term.residual: expected it to return an identities.Residual(prediction, target, tangent), got "
+                f"{type(residual).__name__}"
+            )
         difference = residual.difference
         loss = self.reduction(params, row.s, row.t, difference)
         if not isinstance(residual.weight, float) or residual.weight != 1.0:
             loss = loss * jax.lax.stop_gradient(jnp.asarray(residual.weight).astype(loss.dtype))
-        return Found(loss, trees.sq_norm(difference), trees.sq_norm(residual.tangent))
+        size = None if residual.tangent is None else trees.sq_norm(residual.tangent)
+        return Found(loss, trees.sq_norm(difference), size)
 
     def _gather(
         self, split: BatchSplit, samples: tuple[Sample | None, Sample | None], found: list[Found | None]
@@ -403,11 +482,6 @@ class Objective:
         dtype = trees.at_least_float32([s.x1 for s in samples if s is not None])
         losses = [None if part is None else part.loss.astype(dtype) for part in found]
         return split.put(*losses), Aux((), metrics)
-
-
-def default_pairs(choices: dict[str, Any], pairs: laws.PairLaw, domain: Domain) -> dict[str, Any]:
-    """A method's own law of (s, t) and the domain that goes with it, unless another law is chosen."""
-    return choices if "pairs" in choices else {"pairs": pairs, "domain": domain, **choices}
 
 
 def _reported(term: str, sample: Sample, found: Found) -> dict[str, reports.Report]:

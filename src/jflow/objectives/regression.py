@@ -23,7 +23,9 @@ def flow_matching(flow_map: FlowMap | Velocity, interpolant: Interpolant, **choi
 
     ``flow_map`` may be a bare Velocity. The reduction is ``diagonal_reduction``. Cost: 3 passes a sample.
     """
-    return Objective("flow_matching", as_flow_map("flow_map", flow_map), interpolant, **{"diagonal": 1.0, **choices})
+    return Objective(
+        "flow_matching", as_flow_map("flow_map", flow_map), interpolant, defaults={"diagonal": 1.0}, **choices
+    )
 
 
 @method(
@@ -41,5 +43,10 @@ def reflow(flow_map: FlowMap | Velocity, interpolant: Interpolant, **choices: Un
     independent pairs, with straighter paths and the same ends. Cost: 3 passes a sample.
     """
     return Objective(
-        "reflow", as_flow_map("flow_map", flow_map), interpolant, needs=("x0",), **{"diagonal": 1.0, **choices}
+        "reflow",
+        as_flow_map("flow_map", flow_map),
+        interpolant,
+        needs=("x0",),
+        defaults={"diagonal": 1.0},
+        **choices,
     )

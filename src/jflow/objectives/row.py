@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import dataclasses
 import zlib
 from collections.abc import Callable
 from typing import NamedTuple
 
 import jax
+import numpy as np
 
 from jflow import checks, identities
 from jflow.bases import Base
@@ -69,7 +71,7 @@ class Row(NamedTuple):
       gamma: where the middle time of a semigroup residual lies, from the objective's law; None on the diagonal.
       step: the optimizer's step, an int32 scalar.
       own: the map being trained, through which gradients flow.
-      frozen: the same map, with gradients to its points and not to its parameters.
+      frozen: the same map; its parameters get no gradient, its inputs do.
       ema: the map at the averaged parameters, or None where the context holds none.
       teacher: the teacher, or None.
       data: the data of the whole batch, ``[B, ...]``.
@@ -129,19 +131,65 @@ class Row(NamedTuple):
 Estimate = Callable[[Row], Event]
 
 
-class Term(NamedTuple):
+# ``(s, t, gamma) -> [(s, t), ...]``, for arrays of times.
+Asks = Callable[[np.ndarray, np.ndarray, np.ndarray], list[tuple[np.ndarray, np.ndarray]]]
+
+
+def near_source(s: np.ndarray, t: np.ndarray, gamma: np.ndarray) -> list[tuple[np.ndarray, np.ndarray]]:
+    """Another source time: a derivative in s needs them."""
+    del gamma
+    return [(s + 0.3 * (t - s), t)]
+
+
+def near_target(s: np.ndarray, t: np.ndarray, gamma: np.ndarray) -> list[tuple[np.ndarray, np.ndarray]]:
+    """Another target time: a derivative in t needs them."""
+    del gamma
+    return [(s, t - 0.3 * (t - s))]
+
+
+def second_leg(s: np.ndarray, t: np.ndarray, gamma: np.ndarray) -> list[tuple[np.ndarray, np.ndarray]]:
+    """The jump from the middle time u = gamma s + (1-gamma) t to t, where the first leg is not the map's."""
+    return both_legs(s, t, gamma)[1:]
+
+
+def both_legs(s: np.ndarray, t: np.ndarray, gamma: np.ndarray) -> list[tuple[np.ndarray, np.ndarray]]:
+    """The jumps from s to the middle time u = gamma s + (1-gamma) t, and from u to t."""
+    u = gamma * s + (1.0 - gamma) * t
+    return [(s, u), (u, t)]
+
+
+@dataclasses.dataclass(frozen=True)
+class Term:
     """The residual of a row off the diagonal.
 
     Attributes:
       name: the label of its metrics.
-      residual: ``row -> identities.Residual``.
+      residual: ``row -> identities.Residual(prediction, target, tangent)``. ``tangent`` is the derivative that the residual
+        contains, whose size is reported, or None.
       reads: what it asks of the row beyond the map: "velocity" (``row.conditional``), "gamma", "teacher". A choice of
         the objective that neither this term nor the diagonal reads is refused.
+      asks: the other pairs of times at which it asks the trained map, from those of the row, or None for no others:
+        ``near_source``, ``near_target``, ``second_leg``, ``both_legs``, or a function like them. An objective draws times when
+        it is made, and refuses a map whose domain does not hold these pairs.
+
+    Raises:
+      TypeError: for a residual that is not a function, or another type of name or reads.
+      ValueError: for an entry of ``reads`` that is none of ``READS``.
     """
 
     name: str
     residual: Callable[[Row], identities.Residual]
     reads: tuple[str, ...] = ()
+    asks: Asks | None = None
+
+    def __post_init__(self) -> None:
+        if not isinstance(self.name, str):
+            raise TypeError(f"name: expected a string, got {type(self.name).__name__}")
+        checks.function("residual", self.residual, "row -> identities.Residual")
+        if not isinstance(self.reads, tuple):
+            raise TypeError(f"reads: expected a tuple of names, got {type(self.reads).__name__}")
+        for each in self.reads:
+            checks.choice("reads", each, READS)
 
 
 def gamma_of(row: Row) -> Array:

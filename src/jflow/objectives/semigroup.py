@@ -11,13 +11,14 @@ import functools
 from typing import Unpack
 
 import jax.numpy as jnp
+import numpy as np
 
-from jflow import checks, identities, times, types
+from jflow import identities, times, types
 from jflow.interpolants import Interpolant
 from jflow.objectives.curriculum import Schedule, value_at
 from jflow.objectives.method import method
-from jflow.objectives.objective import Choices, Objective, default_pairs
-from jflow.objectives.row import Leg, Row, Term, gamma_of
+from jflow.objectives.objective import Choices, Objective
+from jflow.objectives.row import Leg, Row, Term, both_legs, gamma_of, second_leg
 from jflow.types import Array, Cond, Event, FlowMap, Key, Params, Time, move
 
 
@@ -41,17 +42,25 @@ def semigroup_term(leg: str, stop: str = "target", smallest: float = 0.0) -> Ter
       smallest: legs shorter than this gap are asked at s = t, where the velocity is.
     """
 
+    def on_grid(s: Time, u: Time) -> Time:
+        # Half-way between the smallest gap and half of it, which rounding does not reach.
+        return jnp.where(jnp.abs(u - s) < 0.75 * smallest, s, u)
+
     def residual(row: Row) -> identities.Residual:
-        legs = row.leg(leg).v
+        v = row.leg(leg).v
 
         def asked(s: Time, u: Time, x: Event) -> Event:
-            # Half-way between the smallest gap and half of it, which rounding does not reach.
-            return legs(s, jnp.where(jnp.abs(u - s) < 0.75 * smallest, s, u), x)
+            return v(s, on_grid(s, u), x)
 
-        on_grid = asked if smallest else legs
-        return identities.semigroup(row.own.v, row.s, row.t, row.x, gamma_of(row), legs=on_grid, stop=stop)
+        legs = asked if smallest else v
+        return identities.semigroup(row.own.v, row.s, row.t, row.x, gamma_of(row), legs=legs, stop=stop)
 
-    return Term("semigroup", residual, ("gamma", "teacher") if leg == "teacher" else ("gamma",))
+    def asks(s: np.ndarray, t: np.ndarray, gamma: np.ndarray) -> list[tuple[np.ndarray, np.ndarray]]:
+        return [(start, np.asarray(on_grid(start, end))) for start, end in both_legs(s, t, gamma)]
+
+    if leg == "teacher":
+        return Term("semigroup", residual, ("gamma", "teacher"))
+    return Term("semigroup", residual, ("gamma",), asks)
 
 
 @method(
@@ -92,8 +101,8 @@ def progressive_distillation(
         return times.cells(value_at(cells, step))
 
     term = Term("semigroup", residual, ("gamma", "teacher"))
-    choices = {"diagonal": 0.0, "pairs": times.ByStep(cell), **choices}
-    return Objective("progressive_distillation", flow_map, interpolant, term, **choices)
+    defaults = {"diagonal": 0.0, "pairs": times.ByStep(cell)}
+    return Objective("progressive_distillation", flow_map, interpolant, term, defaults=defaults, **choices)
 
 
 @method(
@@ -147,7 +156,7 @@ def psd_u(
     ``leg`` and ``stop`` as in ``psd_m``. Cost: 5 passes.
     """
     term = semigroup_term(leg, stop)
-    return Objective("psd_u", flow_map, interpolant, term, **{"gammas": times.uniform(), **choices})
+    return Objective("psd_u", flow_map, interpolant, term, defaults={"gammas": times.uniform()}, **choices)
 
 
 @method(
@@ -176,10 +185,9 @@ def shortcut(
     over one cell is trained to be two Euler steps of the diagonal, and a longer one to be two jumps over half of it. The
     network should see (s, t - s), as ``nets.MLP`` does. Cost: 5 passes.
     """
-    checks.integer("levels", levels, low=1)
-    on_grid = default_pairs({**choices}, times.dyadic(levels), types.dyadic(levels))
+    defaults = {"diagonal": 0.875, "pairs": times.dyadic(levels), "domain": types.dyadic(levels)}
     term = semigroup_term(leg, stop, 2.0**-levels)
-    return Objective("shortcut", flow_map, interpolant, term, **{"diagonal": 0.875, **on_grid})
+    return Objective("shortcut", flow_map, interpolant, term, defaults=defaults, **choices)
 
 
 @method(
@@ -197,8 +205,8 @@ def split_mean_flow(flow_map: FlowMap, interpolant: Interpolant, **choices: Unpa
 
     Cost: 5 passes.
     """
-    choices = {"gammas": times.uniform(), **choices}
-    return Objective("split_mean_flow", flow_map, interpolant, semigroup_term("own"), **choices)
+    defaults = {"gammas": times.uniform()}
+    return Objective("split_mean_flow", flow_map, interpolant, semigroup_term("own"), defaults=defaults, **choices)
 
 
 @method(
@@ -247,8 +255,8 @@ def ctm(
 
     # A fraction takes the place of the law of gamma.
     random = {"gammas": times.uniform()} if fraction is None else {}
-    term = Term("semigroup", residual, ("gamma", "teacher") if random else ("teacher",))
-    return Objective("ctm", flow_map, interpolant, term, **{"diagonal": 0.5, **random, **choices})
+    term = Term("semigroup", residual, ("gamma", "teacher") if random else ("teacher",), second_leg)
+    return Objective("ctm", flow_map, interpolant, term, defaults={"diagonal": 0.5, **random}, **choices)
 
 
 @method(
@@ -306,4 +314,4 @@ def _moved(fraction: Schedule) -> Term:
         two = identities.semigroup(row.own.v, row.s, row.t, row.x, 1.0 - share, first=row.conditional)
         return two.rescaled(prediction=1.0, difference=1.0 / share)
 
-    return Term("semigroup", residual, ("velocity",))
+    return Term("semigroup", residual, ("velocity",), second_leg)
