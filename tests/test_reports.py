@@ -1,6 +1,7 @@
 """Reports: what a number becomes over rows, steps, chunks and devices; on the device and on the host."""
 
 import itertools
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -151,9 +152,92 @@ def test_a_bare_number_becomes_its_mean_over_steps():
     assert isinstance(stacked["rows"], reports.Mean) and isinstance(stacked["kept"], reports.Total)
 
 
+class Geometric(NamedTuple):
+    """Made up: a geometric mean, which is none of the library's kinds."""
+
+    logs: Any
+    count: Any
+
+    def merged(self):
+        return Geometric(self.logs.sum(0), self.count.sum(0))
+
+    def neutral(self):
+        return Geometric(jnp.zeros_like(self.logs), jnp.zeros_like(self.count))
+
+    def value(self):
+        return np.exp(self.logs / self.count)
+
+
+def test_a_report_of_one_s_own_is_merged_by_its_own_rule():
+    steps = jax.lax.map(
+        lambda x: reports.as_reports({"own": Geometric(jnp.log(x), jnp.ones_like(x))}), jnp.array([2.0, 8.0])
+    )
+    assert isinstance(steps["own"], Geometric)
+    np.testing.assert_allclose(reports.values(jax.device_get(reports.merged(steps)))["own"], 4.0, rtol=1e-12)
+
+
+@pytest.mark.parametrize("dtype", [jnp.bfloat16, jnp.float16])
+def test_sixteen_bits_are_summed_in_float32(dtype):
+    """Halves by two bins, a count beyond 2048, and a sum beyond 65504."""
+    by = jnp.linspace(0, 1, 5000).astype(dtype)
+    halves = jnp.full(5000, 0.5, dtype)
+    found = reports.binned(halves, by, 2)
+    np.testing.assert_array_equal(found.value(), [0.5, 0.5])
+    np.testing.assert_array_equal(
+        found.count, [np.sum(np.asarray(by, float) < 0.5), np.sum(np.asarray(by, float) >= 0.5)]
+    )
+    rows = jnp.full(4096, 100.0, dtype)
+    steps = reports.Mean(rows, jnp.ones_like(rows))
+    roots = reports.RootMean(jnp.square(rows.astype(jnp.float32)).astype(jnp.bfloat16), jnp.ones_like(rows))
+    of = (reports.mean(rows), reports.PerRow(rows), reports.PerRow(rows).mean(), steps.merged())
+    host = (reports.Mean(*map(np.asarray, steps)).merged(), reports.PerRow(np.asarray(rows)))
+    for report in (*of, *host):
+        assert report.value() == 100.0 and report.value().dtype == np.float32
+    np.testing.assert_allclose(roots.merged().value(), 100.0, rtol=2**-8)
+    assert reports.Total(jnp.ones(4096, dtype)).merged().value() == 4096
+    assert all(leaf.dtype == jnp.float32 for leaf in reports.as_reports({"a": steps, "b": rows})["a"])
+
+
+ONE = reports.Mean(3, 2)
+PLAIN = {
+    "mean": (ONE, 1.5),
+    "root mean": (reports.RootMean(9.0, 4), 1.5),
+    "residual": (reports.Residual(ONE, {"t": ONE}), 1.5),
+    "tangent": (reports.Tangent(reports.Mean(9.0, 4), {}), 1.5),
+    "per row": (reports.PerRow([1, 2]), 1.5),
+    "total": (reports.Total(3), 3),
+    "largest": (reports.Largest(-2.5), -2.5),
+    "largest truth": (reports.Largest(True), True),
+    "first": (reports.First(3.0), 3.0),
+    "last": (reports.Last(3.0), 3.0),
+    "last unknown": (reports.Last(3.0, False), np.nan),
+    "every": (reports.Every(True), True),
+}
+
+
+@pytest.mark.parametrize("name", sorted(PLAIN))
+def test_python_numbers_are_reports_outside_a_step_and_in_one(name):
+    report, expected = PLAIN[name]
+    np.testing.assert_equal(float(report.value()), float(expected))
+
+    def step(left_out):
+        return reports.leave_out(reports.as_reports({"x": report}), left_out)
+
+    run = jax.jit(lambda: reports.merged(jax.tree.map(lambda leaf: jnp.stack([leaf, leaf]), step(jnp.asarray(False)))))
+    found = run()["x"].value()
+    np.testing.assert_equal(float(found), float(expected) * (2 if name == "total" else 1))
+    neutral = report.neutral()
+    assert type(neutral) is type(report)
+    if isinstance(report, reports.AVERAGES):
+        assert np.isnan(neutral.value()) and np.isnan(step(jnp.asarray(True))["x"].value())
+
+
 @pytest.mark.parametrize(
     ("metrics", "message"),
     [
+        ({"half": reports.Mean(None, 1.0)}, "under 'half', got NoneType"),
+        ({"text": reports.Last("3")}, "under 'text', got str"),
+        ({"own": Geometric("a", 1.0)}, "under 'own', got str"),
         ({3: 1.0}, "names that are strings, got 3"),
         ({"text": "0.5"}, "under 'text', got str"),
         ({"key": jax.random.key(0)}, "under 'key', got"),

@@ -1,4 +1,4 @@
-r"""Reported values: numbers for a person, each of which knows how it is averaged over rows, steps and devices.
+r"""Reports: numbers for a person to look at. Each kind defines how it is averaged over rows, steps and devices.
 
     Mean(total, count)     total/count; totals and counts add up: means over rows, also by bins
     RootMean(total, count) sqrt(total/count)
@@ -7,25 +7,36 @@ r"""Reported values: numbers for a person, each of which knows how it is average
     PerRow(values)         one value for each row of a batch; reported as its mean over the rows
     Total(count)           a number of events; adds up over steps
     Largest(number)        the largest over steps
-    First(number)          the one of the first step
-    Last(number)           the one of the last step that has one
+    First(number)          the number of the first step
+    Last(number)           the number of the last step that has one
     Every(truth)           a truth value; true if it was true in every step
 
-A report is a pytree. Reports of many steps, chunks or devices are stacked along a leading axis and become one by ``merged``,
-on the device or on the host; ``value`` is the number that a log shows. Their names are labels: no code reads meaning from them.
+A report is a pytree of arrays or Python numbers. To merge the reports of many steps, chunks or devices, stack them along a
+leading axis and call ``merged``, on the device or on the host. Sums are accumulated in at least float32. Names of reports
+are labels: no code reads meaning from them.
+
+``value()`` is the number that a log shows: a jax scalar, or a numpy scalar on the host. ``float(metrics["loss"].value())`` is
+a Python number, and ``values(metrics)`` are the numbers of all reports by name.
+
+A report of your own is any pytree with the methods of ``Report``. It is merged over all steps. A step that the average of a
+log must leave out (its loss is not finite, say) is left out of the kinds ``AVERAGES`` and of classes derived from them.
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any, NamedTuple, Protocol, Self, runtime_checkable
+from types import ModuleType
+from typing import Any, NamedTuple, Protocol, Self, TypeVar, runtime_checkable
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
-# jax arrays while a program runs, numpy arrays on the host.
+from jflow import trees
+
+# jax arrays while a program runs, numpy arrays or Python numbers on the host.
 Values = Any
+Tree = TypeVar("Tree")
 
 
 @runtime_checkable
@@ -33,15 +44,15 @@ class Report(Protocol):
     """A reported value; a pytree of arrays."""
 
     def merged(self) -> Self:
-        """One report of many that are stacked along the leading axis of every array."""
+        """Merges many reports into one; they are stacked along the leading axis of every array."""
         ...
 
     def neutral(self) -> Self:
-        """A report of the same shapes that changes nothing when it is merged: of a term that is not in force."""
+        """A report of the same shapes and dtypes that changes nothing when it is merged, for a term that is not in force."""
         ...
 
     def value(self) -> Values:
-        """The number to show, or an array of numbers by bins; NaN where there is nothing to average."""
+        """The number to show, or an array of numbers by bins; NaN if there is nothing to average."""
         ...
 
 
@@ -50,7 +61,7 @@ class Mean(NamedTuple):
 
     Attributes:
       total: the sum of the values.
-      count: how many there were, shaped like ``total``; a weight need not be whole.
+      count: the number of values, shaped like ``total``; with weights, the sum of the weights.
     """
 
     total: Values
@@ -58,23 +69,23 @@ class Mean(NamedTuple):
 
     def merged(self) -> Self:
         """Sums of totals and counts."""
-        return type(self)(self.total.sum(0), self.count.sum(0))
+        return type(self)(_sum(self.total), _sum(self.count))
 
     def neutral(self) -> Self:
-        """Nothing, counted zero times."""
+        """A total and a count of zero."""
         return type(self)(_zeros(self.total), _zeros(self.count))
 
     def value(self) -> Values:
-        """total/count, NaN where the count is zero."""
+        """total/count; NaN if the count is zero."""
         return _ratio(self.total, self.count)
 
 
 class RootMean(NamedTuple):
-    """A root of a mean, sqrt(total/count): a root mean square, if ``total`` is a sum of squares.
+    """The root of a mean, sqrt(total/count): a root mean square if ``total`` is a sum of squares.
 
     Attributes:
       total: the sum of the squares.
-      count: how many there were.
+      count: the number of squares.
     """
 
     total: Values
@@ -82,14 +93,14 @@ class RootMean(NamedTuple):
 
     def merged(self) -> Self:
         """Sums of totals and counts."""
-        return type(self)(self.total.sum(0), self.count.sum(0))
+        return type(self)(_sum(self.total), _sum(self.count))
 
     def neutral(self) -> Self:
-        """Nothing, counted zero times."""
+        """A total and a count of zero."""
         return type(self)(_zeros(self.total), _zeros(self.count))
 
     def value(self) -> Values:
-        """sqrt(total/count), NaN where the count is zero."""
+        """sqrt(total/count); NaN if the count is zero."""
         return _ratio(self.total, self.count) ** 0.5
 
 
@@ -98,18 +109,18 @@ class Residual(NamedTuple):
 
     Attributes:
       square: the mean over the rows.
-      by: means by equal bins of [0, 1], under the name of what is binned: "t", "gap".
+      by: means by equal bins of [0, 1]. The key names the quantity that is binned: "t", "gap".
     """
 
     square: Mean
     by: dict[str, Mean]
 
     def merged(self) -> Self:
-        """The means, each merged."""
+        """Merges every mean."""
         return type(self)(self.square.merged(), {key: mean.merged() for key, mean in self.by.items()})
 
     def neutral(self) -> Self:
-        """Nothing, counted zero times."""
+        """Totals and counts of zero."""
         return type(self)(self.square.neutral(), {key: mean.neutral() for key, mean in self.by.items()})
 
     def value(self) -> Values:
@@ -144,20 +155,20 @@ class PerRow(NamedTuple):
 
     def mean(self) -> Mean:
         """The mean over the rows."""
-        values = self.values if jnp.issubdtype(self.values.dtype, jnp.inexact) else self.values.astype(jnp.float32)
-        return Mean(values.sum(), jnp.full_like(values.sum(), values.size))
+        return mean(self.values)
 
     def merged(self) -> PerRow:
-        """The rows of all."""
-        return PerRow(self.values.reshape(-1, *self.values.shape[2:]))
+        """The rows of all reports, one after another."""
+        values = _array(self.values)
+        return PerRow(values.reshape(-1, *values.shape[2:]))
 
     def neutral(self) -> PerRow:
-        """Zeros: what is reported of another stage's rows should be a ``Mean``."""
+        """Zeros. Rows cannot count nothing: convert them to a ``Mean`` first, as ``as_reports`` does."""
         return PerRow(_zeros(self.values))
 
     def value(self) -> Values:
         """The mean over the rows."""
-        return self.values.mean()
+        return _wide(self.values, _module(self.values)).mean()
 
 
 class Total(NamedTuple):
@@ -167,35 +178,37 @@ class Total(NamedTuple):
 
     def merged(self) -> Total:
         """The sum."""
-        return Total(self.count.sum(0))
+        return Total(_sum(self.count))
 
     def neutral(self) -> Total:
         """No events."""
         return Total(_zeros(self.count))
 
     def value(self) -> Values:
-        """The number."""
-        return self.count
+        """The number of events."""
+        return _array(self.count)
 
 
 class Largest(NamedTuple):
-    """The largest of a number over steps."""
+    """The largest of the numbers of many steps."""
 
     number: Values
 
     def merged(self) -> Largest:
-        """The largest."""
-        return Largest(self.number.max(0))
+        """The largest number."""
+        return Largest(_array(self.number).max(0))
 
     def neutral(self) -> Largest:
-        """The smallest number of its dtype."""
-        dtype = self.number.dtype
+        """The smallest number of the dtype."""
+        dtype = _dtype(self.number)
+        if jnp.issubdtype(dtype, jnp.bool_):
+            return Largest(_zeros(self.number))
         least = -jnp.inf if jnp.issubdtype(dtype, jnp.inexact) else jnp.iinfo(dtype).min
-        return Largest(jnp.full(self.number.shape, least, dtype))
+        return Largest(jnp.full(np.shape(self.number), least, dtype))
 
     def value(self) -> Values:
         """The number."""
-        return self.number
+        return _array(self.number)
 
 
 class First(NamedTuple):
@@ -204,16 +217,16 @@ class First(NamedTuple):
     number: Values
 
     def merged(self) -> First:
-        """The first."""
-        return First(self.number[0])
+        """The first number."""
+        return First(_array(self.number)[0])
 
     def neutral(self) -> First:
-        """Zero, for there is no neutral first number."""
+        """Zero: no number is neutral here, because the first one is kept whatever it is."""
         return First(_zeros(self.number))
 
     def value(self) -> Values:
         """The number."""
-        return self.number
+        return _array(self.number)
 
 
 class Last(NamedTuple):
@@ -221,29 +234,29 @@ class Last(NamedTuple):
 
     Attributes:
       number: a scalar, or an array.
-      known: whether there is a number, a truth value for the whole of it.
+      known: whether there is a number; one truth value for the whole array.
     """
 
     number: Values
     known: Values = True
 
     def merged(self) -> Last:
-        """The last that is known."""
-        xp = jnp if isinstance(self.number, jax.Array) else np
-        known = xp.broadcast_to(xp.asarray(self.known), self.number.shape[:1])
+        """The last number that is known."""
+        xp, number = _module(self.number, self.known), _array(self.number)
+        known = xp.broadcast_to(xp.asarray(self.known), number.shape[:1])
         place = len(known) - 1 - xp.argmax(known[::-1])
-        return Last(self.number[place], known.any(0))
+        return Last(number[place], known.any(0))
 
     def neutral(self) -> Last:
         """A number that is not known."""
         return Last(_zeros(self.number), jnp.zeros((), bool))
 
     def value(self) -> Values:
-        """The number; NaN where it is not known, or zero if it is a whole number."""
-        if not jnp.issubdtype(self.number.dtype, jnp.inexact):
-            return self.number
-        xp = jnp if isinstance(self.number, jax.Array) else np
-        return xp.where(self.known, self.number, xp.full_like(self.number, xp.nan))
+        """The number; if it is not known, NaN, or zero for whole numbers."""
+        number, xp = _array(self.number), _module(self.number, self.known)
+        if not jnp.issubdtype(number.dtype, jnp.inexact):
+            return number
+        return xp.where(self.known, number, xp.full_like(number, xp.nan))
 
 
 class Every(NamedTuple):
@@ -252,39 +265,48 @@ class Every(NamedTuple):
     truth: Values
 
     def merged(self) -> Every:
-        """True if all are."""
-        return Every(self.truth.all(0))
+        """True if all are true."""
+        return Every(_array(self.truth).all(0))
 
     def neutral(self) -> Every:
         """True."""
-        return Every(jnp.ones(self.truth.shape, bool))
+        return Every(jnp.ones(np.shape(self.truth), bool))
 
     def value(self) -> Values:
         """The truth value."""
-        return self.truth
+        return _array(self.truth)
 
 
-# Averages, in which a step may count nothing; and all.
+# The kinds of averages, from which a step can be left out; then all kinds.
 AVERAGES = (Mean, RootMean, Residual)
 KINDS = (*AVERAGES, PerRow, Total, Largest, First, Last, Every)
 
 
 def mean(values: Values) -> Mean:
-    """The mean of an array's entries, for instance of one value per row."""
-    values = jnp.asarray(values)
-    values = values if jnp.issubdtype(values.dtype, jnp.inexact) else values.astype(jnp.float32)
+    """The mean of an array's entries, for instance of one value per row; summed in at least float32."""
+    values = _wide(values, jnp)
     return Mean(jnp.sum(values), jnp.full((), values.size, values.dtype))
 
 
 def binned(values: Values, by: Values, bins: int) -> Mean:
-    """Means of ``values`` [n] by equal bins of ``by`` [n] in [0, 1]: arrays ``[bins]``; an empty bin has a count of zero."""
+    """Means by bins: arrays ``[bins]``, summed in at least float32. An empty bin has a count of zero.
+
+    Args:
+      values: the numbers to average, ``[n]``.
+      by: the number in [0, 1] that chooses the bin of each value, ``[n]``.
+      bins: the number of equal bins.
+    """
+    values, by = _wide(values, jnp), _wide(by, jnp)
     place = jnp.clip((by * bins).astype(jnp.int32), 0, bins - 1)
     empty = jnp.zeros((bins,), values.dtype)
     return Mean(empty.at[place].add(values), empty.at[place].add(1.0))
 
 
 def as_reports(metrics: Mapping[str, Any]) -> dict[str, Report]:
-    """Reports by name; a number or an array, which does not say how it is averaged, becomes the mean over steps.
+    """Reports by name; their numbers become jax arrays, floating-point ones in at least float32.
+
+    A report per row becomes the mean over the rows. A number or an array does not say how it is averaged, and becomes the
+    mean over steps.
 
     Raises:
       TypeError: for a name that is not a string, or a value that is neither a report nor a number.
@@ -293,21 +315,27 @@ def as_reports(metrics: Mapping[str, Any]) -> dict[str, Report]:
     for name, value in metrics.items():
         if not isinstance(name, str):
             raise TypeError(f"metrics: expected names that are strings, got {name!r}")
-        if isinstance(value, PerRow):
-            value = value.mean()
-        if not isinstance(value, KINDS):
-            value = _once(name, value)
-        found[name] = value
+        if isinstance(value, KINDS):
+            plain = jax.tree.map(lambda leaf: jnp.asarray(leaf) if _is_list(leaf) else leaf, value, is_leaf=_is_list)
+            value = jax.tree.map(lambda leaf, name=name: _number(name, leaf), plain, is_leaf=lambda leaf: leaf is None)
+        elif isinstance(value, Report) and not isinstance(value, type):
+            for leaf in jax.tree.leaves(value):
+                _number(name, leaf)
+        else:
+            value = _number(name, value)
+            value = value if jnp.issubdtype(value.dtype, jnp.inexact) else value.astype(jnp.float32)
+            value = Mean(value, jnp.ones_like(value))
+        found[name] = value.mean() if isinstance(value, PerRow) else value
     return found
 
 
 def merged(metrics: Mapping[str, Report]) -> dict[str, Report]:
-    """One report under each name, of reports that are stacked along their leading axes."""
+    """Merges the reports under each name, which are stacked along their leading axes."""
     return {name: report.merged() for name, report in metrics.items()}
 
 
 def values(metrics: Mapping[str, Report]) -> dict[str, Values]:
-    """The numbers to show by name; the bins of a residual or a tangent stand beside it, as NAME_by_t."""
+    """The numbers to show by name. The bins of a residual or a tangent are beside it, as NAME_by_t."""
     shown = {}
     for name, report in metrics.items():
         shown[name] = report.value()
@@ -317,12 +345,12 @@ def values(metrics: Mapping[str, Report]) -> dict[str, Values]:
 
 
 def bins_name(name: str, key: str) -> str:
-    """The name, among ``values``, of a report's means by bins of ``key``."""
+    """The name that ``values`` gives to a report's means by bins of ``key``."""
     return f"{name}_by_{key}"
 
 
 def leave_out(metrics: Mapping[str, Report], left_out: Values) -> dict[str, Report]:
-    """The reports of one step, whose averages count nothing where the step is to be left out, a scalar bool."""
+    """The reports of one step. If ``left_out``, a scalar bool, is true, the averages among them count nothing."""
 
     def of(report: Report) -> Report:
         if not isinstance(report, AVERAGES):
@@ -332,20 +360,56 @@ def leave_out(metrics: Mapping[str, Report], left_out: Values) -> dict[str, Repo
     return {name: of(report) for name, report in metrics.items()}
 
 
-def _once(name: str, value: Any) -> Mean:
+def _number(name: str, value: Any) -> Values:
+    """A number or an array of numbers as a jax array; floating-point ones in at least float32."""
     numeric = isinstance(value, (bool, int, float, np.generic, np.ndarray, jax.Array))
     if not numeric or not any(jnp.issubdtype(jnp.result_type(value), kind) for kind in (np.number, np.bool_)):
         raise TypeError(f"metrics: expected a report or a number under {name!r}, got {type(value).__name__}")
     array = jnp.asarray(value)
-    array = array if jnp.issubdtype(array.dtype, jnp.inexact) else array.astype(jnp.float32)
-    return Mean(array, jnp.ones_like(array))
+    return array.astype(trees.at_least_float32(array)) if jnp.issubdtype(array.dtype, jnp.inexact) else array
+
+
+def _is_list(field: Any) -> bool:
+    """Whether a field of a report is a plain list of numbers, which jax would take for a pytree."""
+    return type(field) in (list, tuple)
+
+
+def _module(*values: Values) -> ModuleType:
+    """The module to compute with: jax.numpy if any value is a jax array, else numpy."""
+    return jnp if any(isinstance(value, jax.Array) for value in values) else np
+
+
+def _array(value: Values) -> Values:
+    """A jax array as it is; anything else as a numpy array."""
+    return value if isinstance(value, jax.Array) else np.asarray(value)
+
+
+def _wide(value: Values, xp: ModuleType) -> Values:
+    """A floating-point array of at least 32 bits; whole numbers and truth values become floats."""
+    array = xp.asarray(value)
+    if not jnp.issubdtype(array.dtype, jnp.inexact):
+        return array.astype(np.float64 if xp is np else np.float32)
+    return array.astype(trees.at_least_float32(array))
+
+
+def _sum(value: Values) -> Values:
+    """The sum over the leading axis, accumulated in at least float32."""
+    array = _array(value)
+    return (_wide(array, _module(array)) if jnp.issubdtype(array.dtype, jnp.inexact) else array).sum(0)
+
+
+def _dtype(like: Values) -> Any:
+    """The dtype of an array, of its shape alone (``jax.ShapeDtypeStruct``), or of a Python number."""
+    return like.dtype if hasattr(like, "dtype") else jnp.result_type(np.asarray(like))
 
 
 def _zeros(like: Values) -> Values:
-    return jnp.zeros(like.shape, like.dtype)
+    return jnp.zeros(np.shape(like), _dtype(like))
 
 
 def _ratio(total: Values, count: Values) -> Values:
-    xp = jnp if isinstance(total, jax.Array) else np
+    xp = _module(total, count)
+    total, count = _wide(total, xp), _wide(count, xp)
+    count = count.astype(total.dtype)
     empty = count == 0
     return xp.where(empty, xp.full_like(total, xp.nan), total / xp.where(empty, xp.ones_like(count), count))
