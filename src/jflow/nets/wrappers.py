@@ -47,7 +47,7 @@ from jflow.nets.signatures import Network, OneTime, TwoTimes
 from jflow.types import Key, Params, PyTree, Velocity
 
 if TYPE_CHECKING:
-    import flax.nnx
+    from flax import nnx
 
 MIXES = (
     "mixes the samples of a batch, and a function of one sample cannot: use group or layer normalisation, or freeze its "
@@ -154,13 +154,13 @@ def from_linen(
 
 
 @overload
-def from_nnx(module: flax.nnx.Module, *, signature: TwoTimes = ..., batched: bool = ...) -> tuple[Network, Params]: ...
+def from_nnx(module: nnx.Module, *, signature: TwoTimes = ..., batched: bool = ...) -> tuple[Network, Params]: ...
 @overload
-def from_nnx(module: flax.nnx.Module, *, signature: OneTime, batched: bool = ...) -> tuple[Velocity, Params]: ...
+def from_nnx(module: nnx.Module, *, signature: OneTime, batched: bool = ...) -> tuple[Velocity, Params]: ...
 @overload
-def from_nnx(module: flax.nnx.Module, *, signature: str, batched: bool = ...) -> tuple[Network | Velocity, Params]: ...
+def from_nnx(module: nnx.Module, *, signature: str, batched: bool = ...) -> tuple[Network | Velocity, Params]: ...
 def from_nnx(
-    module: flax.nnx.Module, *, signature: str = signatures.DEFAULT, batched: bool = False
+    module: nnx.Module, *, signature: str = signatures.DEFAULT, batched: bool = False
 ) -> tuple[Network | Velocity, Params]:
     """A flax.nnx module as a network of two times, or as a Velocity; and its parameters as nested dicts with string keys.
 
