@@ -65,6 +65,14 @@ def test_density_and_score_are_those_of_scipys_normal(law):
     np.testing.assert_allclose(flat(found), flat(score), rtol=1e-6)
 
 
+def test_normals_are_equal_by_their_values():
+    assert bases.Normal() == bases.STANDARD_NORMAL == bases.Normal(0, 1) == bases.Normal(np.float32(0.0), jnp.ones(()))
+    same = [bases.Normal(make([0.5, 1.0])) for make in (np.array, jnp.array)]
+    assert same[0] == same[1] and hash(same[0]) == hash(same[1])
+    assert bases.Normal() != bases.Normal(std=2.0) and bases.Normal(np.zeros(2)) not in (bases.Normal(np.ones(2)), None)
+    assert bases.Normal(MEAN, STD) == bases.Normal(MEAN, STD) != bases.Normal(MEAN, 1.0)
+
+
 @pytest.mark.parametrize("law", LAWS, ids=repr)
 def test_samples_have_the_law_in_every_entry_and_with_any_leading_axes(law, assert_mean):
     x = jax.jit(law.sample, static_argnums=2)(jax.random.key(0), jax.tree.map(jnp.zeros_like, EVENT_ARRAYS), (200, 100))

@@ -67,6 +67,65 @@ def test_domains(domain, inside, outside):
             domain.check_grid(jnp.array([s, t]))
 
 
+@pytest.mark.parametrize("domain", [types.FORWARD, types.TO_DATA, types.FROM_NOISE, types.dyadic(2)], ids=repr)
+def test_rounding_is_no_step_out_of_a_domain(domain):
+    """What arithmetic leaves of equal times, and of the ends, is inside; what is further is not."""
+    one = np.float32(1.0) + np.finfo(np.float32).eps
+    for s, t in ((0.0, one), (one, 1.0), (-1e-9, 1.0), (0.75 + 1e-9, 0.75), (0.0, 1.0 - 1e-8)):
+        assert domain.contains(s, t), (s, t)
+        assert domain.contains_all(np.array([s]), np.array([t])).all()
+    for s, t in ((0.0, 1.0 + 1e-4), (-1e-4, 1.0), (0.75 + 1e-4, 0.75), (1.0001, 1.0001)):
+        assert not domain.contains(s, t), (s, t)
+
+
+def test_times_that_differ_by_rounding_are_a_jump_of_no_length():
+    flow_map = types.FlowMap(lambda params, s, t, x, cond=None, *, key=None: params * x)
+    x = jnp.ones(2)
+    for s in (0.1 + 0.2, np.float32(0.3), jnp.float32(0.3)):
+        np.testing.assert_allclose(flow_map.jump(0.5, s, 0.3, x), x, atol=1e-6)
+    flow_map.jump(0.5, 0.0, 1.0000001, x)
+    types.FORWARD.check_grid([0.0, 1.0000001])
+    with pytest.raises(ValueError, match=r"the jump from 0\.300010\d* to 0\.3 is outside"):
+        flow_map.jump(0.5, 0.3000100001, 0.3, x)
+
+
+@pytest.mark.parametrize(
+    ("make", "message"),
+    [
+        (lambda: types.FlowMap("a"), "^mean_velocity: expected a function"),
+        (lambda: types.FlowMap(types.FORWARD, mean_velocity), "^(mean_velocity|domain): expected"),
+        (lambda: types.FlowMap(mean_velocity, mean_velocity), "^domain: expected a Domain"),
+        (lambda: types.FlowMap(lambda params, t, x: x), "^mean_velocity: expected a function .* got one of"),
+        (lambda: types.Domain(True), "^name: expected a string"),
+        (lambda: types.dyadic(2.5), "^levels: expected a whole number"),
+        (lambda: types.dyadic(24), "^levels: expected a whole number"),
+    ],
+)
+def test_what_a_map_is_made_of_is_checked(make, message):
+    with pytest.raises((TypeError, ValueError), match=message):
+        make()
+
+
+@pytest.mark.parametrize("t", [5.0, -0.1, float("nan"), jnp.float32(2.0), jnp.ones(2) / 2])
+def test_the_time_of_a_velocity_of_its_own_is_checked_too(t):
+    flow_map = types.FlowMap(mean_velocity, velocity_override=lambda p, t, x, c=None, *, key=None: x)
+    with pytest.raises(ValueError, match=r"^t: expected a (scalar|time)"):
+        flow_map.velocity(0.5, t, jnp.ones(2))
+
+
+def test_host_arrays_of_a_batch_must_fit():
+    x = np.ones((4, 2), np.float32)
+    with jax.enable_x64(False):
+        for field, wrong in (
+            ("x1", x * np.float64(1e40)),
+            ("x0", x * np.float64(1e40)),
+            ("cond", np.full(4, 2**32 + 1)),
+        ):
+            with pytest.raises(ValueError, match=rf"^batch\.{field}: expected values that fit"):
+                types.as_batch({"x1": x, field: wrong})
+        types.as_batch({"x1": x, "cond": np.full(4, 2**31 - 1)})
+
+
 def test_a_map_from_noise_jumps_once():
     """A grid of two jumps leaves s = 0 at its middle time; the message says so."""
     types.FROM_NOISE.check_grid([0.0, 1.0])

@@ -298,7 +298,7 @@ def output(name: str, value: PyTree, x: Tree) -> Tree:
     def cast(leaf: Any, like: Any) -> jax.Array:
         # An eager cast to the same dtype costs as much as a small network.
         dtype = getattr(like, "dtype", None)
-        if isinstance(leaf, jax.Array) and leaf.dtype == dtype and jax.numpy.issubdtype(dtype, jax.numpy.floating):
+        if isinstance(leaf, jax.Array) and leaf.dtype == dtype and jax.numpy.issubdtype(leaf.dtype, jax.numpy.floating):
             return leaf
         floating("x", like)
         floating(name, leaf)

@@ -300,6 +300,12 @@ def read(name, diagonal):
     return found
 
 
+def beside(name, choice):
+    """What goes with it: ``domain`` with the pairs of a method of one end, gammas off the grid with pairs off it."""
+    grid = choice == "gammas" and name == "shortcut"
+    return {"pairs": OTHER["pairs"]} if choice == "domain" or grid else {}
+
+
 CASES = [
     (name, choice, half)
     for name in sorted(METHODS)
@@ -312,8 +318,7 @@ CASES = [
 def test_a_choice_that_a_method_does_not_read_is_refused(name, choice, half):
     """By its name and the method's, and accepted where it is read."""
     rows = {"diagonal": 0.5} if half else {}
-    # ``domain`` goes with the pairs of a method of one end.
-    more = {"pairs": OTHER["pairs"]} if choice == "domain" else {}
+    more = beside(name, choice)
     diagonal = make(name, **rows).diagonal
     if choice in read(name, diagonal):
         assert getattr(make(name, **rows, **{choice: OTHER[choice]}, **more), choice) is OTHER[choice]
@@ -339,12 +344,14 @@ def test_a_choice_that_is_accepted_is_read(name, key):
 
     @jax.jit
     def run():
-        changed = {choice: losses(**{choice: 0.25 if choice == "diagonal" else OTHER[choice]}) for choice in chosen}
-        return losses(), changed
+        changed = {}
+        for choice in chosen:
+            other = {choice: 0.25 if choice == "diagonal" else OTHER[choice]}
+            changed[choice] = losses(**other, **beside(name, choice)) - losses(**beside(name, choice))
+        return changed
 
-    plain, changed = run()
-    for choice, loss in changed.items():
-        assert np.abs(loss - plain).max() > 1e-6, choice
+    for choice, difference in run().items():
+        assert np.abs(difference).max() > 1e-6, choice
 
 
 def test_a_name_that_is_no_choice_is_refused():

@@ -37,7 +37,8 @@ from jflow.identities import Derivative
 from jflow.interpolants import Interpolant
 from jflow.likelihood.divergence import Divergence, WithLogDensity, augment
 from jflow.objectives import velocity_estimates
-from jflow.objectives.objective import Objective, RowChoices
+from jflow.objectives.choices import RowChoices
+from jflow.objectives.objective import Objective
 from jflow.objectives.row import Row, Term, gamma_of
 from jflow.parameterizations import NetworkApply, Parameterization
 from jflow.types import (

@@ -15,6 +15,7 @@ from jflow.objectives import consistency as _consistency  # noqa: F401
 # isort: on
 from jflow.objectives import curriculum, velocity_estimates
 from jflow.objectives.calling import call, init
+from jflow.objectives.choices import Choices
 from jflow.objectives.combine import sequence, weighted_sum
 from jflow.objectives.consistency import consistency_distillation, consistency_training, ect, ict
 from jflow.objectives.distributions import energy_distance
@@ -41,7 +42,7 @@ from jflow.objectives.lagrangian import (
     tvm,
 )
 from jflow.objectives.method import METHODS, PASSES, Method, method
-from jflow.objectives.objective import Choices, Objective
+from jflow.objectives.objective import Objective
 from jflow.objectives.regression import (
     flow_matching,
     reflow,

@@ -17,10 +17,11 @@ import jax.numpy as jnp
 
 from jflow import identities, reductions
 from jflow.interpolants import Interpolant
+from jflow.objectives.choices import Choices
 from jflow.objectives.curriculum import Schedule, value_at
 from jflow.objectives.eulerian import TO_DATA_PAIRS
 from jflow.objectives.method import method
-from jflow.objectives.objective import Choices, Objective
+from jflow.objectives.objective import Objective
 from jflow.objectives.row import Row, Term, second_leg
 from jflow.objectives.semigroup import solver_step
 from jflow.types import Array, Event, FlowMap

@@ -18,10 +18,11 @@ import jax.numpy as jnp
 from jflow import identities, reductions, times
 from jflow.identities import Derivative
 from jflow.interpolants import Interpolant
+from jflow.objectives.choices import DerivativeChoices
 from jflow.objectives.curriculum import Schedule, value_at
 from jflow.objectives.lagrangian import align_your_flow
 from jflow.objectives.method import method
-from jflow.objectives.objective import DerivativeChoices, Objective
+from jflow.objectives.objective import Objective
 from jflow.objectives.row import Row, Term, near_source
 from jflow.types import TO_DATA, Event, FlowMap
 

@@ -17,9 +17,10 @@ import jax.numpy as jnp
 from jflow import checks, identities, reductions, times, trees
 from jflow.identities import Derivative
 from jflow.interpolants import Interpolant
+from jflow.objectives.choices import Choices, DerivativeChoices
 from jflow.objectives.curriculum import Schedule, value_at
 from jflow.objectives.method import method
-from jflow.objectives.objective import Choices, DerivativeChoices, Objective
+from jflow.objectives.objective import Objective
 from jflow.objectives.row import Row, Term, near_target
 from jflow.types import FROM_NOISE, Array, FlowMap, move
 

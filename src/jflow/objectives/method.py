@@ -8,7 +8,8 @@ from collections.abc import Callable, Mapping
 from typing import Any, TypeVar, cast
 
 from jflow.named import shown
-from jflow.objectives.objective import Choices, Objective
+from jflow.objectives.choices import Choices
+from jflow.objectives.objective import Objective
 
 Constructor = TypeVar("Constructor", bound=Callable[..., Objective])
 

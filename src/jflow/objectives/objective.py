@@ -19,20 +19,18 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Mapping
-from typing import Any, NamedTuple, TypedDict
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 
 from jflow import bases, checks, couplings, reductions, reports, sharding, trees
 from jflow import times as laws
-from jflow.identities import Derivative, Residual, tangent
+from jflow.identities import Residual, tangent
 from jflow.interpolants import Interpolant
-from jflow.named import described, shown
-from jflow.objectives import velocity_estimates
+from jflow.named import shown
+from jflow.objectives import choices, velocity_estimates
 from jflow.objectives.batch_split import BatchSplit, split_batch
-from jflow.objectives.curriculum import Schedule
 from jflow.objectives.row import Estimate, Leg, Row, Term
 from jflow.types import (
     Array,
@@ -54,61 +52,6 @@ from jflow.types import (
 
 # Means by t and by t - s are taken over this many equal bins.
 BINS = 8
-# A choice that was not made: the default takes its place where the method reads it.
-_UNSET: Any = None
-
-
-# The choices of an objective that has not made others; a method may have defaults of its own.
-DEFAULTS: dict[str, Any] = {
-    "diagonal": 0.75,
-    "times": laws.uniform(),
-    "pairs": laws.triangle(),
-    "gammas": laws.constant(0.5),
-    "reduction": reductions.squared,
-    "diagonal_reduction": reductions.squared,
-}
-
-
-# What the choices that are functions take and return, for messages.
-_SIGNATURES = {
-    "times": "(key, n) -> times, a law of jflow.times",
-    "pairs": "(key, n) -> (s, t), a law of pairs of jflow.times",
-    "gammas": "(key, n) -> times, a law of jflow.times",
-    "reduction": "(params, s, t, difference) -> loss, such as reductions.squared",
-    "diagonal_reduction": "(params, s, t, difference) -> loss, such as reductions.squared",
-    "velocity": "row -> velocity, such as velocity_estimates.pair",
-    "coupling": "(key, x1, cond) -> x0, such as couplings.independent",
-    "teacher": "(params, t, x, cond=None, *, key=None) -> b_t(x), or a FlowMap",
-}
-
-
-class RowChoices(TypedDict, total=False):
-    """How rows are drawn and reduced: the choices of every objective; see ``Objective`` for what they are."""
-
-    diagonal: float
-    times: laws.Law | laws.ByStep[laws.Law]
-    pairs: laws.PairLaw | laws.ByStep[laws.PairLaw]
-    gammas: laws.Law | laws.ByStep[laws.Law]
-    reduction: reductions.Reduction
-    diagonal_reduction: reductions.Reduction
-    base: bases.Base
-    coupling: couplings.Coupling
-    blocks: int
-    domain: Domain
-
-
-class Choices(RowChoices, total=False):
-    """The choices of every method of the catalogue, which say whose velocity is learned as well."""
-
-    velocity: Estimate
-    teacher: FlowMap | Velocity | None
-
-
-class DerivativeChoices(Choices, total=False):
-    """The choices of a method with a derivative in its residual."""
-
-    warmup: Schedule | None
-    derivative: Derivative
 
 
 class Sample(NamedTuple):
@@ -188,18 +131,18 @@ class Objective:
     flow_map: FlowMap
     interpolant: Interpolant
     term: Term | None = None
-    diagonal: float = _UNSET
-    times: laws.Law | laws.ByStep[laws.Law] = _UNSET
-    pairs: laws.PairLaw | laws.ByStep[laws.PairLaw] = _UNSET
-    gammas: laws.Law | laws.ByStep[laws.Law] = _UNSET
-    reduction: reductions.Reduction = _UNSET
-    diagonal_reduction: reductions.Reduction = _UNSET
-    velocity: Estimate = _UNSET
+    diagonal: float = choices.UNSET
+    times: laws.Law | laws.ByStep[laws.Law] = choices.UNSET
+    pairs: laws.PairLaw | laws.ByStep[laws.PairLaw] = choices.UNSET
+    gammas: laws.Law | laws.ByStep[laws.Law] = choices.UNSET
+    reduction: reductions.Reduction = choices.UNSET
+    diagonal_reduction: reductions.Reduction = choices.UNSET
+    velocity: Estimate = choices.UNSET
     teacher: FlowMap | Velocity | None = None
-    base: bases.Base = _UNSET
-    coupling: couplings.Coupling = _UNSET
+    base: bases.Base = choices.UNSET
+    coupling: couplings.Coupling = choices.UNSET
     blocks: int = 1
-    domain: Domain = _UNSET
+    domain: Domain = choices.UNSET
     needs: tuple[str, ...] = ()
     defaults: Mapping[str, Any] = dataclasses.field(default_factory=dict, compare=False)
     filled: Mapping[str, Any] = dataclasses.field(default_factory=dict, compare=False)
@@ -208,136 +151,35 @@ class Objective:
         for name, value in self.filled.items():
             if getattr(self, name) is value:
                 self._set(name, None)
-        self._check()
-        filled, unread = {}, self._unread().keys() - {"domain"}
-        for name, value in self._defaults().items():
+        choices.check(self)
+        filled, unread = {}, choices.unread(self).keys() - {"domain"}
+        for name, value in choices.defaults(self).items():
             if getattr(self, name) is None and name not in unread:
                 filled[name] = value
                 self._set(name, value)
         self._set("filled", filled)
-        self._check_base()
-        self._check_times()
+        if self.coupling is couplings.independent and self.base is not bases.STANDARD_NORMAL:
+            # The independent coupling by name, of the base that was chosen.
+            self._set("coupling", couplings.Independent(self.base))
+        choices.check_base(self)
+        choices.check_times(self)
 
     def _set(self, name: str, value: Any) -> None:
         object.__setattr__(self, name, value)
 
-    def _defaults(self) -> dict[str, Any]:
-        """What takes the place of the choices that are None."""
-        own = {name: value for name, value in self.defaults.items() if name != "domain" or self.pairs is None}
-        found = {**DEFAULTS, "domain": self.flow_map.domain, **own}
-        found["velocity"] = velocity_estimates.pair if self.teacher is None else velocity_estimates.teacher
-        if isinstance(self.coupling, couplings.Independent) and self.coupling is not couplings.independent:
-            found["base"] = self.coupling.base
-        else:
-            found["base"] = bases.STANDARD_NORMAL
-        found["coupling"] = couplings.independent if self.base is None else couplings.Independent(self.base)
-        return found
-
-    def _check(self) -> None:
-        if not isinstance(self.flow_map, FlowMap):
-            raise TypeError(
-                "flow_map: expected a FlowMap (jflow.flow_map(network, form) makes one of a network), got "
-                f"{described(self.flow_map)}"
-            )
-        if not isinstance(self.interpolant, Interpolant):
-            raise TypeError(
-                f"interpolant: expected an Interpolant, such as interpolants.linear(), got {described(self.interpolant)}"
-            )
-        if self.term is not None and not isinstance(self.term, Term):
-            raise TypeError(f"term: expected an objectives.Term(name, residual), got {described(self.term)}")
-        if self.domain is not None and not isinstance(self.domain, Domain):
-            raise TypeError(f"domain: expected a Domain, such as types.FORWARD, got {described(self.domain)}")
-        if self.diagonal is not None:
-            checks.number("diagonal", self.diagonal, low=0.0, high=1.0)
-        checks.integer("blocks", self.blocks, low=1)
-        if self.base is not None:
-            bases.check(self.base)
-        if self.term is None and self.diagonal not in (None, 1.0):
-            raise ValueError(f"diagonal: expected 1 for a method without off-diagonal rows, got {self.diagonal}")
-        for name, signature in _SIGNATURES.items():
-            value = getattr(self, name)
-            if value is not None and not isinstance(value, (FlowMap, laws.ByStep)):
-                checks.function(name, value, signature)
-        for name, why in self._unread().items():
-            if getattr(self, name) is not None:
-                raise ValueError(
-                    f"{name}: expected no choice of it for {self.name}, {why}; got {shown(getattr(self, name))}"
-                )
-
-    def _check_base(self) -> None:
-        """Refuses a base that is not that of the coupling, and the batch's velocity where it does not hold."""
-        if self.coupling is couplings.independent and self.base is not bases.STANDARD_NORMAL:
-            # The independent coupling by name, of the base that was chosen.
-            self._set("coupling", couplings.Independent(self.base))
-        independent = isinstance(self.coupling, couplings.Independent)
-        if independent and self.coupling.base != self.base:
-            raise ValueError(f"base: expected that of the coupling, {self.coupling.base!r}, got {self.base!r}")
-        if self.velocity is velocity_estimates.batch:
-            bases.gaussian(self.base, "velocity_estimates.batch")
-            if not independent:
-                raise ValueError(
-                    "velocity: expected an independent coupling with the batch's velocity, which assumes it"
-                )
-
-    def _check_times(self) -> None:
-        """Draws from the laws, and refuses times that are outside [0, 1] or the domain, or at which the map has none."""
-        drawn = {}
-        for name in ("times", "gammas"):
-            if getattr(self, name) is not None:
-                drawn[name] = laws.check_law(name, laws.at_step(getattr(self, name), 0))
-        if self.pairs is None:
-            return
-        law = laws.at_step(self.pairs, 0)
-        pair = laws.check_pairs("pairs", law, self.domain)
-        if self.domain != self.flow_map.domain:
-            laws.check_pairs("pairs", law, self.flow_map.domain)
-        if self.term is None or self.term.asks is None or pair is None:
-            return
-        gamma = drawn.get("gammas")
-        for s, t in self.term.asks(*pair, np.full_like(pair[0], 0.5) if gamma is None else gamma):
-            for domain in (self.flow_map.domain, self.domain):
-                outside = np.flatnonzero(~domain.contains_all(s, t))
-                if outside.size:
-                    raise ValueError(
-                        f"domain: {self.name} asks the map at (s, t) = ({s[outside[0]]:g}, {t[outside[0]]:g}), too, for "
-                        f"these pairs and gammas; expected a domain that holds them, got {domain.name}"
-                    )
-
     @property
     def reads(self) -> tuple[str, ...]:
         """The names of the choices that the method reads; any other is refused."""
-        return tuple(name for name in Choices.__annotations__ if name not in self._unread())
-
-    def _unread(self) -> dict[str, str]:
-        """The choices that nothing reads, and why."""
-        diagonal = self.defaults.get("diagonal", DEFAULTS["diagonal"]) if self.diagonal is None else self.diagonal
-        off = self.term is not None and diagonal < 1.0
-        reads = self.term.reads if self.term is not None and off else ()
-        unread = {}
-        if "gamma" not in reads:
-            unread["gammas"] = "which has no middle time"
-        if not off:
-            where = "" if self.term is None else " with diagonal=1"
-            unread |= dict.fromkeys(
-                ("pairs", "reduction", "gammas", "domain"), f"which has no off-diagonal rows{where}"
-            )
-        if diagonal == 0.0:
-            unread |= dict.fromkeys(("times", "diagonal_reduction"), "which has no diagonal rows")
-        if diagonal == 0.0 and "velocity" not in reads:
-            unread["velocity"] = "which reads no conditional velocity"
-        estimates = (velocity_estimates.pair, velocity_estimates.batch)
-        if "teacher" not in reads and ("velocity" in unread or self.velocity in estimates):
-            unread["teacher"] = "which reads no teacher" + ("" if "velocity" in unread else " with that velocity")
-        return unread
+        return tuple(name for name in choices.Choices.__annotations__ if name not in choices.unread(self))
 
     def __repr__(self) -> str:
-        choices = {
+        made = {
             field.name: getattr(self, field.name)
             for field in dataclasses.fields(self)
             if field.name not in ("name", "flow_map", "interpolant", "term", "needs", "defaults", "filled")
         }
-        made = (f"{name}={shown(value)}" for name, value in choices.items() if value is not None)
-        return f"{self.name}({', '.join((f'path={self.interpolant.name!r}', *made))})"
+        parts = [f"{name}={shown(value)}" for name, value in made.items() if value is not None]
+        return f"{self.name}({', '.join((f'path={self.interpolant.name!r}', *parts))})"
 
     def init(self, key: Key, params: Params) -> PyTree:
         """The state before the first step: ``()``, for a term has none."""

@@ -5,8 +5,9 @@ from __future__ import annotations
 from typing import Unpack
 
 from jflow.interpolants import Interpolant
+from jflow.objectives.choices import Choices
 from jflow.objectives.method import method
-from jflow.objectives.objective import Choices, Objective
+from jflow.objectives.objective import Objective
 from jflow.types import FlowMap, Velocity, as_flow_map
 
 

@@ -15,9 +15,10 @@ import numpy as np
 
 from jflow import identities, times, types
 from jflow.interpolants import Interpolant
+from jflow.objectives.choices import Choices
 from jflow.objectives.curriculum import Schedule, value_at
 from jflow.objectives.method import method
-from jflow.objectives.objective import Choices, Objective
+from jflow.objectives.objective import Objective
 from jflow.objectives.row import Leg, Row, Term, both_legs, gamma_of, second_leg
 from jflow.types import Array, Cond, Event, FlowMap, Key, Params, Time, move
 

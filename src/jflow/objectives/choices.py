@@ -1,0 +1,181 @@
+"""The choices of an objective: their types, their defaults, and what is refused of them."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any, TypedDict
+
+import numpy as np
+
+from jflow import bases, checks, couplings, reductions
+from jflow import times as laws
+from jflow.identities import Derivative
+from jflow.interpolants import Interpolant
+from jflow.named import described, shown
+from jflow.objectives import velocity_estimates
+from jflow.objectives.curriculum import Schedule
+from jflow.objectives.row import Estimate, Term
+from jflow.types import Domain, FlowMap, Velocity
+
+if TYPE_CHECKING:
+    from jflow.objectives.objective import Objective
+
+# A choice that was not made: the default takes its place where the method reads it.
+UNSET: Any = None
+
+
+# The choices of an objective that has not made others; a method may have defaults of its own.
+DEFAULTS: dict[str, Any] = {
+    "diagonal": 0.75,
+    "times": laws.uniform(),
+    "pairs": laws.triangle(),
+    "gammas": laws.constant(0.5),
+    "reduction": reductions.squared,
+    "diagonal_reduction": reductions.squared,
+}
+
+
+# What the choices that are functions take and return, for messages.
+_SIGNATURES = {
+    "times": "(key, n) -> times, a law of jflow.times",
+    "pairs": "(key, n) -> (s, t), a law of pairs of jflow.times",
+    "gammas": "(key, n) -> times, a law of jflow.times",
+    "reduction": "(params, s, t, difference) -> loss, such as reductions.squared",
+    "diagonal_reduction": "(params, s, t, difference) -> loss, such as reductions.squared",
+    "velocity": "row -> velocity, such as velocity_estimates.pair",
+    "coupling": "(key, x1, cond) -> x0, such as couplings.independent",
+    "teacher": "(params, t, x, cond=None, *, key=None) -> b_t(x), or a FlowMap",
+}
+
+
+class RowChoices(TypedDict, total=False):
+    """How rows are drawn and reduced: the choices of every objective; see ``Objective`` for what they are."""
+
+    diagonal: float
+    times: laws.Law | laws.ByStep[laws.Law]
+    pairs: laws.PairLaw | laws.ByStep[laws.PairLaw]
+    gammas: laws.Law | laws.ByStep[laws.Law]
+    reduction: reductions.Reduction
+    diagonal_reduction: reductions.Reduction
+    base: bases.Base
+    coupling: couplings.Coupling
+    blocks: int
+    domain: Domain
+
+
+class Choices(RowChoices, total=False):
+    """The choices of every method of the catalogue, which say whose velocity is learned as well."""
+
+    velocity: Estimate
+    teacher: FlowMap | Velocity | None
+
+
+class DerivativeChoices(Choices, total=False):
+    """The choices of a method with a derivative in its residual."""
+
+    warmup: Schedule | None
+    derivative: Derivative
+
+
+def defaults(objective: Objective) -> dict[str, Any]:
+    """What takes the place of the choices that are None."""
+    own = {name: value for name, value in objective.defaults.items() if name != "domain" or objective.pairs is None}
+    found = {**DEFAULTS, "domain": objective.flow_map.domain, **own}
+    found["velocity"] = velocity_estimates.pair if objective.teacher is None else velocity_estimates.teacher
+    if isinstance(objective.coupling, couplings.Independent) and objective.coupling is not couplings.independent:
+        found["base"] = objective.coupling.base
+    else:
+        found["base"] = bases.STANDARD_NORMAL
+    found["coupling"] = couplings.independent if objective.base is None else couplings.Independent(objective.base)
+    return found
+
+
+def check(objective: Objective) -> None:
+    """Refuses arguments of another type, numbers out of range, and a choice that nothing reads."""
+    if not isinstance(objective.flow_map, FlowMap):
+        raise TypeError(
+            "flow_map: expected a FlowMap (jflow.flow_map(network, form) makes one of a network), got "
+            f"{described(objective.flow_map)}"
+        )
+    if not isinstance(objective.interpolant, Interpolant):
+        raise TypeError(
+            f"interpolant: expected an Interpolant, such as interpolants.linear(), got {described(objective.interpolant)}"
+        )
+    if objective.term is not None and not isinstance(objective.term, Term):
+        raise TypeError(f"term: expected an objectives.Term(name, residual), got {described(objective.term)}")
+    if objective.domain is not None and not isinstance(objective.domain, Domain):
+        raise TypeError(f"domain: expected a Domain, such as types.FORWARD, got {described(objective.domain)}")
+    if objective.diagonal is not None:
+        checks.number("diagonal", objective.diagonal, low=0.0, high=1.0)
+    checks.integer("blocks", objective.blocks, low=1)
+    if objective.base is not None:
+        bases.check(objective.base)
+    if objective.term is None and objective.diagonal not in (None, 1.0):
+        raise ValueError(f"diagonal: expected 1 for a method without off-diagonal rows, got {objective.diagonal}")
+    for name, signature in _SIGNATURES.items():
+        value = getattr(objective, name)
+        if value is not None and not isinstance(value, (FlowMap, laws.ByStep)):
+            checks.function(name, value, signature)
+    for name, why in unread(objective).items():
+        if getattr(objective, name) is not None:
+            raise ValueError(
+                f"{name}: expected no choice of it for {objective.name}, {why}; got {shown(getattr(objective, name))}"
+            )
+
+
+def check_base(objective: Objective) -> None:
+    """Refuses a base that is not that of the coupling, and the batch's velocity where it does not hold."""
+    independent = isinstance(objective.coupling, couplings.Independent)
+    if independent and objective.coupling.base != objective.base:
+        raise ValueError(f"base: expected that of the coupling, {objective.coupling.base!r}, got {objective.base!r}")
+    if objective.velocity is velocity_estimates.batch:
+        bases.gaussian(objective.base, "velocity_estimates.batch")
+        if not independent:
+            raise ValueError("velocity: expected an independent coupling with the batch's velocity, which assumes it")
+
+
+def check_times(objective: Objective) -> None:
+    """Draws from the laws, and refuses times that are outside [0, 1] or the domain, or at which the map has none."""
+    drawn = {}
+    for name in ("times", "gammas"):
+        if getattr(objective, name) is not None:
+            drawn[name] = laws.check_law(name, laws.at_step(getattr(objective, name), 0))
+    if objective.pairs is None:
+        return
+    law = laws.at_step(objective.pairs, 0)
+    pair = laws.check_pairs("pairs", law, objective.domain)
+    if objective.domain != objective.flow_map.domain:
+        laws.check_pairs("pairs", law, objective.flow_map.domain)
+    if objective.term is None or objective.term.asks is None or pair is None:
+        return
+    gamma = drawn.get("gammas")
+    for s, t in objective.term.asks(*pair, np.full_like(pair[0], 0.5) if gamma is None else gamma):
+        for domain in (objective.flow_map.domain, objective.domain):
+            outside = np.flatnonzero(~domain.contains_all(s, t))
+            if outside.size:
+                raise ValueError(
+                    f"domain: {objective.name} asks the map at (s, t) = ({s[outside[0]]:g}, {t[outside[0]]:g}), too, for "
+                    f"these pairs and gammas; expected a domain that holds them, got {domain.name}"
+                )
+
+
+def unread(objective: Objective) -> dict[str, str]:
+    """The choices that nothing reads, and why."""
+    diagonal = (
+        objective.defaults.get("diagonal", DEFAULTS["diagonal"]) if objective.diagonal is None else objective.diagonal
+    )
+    off = objective.term is not None and diagonal < 1.0
+    reads = objective.term.reads if objective.term is not None and off else ()
+    found = {}
+    if "gamma" not in reads:
+        found["gammas"] = "which has no middle time"
+    if not off:
+        where = "" if objective.term is None else " with diagonal=1"
+        found |= dict.fromkeys(("pairs", "reduction", "gammas", "domain"), f"which has no off-diagonal rows{where}")
+    if diagonal == 0.0:
+        found |= dict.fromkeys(("times", "diagonal_reduction"), "which has no diagonal rows")
+    if diagonal == 0.0 and "velocity" not in reads:
+        found["velocity"] = "which reads no conditional velocity"
+    estimates = (velocity_estimates.pair, velocity_estimates.batch)
+    if "teacher" not in reads and ("velocity" in found or objective.velocity in estimates):
+        found["teacher"] = "which reads no teacher" + ("" if "velocity" in found else " with that velocity")
+    return found
