@@ -85,8 +85,8 @@ def test_times_that_differ_by_rounding_are_a_jump_of_no_length():
         np.testing.assert_allclose(flow_map.jump(0.5, s, 0.3, x), x, atol=1e-6)
     flow_map.jump(0.5, 0.0, 1.0000001, x)
     types.FORWARD.check_grid([0.0, 1.0000001])
-    with pytest.raises(ValueError, match=r"the jump from 0\.300010\d* to 0\.3 is outside"):
-        flow_map.jump(0.5, 0.3000100001, 0.3, x)
+    with pytest.raises(ValueError, match=r"the jump from 0\.3000123 to 0\.3 is outside"):
+        flow_map.jump(0.5, 0.3000123, 0.3, x)
 
 
 @pytest.mark.parametrize(
