@@ -344,10 +344,11 @@ def test_a_choice_that_is_accepted_is_read(name, key):
 
     @jax.jit
     def run():
-        changed = {}
+        plain, changed = losses(), {}
         for choice in chosen:
             other = {choice: 0.25 if choice == "diagonal" else OTHER[choice]}
-            changed[choice] = losses(**other, **beside(name, choice)) - losses(**beside(name, choice))
+            without = losses(**more) if (more := beside(name, choice)) else plain
+            changed[choice] = losses(**other, **more) - without
         return changed
 
     for choice, difference in run().items():

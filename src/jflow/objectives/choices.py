@@ -46,6 +46,9 @@ _SIGNATURES = {
     "teacher": "(params, t, x, cond=None, *, key=None) -> b_t(x), or a FlowMap",
 }
 
+# What else a choice may be.
+_OTHER = {"reduction": (), "diagonal_reduction": (), "velocity": (), "coupling": (), "teacher": FlowMap}
+
 
 class RowChoices(TypedDict, total=False):
     """How rows are drawn and reduced: the choices of every objective; see ``Objective`` for what they are."""
@@ -112,8 +115,8 @@ def check(objective: Objective) -> None:
     if objective.term is None and objective.diagonal not in (None, 1.0):
         raise ValueError(f"diagonal: expected 1 for a method without off-diagonal rows, got {objective.diagonal}")
     for name, signature in _SIGNATURES.items():
-        value = getattr(objective, name)
-        if value is not None and not isinstance(value, (FlowMap, laws.ByStep)):
+        value, other = getattr(objective, name), _OTHER.get(name, laws.ByStep)
+        if value is not None and not isinstance(value, other):
             checks.function(name, value, signature)
     for name, why in unread(objective).items():
         if getattr(objective, name) is not None:

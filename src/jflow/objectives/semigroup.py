@@ -42,22 +42,20 @@ def semigroup_term(leg: str, stop: str = "target", smallest: float = 0.0) -> Ter
       stop: as in ``identities.semigroup``.
       smallest: legs shorter than this gap are asked at s = t, where the velocity is.
     """
-
-    def on_grid(s: Time, u: Time) -> Time:
-        # Half-way between the smallest gap and half of it, which rounding does not reach.
-        return jnp.where(jnp.abs(u - s) < 0.75 * smallest, s, u)
+    # Half-way between the smallest gap and half of it, which rounding does not reach.
+    least = 0.75 * smallest
 
     def residual(row: Row) -> identities.Residual:
         v = row.leg(leg).v
 
         def asked(s: Time, u: Time, x: Event) -> Event:
-            return v(s, on_grid(s, u), x)
+            return v(s, jnp.where(jnp.abs(u - s) < least, s, u), x)
 
         legs = asked if smallest else v
         return identities.semigroup(row.own.v, row.s, row.t, row.x, gamma_of(row), legs=legs, stop=stop)
 
     def asks(s: np.ndarray, t: np.ndarray, gamma: np.ndarray) -> list[tuple[np.ndarray, np.ndarray]]:
-        return [(start, np.asarray(on_grid(start, end))) for start, end in both_legs(s, t, gamma)]
+        return [(start, np.where(np.abs(end - start) < least, start, end)) for start, end in both_legs(s, t, gamma)]
 
     if leg == "teacher":
         return Term("semigroup", residual, ("gamma", "teacher"))
