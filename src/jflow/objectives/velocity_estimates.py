@@ -10,6 +10,8 @@ neighbour and the two agree. (A Rao-Blackwell form of the stable target field, 2
 
 An estimate of your own is a function of the row (``objectives.Row``), shaped like x:
 
+    null = jnp.asarray(10)  # the condition of one sample that stands for none: here the label after the ten classes
+
     def guided(row):  # a target guided by the map's own two velocities
         towards, away = row.frozen, row.frozen._replace(cond=null)
         return trees.axpy(w - 1.0, trees.sub(towards.velocity(row.s, row.x), away.velocity(row.s, row.x)), pair(row))
