@@ -24,6 +24,7 @@ import jax
 import jax.numpy as jnp
 
 from jflow import bases, checks, trees
+from jflow.named import described
 from jflow.types import Array, Event, Time
 
 KINDS = ("velocity", "score", "noise", "data")
@@ -111,6 +112,16 @@ class Interpolant:
         return trees.combine(self.alpha_dd(s, t), x0, self.beta_dd(s, t), x1)
 
 
+def check(interpolant: Interpolant, name: str = "interpolant") -> None:
+    """Refuses anything but an Interpolant, such as its name or the function that makes it.
+
+    Raises:
+      TypeError: naming the argument and what came.
+    """
+    if not isinstance(interpolant, Interpolant):
+        raise TypeError(f"{name}: expected an Interpolant, such as interpolants.linear(), got {described(interpolant)}")
+
+
 def convert(
     interpolant: Interpolant,
     t: Time,
@@ -152,6 +163,7 @@ def convert(
         a ``bases.Normal`` or does not fit x.
       TypeError: for an object that is not a base.
     """
+    check(interpolant)
     checks.choice("source", source, KINDS)
     checks.choice("target", target, KINDS)
     checks.same_structure("value", value, "x", x)

@@ -14,7 +14,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
-from jflow import bases, checks, parts, trees, types
+from jflow import bases, checks, interpolants, parts, trees, types
 from jflow.interpolants import Interpolant
 from jflow.types import FORWARD, Array, Cond, Domain, Event, FlowMap, Key, Params, Time, Velocity
 
@@ -44,7 +44,8 @@ class Parameterization:
 
 def mean_velocity_form(interpolant: Interpolant | None = None) -> Parameterization:
     """A = 1, B = t - s: the network predicts v_{s,t}(x) (2505.13447, 2505.18825). The path does not enter."""
-    del interpolant
+    if interpolant is not None:
+        interpolants.check(interpolant)
 
     def coefficients(s: Time, t: Time) -> tuple[Array, Array]:
         gap = jnp.asarray(t) - jnp.asarray(s)
@@ -64,8 +65,9 @@ def data_form(interpolant: Interpolant, clamp: float = 0.05) -> Parameterization
     velocity of the pair that is clamped in the same way. The two agree where 1 - s >= clamp.
 
     Raises:
-      ValueError: for a clamp outside (0, 1]; TypeError when it is no number.
+      ValueError: for a clamp outside (0, 1]; TypeError if it is not a number, or for anything but an Interpolant.
     """
+    interpolants.check(interpolant)
     checks.number("clamp", clamp, low=0.0, high=1.0, open_low=True)
 
     def coefficients(s: Time, t: Time) -> tuple[Array, Array]:
@@ -83,8 +85,9 @@ def noise_form(interpolant: Interpolant, clamp: float = 0.05) -> Parameterizatio
     denominators, as in ``data_form``.
 
     Raises:
-      ValueError: for a clamp outside (0, 1]; TypeError when it is no number.
+      ValueError: for a clamp outside (0, 1]; TypeError if it is not a number, or for anything but an Interpolant.
     """
+    interpolants.check(interpolant)
     checks.number("clamp", clamp, low=0.0, high=1.0, open_low=True)
 
     def coefficients(s: Time, t: Time) -> tuple[Array, Array]:
@@ -96,19 +99,20 @@ def noise_form(interpolant: Interpolant, clamp: float = 0.05) -> Parameterizatio
 
 
 def gaussian_form(interpolant: Interpolant, base: bases.Base = bases.STANDARD_NORMAL) -> Parameterization:
-    """A = sigma_t/sigma_s with sigma^2 = alpha^2 std^2 + beta^2, B = t - s: the network predicts what v is beyond that of
+    """A = sigma_t/sigma_s with sigma^2 = alpha^2 std^2 + beta^2, B = t - s: the network predicts v minus the mean velocity of
     data ~ N(0, I).
 
-    For centred data of unit scale the linear part is the exact map of the Gaussian with the same moments, so the network
-    starts from there; the preconditioning of EDM (2206.00364), for two times. sigma has no zero.
+    For centred data of unit scale the linear part is the exact map of the Gaussian with the same moments, and the network
+    learns the rest: the preconditioning of EDM (2206.00364), for two times. sigma has no zero.
 
     Args:
       interpolant: the path.
       base: a centred ``bases.Normal`` whose std is a number.
 
     Raises:
-      ValueError: for another base.
+      ValueError: for another base; TypeError for anything but an Interpolant and a base.
     """
+    interpolants.check(interpolant)
     normal = bases.gaussian(base, "gaussian_form")
     if not isinstance(normal.std, (int, float)) or not isinstance(normal.mean, (int, float)) or normal.mean != 0:
         raise ValueError(f"base: gaussian_form expects a Normal with mean 0 and a number for its std, got {normal!r}")
@@ -129,8 +133,9 @@ def trigonometric_form(interpolant: Interpolant) -> Parameterization:
     The network predicts -F of that paper, for data of unit scale; the velocity is (pi/2) net.
 
     Raises:
-      ValueError: on another path.
+      ValueError: on another path; TypeError for anything but an Interpolant.
     """
+    interpolants.check(interpolant)
     if interpolant.name != "trigonometric":
         raise ValueError(f"interpolant: the trigonometric form needs the trigonometric path, got {interpolant.name!r}")
     half = 0.5 * jnp.pi
@@ -170,10 +175,7 @@ def flow_map(apply: NetworkApply, parameterization: Parameterization, domain: Do
       TypeError: for a network that cannot be called, or a form that is not a Parameterization; (when called) for an x or an
         output that is not floating point.
     """
-    if isinstance(apply, (Parameterization, FlowMap)) or not callable(apply):
-        raise TypeError(
-            f"apply: expected a network (params, s, t, x, cond=None, *, key=None), got {type(apply).__name__}"
-        )
+    _check_network(apply)
     if not isinstance(parameterization, Parameterization):
         kind = "a function that was not called" if callable(parameterization) else repr(parameterization)
         raise TypeError(
@@ -193,6 +195,13 @@ def flow_map(apply: NetworkApply, parameterization: Parameterization, domain: Do
         return trees.combine(a, x, c, output)
 
     return FlowMap(mean_velocity, domain, form=parameterization.name)
+
+
+def _check_network(apply: NetworkApply) -> None:
+    signature = "(params, s, t, x, cond=None, *, key=None)"
+    if isinstance(apply, (Parameterization, FlowMap)) or not callable(apply):
+        raise TypeError(f"apply: expected a network {signature}, got {type(apply).__name__}")
+    checks.accepts("apply", apply, f"{signature}, of two times", 5)
 
 
 class Started(NamedTuple):
@@ -236,6 +245,7 @@ def from_velocity(
       ValueError: (when called) for a time that is not a scalar, or outputs that are not shaped like x.
     """
     b = types.as_velocity("velocity", velocity)
+    _check_network(apply)
 
     def start(weights: Params, t: Time, x: Event, cond: Cond = None, *, key: Key | None = None) -> Event:
         checks.scalar("t", t)

@@ -26,6 +26,8 @@ import jax.numpy as jnp
 
 from jflow import checks, trees
 from jflow.likelihood.jacobian import Mode, linearise
+from jflow.named import described
+from jflow.solvers.ode import check_velocity
 from jflow.types import Array, Cond, Event, Key, Params, Time, Velocity
 
 # (b, x, key) -> (b(x), div b(x)): of a function of x alone, with one call of it.
@@ -121,8 +123,15 @@ def augment(velocity: Velocity, divergence: Divergence | None = None) -> Velocit
       velocity: of events x.
       divergence: ``exact_divergence()`` by default; the others draw their probes from the key of the call, which serves a whole
         solve, so that the probes are fixed within it.
+
+    Raises:
+      TypeError: for a velocity that cannot be called as one, or anything but a Divergence.
     """
+    check_velocity(velocity)
     divergence = exact_divergence() if divergence is None else divergence
+    if divergence in (exact_divergence, hutchinson, hutch_pp) or not callable(divergence):
+        got = described(divergence)
+        raise TypeError(f"divergence: expected (b, x, key) -> (b(x), div b(x)), such as hutchinson(), got {got}")
 
     def augmented(
         params: Params, t: Time, state: WithLogDensity, cond: Cond = None, *, key: Key | None = None

@@ -36,6 +36,7 @@ from jflow import bases, checks, couplings, identities, parts, reports, trees, t
 from jflow.identities import Derivative
 from jflow.interpolants import Interpolant
 from jflow.likelihood.divergence import Divergence, WithLogDensity, augment
+from jflow.named import described
 from jflow.objectives import velocity_estimates
 from jflow.objectives.objective import Objective, RowChoices
 from jflow.objectives.row import Row, Term, gamma_of
@@ -99,9 +100,13 @@ def with_head(flow_map: FlowMap, head: Head) -> FlowMap:
       (x, log rho_s(x)) its ``jump`` gives (X_{s,t}(x), log rho_t(X_{s,t}(x))), in nats.
 
     Raises:
-      TypeError: (when called) for params that are not ``Headed`` or an event that is not a WithLogDensity.
-      ValueError: (when called) for a head or a log-density that is no scalar, or concrete times outside the domain.
+      TypeError: for a map or a head of another type; when called, for params that are not ``Headed``, or an event that is not
+        a WithLogDensity.
+      ValueError: when called, for a head or a log-density that is not a scalar, or concrete times outside the domain.
     """
+    if not isinstance(flow_map, FlowMap):
+        raise TypeError(f"flow_map: expected a FlowMap, got {described(flow_map)}")
+    checks.accepts("head", head, "(params, s, t, x, cond=None, *, key=None) -> D_{s,t}(x)", 5)
     points, network = parts.map_on_part(Headed, "map", flow_map), parts.on_part(Headed, "head", head)
 
     def d(params: Headed, s: Time, t: Time, x: Event, cond: Cond, key: Key | None) -> Array:
@@ -276,8 +281,11 @@ def head_objective(
     """
     checks.choice("identity", identity, STOPS)
     checks.choice("along", along, ("divergence", "head"))
+    if not isinstance(flow_map, FlowMap):
+        raise TypeError(f"flow_map: expected a FlowMap of points with log-densities, got {described(flow_map)}")
     stopped: str = STOPS[identity][0] if stop is None else checks.choice("stop", stop, STOPS[identity])
     chosen: dict[str, Any] = {"diagonal": 0.5, **choices}
+    checks.number("diagonal", chosen["diagonal"], low=0.0, high=1.0)
     if chosen["diagonal"] == 0.0 and (identity == "semigroup" or along == "head"):
         raise ValueError(f"diagonal: expected more than 0, for the {identity} identity alone holds for D = 0 as well")
 
@@ -306,12 +314,16 @@ def head_objective(
     def couple(key: Key, x1: WithLogDensity, cond: Cond) -> WithLogDensity:
         return _states("x0", coupling(key, x1.x, cond))
 
+    def divergence_of(row: Row) -> Array:
+        return velocity_estimates.teacher(row).log_density
+
     on_states = Objective(
         "head",
         _points_stopped(flow_map),
         interpolant,
         Term(f"head_{identity}", residual, ("teacher", "gamma") if identity == "semigroup" else ("teacher",)),
-        velocity=lambda row: velocity_estimates.teacher(row).log_density,
+        # The tangent term alone reads it, and an objective refuses choices that nothing reads.
+        velocity=divergence_of if chosen["diagonal"] > 0.0 else None,
         teacher=augment(c, divergence),
         coupling=couple,
         **chosen,

@@ -28,6 +28,7 @@ from jflow.bases import Base
 from jflow.likelihood.jacobian import flatten, linearise
 from jflow.likelihood.ode_density import LogDensity, check_event, log_base
 from jflow.samplers import Grid
+from jflow.samplers.steps import check_bound, check_length
 from jflow.types import Array, BoundFlowMap, Cond, Event, Key
 
 # Steps of Heun's method along the diagonal that guess the inverse of one jump: a network call is cheap beside a Jacobian.
@@ -77,6 +78,7 @@ def push(
         base density that is no scalar; at an un-jitted call, where ``valid`` would be False.
       TypeError: for x0 that is not floating-point.
     """
+    check_bound(bound)
     x0 = check_event("x0", x0)
     bound.domain.check_grid(grid)
     times = _times(grid, x0)
@@ -126,6 +128,7 @@ def log_density(
         a base density that is no scalar; at an un-jitted call, where ``valid`` would be False.
       TypeError: for x that is not floating-point, or ``iterations`` that is no whole number.
     """
+    check_bound(bound)
     x = check_event("x", x)
     checks.integer("iterations", iterations, low=1)
     ascending = _ascending(grid)
@@ -176,6 +179,7 @@ def refine(
       ValueError: as ``push``, and for a step size that is no finite scalar of at least 0, or no steps; TypeError for
         numbers of the wrong type.
     """
+    check_bound(bound)
     x0 = check_event("x0", x0)
     checks.integer("steps", steps, low=1)
     checks.scalar("step_size", step_size)
@@ -273,9 +277,7 @@ def _inputs(times: Array) -> tuple[Array, Array, Array]:
 
 
 def _times(grid: Grid, x: Event) -> Array:
-    shape = np.shape(grid)
-    if len(shape) != 1 or shape[0] < 2:
-        raise ValueError(f"grid: expected at least two times in one dimension, got shape {shape}")
+    check_length(grid)
     return jnp.asarray(grid).astype(trees.at_least_float32(x))
 
 

@@ -149,8 +149,6 @@ def maximum_likelihood(
         raise ValueError(f"adjoint: expected one with a reverse mode, as 'recursive', got {options.differentiation!r}")
     checks.number("kinetic", kinetic, low=0.0)
     checks.number("jacobian", jacobian, low=0.0)
-    if not callable(velocity):
-        raise TypeError(f"velocity: expected a function (params, t, x, cond) -> b, got {type(velocity).__name__}")
     with_density = augment(velocity, divergence)
 
     def rates(params: Params, t: Time, along: Along, cond: Cond = None, *, key: Key | None = None) -> Along:

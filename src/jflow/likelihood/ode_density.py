@@ -125,8 +125,6 @@ def along_ode(
       ValueError, TypeError: as ``solvers.solve``; TypeError for a base that is not one.
     """
     bases.check(base)
-    if not callable(velocity):
-        raise TypeError(f"velocity: expected a function (params, t, x, cond) -> b, got {type(velocity).__name__}")
     solve = solvers.solve_counted(augment(velocity, divergence), solver, **choices)
     return ODEDensity(base, solve)
 

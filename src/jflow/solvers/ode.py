@@ -120,7 +120,7 @@ def solve_counted(velocity: Velocity, solver: SolverLike | None = None, **choice
     Returns:
       ``(params, s, t, x, cond=None, *, key=None) -> (v_{s,t}(x), SolveStats)``.
     """
-    solve_ode = _Solve(_checked(velocity), choose(solver, choices))
+    solve_ode = _Solve(check_velocity(velocity), choose(solver, choices))
 
     def counted(
         params: Params, s: Time, t: Time, x: Event, cond: Cond = None, *, key: Key | None = None
@@ -159,10 +159,11 @@ def trajectory(
     Raises:
       As ``solve``, and ValueError for times that are not strictly monotone in [0, 1].
     """
+    check_velocity(velocity)
     check_times("times", times, increasing=False)
     checks.floating("x", x)
     x = jax.tree.map(jnp.asarray, x)
-    solve_ode = _Solve(_checked(velocity), choose(solver, choices))
+    solve_ode = _Solve(velocity, choose(solver, choices))
     times = jnp.asarray(times, trees.at_least_float32(x))
     if solve_ode.options.fixed_steps is None:
         return solve_ode.states(params, times, x, cond, key)
@@ -309,8 +310,14 @@ class _Solve:
         )
 
 
-def _checked(velocity: Velocity) -> Velocity:
-    checks.function("velocity", velocity, "(params, t, x, cond) -> b")
+def check_velocity(velocity: Velocity) -> Velocity:
+    """The velocity, if it can be called as one.
+
+    Raises:
+      TypeError: for anything else: a FlowMap, a network of two times, an argument in the wrong place.
+    """
+    what = "(params, t, x, cond=None, *, key=None) -> b_t(x), such as the method velocity of a FlowMap"
+    checks.accepts("velocity", velocity, what, 4)
     return velocity
 
 

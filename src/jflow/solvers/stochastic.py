@@ -8,9 +8,9 @@ from typing import TYPE_CHECKING
 import jax
 import jax.numpy as jnp
 
-from jflow import bases, checks, trees
+from jflow import bases, checks, interpolants, trees
 from jflow.interpolants import Interpolant
-from jflow.solvers.ode import cast_like, check_times, widen
+from jflow.solvers.ode import cast_like, check_times, check_velocity, widen
 from jflow.types import Array, Cond, Event, Key, Params, Time, Velocity
 
 if TYPE_CHECKING:
@@ -53,11 +53,13 @@ def sde(
     Raises:
       ValueError: for an unknown method, c < 0 or not finite, another base; at a call, for a grid that is not strictly
         increasing in [0, 1].
-      TypeError: for ``diffusion`` that is neither a number nor callable; at a call, for x0 that is not floating-point.
+      TypeError: for a velocity or an interpolant of another type, and for ``diffusion`` that is neither a number nor
+        callable; at a call, for a key that is not a PRNG key, or x0 that is not floating-point.
     """
     step = sde_step(velocity, interpolant, method=method, diffusion=diffusion, base=base)
 
     def simulate(params: Params, key: Key, grid: Array, x0: Event, cond: Cond = None) -> Event:
+        checks.key("key", key)
         check_times("grid", grid, increasing=True)
         checks.floating("x0", x0)
         like = jax.tree.map(jnp.asarray, x0)
@@ -92,6 +94,8 @@ def sde_step(
       and on both times. ``noise`` is their standard deviation sigma_s sqrt(t - s), a scalar for a leaf whose entries share
       one.
     """
+    check_velocity(velocity)
+    interpolants.check(interpolant)
     checks.choice("method", method, SDE_METHODS)
     base = bases.gaussian(base, "solvers.sde")
     if not callable(diffusion):
