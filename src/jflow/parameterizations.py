@@ -57,12 +57,12 @@ def mean_velocity_form(interpolant: Interpolant | None = None) -> Parameterizati
 def data_form(interpolant: Interpolant, clamp: float = 0.05) -> Parameterization:
     """A = alpha_t/alpha_s, B = beta_t - alpha_t beta_s/alpha_s: the network predicts the data end (DDIM, 2010.02502).
 
-    On the diagonal it is the denoiser. Singular where alpha_s = 0 (s = 1 on the linear path): there alpha_s is replaced by
-    max(alpha_s, clamp) in the denominators, which keeps X_{s,s} = id and the value for the exact network finite, but is
-    another function of the network than the unclamped one wherever alpha_s < clamp.
+    On the diagonal the network is the denoiser. The form is singular where alpha_s = 0 (s = 1 on the linear path), so
+    max(alpha_s, clamp) replaces alpha_s in the denominators. X_{s,s} = id still holds, and the value for the exact network is
+    finite. Wherever alpha_s < clamp, the same network gives another map than without the clamp.
 
-    Pixel MeanFlow (2601.22158) clamps otherwise on the linear path: v = (net - x)/max(1 - s, 0.05), regressed on the
-    velocity of the pair that is clamped in the same way. The two agree where 1 - s >= clamp.
+    On the linear path, pixel MeanFlow (2601.22158) clamps differently: v = (net - x)/max(1 - s, 0.05), regressed on the
+    velocity of the pair clamped in the same way. The two forms agree where 1 - s >= clamp.
 
     Raises:
       ValueError: for a clamp outside (0, 1]; TypeError if it is not a number, or for anything but an Interpolant.
@@ -81,8 +81,8 @@ def data_form(interpolant: Interpolant, clamp: float = 0.05) -> Parameterization
 def noise_form(interpolant: Interpolant, clamp: float = 0.05) -> Parameterization:
     """A = beta_t/beta_s, B = alpha_t - beta_t alpha_s/beta_s: the network predicts the base end.
 
-    Singular where beta_s = 0 (s = 0 on the linear path): there beta_s is replaced by max(beta_s, clamp) in the
-    denominators, as in ``data_form``.
+    It is singular where beta_s = 0 (s = 0 on the linear path), so max(beta_s, clamp) replaces beta_s in the denominators, as
+    in ``data_form``.
 
     Raises:
       ValueError: for a clamp outside (0, 1]; TypeError if it is not a number, or for anything but an Interpolant.
@@ -219,19 +219,20 @@ class Started(NamedTuple):
 def from_velocity(
     velocity: Velocity | FlowMap, apply: NetworkApply, *, frozen: bool = False, domain: Domain = FORWARD
 ) -> FlowMap:
-    r"""A FlowMap that starts from a velocity, and whose diagonal is exactly that velocity, before and after training.
+    r"""A FlowMap that starts from a velocity. Its diagonal is exactly that velocity, before and after training.
 
         v_{s,t}(x) = b_s(x) + (t - s) net(s, t, x),     v_{t,t} = b_t
 
-    The velocity is taken at the source, since x is a point of time s; what is left for the network is then finite, by
-    Taylor's formula (d/ds b + grad b b)/2 as t -> s. With an output layer that starts at zero (that of ``nets.MLP``) the
+    The velocity is taken at the source, since x is a point of time s. By Taylor's formula the network's target is then
+    finite: (d/ds b + grad b b)/2 as t -> s. With an output layer that starts at zero (that of ``nets.MLP``) the
     map starts as one Euler step of b. Where b has been learned, the objective needs few diagonal rows, or none if frozen.
 
-    Cost: a pass of each network, on the diagonal of the velocity alone. The derivative in t is the network's alone, so that
-    Lagrangian methods pay least here. To go on from the weights of a velocity network in one pass: ``nets.MLP.decoupled``.
+    Cost: one pass of each network; on the diagonal, one pass of the velocity alone. The derivative in t is that of the
+    network alone, so Lagrangian methods cost least here. For one pass in all, ``nets.MLP.decoupled`` starts from the weights
+    of a velocity network.
 
     Args:
-      velocity: b, or a FlowMap, of which the velocity v_{t,t} is taken.
+      velocity: b; of a FlowMap, its velocity v_{t,t}.
       apply: ``(params, s, t, x, cond=None, *, key=None) -> net``, of one sample, shaped like x (see ``jflow.nets``).
       frozen: whether the velocity's parameters get no gradient. An optimizer's weight decay must be masked as well.
       domain: the pairs of times on which it will be trained.
@@ -240,9 +241,9 @@ def from_velocity(
       The FlowMap; its params are ``Started(velocity, correction)``. Both networks see the same condition and key.
 
     Raises:
-      TypeError: for a velocity that cannot be called; when called, for params that are not ``Started``, an x or
-        outputs that are not floating point.
-      ValueError: (when called) for a time that is not a scalar, or outputs that are not shaped like x.
+      TypeError: for a velocity or a network that cannot be called as one; when called, for params that are not ``Started``,
+        or an x or outputs that are not floating-point.
+      ValueError: when called, for a time that is not a scalar, or outputs that are not shaped like x.
     """
     b = types.as_velocity("velocity", velocity)
     _check_network(apply)

@@ -260,7 +260,7 @@ def cells(count: Array | int) -> PairLaw:
 def dyadic(levels: int) -> PairLaw:
     """The law of the shortcut model (2410.12557): a gap 2^-k, k uniform on 0..levels, and s uniform on its multiples.
 
-    The smallest gap of the grid is drawn too: in the paper's code the flow-matching rows carry it.
+    The smallest gap of the grid is drawn too; in the paper's code it comes in the flow-matching rows.
 
     Raises:
       ValueError: for levels outside 1 to ``types.FINEST_LEVELS``; TypeError if it is not a whole number.

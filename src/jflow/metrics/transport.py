@@ -122,7 +122,7 @@ def sliced_wasserstein(key: Key, x: Points, y: Points, *, p: int = 2, projection
 
     Each one-dimensional distance is exact, for unequal sizes too: the quantile functions are integrated piece
     by piece. A shift by a gives |a|/√d at p = 2. Two sets from one law give a positive floor of order
-    n^{-1/2}: measure it beside.
+    n^{-1/2}: measure that floor too.
 
     Args:
       key: of the directions.

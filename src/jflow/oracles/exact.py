@@ -18,7 +18,7 @@ from jflow.types import BOTH, Array, Cond, FlowMap, Key, Time
 
 @dataclasses.dataclass(frozen=True)
 class Oracle:
-    """An exact distribution on a path: what a learned model is held against.
+    """An exact distribution on a path, to compare learned models with.
 
     Methods work on one sample: ``t`` is a scalar in [0, 1] and ``x`` has the shape ``[d]``. They compute in the dtype of
     x, float32 at least, and return it; ``params`` are cast to it.
@@ -127,7 +127,7 @@ def mixture(
     Args:
       interpolant: the path.
       rtol: relative tolerance of the mean velocity, per step; where x is narrower than float64, at least 1e-5.
-      atol: absolute tolerance, likewise.
+      atol: absolute tolerance, with the same lower limit.
       adjoint: as in ``solvers.solve``; by default the map has forward-mode derivatives only.
       base: a ``bases.Normal``.
 

@@ -32,7 +32,7 @@ def draw(
         samples = draw(Jumps(bound), key, 50_000, uniform_grid(4), labels, like=jax.ShapeDtypeStruct((28, 28), jnp.float32))
 
     Sample i has the key ``fold_in(key, i)``, split into one of its base point and one of the sampler. The samples therefore do
-    not depend on the block or the devices but for the rounding of batched products; the first m of n samples are the m
+    not depend on the block or the devices, except for the rounding of batched products; the first m of n samples are the m
     samples of the same key, and samplers with the same key start from the same base points.
 
     For use outside ``jax.jit``. A block is compiled once for each sampler structure, size and shape of the grid: the last

@@ -19,7 +19,7 @@ _HALVINGS = 60
 
 
 class RenoisePlan(NamedTuple):
-    """What ``renoise`` does for each time t of a grid but the first; arrays ``[K]``.
+    """The targets and factors of ``renoise`` for the times of a grid after the first; arrays ``[K]``.
 
     Attributes:
       target: t+, the time that is jumped to.
@@ -38,8 +38,8 @@ def renoise_plan(interpolant: Interpolant, times: Array, kappa: float | Array) -
     """Targets and factors of ``renoise`` for the times t > 0, ``[K]``: alpha/beta is inverted by bisection.
 
     The ratio falls along a path, and at t = 1 it is alpha_1/beta_1. Where sqrt(1-kappa^2) alpha_t/beta_t lies
-    below that (a path that ends with a little noise), t+ = 1 and kappa is lowered to what is left, so that
-    the marginal is kept.
+    below that (a path that ends with a little noise), t+ = 1 and kappa is lowered to the largest value that keeps
+    the marginal.
     """
     interpolants.check(interpolant)
     kappa = jnp.asarray(kappa).astype(times.dtype)
@@ -174,8 +174,8 @@ def renoise(
       keyed: whether the network gets a key of its own, one per jump.
 
     Raises:
-      ValueError: for a grid that does not ascend, kappa outside [0, 1], a jump outside the domain (values that are traced
-        cannot be looked at), or another base.
+      ValueError: for a grid that does not ascend, kappa outside [0, 1], a jump outside the domain (traced values are not
+        checked), or another base.
       TypeError: for anything but a BoundFlowMap and an Interpolant, or x0 that is not floating-point.
     """
     return run(Renoise(bound, interpolant, kappa, base, keyed), key, x0, grid, cond)

@@ -26,7 +26,7 @@ from jflow.named import described
 from jflow.types import Array, BoundFlowMap, Cond, Event, Key, Time
 
 Grid = Sequence[float] | np.ndarray | Array
-# What the steps of a sampler take as their key: a key, or a key or None where none is needed.
+# The type of a sampler's keys: Key, or Key | None for a sampler that can step without one.
 KeyLike = TypeVar("KeyLike", bound=Key | None)
 KeyTaken = TypeVar("KeyTaken", bound=Key | None, contravariant=True)
 Kept = TypeVar("Kept")
@@ -50,7 +50,7 @@ class State(NamedTuple):
 
 
 class Info(NamedTuple):
-    """What a person looks at after a step.
+    """What a step reports, to look at.
 
     Attributes:
       target: the time that the map jumped to, a scalar; the time of the new state where no jump goes beyond it.
@@ -67,7 +67,7 @@ class Info(NamedTuple):
 
 
 class Sampler(Protocol[KeyTaken]):
-    """What ``run`` and ``draw`` accept. For ``draw`` it is a pytree as well.
+    """A sampler, as ``run`` and ``draw`` accept it. For ``draw`` it must also be a pytree.
 
     Its parameter is what ``step`` takes as a key: ``Sampler[Key]`` draws random numbers, and ``Sampler[Key | None]`` also
     steps without a key.

@@ -32,9 +32,9 @@ def sde(
         dx = [ b_t + sigma_t^2/2 grad log rho_t ] dt + sigma_t dW,   grad log rho_t = (beta b - beta' x + w m)/(alpha w s^2)
 
     With a number c the noise is sigma_t^2 = 2 c alpha_t w_t s^2, entry by entry, and the drift
-    b + c (beta b - beta' x + w m), finite everywhere: nothing divides by alpha, and the noise ends at the data. A function of
-    time is sigma_t itself, in the units of x per square root of time; its drift divides by alpha w and is taken as b where
-    sigma_t is zero.
+    b + c (beta b - beta' x + w m). Nothing divides by alpha, so the drift is finite everywhere, and the noise vanishes at the
+    data. A function of time is sigma_t itself, in the units of x per square root of time; the drift then divides by alpha w,
+    except where sigma_t is zero: there it is b.
 
     Each step is ``sde_step``'s, with fresh normal increments, inside one ``lax.scan``: any number of steps compiles once,
     and both modes of differentiation work. ``samplers.sde`` runs the same step and can return the path.
@@ -109,7 +109,7 @@ def sde_step(
         return trees.scale(jnp.sqrt(jnp.maximum(2.0 * diffusion * c.alpha * c.w, 0.0)), std)
 
     def correction(t: Array, std: Event) -> Event:
-        """What multiplies (beta b - beta' x + w m) in the drift, entry by entry."""
+        """The factor of (beta b - beta' x + w m) in the drift, entry by entry."""
         if not callable(diffusion):
             return jax.tree.map(lambda s: jnp.asarray(diffusion, s.dtype), std)
         c = interpolant.coefficients(t)
