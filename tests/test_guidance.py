@@ -169,6 +169,16 @@ LABELS = [
     (7, np.int64(2**40)),
     (jnp.bool_(True), False),
 ]
+# jax promotes these with no other dtype.
+NARROW = [
+    (jnp.asarray(3, jnp.int4), 200),
+    (jnp.uint8(200), jnp.asarray(-3, jnp.int4)),
+    (jnp.asarray(-3, jnp.int4), jnp.asarray(15, jnp.uint4)),
+    (jnp.asarray(3, jnp.int4), jnp.asarray(1, jnp.int2)),
+    (jnp.asarray(0.5, jnp.float8_e4m3fn), jnp.float32(1e-3)),
+    (jnp.asarray(0.5, jnp.float8_e4m3fn), jnp.asarray(2.0**-15, jnp.float8_e5m2)),
+    (jnp.float16(2049), jnp.asarray(0.5, jnp.float8_e5m2)),
+]
 FLOATS = [
     (jnp.float16(7), 1e6),
     (jnp.float16(7), np.float32(7e4)),
@@ -178,7 +188,7 @@ FLOATS = [
 ]
 
 
-@pytest.mark.parametrize(("cond", "null"), LABELS + FLOATS, ids=repr)
+@pytest.mark.parametrize(("cond", "null"), LABELS + FLOATS + NARROW, ids=repr)
 @pytest.mark.parametrize("interval", [guidance.ALWAYS, (0.2, 0.8)])
 def test_no_dtype_changes_the_condition_or_the_null(cond, null, interval):
     """Eager, jitted with the null known, and with both traced."""
@@ -204,6 +214,9 @@ def test_a_null_that_fits_keeps_the_dtype_of_the_condition():
         (jnp.float32(0.5), np.zeros(()), "float32"),
         (jnp.float32(0.5), 0, "float32"),
         (jnp.float16(0.5), 7e4, "float64"),
+        (jnp.asarray(3, jnp.int4), 7, "int4"),
+        (jnp.asarray(3, jnp.int4), jnp.uint8(200), "int16"),
+        (jnp.asarray(0.5, jnp.float8_e5m2), 0.5, "float8_e5m2"),
     ]:
         for wrap in (lambda f: f, jax.jit):
             seen.clear()
@@ -228,6 +241,26 @@ def test_kinds_that_no_dtype_holds_are_refused(cond, null):
     for call in (guided, jax.jit(guided)):
         with pytest.raises(TypeError, match=r"null\['y'\]: expected .*kind of cond\['y'\]"):
             call(None, 0.5, X, {"y": cond})
+
+
+def test_a_traced_null_is_promoted_by_its_dtype():
+    seen = []
+
+    def net(params, t, x, cond=None, *, key=None):
+        seen.append(cond.dtype)
+        return x
+
+    traced = jax.jit(lambda null, cond: guidance.classifier_free(net, 2.0, null)(None, 0.5, X, cond))
+    traced(jnp.int32(1), jnp.uint8(7))
+    traced(jnp.uint8(1), jnp.uint8(7))
+    assert seen == [jnp.int32, jnp.uint8]
+    with pytest.raises(TypeError, match=r"null: expected a null condition of the kind of cond, float64, .*got int32"):
+        traced(jnp.int32(0), jnp.float64(0.5))
+
+
+def test_bool_labels_have_no_integer_null():
+    with pytest.raises(TypeError, match=r"null: expected .*cond, bool, .*got int64 2; expected integer labels"):
+        guidance.classifier_free(echo, 2.0, 2)(None, 0.5, X, True)
 
 
 def test_values_that_jax_would_cut_are_refused():

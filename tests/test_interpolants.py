@@ -156,6 +156,11 @@ def test_conversions_are_finite_at_the_ends():
         (lambda: interpolants.linear().interpolate(0.5, jnp.zeros(3), jnp.zeros(2)), ValueError, "x0"),
         (lambda: interpolants.linear().mean_derivative(0.1, 0.5, jnp.zeros(3), jnp.zeros(2)), ValueError, "x0"),
         (
+            lambda: interpolants.convert("linear", 0.5, jnp.zeros(2), jnp.zeros(2), "velocity", "data"),
+            TypeError,
+            "interpolant: expected an Interpolant",
+        ),
+        (
             lambda: interpolants.convert(interpolants.linear(), 0.5, jnp.zeros(2), jnp.zeros(2), "velocity", "energy"),
             ValueError,
             "target",

@@ -197,13 +197,44 @@ def test_frechet_distance_of_narrow_features_is_that_of_their_values(dtype, x64)
     expected = metrics.frechet_distance(x.astype(np.float64), y.astype(np.float64))
     with jax.enable_x64(x64):
         got = metrics.frechet_distance(x, y)
-        assert got.dtype == (jnp.float64 if x64 else jnp.float32)
-        np.testing.assert_allclose(got, expected, rtol=1e-12 if x64 else 1e-7)
-        jitted = jax.jit(metrics.frechet_distance)
-        assert jitted(x, y) == got
+        assert got.dtype == np.float64
+        np.testing.assert_allclose(got, expected, rtol=1e-12)
+        jitted, dtype = jax.jit(metrics.frechet_distance), jnp.float64 if x64 else jnp.float32
+        assert jitted(x, y).dtype == dtype and jitted(x, y) == got.astype(dtype)
         assert jnp.isnan(jitted(jnp.asarray(x).at[0, 0].set(jnp.nan), y))
         both = jax.vmap(metrics.frechet_distance, (0, None))(jnp.stack([x[:150], y]), y)
         assert both[1] <= 1e-12 * np.var(y.astype(np.float64), axis=0).sum() < both[0]
+
+
+@pytest.mark.parametrize("x64", [True, False])
+@pytest.mark.parametrize("scale", [1e-150, 1e25, 1e150])
+def test_frechet_distance_scales_with_its_features(scale, x64):
+    rng = np.random.default_rng(5)
+    x, y = rng.normal(size=(12, 3)), rng.normal(size=(9, 3)) + 1.0
+    with jax.enable_x64(x64):
+        expected = metrics.frechet_distance(x, y)
+        assert expected.dtype == np.float64
+        np.testing.assert_allclose(metrics.frechet_distance(scale * x, scale * y) / scale / scale, expected, rtol=1e-12)
+
+
+@pytest.mark.parametrize("offset", [1e200, 1.7e308])
+def test_frechet_distance_of_features_whose_squares_overflow(offset):
+    """It is right if float64 can hold the distance itself, and refused by name if not."""
+    rng = np.random.default_rng(6)
+    x, y = rng.normal(size=(12, 1)), rng.normal(size=(9, 1))
+    wide = [np.concatenate([np.full_like(z, offset), z], axis=1) for z in (x, y)]
+    np.testing.assert_allclose(metrics.frechet_distance(*wide), metrics.frechet_distance(x, y), rtol=1e-12)
+    with pytest.raises(ValueError, match=r"^x, y: expected features whose squared distance float64 can hold"):
+        metrics.frechet_distance(offset * (x / 8.0), offset * (y / 8.0))
+    with pytest.raises(ValueError, match=r"^x: expected finite samples, got NaN or infinity in 12 of 12"):
+        metrics.frechet_distance(np.inf * x, y)
+
+
+@pytest.mark.parametrize("derivative", [jax.grad, jax.jacfwd])
+def test_frechet_distance_has_no_derivative(derivative):
+    x = jnp.asarray(np.random.default_rng(7).normal(size=(4, 2)))
+    with pytest.raises(TypeError, match=r"^x, y: expected no derivative of frechet_distance, which runs on the host"):
+        derivative(lambda x: metrics.frechet_distance(x, x + 1.0))(x)
 
 
 def test_frechet_distance_needs_two_samples():

@@ -231,6 +231,13 @@ def test_the_gaussian_form_reads_the_deviation_of_the_base():
             parameterizations.gaussian_form(path, other)
 
 
+@pytest.mark.parametrize("form", sorted(parameterizations.PARAMETERIZATIONS))
+def test_a_name_is_not_an_interpolant(form):
+    for wrong, got in (("linear", "str 'linear'"), (interpolants.linear, "function linear"), (0.05, "float 0.05")):
+        with pytest.raises(TypeError, match=f"^interpolant: expected an Interpolant, .*got {got}$"):
+            parameterizations.PARAMETERIZATIONS[form](wrong)
+
+
 def test_arguments_that_are_not_a_network_and_a_form_are_named():
     net = lambda p, s, t, x, cond=None, *, key=None: p @ x  # noqa: E731
     form = parameterizations.mean_velocity_form()
@@ -243,6 +250,10 @@ def test_arguments_that_are_not_a_network_and_a_form_are_named():
     made = parameterizations.flow_map(net, form)
     with pytest.raises(TypeError, match=r"apply: expected a network .*, got FlowMap"):
         parameterizations.flow_map(made, form)
+    with pytest.raises(TypeError, match=r"apply: expected a function .*of two times, got one of \(params, t, x"):
+        parameterizations.flow_map(velocity, form)
+    with pytest.raises(TypeError, match=r"apply: expected a network .*, got FlowMap"):
+        parameterizations.from_velocity(velocity, made)
     # A batch in place of a sample: the network's own error, with what it was given.
     for call in (made.jump, made.mean_velocity):
         with pytest.raises(TypeError) as error:

@@ -291,3 +291,83 @@ def test_steps_check_their_arguments():
     for grid in ([0.5, 0.1], [0.0, 1.2]):
         with pytest.raises(ValueError, match="grid: "):
             samplers.sde(BOUND, X, grid, key=jax.random.key(0), interpolant=PATH)
+
+
+KEY, LIST = jax.random.key(0), [0.0, 1.0]
+WRONG_CALLS = {
+    "unbound": (lambda: samplers.jumps(ORACLE.flow_map, X, GRID), TypeError, "bound: .*bind.*got FlowMap"),
+    "swapped": (lambda: samplers.jumps(X, BOUND, GRID), TypeError, "bound: expected a BoundFlowMap"),
+    "path": (lambda: samplers.jumps_path(ORACLE.flow_map, X, GRID), TypeError, "bound: expected a BoundFlowMap"),
+    "encode": (lambda: samplers.encode(ORACLE.flow_map, X, [1.0, 0.0]), TypeError, "bound: expected a BoundFlowMap"),
+    "state": (lambda: samplers.Jumps(ORACLE.flow_map).init(X, 0.0), TypeError, "bound: expected a BoundFlowMap"),
+    "renoise": (
+        lambda: samplers.renoise(ORACLE.flow_map, X, GRID, key=KEY, interpolant=PATH, kappa=0.5),
+        TypeError,
+        "bound: expected a BoundFlowMap",
+    ),
+    "renoise, path": (
+        lambda: samplers.renoise(BOUND, X, GRID, key=KEY, interpolant="linear", kappa=0.5),
+        TypeError,
+        "interpolant: expected an Interpolant.*'linear'",
+    ),
+    "plan": (
+        lambda: samplers.renoise_plan("linear", jnp.ones(1), 0.5),
+        TypeError,
+        "interpolant: expected an Interpolant.*'linear'",
+    ),
+    "renoise, swapped": (
+        lambda: samplers.Renoise(PATH, BOUND, 0.5).init(X, 0.0),
+        TypeError,
+        "bound: .*got Interpolant",
+    ),
+    "sde": (lambda: samplers.sde(ORACLE.flow_map, X, GRID, key=KEY, interpolant=PATH), TypeError, "bound: expected"),
+    "sde, path": (lambda: samplers.sde(BOUND, X, GRID, key=KEY, interpolant="linear"), TypeError, "interpolant: expec"),
+    "no key": (lambda: samplers.run(SAMPLERS["renoise"], None, X, GRID), TypeError, "key: expected a PRNG key"),
+    "no key, sde": (lambda: samplers.run(SAMPLERS["euler"], None, X, GRID), TypeError, "key: expected a PRNG key"),
+    "no key, keyed": (
+        lambda: samplers.run(samplers.Jumps(BOUND, keyed=True), None, X, GRID),
+        TypeError,
+        "key: expected a PRNG key",
+    ),
+    "a number": (lambda: samplers.jumps(BOUND, X, GRID, key=0), TypeError, "key: expected a PRNG key.*int"),
+    "keys": (lambda: samplers.jumps(BOUND, X, GRID, key=jax.random.split(KEY, 3)), ValueError, "key: expected one key"),
+    "draw, keys": (lambda: samplers.draw(SAMPLERS["jumps"], 0, 3, GRID, like=LIKE), TypeError, "key: expected a PRNG"),
+    "draw, swapped": (lambda: samplers.draw(KEY, SAMPLERS["jumps"], 3, GRID, like=LIKE), TypeError, "sampler: expec"),
+    "run, swapped": (lambda: samplers.run(KEY, SAMPLERS["jumps"], X, GRID), TypeError, "sampler: expected a sampler"),
+    "run, a map": (lambda: samplers.run(BOUND, KEY, X, GRID), TypeError, "sampler: expected a sampler"),
+    "run, a class": (lambda: samplers.run(samplers.Jumps, KEY, X, GRID), TypeError, "sampler: expected a sampler"),
+    "run, key last": (lambda: samplers.run(SAMPLERS["jumps"], X, KEY, GRID), TypeError, "key: expected a PRNG key"),
+    "run, grid": (
+        lambda: samplers.run(SAMPLERS["renoise"], KEY, X, 4),
+        ValueError,
+        "grid: expected at least two times",
+    ),
+    "push": (lambda: likelihood.push(ORACLE.flow_map, X, LIST), TypeError, "bound: expected a BoundFlowMap"),
+    "density": (lambda: likelihood.log_density(X, BOUND, LIST), TypeError, "bound: expected a BoundFlowMap"),
+    "refine": (
+        lambda: likelihood.refine(ORACLE.flow_map, X, LIST, step_size=0.1),
+        TypeError,
+        "bound: expected a BoundFlowMap",
+    ),
+    "oracle": (lambda: oracles.gaussian("linear"), TypeError, "interpolant: expected an Interpolant"),
+    "oracle, key": (lambda: ORACLE.sample(PARAMS, 5, KEY), TypeError, "key: expected a PRNG key"),
+}
+
+
+@pytest.mark.parametrize("case", WRONG_CALLS)
+def test_wrong_arguments_are_named(case):
+    call, error, message = WRONG_CALLS[case]
+    with pytest.raises(error, match=f"^{message}"):
+        call()
+
+
+def test_states_may_be_resampled_between_steps():
+    """As in the example of ``samplers.steps``: copies of one particle differ by the noise of the next step alone."""
+    sampler, n = samplers.Renoise(BOUND, PATH, kappa=0.5), 3
+    states = jax.vmap(lambda x: sampler.init(x, GRID[0]))(jnp.arange(6.0).reshape(n, 2))
+    states = jax.tree.map(lambda leaf: leaf[jnp.array([2, 2, 0])], states)
+    with jax.debug_key_reuse(False):
+        for t in GRID[1:]:
+            states, _ = jax.vmap(sampler.step, (None, 0, None))(KEY, states, t)
+    np.testing.assert_array_equal(states.x[0], states.x[1])
+    assert np.abs(states.x[0] - states.x[2]).min() > 1e-3

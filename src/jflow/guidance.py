@@ -1,13 +1,13 @@
-r"""Guidance: velocities made of two velocities, one extrapolated away from the other.
+r"""Guidance: a velocity extrapolated from one velocity through another.
 
     classifier-free    b_t(x | null) + w ( b_t(x | cond) - b_t(x | null) )     one model, two conditions   (2207.12598)
     autoguidance       weak_t(x) + w ( strong_t(x) - weak_t(x) )               two models, one condition   (2406.02507)
 
-at times within an interval (2404.07724), and the conditional or the strong one alone outside. Both are evaluated as
-strong + (w - 1)(strong - weak), which at w = 1 is the strong one to the bit.
+The formula holds at times within an interval (2404.07724); outside, the velocity is the conditional or the strong one. Both
+are evaluated as strong + (w - 1)(strong - weak), which equals strong bit for bit at w = 1.
 
-The result is a Velocity like any other: it can be solved, distilled into a flow map, or guided again. Its flow does not
-carry the base to the law tilted by a power of the likelihood, as is often said: the formula alone defines it.
+The result is a Velocity like any other: it can be solved, distilled into a flow map, or guided again. Its flow does not, in
+general, carry the base to the data law tilted by a power of the likelihood.
 """
 
 from __future__ import annotations
@@ -30,8 +30,9 @@ class Guided(NamedTuple):
     """The parameters of two models, one guiding the other.
 
     Attributes:
-      strong: those of the model that is guided.
-      weak: those of the one it is guided away from: smaller, or trained for less time, on the same task.
+      strong: the parameters of the model that is guided.
+      weak: the parameters of the model that it is guided away from: a smaller one, or one trained for less time, on the
+        same task.
     """
 
     strong: Params
@@ -43,30 +44,34 @@ def classifier_free(
 ) -> Velocity:
     """b_null + scale (b_cond - b_null) at times in the interval, b_cond outside (2207.12598, 2404.07724).
 
-    Cost: two passes at a time inside, one outside where t is shared by the batch (not itself vmapped), and one
-    everywhere at a concrete scale of 1. With a null condition and without an interval the two go through the network
-    as one vmapped call, which does but once what does not depend on the condition; at an eager call they are two, so that
-    the network sees concrete labels, and refuses those outside its classes. Traced, such a label gives what the network
-    makes of it: NaN for those of ``jflow.nets``.
+    Cost: two passes inside the interval; one outside, if the batch shares t (t is not vmapped); one everywhere if the scale
+    is a concrete 1. With a null condition and no interval, the two passes are one vmapped call, which computes once what
+    does not depend on the condition. An eager call makes two calls of the network instead, so that the network sees concrete
+    labels and can refuse labels outside its classes. Traced labels cannot be refused; the networks of ``jflow.nets`` return
+    NaN for them.
 
-    No dtype loses a value of the other: the null condition is cast to that of ``cond`` where it is known to stay the same
-    (a Python float may be rounded), else both are promoted, so uint8 labels and the null label 256 become int32.
+    ``cond`` and ``null`` may differ in dtype if both are integers, both floating-point, or ``null`` is a whole number beside
+    a floating-point ``cond``. No value changes, except that a Python float may be rounded: ``null`` is cast to the dtype of
+    ``cond`` if that keeps its value, else both are promoted (uint8 labels and the null label 256 become int32). The value of
+    a traced ``null`` is not known. It is therefore always promoted by its dtype, even where its value would fit, and must be
+    of the kind of ``cond``: pass it in the dtype of ``cond`` for the network to see that dtype.
 
     Args:
-      velocity: a conditional model, or a FlowMap, of which the velocity v_{t,t} is taken.
+      velocity: a conditional model; of a FlowMap, its velocity v_{t,t}.
       scale: the weight w, a scalar: 0 is unconditional, 1 conditional; it may be traced.
-      null: the condition that stands for none, of one sample: a pytree like ``cond``, or None where the model takes
-        None for it.
-      interval: the first and the last time t, both included, at which to guide; within [0, 1], 0 being noise.
+      null: the condition of one sample that stands for no condition: a pytree like ``cond``, or None if the model takes
+        None for that; it may be traced.
+      interval: the first and the last time t at which to guide, both included, within [0, 1]; 0 is the noise.
 
     Returns:
       A Velocity with the model's own parameters.
 
     Raises:
-      ValueError: for a scale that is no finite scalar, or an interval that is not 0 <= first <= last <= 1; when called,
+      ValueError: for a scale that is not a finite scalar, or an interval that is not 0 <= first <= last <= 1; when called,
         without a condition, or with one unlike ``null`` in structure or shapes.
-      TypeError: for a model that cannot be called, or a scale or time that is not a number; when called, for a condition
-        and a null of different kinds (labels and floating-point numbers), or of dtypes that no common one can hold.
+      TypeError: for a model that cannot be called, or a scale or time that is not a number; when called, for ``cond`` and
+        ``null`` of different kinds (labels and floating-point numbers, or bool labels and an integer), or of dtypes whose
+        values no common dtype holds (uint64 and int64).
     """
     checks.fits("null", null)
     model = as_velocity("velocity", velocity)
@@ -102,22 +107,22 @@ def autoguided(
 ) -> Velocity:
     """weak + scale (strong - weak) at times in the interval, the strong one outside (2406.02507, 2404.07724).
 
-    Both see the same condition and key. Cost: one pass of each inside, of the strong one alone outside where t is shared
-    by the batch, and everywhere at a concrete scale of 1.
+    Both models see the same condition and key. Cost: one pass of each inside the interval. The strong model alone runs
+    outside, if the batch shares t, and everywhere if the scale is a concrete 1.
 
     Args:
-      strong: the model to be guided, or a FlowMap, of which the velocity v_{t,t} is taken.
-      weak: the model to be guided away from, likewise; may be the same function.
+      strong: the model to be guided; of a FlowMap, its velocity v_{t,t}.
+      weak: the model to be guided away from, likewise; it may be the same function.
       scale: the weight w, a scalar: 0 is the weak model, 1 the strong one; it may be traced.
-      interval: the first and the last time t, both included, at which to guide; within [0, 1], 0 being noise.
+      interval: the first and the last time t at which to guide, both included, within [0, 1]; 0 is the noise.
 
     Returns:
       A Velocity whose parameters are ``Guided(strong, weak)``.
 
     Raises:
-      ValueError: for a scale that is no finite scalar, or an interval that is not 0 <= first <= last <= 1.
-      TypeError: for a model that cannot be called, or numbers that are none; when called, for parameters that are not
-        ``Guided``.
+      ValueError: for a scale that is not a finite scalar, or an interval that is not 0 <= first <= last <= 1.
+      TypeError: for a model that cannot be called, or a scale or time that is not a number; when called, for parameters
+        that are not ``Guided``.
     """
     good = parts.on_part(Guided, "strong", as_velocity("strong", strong))
     bad = parts.on_part(Guided, "weak", as_velocity("weak", weak))
@@ -148,7 +153,7 @@ def _extrapolate(
         jnp.asarray(value).astype(trees.at_least_float32(strong)) for value in (interval[0], t, interval[1])
     )
     inside = (first <= t) & (t <= last)
-    # A branch, so that the weak one is not evaluated outside; under a vmap over t it becomes a selection.
+    # A branch, so that the weak model does not run outside; under a vmap over t it becomes a selection.
     return trees.add(strong, jax.lax.cond(inside, correction, lambda: trees.zeros_like(strong)))
 
 
@@ -158,13 +163,13 @@ def _eager(*trees: Any) -> bool:
 
 
 def _pair(stacked: Any) -> tuple[Any, Any]:
-    """Both entries of the leading axis."""
+    """The two entries of the leading axis."""
     return tuple(jax.tree.map(lambda leaf, i=i: leaf[i], stacked) for i in range(2))
 
 
 def _stack(path: Any, cond: Any, null: Any) -> Array:
     """[cond, null] in a dtype that holds both."""
-    # Looked at as it came: under jit an array made of a concrete value is traced.
+    # Before jnp.asarray: under jit that makes a traced array of a concrete value.
     value = checks.concrete(null)
     cond, null = jnp.asarray(cond), jnp.asarray(null)
     dtype = _common(jax.tree_util.keystr(path), cond, null, value)
@@ -172,7 +177,7 @@ def _stack(path: Any, cond: Any, null: Any) -> Array:
 
 
 def _common(path: str, cond: Array, null: Array, value: np.ndarray | None) -> np.dtype:
-    """The dtype of the condition where the null loses nothing in it, else the promotion of both."""
+    """The dtype of the condition if it holds the null condition, else the promotion of both dtypes."""
     if cond.dtype == null.dtype:
         return cond.dtype
     of_cond, of_null = (next((k for k in KINDS if jnp.issubdtype(z.dtype, k)), None) for z in (cond, null))
@@ -181,25 +186,38 @@ def _common(path: str, cond: Array, null: Array, value: np.ndarray | None) -> np
         if _survives(value, cond.dtype, rounding=of_null is jnp.floating and null.weak_type):
             return cond.dtype
     if of_cond is of_null:
-        # Explicit, whatever the session allows to happen by itself.
+        # Explicit promotion, whichever rules the session has for the implicit one.
         with jax.numpy_dtype_promotion("standard"):
-            dtype = jnp.promote_types(cond.dtype, null.dtype)
+            dtype = jnp.promote_types(_promotable(cond.dtype), _promotable(null.dtype))
         if of_cond is not jnp.integer or all(_holds(dtype, z.dtype) for z in (cond, null)):
             return dtype
+    hint = "; expected integer labels, for a bool has no third value for no condition"
     raise TypeError(
         f"null{path}: expected a null condition of the kind of cond{path}, {cond.dtype}, and values that one dtype can "
-        f"hold, got {null.dtype}{'' if value is None else f' {value}'}"
+        f"hold, got {null.dtype}{'' if value is None else f' {value}'}{hint if of_cond is jnp.bool_ else ''}"
     )
 
 
+def _promotable(dtype: np.dtype) -> np.dtype:
+    """A dtype that has all values of one that jax promotes with no other: floats of 8 bits, integers of less."""
+    if jnp.issubdtype(dtype, jnp.floating) and jnp.finfo(dtype).bits <= 8:
+        return jnp.dtype(jnp.bfloat16)
+    if jnp.issubdtype(dtype, jnp.integer) and jnp.iinfo(dtype).bits < 8:
+        return jnp.dtype(jnp.uint8 if jnp.iinfo(dtype).min == 0 else jnp.int8)
+    return dtype
+
+
 def _survives(value: np.ndarray, dtype: np.dtype, *, rounding: bool) -> bool:
-    """Whether a cast leaves the value as it is, or with ``rounding`` finite."""
+    """Whether a cast to the dtype keeps the value; with ``rounding``, whether it keeps a finite value finite."""
+    # numpy has no casts between different integers of less than 8 bits.
+    value = value.astype(_promotable(value.dtype))
     with np.errstate(over="ignore", invalid="ignore"):
         cast = value.astype(dtype)
         if rounding:
             return bool(np.all(np.isfinite(cast) == np.isfinite(value)))
-        same = np.array_equal(cast.astype(value.dtype), value, equal_nan=True)
-    # Between signed and unsigned integers a value that wraps around comes back.
+        back = cast.astype(value.dtype)
+        same = np.array_equal(back, value, equal_nan=True)
+    # A value that wraps around between signed and unsigned integers comes back as itself.
     return same and np.array_equal(cast < 0, value < 0)
 
 

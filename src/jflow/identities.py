@@ -83,8 +83,10 @@ def finite_difference(step: Array | float) -> Derivative:
     """Directional derivatives as (f(p + h d) - f(p))/h, without forward-mode differentiation; an error of order h.
 
     Args:
-      step: h, a number, or a traced scalar that is not zero; negative to look back. It is taken as it is: near t = 1, or
-        near s = t, the function is asked beyond them (``central_difference`` stays within).
+      step: h, a number, or a traced scalar that is not zero; negative for a backward difference. The function is evaluated
+        at the time plus h, also where that lies outside [0, 1] or beyond s = t. A FlowMap refuses concrete times outside
+        [0, 1] with a ValueError: an eager call within h of that end therefore raises, and under ``jit``, where times are
+        traced, the function is evaluated outside. ``central_difference`` stays within.
 
     Raises:
       ValueError: for a step of zero; TypeError if it is not a number.
@@ -105,17 +107,18 @@ def finite_difference(step: Array | float) -> Derivative:
 def central_difference(step: Array | float) -> Derivative:
     """Directional derivatives as (f(p + h d) - f(p - h d))/(2h), without forward-mode differentiation; an error of order h^2.
 
-    For networks whose kernels have a reverse rule alone (cuDNN and Pallas attention). Two more calls of the function for each
-    direction; ``jax.grad`` differentiates all of them.
+    It suits networks whose kernels have a reverse rule alone (cuDNN and Pallas attention). It costs two more calls of the
+    function for each direction; ``jax.grad`` differentiates all of them.
 
-    Times stay where the map is defined. An identity says how far the time may move without leaving [0, 1] or crossing s = t
-    (a map of one direction is not trained beyond its diagonal). Where h does not fit on one side, the difference is one-sided,
+    The identities give it the interval in which the time may move without leaving [0, 1] or crossing s = t (a map of one
+    direction is not trained beyond its diagonal), so that it also works at the ends of [0, 1] in eager calls, where a FlowMap
+    refuses times outside. Called by itself, without an interval, it evaluates both sides. Where h does not fit on one side, the
+    difference is one-sided,
 
         ( -3 f(p) + 4 f(p + h d) - f(p + 2 h d) )/(2h)
 
-    or the same with -h: of second order as well, with twice the error. Where neither fits, h is three tenths of the
-    interval.
-    In an interval of length 0 the derivative is zero: there s = t, and the identities multiply it with t - s.
+    or the same with -h, also of second order, with twice the error. Where neither side has room, h is three tenths of the
+    interval. In an interval of length 0 the derivative is zero: there s = t, and the identities multiply it with t - s.
 
     Args:
       step: h > 0, in units of time: a number, or a traced scalar. Rounding adds an error of order eps/h: about 5e-3 suits

@@ -1,4 +1,4 @@
-r"""Interpolants I_t = alpha_t x0 + beta_t x1 between base and data, and what can be read off a velocity.
+r"""Interpolants I_t = alpha_t x0 + beta_t x1 between base and data, and conversions between predictions.
 
 Every path gives alpha and beta, their divided differences alpha[s,t] = (alpha_t - alpha_s)/(t - s) in a closed form that
 is finite and differentiable at s = t, its values at both ends, and the times at which it is singular. Derivatives in time
@@ -24,6 +24,7 @@ import jax
 import jax.numpy as jnp
 
 from jflow import bases, checks, trees
+from jflow.named import described
 from jflow.types import Array, Event, Time
 
 KINDS = ("velocity", "score", "noise", "data")
@@ -83,7 +84,7 @@ class Interpolant:
         """I_t = alpha_t x0 + beta_t x1, shaped like x0 and x1.
 
         Raises:
-          ValueError: when x0 and x1 differ in structure or shape, or t is no scalar.
+          ValueError: if x0 and x1 differ in structure or shape, or t is not a scalar.
         """
         checks.time("t", t)
         checks.same_structure("x0", x0, "x1", x1)
@@ -93,7 +94,7 @@ class Interpolant:
         """I_t' = alpha_t' x0 + beta_t' x1, shaped like x0 and x1.
 
         Raises:
-          ValueError: when x0 and x1 differ in structure or shape, or t is no scalar.
+          ValueError: if x0 and x1 differ in structure or shape, or t is not a scalar.
         """
         checks.same_structure("x0", x0, "x1", x1)
         c = self.coefficients(t)
@@ -103,12 +104,22 @@ class Interpolant:
         """(I_t - I_s)/(t - s) = alpha[s,t] x0 + beta[s,t] x1: the mean velocity of the pair's own path; I_t' at s = t.
 
         Raises:
-          ValueError: when x0 and x1 differ in structure or shape.
+          ValueError: if x0 and x1 differ in structure or shape.
         """
         checks.time("s", s)
         checks.time("t", t)
         checks.same_structure("x0", x0, "x1", x1)
         return trees.combine(self.alpha_dd(s, t), x0, self.beta_dd(s, t), x1)
+
+
+def check(interpolant: Interpolant, name: str = "interpolant") -> None:
+    """Refuses anything but an Interpolant, such as its name or the function that makes it.
+
+    Raises:
+      TypeError: naming the argument and what came.
+    """
+    if not isinstance(interpolant, Interpolant):
+        raise TypeError(f"{name}: expected an Interpolant, such as interpolants.linear(), got {described(interpolant)}")
 
 
 def convert(
@@ -122,7 +133,7 @@ def convert(
     base: bases.Base = bases.STANDARD_NORMAL,
     floor: float = 1e-6,
 ) -> Event:
-    """What one prediction at (t, x) says in terms of another: velocity, score, noise or data.
+    """Converts a prediction at (t, x) from one kind to another: velocity, score, noise or data.
 
     Every kind is turned into the pair (noise, data) with alpha noise + beta data = x, and the pair into the target:
 
@@ -142,7 +153,7 @@ def convert(
       target: the kind wanted.
       base: the law of x0; only conversions to and from the score look at it.
       floor: alpha and beta are clamped to it from below where they divide. At the ends where they vanish (score and
-        data-prediction at alpha = 0, noise-prediction and score at beta = 0) a value is finite and says nothing.
+        data-prediction at alpha = 0, noise-prediction and score at beta = 0) a value is finite and carries no information.
 
     Returns:
       The prediction of kind ``target``, shaped like x.
@@ -152,6 +163,7 @@ def convert(
         a ``bases.Normal`` or does not fit x.
       TypeError: for an object that is not a base.
     """
+    check(interpolant)
     checks.choice("source", source, KINDS)
     checks.choice("target", target, KINDS)
     checks.same_structure("value", value, "x", x)
@@ -221,7 +233,7 @@ def cosine(offset: float = 0.008, epsilon: float = 1.0 / 4000.0) -> Interpolant:
     The default is the first step of the paper's 4,000.
 
     Raises:
-      ValueError: for offset or epsilon outside [0, 1); TypeError when they are no numbers.
+      ValueError: for offset or epsilon outside [0, 1); TypeError if they are not numbers.
     """
     checks.number("offset", offset, low=0.0, high=0.99)
     checks.number("epsilon", epsilon, low=0.0, high=0.99)
@@ -256,7 +268,7 @@ def variance_preserving(beta_min: float = 0.1, beta_max: float = 20.0, epsilon: 
     cut for sampling. beta_0 is small and not zero.
 
     Raises:
-      ValueError: for a schedule that is not 0 < beta_min <= beta_max; TypeError when they are no numbers.
+      ValueError: for a schedule that is not 0 < beta_min <= beta_max; TypeError if they are not numbers.
     """
     checks.number("beta_min", beta_min, low=0.0, open_low=True)
     checks.number("beta_max", beta_max, low=beta_min)
@@ -295,7 +307,7 @@ def variance_exploding(sigma_min: float = 0.002, sigma_max: float = 80.0, rho: i
     exact: beta_0 is about 1/sigma_max, alpha_1 about sigma_min.
 
     Raises:
-      ValueError: when not 0 < sigma_min < sigma_max, or rho is no positive whole number; TypeError when no numbers.
+      ValueError: unless 0 < sigma_min < sigma_max, or rho is not a positive whole number; TypeError if they are not numbers.
     """
     checks.number("sigma_min", sigma_min, low=0.0, open_low=True)
     checks.number("sigma_max", sigma_max, low=sigma_min, open_low=True)

@@ -12,17 +12,23 @@ R = TypeVar("R")
 
 @dataclasses.dataclass(frozen=True, repr=False, eq=False)
 class Named(Generic[P, R]):
-    """A function with the name and the arguments of its maker, which its ``repr`` shows.
+    """A function whose ``repr`` is the call that made it.
+
+    ``inspect.signature`` gives the signature of the function.
 
     Attributes:
-      name: the maker's.
-      arguments: the maker's, by name.
-      function: what is called.
+      name: the name of the function that made it.
+      arguments: the arguments of that call, by name.
+      function: the function itself.
     """
 
     name: str
     arguments: Mapping[str, object]
     function: Callable[P, R]
+
+    def __post_init__(self) -> None:
+        # Where ``inspect.signature`` looks; otherwise it would find the (*args, **kwargs) of __call__.
+        object.__setattr__(self, "__wrapped__", self.function)
 
     def __call__(self, *args: P.args, **kwargs: P.kwargs) -> R:
         """The function's value."""
@@ -38,13 +44,18 @@ def named(name: str, function: Callable[P, R], **arguments: object) -> Named[P, 
 
 
 def described(value: object) -> str:
-    """What came instead of what was expected, for a message: ``str 'linear'``, ``function linear``, ``FlowMap``."""
+    """A value with its type, for "got ..." in a message: ``str 'linear'``, ``function linear``, ``FlowMap``."""
     kind, text = type(value).__name__, shown(value)
+    if isinstance(value, Named):
+        return text
     return kind if text == kind else f"{kind} {text}"
 
 
 def shown(value: object) -> str:
-    """A short text for a value: the name of a function, the entries of a tuple, the type of what would print long."""
+    """A short text for a value: the name of a function, the entries of a tuple; the type where the text would be long.
+
+    A ``Named`` is shown as the call that made it, without its arguments if they are long: ``mixed(...)``.
+    """
     if isinstance(value, tuple) and type(value) is tuple:
         return f"({', '.join(map(shown, value))}{',' if len(value) == 1 else ''})"
     if callable(value) and hasattr(value, "__name__"):
@@ -52,4 +63,6 @@ def shown(value: object) -> str:
     if callable(value) and hasattr(value, "func"):
         return f"partial({shown(value.func)})"
     text = repr(value)
-    return text if len(text) <= 100 and "\n" not in text and " at 0x" not in text else type(value).__name__
+    if len(text) <= 100 and "\n" not in text and " at 0x" not in text:
+        return text
+    return f"{value.name}(...)" if isinstance(value, Named) else type(value).__name__

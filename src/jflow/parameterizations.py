@@ -14,7 +14,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
-from jflow import bases, checks, parts, trees, types
+from jflow import bases, checks, interpolants, parts, trees, types
 from jflow.interpolants import Interpolant
 from jflow.types import FORWARD, Array, Cond, Domain, Event, FlowMap, Key, Params, Time, Velocity
 
@@ -44,7 +44,8 @@ class Parameterization:
 
 def mean_velocity_form(interpolant: Interpolant | None = None) -> Parameterization:
     """A = 1, B = t - s: the network predicts v_{s,t}(x) (2505.13447, 2505.18825). The path does not enter."""
-    del interpolant
+    if interpolant is not None:
+        interpolants.check(interpolant)
 
     def coefficients(s: Time, t: Time) -> tuple[Array, Array]:
         gap = jnp.asarray(t) - jnp.asarray(s)
@@ -56,16 +57,17 @@ def mean_velocity_form(interpolant: Interpolant | None = None) -> Parameterizati
 def data_form(interpolant: Interpolant, clamp: float = 0.05) -> Parameterization:
     """A = alpha_t/alpha_s, B = beta_t - alpha_t beta_s/alpha_s: the network predicts the data end (DDIM, 2010.02502).
 
-    On the diagonal it is the denoiser. Singular where alpha_s = 0 (s = 1 on the linear path): there alpha_s is replaced by
-    max(alpha_s, clamp) in the denominators, which keeps X_{s,s} = id and the value for the exact network finite, but is
-    another function of the network than the unclamped one wherever alpha_s < clamp.
+    On the diagonal the network is the denoiser. The form is singular where alpha_s = 0 (s = 1 on the linear path), so
+    max(alpha_s, clamp) replaces alpha_s in the denominators. X_{s,s} = id still holds, and the value for the exact network is
+    finite. Wherever alpha_s < clamp, the same network gives another map than without the clamp.
 
-    Pixel MeanFlow (2601.22158) clamps otherwise on the linear path: v = (net - x)/max(1 - s, 0.05), regressed on the
-    velocity of the pair that is clamped in the same way. The two agree where 1 - s >= clamp.
+    On the linear path, pixel MeanFlow (2601.22158) clamps differently: v = (net - x)/max(1 - s, 0.05), regressed on the
+    velocity of the pair clamped in the same way. The two forms agree where 1 - s >= clamp.
 
     Raises:
-      ValueError: for a clamp outside (0, 1]; TypeError when it is no number.
+      ValueError: for a clamp outside (0, 1]; TypeError if it is not a number, or for anything but an Interpolant.
     """
+    interpolants.check(interpolant)
     checks.number("clamp", clamp, low=0.0, high=1.0, open_low=True)
 
     def coefficients(s: Time, t: Time) -> tuple[Array, Array]:
@@ -79,12 +81,13 @@ def data_form(interpolant: Interpolant, clamp: float = 0.05) -> Parameterization
 def noise_form(interpolant: Interpolant, clamp: float = 0.05) -> Parameterization:
     """A = beta_t/beta_s, B = alpha_t - beta_t alpha_s/beta_s: the network predicts the base end.
 
-    Singular where beta_s = 0 (s = 0 on the linear path): there beta_s is replaced by max(beta_s, clamp) in the
-    denominators, as in ``data_form``.
+    It is singular where beta_s = 0 (s = 0 on the linear path), so max(beta_s, clamp) replaces beta_s in the denominators, as
+    in ``data_form``.
 
     Raises:
-      ValueError: for a clamp outside (0, 1]; TypeError when it is no number.
+      ValueError: for a clamp outside (0, 1]; TypeError if it is not a number, or for anything but an Interpolant.
     """
+    interpolants.check(interpolant)
     checks.number("clamp", clamp, low=0.0, high=1.0, open_low=True)
 
     def coefficients(s: Time, t: Time) -> tuple[Array, Array]:
@@ -96,19 +99,20 @@ def noise_form(interpolant: Interpolant, clamp: float = 0.05) -> Parameterizatio
 
 
 def gaussian_form(interpolant: Interpolant, base: bases.Base = bases.STANDARD_NORMAL) -> Parameterization:
-    """A = sigma_t/sigma_s with sigma^2 = alpha^2 std^2 + beta^2, B = t - s: the network predicts what v is beyond that of
+    """A = sigma_t/sigma_s with sigma^2 = alpha^2 std^2 + beta^2, B = t - s: the network predicts v minus the mean velocity of
     data ~ N(0, I).
 
-    For centred data of unit scale the linear part is the exact map of the Gaussian with the same moments, so the network
-    starts from there; the preconditioning of EDM (2206.00364), for two times. sigma has no zero.
+    For centred data of unit scale the linear part is the exact map of the Gaussian with the same moments, and the network
+    learns the rest: the preconditioning of EDM (2206.00364), for two times. sigma has no zero.
 
     Args:
       interpolant: the path.
       base: a centred ``bases.Normal`` whose std is a number.
 
     Raises:
-      ValueError: for another base.
+      ValueError: for another base; TypeError for anything but an Interpolant and a base.
     """
+    interpolants.check(interpolant)
     normal = bases.gaussian(base, "gaussian_form")
     if not isinstance(normal.std, (int, float)) or not isinstance(normal.mean, (int, float)) or normal.mean != 0:
         raise ValueError(f"base: gaussian_form expects a Normal with mean 0 and a number for its std, got {normal!r}")
@@ -129,8 +133,9 @@ def trigonometric_form(interpolant: Interpolant) -> Parameterization:
     The network predicts -F of that paper, for data of unit scale; the velocity is (pi/2) net.
 
     Raises:
-      ValueError: on another path.
+      ValueError: on another path; TypeError for anything but an Interpolant.
     """
+    interpolants.check(interpolant)
     if interpolant.name != "trigonometric":
         raise ValueError(f"interpolant: the trigonometric form needs the trigonometric path, got {interpolant.name!r}")
     half = 0.5 * jnp.pi
@@ -170,10 +175,7 @@ def flow_map(apply: NetworkApply, parameterization: Parameterization, domain: Do
       TypeError: for a network that cannot be called, or a form that is not a Parameterization; (when called) for an x or an
         output that is not floating point.
     """
-    if isinstance(apply, (Parameterization, FlowMap)) or not callable(apply):
-        raise TypeError(
-            f"apply: expected a network (params, s, t, x, cond=None, *, key=None), got {type(apply).__name__}"
-        )
+    _check_network(apply)
     if not isinstance(parameterization, Parameterization):
         kind = "a function that was not called" if callable(parameterization) else repr(parameterization)
         raise TypeError(
@@ -195,6 +197,13 @@ def flow_map(apply: NetworkApply, parameterization: Parameterization, domain: Do
     return FlowMap(mean_velocity, domain, form=parameterization.name)
 
 
+def _check_network(apply: NetworkApply) -> None:
+    signature = "(params, s, t, x, cond=None, *, key=None)"
+    if isinstance(apply, (Parameterization, FlowMap)) or not callable(apply):
+        raise TypeError(f"apply: expected a network {signature}, got {type(apply).__name__}")
+    checks.accepts("apply", apply, f"{signature}, of two times", 5)
+
+
 class Started(NamedTuple):
     """The parameters of a map made by ``from_velocity``.
 
@@ -210,19 +219,20 @@ class Started(NamedTuple):
 def from_velocity(
     velocity: Velocity | FlowMap, apply: NetworkApply, *, frozen: bool = False, domain: Domain = FORWARD
 ) -> FlowMap:
-    r"""A FlowMap that starts from a velocity, and whose diagonal is exactly that velocity, before and after training.
+    r"""A FlowMap that starts from a velocity. Its diagonal is exactly that velocity, before and after training.
 
         v_{s,t}(x) = b_s(x) + (t - s) net(s, t, x),     v_{t,t} = b_t
 
-    The velocity is taken at the source, since x is a point of time s; what is left for the network is then finite, by
-    Taylor's formula (d/ds b + grad b b)/2 as t -> s. With an output layer that starts at zero (that of ``nets.MLP``) the
+    The velocity is taken at the source, since x is a point of time s. By Taylor's formula the network's target is then
+    finite: (d/ds b + grad b b)/2 as t -> s. With an output layer that starts at zero (that of ``nets.MLP``) the
     map starts as one Euler step of b. Where b has been learned, the objective needs few diagonal rows, or none if frozen.
 
-    Cost: a pass of each network, on the diagonal of the velocity alone. The derivative in t is the network's alone, so that
-    Lagrangian methods pay least here. To go on from the weights of a velocity network in one pass: ``nets.MLP.decoupled``.
+    Cost: one pass of each network; on the diagonal, one pass of the velocity alone. The derivative in t is that of the
+    network alone, so Lagrangian methods cost least here. For one pass in all, ``nets.MLP.decoupled`` starts from the weights
+    of a velocity network.
 
     Args:
-      velocity: b, or a FlowMap, of which the velocity v_{t,t} is taken.
+      velocity: b; of a FlowMap, its velocity v_{t,t}.
       apply: ``(params, s, t, x, cond=None, *, key=None) -> net``, of one sample, shaped like x (see ``jflow.nets``).
       frozen: whether the velocity's parameters get no gradient. An optimizer's weight decay must be masked as well.
       domain: the pairs of times on which it will be trained.
@@ -231,11 +241,12 @@ def from_velocity(
       The FlowMap; its params are ``Started(velocity, correction)``. Both networks see the same condition and key.
 
     Raises:
-      TypeError: for a velocity that cannot be called; when called, for params that are not ``Started``, an x or
-        outputs that are not floating point.
-      ValueError: (when called) for a time that is not a scalar, or outputs that are not shaped like x.
+      TypeError: for a velocity or a network that cannot be called as one; when called, for params that are not ``Started``,
+        or an x or outputs that are not floating-point.
+      ValueError: when called, for a time that is not a scalar, or outputs that are not shaped like x.
     """
     b = types.as_velocity("velocity", velocity)
+    _check_network(apply)
 
     def start(weights: Params, t: Time, x: Event, cond: Cond = None, *, key: Key | None = None) -> Event:
         checks.scalar("t", t)

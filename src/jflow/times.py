@@ -1,12 +1,19 @@
 """Laws of times: ``(key, n) -> [n]`` for one time, ``(key, n) -> (s [n], t [n])`` for a pair.
 
-A law sees the whole batch, so that it can spread its samples (``stratified``); the rows of a batch are exchangeable.
-Laws of time flip between conventions: MeanFlow's logit-normal(-0.4, 1) is logit-normal(+0.4, 1) here, s the smaller.
+A law draws the times of a whole batch in one call, so that it can spread them (``stratified``); the rows of a batch are
+exchangeable. ``n`` is a Python number, and jax must be able to trace a law. A law of pairs returns a tuple.
+
+The functions below make laws: ``times.uniform()`` is a law, ``times.uniform`` is not. Where a law is an argument, anything
+else is refused with a TypeError or ValueError that names the argument: a function that makes laws, a function of other
+arguments, a law of pairs in the place of a law of one time, and the reverse.
+
+In papers that put the data at time 0, laws are reversed: MeanFlow's logit-normal(-0.4, 1) is logit-normal(+0.4, 1) here.
 """
 
 from __future__ import annotations
 
 import dataclasses
+import inspect
 from collections.abc import Callable, Sequence
 from typing import Any, Generic, TypeVar
 
@@ -15,41 +22,52 @@ import jax.numpy as jnp
 import numpy as np
 
 from jflow import checks
-from jflow.named import named, shown
+from jflow.named import described, named, shown
 from jflow.types import FINEST_LEVELS, Array, Domain, Key
 
-# How many times are drawn when a law is checked.
+# The number of times that are drawn when a law is checked.
 DRAWN = 256
 
 Law = Callable[[Key, int], Array]
 PairLaw = Callable[[Key, int], tuple[Array, Array]]
 AnyLaw = TypeVar("AnyLaw", Law, PairLaw)
 
+_ARRAYS = (jax.Array, np.ndarray, jax.ShapeDtypeStruct)
+# What laws take and return, for messages.
+_ONE = "(key, n) -> times, a law of jflow.times such as uniform()"
+_PAIR = "(key, n) -> (s, t), a law of pairs of jflow.times such as triangle()"
+
 
 @dataclasses.dataclass(frozen=True)
 class ByStep(Generic[AnyLaw]):
-    """A law that changes with the optimizer's step: ``law(step)`` is the one in force, for a traced step.
+    """A law that changes with the optimizer's step: ``law(step)`` is the law at that step, which may be traced.
 
-    An objective takes it wherever it takes a law: ``ByStep(lambda step: cells(2 ** (step // 1000)))``.
+    An objective takes a ByStep wherever it takes a law: ``ByStep(lambda step: cells(2 ** (step // 1000)))``. The functions
+    of this module that combine laws do not; put ByStep around their results: ``ByStep(lambda step: ordered(...))``.
 
     Raises:
-      TypeError: for what is no function.
+      TypeError: for anything that is not a function of a step, such as a law.
     """
 
     law: Callable[[Array], AnyLaw]
 
     def __post_init__(self) -> None:
-        checks.function("law", self.law, "step -> law")
+        what = "step -> law, such as lambda step: uniform()"
+        checks.function("law", self.law, what)
+        # Of the makers, ``cells`` alone takes a traced number.
+        if _makes_laws(self.law) and self.law is not cells:
+            raise TypeError(f"law: expected a function {what}, got the function {shown(self.law)}")
+        _check_arguments("law", self.law, what, 1)
 
     def __repr__(self) -> str:
         return f"ByStep({shown(self.law)})"
 
 
 def at_step(law: AnyLaw | ByStep[AnyLaw], step: Array | int) -> AnyLaw:
-    """The law in force at a step: ``law`` itself unless it is ``ByStep``."""
+    """The law at a step; ``law`` itself unless it is a ``ByStep``."""
     if not isinstance(law, ByStep):
         return law
-    # As in a schedule, whole steps may be mixed with floats.
+    # Steps may be mixed with floats, as in an optax schedule.
     with jax.numpy_dtype_promotion("standard"):
         return law.law(jnp.asarray(step))
 
@@ -58,7 +76,7 @@ def uniform(low: float = 0.0, high: float = 1.0, *, stratified: bool = False) ->
     """Uniform on [low, high); ``stratified`` puts one sample into each of n equal cells, in random order.
 
     Raises:
-      ValueError: when not 0 <= low < high <= 1; TypeError when they are not numbers.
+      ValueError: unless 0 <= low < high <= 1; TypeError if they are not numbers.
     """
     checks.number("low", low, low=0.0, high=1.0)
     checks.number("high", high, low=low, high=1.0, open_low=True)
@@ -77,7 +95,7 @@ def logit_normal(mean: float = 0.0, std: float = 1.0) -> Law:
     """sigmoid(mean + std z), z ~ N(0, 1) (2403.03206).
 
     Raises:
-      ValueError: when std is not positive; TypeError when they are not numbers.
+      ValueError: if std is not positive; TypeError if they are not numbers.
     """
     checks.number("mean", mean)
     checks.number("std", std, low=0.0, open_low=True)
@@ -92,16 +110,16 @@ def constant(value: float) -> Law:
     """The fixed time ``value``.
 
     Raises:
-      ValueError: when it is outside [0, 1]; TypeError when it is not a number.
+      ValueError: if it is outside [0, 1]; TypeError if it is not a number.
     """
     checks.number("value", value, low=0.0, high=1.0)
     return named("constant", lambda key, n: jnp.full((n,), value), value=value)
 
 
 def triangle(*, stratified: bool = False) -> PairLaw:
-    """Uniform on the triangle 0 <= s < t <= 1; ``stratified`` spreads the gap t - s evenly over its own law.
+    """Uniform on the triangle 0 <= s < t <= 1; ``stratified`` draws the gap t - s from one stratum for each row.
 
-    The gap has density 2 (1 - g), so g = 1 - sqrt(1 - u), and s is uniform on [0, 1 - g].
+    The gap has density 2 (1 - g), hence g = 1 - sqrt(1 - u) with u uniform; s is uniform on [0, 1 - g].
     """
     position = uniform(stratified=stratified)
 
@@ -115,7 +133,14 @@ def triangle(*, stratified: bool = False) -> PairLaw:
 
 
 def ordered(law: Law, other: Law | None = None) -> PairLaw:
-    """Two independent draws, s the smaller (2505.13447): of one law, or of two (2510.24474)."""
+    """Two independent draws, s the smaller (2505.13447): of one law, or of two (2510.24474).
+
+    Raises:
+      ValueError, TypeError: for anything but laws of one time.
+    """
+    _check_one("law", law)
+    if other is not None:
+        _check_one("other", other)
     second_law = law if other is None else other
 
     def pair(key: Key, n: int) -> tuple[Array, Array]:
@@ -127,12 +152,23 @@ def ordered(law: Law, other: Law | None = None) -> PairLaw:
 
 
 def source(pair: PairLaw) -> Law:
-    """The law of s in a law of pairs: ``source(ordered(law))`` is that of the smaller of two draws."""
+    """The law of s in a law of pairs: ``source(ordered(law))`` is the law of the smaller of two draws.
+
+    Raises:
+      ValueError, TypeError: for anything but a law of pairs.
+    """
+    _check_pair("pair", pair)
     return named("source", lambda key, n: pair(key, n)[0], pair=pair)
 
 
 def independent(source: Law, target: Law) -> PairLaw:
-    """s and t drawn each from a law of its own: a fixed end with ``constant``, both directions with two uniforms."""
+    """s and t, each drawn from its own law: ``constant`` fixes an end, two uniforms give both directions.
+
+    Raises:
+      ValueError, TypeError: for anything but laws of one time.
+    """
+    _check_one("source", source)
+    _check_one("target", target)
 
     def pair(key: Key, n: int) -> tuple[Array, Array]:
         source_key, target_key = jax.random.split(key)
@@ -142,7 +178,12 @@ def independent(source: Law, target: Law) -> PairLaw:
 
 
 def gapped(gap: Law) -> PairLaw:
-    """The gap t - s from a law, then s uniform on [0, 1 - gap]."""
+    """The gap t - s is drawn from a law, then s uniformly from [0, 1 - gap].
+
+    Raises:
+      ValueError, TypeError: for anything but a law of one time.
+    """
+    _check_one("gap", gap)
 
     def pair(key: Key, n: int) -> tuple[Array, Array]:
         gap_key, start_key = jax.random.split(key)
@@ -154,15 +195,27 @@ def gapped(gap: Law) -> PairLaw:
 
 
 def mixed(laws: Sequence[PairLaw], weights: Sequence[float]) -> PairLaw:
-    """Every row from one of several pair laws, chosen with the given probabilities.
+    """Every row is drawn from one of several laws of pairs, chosen with the given probabilities.
+
+    Args:
+      laws: the laws of pairs, at least one.
+      weights: their probabilities, numbers.
 
     Raises:
-      ValueError: when the weights do not match the laws, are negative, or do not sum to one.
+      ValueError: for weights that do not match the laws, are negative, or do not sum to one.
+      TypeError: for weights that are not numbers, or anything but sequences.
+      ValueError, TypeError: for anything but laws of pairs.
     """
+    for name, value, what in (("laws", laws, "laws of pairs"), ("weights", weights, "numbers")):
+        if not isinstance(value, Sequence | np.ndarray) or isinstance(value, str):
+            raise TypeError(f"{name}: expected a sequence of {what}, got {described(value)}")
+    for i, law in enumerate(laws):
+        _check_pair(f"laws[{i}]", law)
     if len(laws) != len(weights) or not laws:
         raise ValueError(f"weights: expected one for each of {len(laws)} laws, got {len(weights)}")
-    if min(weights) < 0 or abs(sum(weights) - 1.0) > 1e-6:
-        raise ValueError(f"weights: expected non-negative numbers that sum to one, got {tuple(weights)}")
+    weights = tuple(checks.number(f"weights[{i}]", weight, low=0.0) for i, weight in enumerate(weights))
+    if abs(sum(weights) - 1.0) > 1e-6:
+        raise ValueError(f"weights: expected non-negative numbers that sum to one, got {weights}")
 
     def pair(key: Key, n: int) -> tuple[Array, Array]:
         choice_key, *keys = jax.random.split(key, len(laws) + 1)
@@ -171,11 +224,15 @@ def mixed(laws: Sequence[PairLaw], weights: Sequence[float]) -> PairLaw:
         pick = lambda values: jnp.take_along_axis(jnp.stack(values), chosen[None], axis=0)[0]  # noqa: E731
         return pick([s for s, _ in drawn]), pick([t for _, t in drawn])
 
-    return named("mixed", pair, laws=tuple(laws), weights=tuple(weights))
+    return named("mixed", pair, laws=tuple(laws), weights=weights)
 
 
 def to_data(source: Law | None = None) -> PairLaw:
-    """t = 1 always, s from a law (uniform by default): the pairs of consistency models (2303.01469)."""
+    """t = 1 always, s from a law (uniform by default): the pairs of consistency models (2303.01469).
+
+    Raises:
+      ValueError, TypeError: for anything but a law of one time.
+    """
     return independent(uniform() if source is None else source, constant(1.0))
 
 
@@ -183,7 +240,7 @@ def cells(count: Array | int) -> PairLaw:
     """A uniformly chosen cell [s, t] of a grid of ``count`` equal cells (2202.00512); the count may be traced.
 
     Raises:
-      ValueError: when a concrete count is below one; TypeError for a Python number that is not whole.
+      ValueError: if a concrete count is below one; TypeError for a Python number that is not whole.
     """
     if not isinstance(count, jax.Array):
         checks.integer("count", count, low=1)
@@ -203,7 +260,7 @@ def cells(count: Array | int) -> PairLaw:
 def dyadic(levels: int) -> PairLaw:
     """The law of the shortcut model (2410.12557): a gap 2^-k, k uniform on 0..levels, and s uniform on its multiples.
 
-    The smallest gap of the grid is drawn too: in the paper's code the flow-matching rows carry it.
+    The smallest gap of the grid is drawn too; in the paper's code it comes in the flow-matching rows.
 
     Raises:
       ValueError: for levels outside 1 to ``types.FINEST_LEVELS``; TypeError if it is not a whole number.
@@ -222,12 +279,13 @@ def dyadic(levels: int) -> PairLaw:
 
 
 def check_law(name: str, law: Law) -> np.ndarray | None:
-    """Draws from a law of one time and refuses what is not ``[n]`` times in [0, 1].
+    """Draws from a law of one time, and refuses anything but ``[n]`` times in [0, 1].
 
-    Within ``jit``, too, unless the law itself closes over traced values, whose times cannot be looked at and pass.
+    It draws concrete times under ``jit`` too, unless the law closes over traced values; the values of traced times are not
+    checked.
 
     Args:
-      name: how the message calls it.
+      name: how messages call it.
       law: ``(key, n) -> [n]``.
 
     Returns:
@@ -235,18 +293,19 @@ def check_law(name: str, law: Law) -> np.ndarray | None:
 
     Raises:
       ValueError: for another shape, or times outside [0, 1] or not finite.
-      TypeError: for what is no function, or times that are not floating-point.
+      TypeError: for anything that is not a law, or times that are not floating-point.
     """
-    return _check_drawn(name, _draw(name, law), "times")
+    return _check_values(name, _draw(name, law, _ONE), "times")
 
 
 def check_pairs(name: str, law: PairLaw, domain: Domain) -> tuple[np.ndarray, np.ndarray] | None:
-    """Draws from a law of pairs and refuses what is not two arrays ``[n]`` of times within the domain.
+    """Draws from a law of pairs, and refuses anything but a tuple of two arrays ``[n]`` of times within the domain.
 
-    Within ``jit``, too, unless the law itself closes over traced values, whose times cannot be looked at and pass.
+    It draws concrete times under ``jit`` too, unless the law closes over traced values; the values of traced times are not
+    checked.
 
     Args:
-      name: how the message calls it.
+      name: how messages call it.
       law: ``(key, n) -> (s [n], t [n])``.
       domain: of the map that is trained at these times.
 
@@ -254,16 +313,12 @@ def check_pairs(name: str, law: PairLaw, domain: Domain) -> tuple[np.ndarray, np
       The pairs (s, t) that were drawn, in float64; None if they are traced.
 
     Raises:
-      ValueError: for anything but a pair, another shape, times outside [0, 1] or not finite, or a pair outside the domain.
-      TypeError: for what is no function, or times that are not floating-point.
+      ValueError: for anything but a tuple of two (a list, too), another shape, times outside [0, 1] or not finite, or a
+        pair outside the domain.
+      TypeError: for anything that is not a law, or times that are not floating-point.
     """
-    drawn = _draw(name, law)
-    if not isinstance(drawn, tuple) or len(drawn) != 2:
-        of = f" of {len(drawn)}" if isinstance(drawn, tuple) else ""
-        raise ValueError(
-            f"{name}: expected a law that returns a pair (s [n], t [n]), it returned {type(drawn).__name__}{of}"
-        )
-    s, t = (_check_drawn(name, part, which) for part, which in zip(drawn, ("s", "t"), strict=True))
+    first, second = _as_pair(name, _draw(name, law, _PAIR))
+    s, t = _check_values(name, first, "s"), _check_values(name, second, "t")
     if s is None or t is None:
         return None
     outside = np.flatnonzero(~domain.contains_all(s, t))
@@ -275,22 +330,86 @@ def check_pairs(name: str, law: PairLaw, domain: Domain) -> tuple[np.ndarray, np
     return s, t
 
 
-def _draw(name: str, law: Any) -> Any:
-    checks.function(name, law, "(key, n) -> times, a law of jflow.times")
-    # Concrete within a trace, where the check would otherwise see nothing.
+def _check_one(name: str, law: Any) -> None:
+    """Refuses anything but a law of one time; nothing is computed."""
+    _check_array(name, _shapes(name, law, _ONE), "times")
+
+
+def _check_pair(name: str, law: Any) -> None:
+    """Refuses anything but a law of pairs; nothing is computed."""
+    for drawn, which in zip(_as_pair(name, _shapes(name, law, _PAIR)), ("s", "t"), strict=True):
+        _check_array(name, drawn, which)
+
+
+def _shapes(name: str, law: Any, what: str) -> Any:
+    """What a law returns, as shapes and dtypes."""
+    _check_is_law(name, law, what)
+    # The key is made within the trace: laws are also made at import, when jax must not start its backend.
+    return jax.eval_shape(lambda: law(jax.random.key(0), DRAWN))
+
+
+def _draw(name: str, law: Any, what: str) -> Any:
+    """What a law returns, concrete where it can be."""
+    _check_is_law(name, law, what)
+    # Under jit the times would otherwise be traced, and their values could not be checked.
     with jax.ensure_compile_time_eval():
         return law(jax.random.key(0), DRAWN)
 
 
-def _check_drawn(name: str, drawn: Any, which: str) -> np.ndarray | None:
-    """The times as numpy, checked; None while they are traced."""
-    if not isinstance(drawn, (jax.Array, np.ndarray)):
-        raise ValueError(f"{name}: expected a law that returns an array of {which}, it returned {type(drawn).__name__}")
+def _check_is_law(name: str, law: Any, what: str) -> None:
+    """Refuses anything but a function of a key and a number."""
+    checks.function(name, law, what)
+    if _makes_laws(law):
+        raise TypeError(
+            f"{name}: expected a function {what}, got the function {shown(law)}, which makes one: {shown(law)}(...)"
+        )
+    _check_arguments(name, law, what, 2)
+
+
+def _makes_laws(law: Any) -> bool:
+    """Whether it is a function of this module, not the law that it returns."""
+    return inspect.isfunction(law) and law.__module__ == __name__
+
+
+def _check_arguments(name: str, function: Any, what: str, count: int) -> None:
+    """Refuses a function that cannot be called with this many arguments, if Python knows its signature."""
+    try:
+        signature = inspect.signature(function)
+    except (TypeError, ValueError):
+        return
+    try:
+        signature.bind(*[None] * count)
+    except TypeError:
+        raise TypeError(f"{name}: expected a function {what}, got one of {signature}") from None
+
+
+def _as_pair(name: str, drawn: Any) -> tuple[Any, Any]:
+    if not isinstance(drawn, tuple) or len(drawn) != 2:
+        raise ValueError(f"{name}: expected a law that returns a tuple (s [n], t [n]), it returned {_kind(drawn)}")
+    return drawn
+
+
+def _check_array(name: str, drawn: Any, which: str) -> None:
+    """Refuses anything but a floating-point array ``[n]``."""
+    if not isinstance(drawn, _ARRAYS):
+        raise ValueError(f"{name}: expected a law that returns an array of {which}, it returned {_kind(drawn)}")
     shape, dtype = drawn.shape, drawn.dtype
     if shape != (DRAWN,):
         raise ValueError(f"{name}: expected a law that returns {which} of shape [n], got {shape} for n = {DRAWN}")
     if not jnp.issubdtype(dtype, jnp.floating):
         raise TypeError(f"{name}: expected a law that returns floating-point {which}, got {dtype}")
+
+
+def _kind(drawn: Any) -> str:
+    """What a law returned, for messages."""
+    if isinstance(drawn, _ARRAYS):
+        return "one array"
+    return f"a {type(drawn).__name__}" + (f" of {len(drawn)}" if isinstance(drawn, tuple | list) else "")
+
+
+def _check_values(name: str, drawn: Any, which: str) -> np.ndarray | None:
+    """The times as numpy, checked; None if they are traced."""
+    _check_array(name, drawn, which)
     values = checks.concrete(drawn)
     if values is None:
         return None

@@ -375,9 +375,25 @@ JOINT = lik.shared_network(APPLY, FORM)
 POINT = WithLogDensity(jnp.zeros(2), jnp.zeros(()))
 
 
+@pytest.mark.parametrize("identity", ["lagrangian", "eulerian"])
+@pytest.mark.parametrize(("diagonal", "terms"), [(0.0, {"head"}), (1.0, {"tangent"})])
+def test_a_head_learns_from_rows_of_one_kind(identity, diagonal, terms):
+    still = lambda params, s, t, x, cond=None, *, key=None: params * x  # noqa: E731
+    flow = lik.with_head(types.FlowMap(still), lambda params, s, t, x, cond=None, *, key=None: params * t)
+    objective = lik.head_objective(flow, PATH, identity=identity, diagonal=diagonal)
+    batch = types.Batch(jnp.ones((4, 2)))
+    loss, aux = jax.eval_shape(objective, Headed(jnp.ones(()), jnp.ones(())), jax.random.key(0), batch)
+    assert loss.shape == (4,)
+    assert {name.split("/")[0].removesuffix(f"_{identity}") for name in aux.metrics if "/" in name} == terms
+
+
 @pytest.mark.parametrize(
     ("call", "error", "message"),
     [
+        (lambda: lik.with_head(lambda p, s, t, x: x, lambda *a, key: 0.0), TypeError, "flow_map: expected a FlowMap"),
+        (lambda: lik.with_head(FORWARD, FORWARD), TypeError, "head: expected a function"),
+        (lambda: lik.head_objective(PATH, FORWARD), TypeError, "flow_map: expected a FlowMap.*got Interpolant"),
+        (lambda: lik.head_objective(FORWARD, PATH, diagonal="1"), TypeError, "diagonal: expected a number"),
         (lambda: FORWARD.jump(Headed(0, 0), 0.9, 0.2, POINT), ValueError, "jump from 0.9 to 0.2 is outside .*s <= t"),
         (lambda: JOINT.jump(init(0), 0.0, 1.2, POINT), ValueError, r"t: expected a time in \[0, 1\], got 1.2"),
         (

@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 
 from jflow import bases, interpolants, likelihood, nets, oracles
+from jflow.types import FlowMap
 
 
 def own(log_density):
@@ -200,6 +201,14 @@ def of(velocity, *args, **kwargs):
     ("call", "error", "message"),
     [
         (lambda: likelihood.along_ode(3.0), TypeError, "velocity: expected a function.*float"),
+        (lambda: likelihood.along_ode(likelihood.hutchinson(), blows_up), TypeError, r"velocity: .*got one of \(b"),
+        (
+            lambda: likelihood.along_ode(FlowMap(lambda p, s, t, x, c=None, *, key=None: x)),
+            TypeError,
+            "velocity: .*FlowMap",
+        ),
+        (lambda: likelihood.along_ode(blows_up, likelihood.hutchinson), TypeError, "divergence: .*function hutchinson"),
+        (lambda: likelihood.along_ode(blows_up, 1), TypeError, "divergence: expected .*got int 1"),
         (lambda: likelihood.along_ode(blows_up, solver="rk5"), ValueError, "solver: "),
         (lambda: likelihood.along_ode(blows_up, solver="heun"), ValueError, "steps: "),
         (lambda: likelihood.along_ode(blows_up, rtol=-1.0), ValueError, "rtol: "),

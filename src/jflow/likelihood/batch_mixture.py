@@ -14,9 +14,9 @@ not fold (where it does, ``weights`` says what the sign is for). Weights target/
 f(x_n) ] = int target f: importance sampling from several proposals with the balance heuristic. The samples are then one from
 each proposal and vary less than independent ones, for which the standard errors of ``weights`` are: those are too large here.
 
-The mean of q over batches is the density of the sampler, so that by Jensen's inequality KL(q | target), KL(target | q) and the
-mean of -log q over data are, in expectation, upper bounds of the sampler's own. They tend to it as N grows, slowly where sigma
-is small beside the distances between the samples, as in many dimensions.
+The mean of q over batches is the density of the sampler. By Jensen's inequality KL(q | target), KL(target | q) and the mean of
+-log q over data are therefore, in expectation, upper bounds of those of the sampler. The bounds tighten as N grows, slowly
+where sigma is small compared with the distances between the samples, as in many dimensions.
 """
 
 from __future__ import annotations
@@ -49,7 +49,7 @@ class BatchMixture:
 
     @property
     def name(self) -> str:
-        """What error messages call it."""
+        """Its name in error messages."""
         return "batch mixture"
 
     def sample(self, key: Key, like: Event, shape: tuple[int, ...] = ()) -> Event:

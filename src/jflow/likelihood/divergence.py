@@ -12,8 +12,8 @@ With ``mode="reverse"`` they are those of J', one vector-Jacobian product each a
 kernels have a reverse rule alone (fused attention): J' has the trace of J, and z'J'z = z'Jz probe by probe. ``jax.grad`` of
 the result differentiates the kernel's reverse rule and therefore needs one that jax can differentiate.
 
-Along the flow, d/dt log rho_t(x_t) = -div b_t(x_t): the pair (x, log rho) follows a velocity of its own, and whatever
-jflow does with a velocity (solves, identities, objectives) it does with that.
+Along the flow, d/dt log rho_t(x_t) = -div b_t(x_t): the pair (x, log rho) follows a velocity of its own, with which
+solves, identities and objectives work as with any other.
 """
 
 from __future__ import annotations
@@ -26,6 +26,8 @@ import jax.numpy as jnp
 
 from jflow import checks, trees
 from jflow.likelihood.jacobian import Mode, linearise
+from jflow.named import described
+from jflow.solvers.ode import check_velocity
 from jflow.types import Array, Cond, Event, Key, Params, Time, Velocity
 
 # (b, x, key) -> (b(x), div b(x)): of a function of x alone, with one call of it.
@@ -85,10 +87,10 @@ def hutchinson(probes: int = 1, noise: Noise = "rademacher", mode: Mode = "forwa
 
 
 def hutch_pp(probes: int = 1, noise: Noise = "rademacher", mode: Mode = "forward") -> Divergence:
-    """Hutch++: the trace on a sketch of the range of J, and Hutchinson's estimate on what is left; ``probes`` is m.
+    """Hutch++: the trace on a sketch of the range of J, and Hutchinson's estimate on its complement; ``probes`` is m.
 
     For a Jacobian of rank at most m it is exact, to the rounding of x's dtype. Costs 1 + 3m forward passes (2010.09649). The
-    sketch is normal, ``noise`` is that of the probes of what is left.
+    sketch is normal; ``noise`` is the law of the probes of the complement.
 
     Raises:
       ValueError, TypeError: as ``hutchinson``.
@@ -101,13 +103,13 @@ def hutch_pp(probes: int = 1, noise: Noise = "rademacher", mode: Mode = "forward
         linear = linearise("b(x)", b, x, mode)
         columns = jax.vmap(linear.column)
         sketch_key, probe_key = jax.random.split(_given(key))
-        # Normal, whatever the noise: probes of signs are often multiples of each other, and then span less.
+        # Normal for either noise: probes of signs are often multiples of each other, and then span less.
         w = jax.random.normal(sketch_key, (probes, linear.size), linear.dtype)
-        # No more columns than there are dimensions span them all. The estimate is unbiased for every basis, and so is its
-        # derivative with the basis held fixed; that of a basis of dependent columns would not be finite.
+        # The estimate is unbiased for every basis, and so is its derivative with the basis held fixed. The derivative of a
+        # basis of dependent columns would not be finite.
         q = jax.lax.stop_gradient(jnp.linalg.qr(columns(w).T)[0].T)
         z = _probes(probe_key, (probes, linear.size), linear.dtype, noise)
-        # To rounding, whatever the accelerator: what is left of Q in g would be a bias.
+        # In full precision on every accelerator: a part of Q that stays in g would be a bias.
         g = z - _matmul(_matmul(z, q.T), q)
         return linear.value, jnp.sum(q * columns(q)) + jnp.sum(g * columns(g)) / probes
 
@@ -121,15 +123,22 @@ def augment(velocity: Velocity, divergence: Divergence | None = None) -> Velocit
       velocity: of events x.
       divergence: ``exact_divergence()`` by default; the others draw their probes from the key of the call, which serves a whole
         solve, so that the probes are fixed within it.
+
+    Raises:
+      TypeError: for a velocity that cannot be called as one, or anything but a Divergence.
     """
+    check_velocity(velocity)
     divergence = exact_divergence() if divergence is None else divergence
+    if divergence in (exact_divergence, hutchinson, hutch_pp) or not callable(divergence):
+        got = described(divergence)
+        raise TypeError(f"divergence: expected (b, x, key) -> (b(x), div b(x)), such as hutchinson(), got {got}")
 
     def augmented(
         params: Params, t: Time, state: WithLogDensity, cond: Cond = None, *, key: Key | None = None
     ) -> WithLogDensity:
-        # Folded, for a solve uses its one key at every step, which for a key that is split would be reuse.
+        # Folded, not split: a solve uses its one key at every step, and splitting it repeatedly would count as reuse.
         probe_key, model_key = (None if key is None else jax.random.fold_in(key, i) for i in range(2))
-        # Only x decides how precise the velocity's time is, as without the log-density.
+        # The precision of the time depends on x alone, as it does without the log-density.
         t = jnp.asarray(t).astype(trees.at_least_float32(state.x))
         b, div = divergence(lambda x: velocity(params, t, x, cond, key=model_key), state.x, probe_key)
         return WithLogDensity(b, -div.astype(jnp.result_type(state.log_density)))

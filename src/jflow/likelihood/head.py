@@ -1,26 +1,26 @@
 r"""The divergence head: the log-density of a jump from one pass of a network (F2D2, 2512.02636).
 
-A second output D_{s,t}(x), a scalar, is the mean divergence along the way, so that for a point and its log-density
+A second output D_{s,t}(x), a scalar, is the mean divergence along the path, so that for a point and its log-density
 
     X_{s,t}(x),   log rho_t(X_{s,t}(x)) = log rho_s(x) - (t-s) D_{s,t}(x),      D_{t,t} = div b_t
 
-A map with a head is a FlowMap on ``WithLogDensity`` events (x, log rho) whose mean velocity is (v_{s,t}(x), -D_{s,t}(x)),
-whatever the second entry is. The identities of such a map are those of any other (``jflow.identities``); their second
-entries say of D, with c a velocity and X = X_{s,t}(x),
+A map with a head is a FlowMap on ``WithLogDensity`` events (x, log rho). Its mean velocity is (v_{s,t}(x), -D_{s,t}(x)), which
+does not depend on log rho. Its identities are those of any flow map (``jflow.identities``). Their second entries are these
+residuals of D, with c a velocity and X = X_{s,t}(x):
 
     tangent      D_{t,t}(x) - div c_t(x)
     Eulerian     D_{s,t}(x) - div c_s(x) - (t-s) ( d/ds D_{s,t}(x) + grad D_{s,t}(x) . c_s(x) )
     Lagrangian   D_{s,t}(x) + (t-s) d/dt D_{s,t}(x) - div c_t(X)
     semigroup    D_{s,t}(x) - (1-gamma) D_{s,u}(x) - gamma D_{u,t}( X_{s,u}(x) ),   u = gamma s + (1-gamma) t
 
-The map enters in three places: in the points X, in the direction c_s and in div c. All of them are values here, under the
-stop-gradient, and no other term holds v: the head's loss trains D alone. Where D shares layers with v it trains these too.
+The map enters in three places: the points X, the direction c_s, and div c. All three are under the stop-gradient, and no other
+term contains v: the head's loss trains D alone, and the layers that D shares with v.
 
-c is the map's own diagonal (self-distilled) or a teacher. All four are linear in div c where that may be an estimate, which
+c is the map's own diagonal (self-distillation) or a teacher. All four residuals are linear in div c. An estimate of it
 therefore only has to be unbiased: under the squared reduction the exact head stays stationary.
 
-The log-density is the exact one of samples of the map where the map is the flow of c; where it is not, D is the mean of div
-c along the map's own images, and ``jflow.likelihood``'s Jacobian of the jumps says what their density is.
+If the map is the flow of c, the log-density is that of the map's samples. If it is not, D is the mean of div c along the map's
+own images; the density of the samples is then that of ``likelihood.push``, from the Jacobians of the jumps.
 """
 
 from __future__ import annotations
@@ -36,6 +36,7 @@ from jflow import bases, checks, couplings, identities, parts, reports, trees, t
 from jflow.identities import Derivative
 from jflow.interpolants import Interpolant
 from jflow.likelihood.divergence import Divergence, WithLogDensity, augment
+from jflow.named import described
 from jflow.objectives import velocity_estimates
 from jflow.objectives.choices import RowChoices
 from jflow.objectives.objective import Objective
@@ -63,7 +64,7 @@ from jflow.types import (
 # (params, s, t, x, cond=None, *, key=None) -> D_{s,t}(x), a scalar, in nats per unit of time.
 Head = Callable[..., Array]
 
-# identity -> what may be stopped in it, the default first; none of them lets the head's loss reach the map.
+# identity -> the choices of ``stop``, the default first; with none of them does the head's loss reach the map.
 STOPS = {"lagrangian": ("velocity", "target"), "eulerian": ("velocity", "spatial", "target"), "semigroup": ("target",)}
 
 
@@ -80,7 +81,7 @@ class Headed(NamedTuple):
 
 
 def scalar_head(apply: NetworkApply) -> Head:
-    """The scalar output of a network of points with log-densities, such as ``nets.MultiOutput(nets.MLP())``, as a head."""
+    """A head that is the scalar output of a network of points with log-densities, such as ``nets.MultiOutput(nets.MLP())``."""
 
     def head(params: Params, s: Time, t: Time, x: Event, cond: Cond = None, *, key: Key | None = None) -> Array:
         return _network(apply, params, s, t, x, cond, key).log_density
@@ -100,9 +101,13 @@ def with_head(flow_map: FlowMap, head: Head) -> FlowMap:
       (x, log rho_s(x)) its ``jump`` gives (X_{s,t}(x), log rho_t(X_{s,t}(x))), in nats.
 
     Raises:
-      TypeError: (when called) for params that are not ``Headed`` or an event that is not a WithLogDensity.
-      ValueError: (when called) for a head or a log-density that is no scalar, or concrete times outside the domain.
+      TypeError: for a map or a head of another type; when called, for params that are not ``Headed``, or an event that is not
+        a WithLogDensity.
+      ValueError: when called, for a head or a log-density that is not a scalar, or concrete times outside the domain.
     """
+    if not isinstance(flow_map, FlowMap):
+        raise TypeError(f"flow_map: expected a FlowMap, got {described(flow_map)}")
+    checks.accepts("head", head, "(params, s, t, x, cond=None, *, key=None) -> D_{s,t}(x)", 5)
     points, network = parts.map_on_part(Headed, "map", flow_map), parts.on_part(Headed, "head", head)
 
     def d(params: Headed, s: Time, t: Time, x: Event, cond: Cond, key: Key | None) -> Array:
@@ -144,8 +149,8 @@ def with_head(flow_map: FlowMap, head: Head) -> FlowMap:
 def shared_network(apply: NetworkApply, parameterization: Parameterization, domain: Domain = FORWARD) -> FlowMap:
     """A map of points with log-densities whose v_{s,t}(x) and D_{s,t}(x) are two outputs of one network.
 
-    v_{s,t}(x) = a(s,t) x + c(s,t) net, and D_{s,t}(x) is the second output as it comes. A jump with its log-density costs one
-    pass of the network.
+    v_{s,t}(x) = a(s,t) x + c(s,t) net, and D_{s,t}(x) is the second output itself. A jump with its log-density costs one pass
+    of the network.
 
     Args:
       apply: ``(params, s, t, state, cond=None, *, key=None) -> WithLogDensity(net, D)``, the log-density given to it being 0:
@@ -157,8 +162,8 @@ def shared_network(apply: NetworkApply, parameterization: Parameterization, doma
       The FlowMap of ``WithLogDensity`` events; its params are the network's.
 
     Raises:
-      TypeError: (when called) for an event or an output that is not a WithLogDensity.
-      ValueError: (when called) for outputs of other shapes than the WithLogDensity's, or concrete times outside the domain.
+      TypeError: when called, for an event or an output that is not a WithLogDensity.
+      ValueError: when called, for outputs of other shapes than the WithLogDensity's, or concrete times outside the domain.
     """
 
     def mean_velocity(
@@ -175,7 +180,7 @@ def shared_network(apply: NetworkApply, parameterization: Parameterization, doma
 
 
 def without_head(flow_map: FlowMap) -> FlowMap:
-    """The map of events x within a map of points with log-densities, with the same params: to sample from or to train."""
+    """The map of events x alone, of a map of points with log-densities; it has the same params."""
 
     def mean_velocity(
         params: Params, s: Time, t: Time, x: Event, cond: Cond = None, *, key: Key | None = None
@@ -198,11 +203,11 @@ def without_head(flow_map: FlowMap) -> FlowMap:
 
 @dataclasses.dataclass(frozen=True)
 class HeadObjective:
-    """The objective of a head; made by ``head_objective``, and called as every other.
+    """The objective of a head, made by ``head_objective``; it is called like every other objective.
 
     Attributes:
       on_states: the Objective on points with log-densities.
-      own: whether div c is the map's own, at the params being trained, and not at ``context.teacher``.
+      own: whether c is the map's own diagonal at the params being trained, not a teacher at ``context.teacher``.
     """
 
     on_states: Objective
@@ -211,7 +216,7 @@ class HeadObjective:
     def __call__(self, params: Params, key: Key, batch: BatchLike, context: Context | None = None) -> tuple[Array, Aux]:
         """The loss of each sample, and the metrics of ``Objective`` for the residual of D.
 
-        The metric "nonfinite_rows" counts the rows whose loss is not finite, as it is where a divergence was not.
+        The metric "nonfinite_rows" counts the rows whose loss is not finite, for example because a divergence was not.
 
         Raises:
           ValueError, TypeError: as ``Objective``.
@@ -243,27 +248,27 @@ def head_objective(
 ) -> HeadObjective:
     """R( residual of D ) by one of the module's identities, and R( D_{t,t} - sg div c_t ) on the diagonal rows.
 
-    The map gets no gradient, but for layers that D shares with it. To train it as well, add an objective of its own:
+    The map gets no gradient, except in layers that it shares with D. To train the map as well, add an objective for it:
     ``weighted_sum(objectives.lsd(without_head(flow_map), interpolant), head=(head_objective(flow_map, interpolant), 1.0))``.
 
     On a mixture in the plane the Lagrangian identity learned fastest, and the Eulerian one with the target stopped slowest.
 
-    Cost of a row in passes of the network of D (F is a pass of the map's, where it is another network; a divergence costs
-    1 + d passes of c's network exactly, 1 + m with m probes): diagonal 3 + divergence; Lagrangian 6 + F + divergence;
-    Eulerian 6 + divergence; both 2 less with the target stopped; semigroup 5 + F.
+    Cost of a row in passes of the network of D: diagonal 3 + divergence; Lagrangian 6 + F + divergence; Eulerian
+    6 + divergence; both 2 less with the target stopped; semigroup 5 + F. F is a pass of the map's network, if that is another
+    one. A divergence costs 1 + d passes of c's network if exact, 1 + m with m probes.
 
     Args:
       flow_map: of ``WithLogDensity`` events (``with_head``, ``shared_network``).
       interpolant: the path.
-      identity: "lagrangian", "eulerian" or "semigroup", whose gamma is that of ``gammas``, 1/2 by default.
+      identity: "lagrangian", "eulerian" or "semigroup"; ``gammas`` is the semigroup's law of gamma, 1/2 by default.
       divergence: ``exact_divergence()`` by default, or an unbiased estimate; its probes are drawn from each row's key.
       teacher: c, a Velocity or a FlowMap of events x at the parameters ``context.teacher``; by default the map's own
         diagonal.
-      along: "divergence", or "head": off the diagonal sg D_{t,t} then takes the place of div c_t, which saves its passes
-        and leaves the diagonal rows to say what it is.
-      stop: what gets no gradient beside the map. "velocity", div c alone: the default but for the semigroup; "target", all
-        but the leading D: the semigroup's; "spatial", of the Eulerian: div c and grad D. F2D2 (2512.02636)
-        stops the target.
+      along: "divergence", or "head": off the diagonal sg D_{t,t} then replaces div c_t, which saves the passes of the
+        divergence. The divergence is then learned on the diagonal rows alone.
+      stop: what gets no gradient besides the map. "velocity": div c alone, the default of the Lagrangian and the Eulerian
+        identity. "target": all but the leading D, the only choice of the semigroup; F2D2 (2512.02636) stops the target.
+        "spatial", for the Eulerian identity: div c and grad D.
       derivative: ``forward_mode``, ``central_difference(h)`` or ``finite_difference(h)``.
       **choices: of ``Objective``: diagonal (1/2 by default), times, pairs, gammas, reduction, diagonal_reduction,
         base, coupling, blocks, domain. Only the squared reduction leaves the exact head stationary with an estimated
@@ -273,12 +278,16 @@ def head_objective(
       The objective; the terms of its metrics are "tangent" and "head_IDENTITY".
 
     Raises:
-      ValueError: for an unknown choice, or no diagonal rows where they alone say what the divergence is.
+      ValueError: for an unknown choice, or ``diagonal=0`` if only the diagonal rows involve the divergence.
+      TypeError: for a map that is not a FlowMap, or choices of another type.
     """
     checks.choice("identity", identity, STOPS)
     checks.choice("along", along, ("divergence", "head"))
+    if not isinstance(flow_map, FlowMap):
+        raise TypeError(f"flow_map: expected a FlowMap of points with log-densities, got {described(flow_map)}")
     stopped: str = STOPS[identity][0] if stop is None else checks.choice("stop", stop, STOPS[identity])
     chosen: dict[str, Any] = {"diagonal": 0.5, **choices}
+    checks.number("diagonal", chosen["diagonal"], low=0.0, high=1.0)
     if chosen["diagonal"] == 0.0 and (identity == "semigroup" or along == "head"):
         raise ValueError(f"diagonal: expected more than 0, for the {identity} identity alone holds for D = 0 as well")
 
@@ -289,7 +298,7 @@ def head_objective(
 
     def residual(row: Row) -> identities.Residual:
         def own(t: Time, state: WithLogDensity) -> WithLogDensity:
-            # The diagonal of D in place of the divergence; the direction is c's.
+            # The diagonal of D replaces the divergence; the direction stays that of c.
             return row.leg("teacher").velocity(t, state)._replace(log_density=row.own.v(t, t, state).log_density)
 
         v, b = row.own.v, row.leg("teacher").velocity if along == "divergence" else own
@@ -307,12 +316,17 @@ def head_objective(
     def couple(key: Key, x1: WithLogDensity, cond: Cond) -> WithLogDensity:
         return _states("x0", coupling(key, x1.x, cond))
 
+    def divergence_of(row: Row) -> Array:
+        return velocity_estimates.teacher(row).log_density
+
+    # The tangent term alone reads it, and an objective refuses choices that nothing reads.
+    estimate: Any = divergence_of if chosen["diagonal"] > 0.0 else None
     on_states = Objective(
         "head",
         _points_stopped(flow_map),
         interpolant,
         Term(f"head_{identity}", residual, ("teacher", "gamma") if identity == "semigroup" else ("teacher",)),
-        velocity=lambda row: velocity_estimates.teacher(row).log_density,
+        velocity=estimate,
         teacher=augment(c, divergence),
         coupling=couple,
         **chosen,
@@ -321,7 +335,7 @@ def head_objective(
 
 
 class _HeadAlone(FlowMap):
-    """A map whose diagonal is the entry of D alone: all that the tangent term of the head compares."""
+    """A map whose velocity is the entry of D alone, which is what the head's tangent term compares."""
 
     def velocity(
         self, params: Params, t: Time, x: WithLogDensity, cond: Cond = None, *, key: Key | None = None
@@ -331,7 +345,7 @@ class _HeadAlone(FlowMap):
 
 
 def _points_stopped(flow_map: FlowMap) -> FlowMap:
-    """The map as the head's objective sees it: points get no gradient, and on the diagonal there is D alone."""
+    """The map as the head's objective uses it: points get no gradient, and the velocity is the entry of D alone."""
 
     def mean_velocity(
         params: Params, s: Time, t: Time, state: WithLogDensity, cond: Cond = None, *, key: Key | None = None
@@ -353,7 +367,7 @@ def _check(domain: Domain, s: Time, t: Time, state: WithLogDensity) -> None:
 def _network(
     apply: NetworkApply, params: Params, s: Time, t: Time, x: Event, cond: Cond, key: Key | None
 ) -> WithLogDensity:
-    """A network's two outputs; what it sees of the log-density is 0."""
+    """A network's two outputs; the log-density that it is given is 0."""
     state = _state(x)
     output = apply(params, s, t, state, cond, key=key)
     if not isinstance(output, WithLogDensity):
@@ -371,7 +385,7 @@ def _state(x: Event) -> WithLogDensity:
 
 
 def _states(name: str, x: Event) -> WithLogDensity:
-    """A batch of events with a log-density of 0 each, which nothing depends on."""
+    """A batch of events with log-densities of 0; no result depends on these."""
     checks.floating(name, x)
     rows = jnp.shape(jax.tree.leaves(x)[0])[:1]
     return WithLogDensity(x, jnp.zeros(rows, trees.at_least_float32(x)))

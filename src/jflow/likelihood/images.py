@@ -35,7 +35,7 @@ def dequantise(key: Key, pixels: Array, levels: int = 256, *, dtype: jax.typing.
       Shaped like pixels, within (-1, 1).
 
     Raises:
-      TypeError: for pixels that are no integers, a dtype that is not floating-point, or levels that are no whole number.
+      TypeError: for pixels that are not integers, a dtype that is not floating-point, or levels that are not a whole number.
       ValueError: for concrete pixels out of range, fewer than two levels, or a dtype too narrow for them.
     """
     _check_levels(levels)
@@ -61,7 +61,7 @@ def quantise(x: Array, levels: int = 256) -> Array:
     """floor( (x + 1) levels/2 ), int32: the pixels that ``dequantise`` made x of. Samples outside [-1, 1) go to the ends.
 
     Raises:
-      TypeError: for x that is not floating-point, or levels that are no whole number; ValueError for fewer than two.
+      TypeError: for x that is not floating-point, or levels that are not a whole number; ValueError for fewer than two.
     """
     _check_levels(levels)
     checks.floating("x", x)

@@ -7,16 +7,15 @@ density, not an estimate: log rho with a Hutchinson divergence is unbiased, so t
 biased upward, E exp(log rho + noise) > rho, and likewise 1/rho and every weight made of it. With a normal noise of variance
 v the factor is e^{v/2}. Use ``exact_divergence()`` for weights.
 
-Where a learned map folds, several base points are sampled at one x, and rho_0/|det| is the density of one of the branches
-alone, less than the sampler's: weights made of it count x once for each branch. With the sign of the determinant they are right
-again,
+Where a learned map folds, several base points go to one x, and rho_0/|det| is the density of one branch alone, which is less
+than the sampler's. Weights made of it count x once for each branch. The sign of the determinant corrects this:
 
     E_{rho_0}[ sign det grad X  target(X)/(rho_0/|det grad X|) f(X) ] = int det grad X target(X) f(X) dx_0 = deg X int target f
 
-for the signs of the preimages of a point sum to the degree of the map. It is 1 where every jump X_{s,t} can be undone without
-points coming in from infinity: |X_{s,u}(x)| -> infinity with |x|, uniformly in u between s and t, as of a bounded v, or of one
-with |(t-s) v| <= c |x| + C, c < 1. Of a learned map that is an assumption (x + softplus(-2x) has degree 0), and the base must
-reach all preimages in practice; the check is log Z, which is 0 for a normalised target. Pass ``push``'s sign.
+since the signs of the preimages of a point sum to the degree of the map. The degree is 1 if no point comes in from infinity
+along a jump X_{s,t}: |X_{s,u}(x)| -> infinity with |x|, uniformly in u between s and t. A bounded v suffices, and so does one
+with |(t-s) v| <= c |x| + C, c < 1. For a learned map this is an assumption (x + softplus(-2x) has degree 0), and the base must
+reach all preimages in practice. The check is log Z, which is 0 for a normalised target. Pass the sign from ``push``.
 """
 
 from __future__ import annotations
@@ -51,8 +50,8 @@ def normalised(log_target: Array, log_sampler: Array, sign: Array | None = None)
     Args:
       log_target: ``[N]``; minus infinity where the target vanishes.
       log_sampler: ``[N]``, finite.
-      sign: ``[N]``, each 1, 0 or -1, of the determinants of a sampler that may fold; by default 1 for all. With 0 a sample
-        counts as drawn and has no weight: so pass singular ones, with any finite densities.
+      sign: ``[N]``, each 1, 0 or -1, of the determinants of a sampler that may fold; by default 1 for all. A sample of
+        sign 0 counts as drawn and has no weight: pass singular samples so, with any finite densities.
 
     Raises:
       ValueError: for other shapes; and (concrete) for numbers that are not finite, but for a log_target of minus infinity,
@@ -95,9 +94,9 @@ def normalised(log_target: Array, log_sampler: Array, sign: Array | None = None)
 
 
 def effective_sample_size(weights: Array) -> Array:
-    """(sum w)^2 / sum w^2 of ``[N]`` weights of any positive sum: so many equal weights are worth as much. A scalar.
+    """(sum w)^2 / sum w^2 of ``[N]`` weights of any positive sum: the number of equal weights of the same value. A scalar.
 
-    From 1 to N, but of weights with signs it may be less than 1.
+    It lies between 1 and N; for weights with signs it may be less than 1.
 
     Raises:
       ValueError: for another shape, and (concrete) for weights that are not finite, or a sum that is not positive.
@@ -109,7 +108,7 @@ def effective_sample_size(weights: Array) -> Array:
 def expectation(weights: Array, values: Array) -> tuple[Array, Array]:
     """sum w f / sum w with its standard error by the delta method, sqrt( sum w^2 (f - mean)^2 ) / sum w.
 
-    The bias, of order 1/N, is not in the error; nor is a region of the target that no sample came from.
+    The error includes neither the bias, of order 1/N, nor regions of the target without samples.
 
     Args:
       weights: ``[N]``, of any positive sum.
@@ -119,7 +118,7 @@ def expectation(weights: Array, values: Array) -> tuple[Array, Array]:
       The mean and its standard error, each of shape ``[...]``.
 
     Raises:
-      ValueError: as ``effective_sample_size``, and for values of another length; TypeError when they are not floating-point.
+      ValueError: as ``effective_sample_size``, and for values of another length; TypeError if they are not floating-point.
     """
     weights = _weights(weights)
     checks.floating("values", values)

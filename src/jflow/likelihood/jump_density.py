@@ -28,16 +28,17 @@ from jflow.bases import Base
 from jflow.likelihood.jacobian import flatten, linearise
 from jflow.likelihood.ode_density import LogDensity, check_event, log_base
 from jflow.samplers import Grid
+from jflow.samplers.steps import check_bound, check_length
 from jflow.types import Array, BoundFlowMap, Cond, Event, Key
 
-# Steps of Heun's method along the diagonal that guess the inverse of one jump: a network call is cheap beside a Jacobian.
+# Steps of Heun's method along the diagonal that guess the inverse of one jump: a network call is cheap next to a Jacobian.
 GUESS_STEPS = 8
-# Newton steps are tried at these lengths, the best is taken.
+# Newton steps are tried at these lengths, and the best is taken.
 LENGTHS = 0.5 ** np.arange(8)
 
 
 class _Leg(NamedTuple):
-    """What one jump from s to t adds; scalars.
+    """The contribution of one jump from s to t; scalars.
 
     Attributes:
       log_det: log|det grad X_{s,t}|.
@@ -73,10 +74,11 @@ def push(
       ``valid`` is False when a determinant is zero, negative or not finite.
 
     Raises:
-      ValueError: for a grid with a jump outside the domain (a traced grid cannot be looked at), x0 that is not finite, a
-        base density that is no scalar; at an un-jitted call, where ``valid`` would be False.
-      TypeError: for x0 that is not floating-point.
+      ValueError: for a grid with a jump outside the domain (the values of a traced grid are not checked), x0 that is not
+        finite, or a base density that is not a scalar; at an un-jitted call, where ``valid`` would be False.
+      TypeError: for anything but a BoundFlowMap, or x0 that is not floating-point.
     """
+    check_bound(bound)
     x0 = check_event("x0", x0)
     bound.domain.check_grid(grid)
     times = _times(grid, x0)
@@ -102,11 +104,11 @@ def log_density(
 
     On an **ascending** grid: the density of ``samplers.jumps`` on that grid with that key. Each jump is inverted by
     Newton's method with a dense Jacobian: from the diagonal's solve backward, each step at the best of eight lengths, until
-    the residual is below eps^(2/3) (1 + max|x|). Of a map that is not injective one preimage counts, the others do not.
+    the residual is below eps^(2/3) (1 + max|x|). If the map is not injective, one preimage counts and the others do not.
     Derivatives of all orders but in the grid exist, as of an implicit function.
 
-    On a **descending** grid, of a map that goes backward: the density that its encoder defines. It is that of the sampler
-    only as far as the two are each other's inverse.
+    On a **descending** grid, of a map that goes backward: the density that its encoder defines. It is the density of the
+    sampler only as far as encoder and sampler are each other's inverse.
 
     Args:
       bound: the flow map with its parameters.
@@ -123,9 +125,10 @@ def log_density(
 
     Raises:
       ValueError: for a grid that is traced, not strictly monotone or has a jump outside the domain; x that is not finite;
-        a base density that is no scalar; at an un-jitted call, where ``valid`` would be False.
-      TypeError: for x that is not floating-point, or ``iterations`` that is no whole number.
+        a base density that is not a scalar; at an un-jitted call, where ``valid`` would be False.
+      TypeError: for anything but a BoundFlowMap, x that is not floating-point, or ``iterations`` that is not a whole number.
     """
+    check_bound(bound)
     x = check_event("x", x)
     checks.integer("iterations", iterations, low=1)
     ascending = _ascending(grid)
@@ -158,8 +161,8 @@ def refine(
 ) -> Event:
     """Base points of higher density for the sampler: x0 <- x0 + step_size grad_{x0} log rho_1(X(x0)), ``steps`` times.
 
-    For sampling from there on: ``samplers.jumps(bound, refine(bound, x0, grid, step_size=0.05), grid)``. What comes
-    out is **no sample of the model**: each step moves it towards a mode, so that spread is lost and tails vanish.
+    To sample from the new points: ``samplers.jumps(bound, refine(bound, x0, grid, step_size=0.05), grid)``. The results are
+    **not samples of the model**: each step moves them towards a mode, so that spread is lost and tails vanish.
 
     The density is that of ``push``, differentiated in reverse: a step costs about four times as much. The map needs
     derivatives in both modes (of a solve: fixed steps, or ``adjoint="direct"``).
@@ -173,9 +176,10 @@ def refine(
       Shaped like x0.
 
     Raises:
-      ValueError: as ``push``, and for a step size that is no finite scalar of at least 0, or no steps; TypeError for
+      ValueError: as ``push``, and for a step size that is not a finite scalar of at least 0, or no steps; TypeError for
         numbers of the wrong type.
     """
+    check_bound(bound)
     x0 = check_event("x0", x0)
     checks.integer("steps", steps, low=1)
     checks.scalar("step_size", step_size)
@@ -199,7 +203,7 @@ def _jump_of(
 
 
 def _anew(key: Key | None) -> Callable[[], Key | None]:
-    """The same key at each call: an inverse asks the map many times, which jax's check of keys would take for reuse."""
+    """The same key at each call: an inverse calls the map many times, which jax's key-reuse check would reject."""
     if key is None or not jnp.issubdtype(key.dtype, jax.dtypes.prng_key):
         return lambda: key
     data, impl = jax.random.key_data(key), jax.random.key_impl(key)
@@ -216,7 +220,7 @@ def _jump(jump: Callable[[Event], Event], x: Event) -> tuple[Event, _Leg]:
 
 
 def _guess(bound: BoundFlowMap, inputs: tuple[Array, Array, Array], y: Event, cond: Cond, key: Key | None) -> Array:
-    """Where the diagonal's flow was at s that is at y at t: ``[d]``, or y itself where that is not finite."""
+    """The point at s that the diagonal's flow carries to y at t: ``[d]``, or y itself if that point is not finite."""
     index, s, t = inputs
     solved = solvers.solve(bound.flow_map.velocity, "heun", steps=GUESS_STEPS).bind(bound.params)
     jump_key = None if key is None else jax.random.fold_in(key, index)
@@ -225,7 +229,7 @@ def _guess(bound: BoundFlowMap, inputs: tuple[Array, Array, Array], y: Event, co
 
 
 def _invert(jump: Callable[[Event], Event], y: Event, guess: Array, iterations: int) -> Event:
-    """The x with X(x) = y, as far as Newton's steps from a guess ``[d]`` find it."""
+    """The x with X(x) = y by Newton's steps from a guess ``[d]``, or the best x that they found."""
     target, unflatten = flatten(y)
     tolerance = _tolerance(y)
     lengths = jnp.asarray(LENGTHS, target.dtype)
@@ -262,7 +266,7 @@ def _solve(column: Callable[[Array], Array], value: Array) -> Array:
 
 
 def _tolerance(y: Event) -> Array:
-    """How near to y its preimage must jump: eps^(2/3) (1 + max|y|), of the narrowest dtype."""
+    """The largest distance from y to the image of its preimage: eps^(2/3) (1 + max|y|), eps of the narrowest dtype."""
     eps = max(float(jnp.finfo(leaf.dtype).eps) for leaf in jax.tree.leaves(y))
     return eps ** (2 / 3) * (1.0 + jnp.max(jnp.abs(flatten(y)[0])))
 
@@ -273,9 +277,7 @@ def _inputs(times: Array) -> tuple[Array, Array, Array]:
 
 
 def _times(grid: Grid, x: Event) -> Array:
-    shape = np.shape(grid)
-    if len(shape) != 1 or shape[0] < 2:
-        raise ValueError(f"grid: expected at least two times in one dimension, got shape {shape}")
+    check_length(grid)
     return jnp.asarray(grid).astype(trees.at_least_float32(x))
 
 

@@ -30,7 +30,7 @@ from jflow.types import Array, Aux, BatchLike, Cond, Context, Event, Key, Params
 
 
 class Along(NamedTuple):
-    """What a solve carries along a path.
+    """The state of a solve along a path.
 
     Attributes:
       state: the point and its log-density.
@@ -45,7 +45,7 @@ class Along(NamedTuple):
 
 @dataclasses.dataclass(frozen=True)
 class MaximumLikelihood:
-    """The objective of a flow's likelihood; made by ``maximum_likelihood``, and called as every other.
+    """The objective of a flow's likelihood, made by ``maximum_likelihood``; it is called like every other objective.
 
     Attributes:
       solve: ``(params, s, t, along, cond, key=) -> (mean velocity, SolveStats)`` of ``Along``.
@@ -59,7 +59,7 @@ class MaximumLikelihood:
     jacobian: float
 
     def __call__(self, params: Params, key: Key, batch: BatchLike, context: Context | None = None) -> tuple[Array, Aux]:
-        """The loss of each sample in nats, and what a person wants to look at.
+        """The loss of each sample in nats, and metrics.
 
         Args:
           params: the velocity's.
@@ -120,9 +120,9 @@ def maximum_likelihood(
 ) -> MaximumLikelihood:
     """-log rho_1(x1) in nats of the flow of a velocity, with the regularisers above; of a FlowMap, pass its ``velocity``.
 
-    Unbiased with an estimated divergence, whose probes are fixed within a solve. With few fixed steps the training finds
-    velocities that their error flatters, and the loss falls below what any density can reach (four of Tsit5 in the plane: -119
-    nats, where the entropy was 1.34): prefer tolerances.
+    The loss is unbiased with an estimated divergence, whose probes are fixed within a solve. With few fixed steps, training
+    exploits the error of the solve, and the loss falls below the entropy, which no density can do (four steps of Tsit5 in the
+    plane: -119 nats, where the entropy was 1.34): prefer tolerances.
 
     An evaluation costs 1 + d passes with the exact divergence of an event of d entries, 1 + m with m probes, and 2 more for
     ``jacobian``.
@@ -140,7 +140,7 @@ def maximum_likelihood(
       The objective.
 
     Raises:
-      ValueError, TypeError: as ``solvers.solve``, and for weights that are negative, not finite, or no numbers; TypeError
+      ValueError, TypeError: as ``solvers.solve``, and for weights that are negative, not finite, or not numbers; TypeError
         for a base that is not one.
     """
     bases.check(base)
@@ -149,8 +149,6 @@ def maximum_likelihood(
         raise ValueError(f"adjoint: expected one with a reverse mode, as 'recursive', got {options.differentiation!r}")
     checks.number("kinetic", kinetic, low=0.0)
     checks.number("jacobian", jacobian, low=0.0)
-    if not callable(velocity):
-        raise TypeError(f"velocity: expected a function (params, t, x, cond) -> b, got {type(velocity).__name__}")
     with_density = augment(velocity, divergence)
 
     def rates(params: Params, t: Time, along: Along, cond: Cond = None, *, key: Key | None = None) -> Along:

@@ -29,10 +29,10 @@ class LogDensity(NamedTuple):
       log_density: log rho(x) in nats, a scalar, float32 at least.
       x: the point, an event.
       x0: the base point, an event.
-      valid: whether the number means what it says, a bool: the solve reached its end and the result is finite; through
-        jumps, every Jacobian met has a positive determinant and every inverse was found.
-      sign: of the determinant of the sampler's Jacobian, the product over its jumps: 1.0, -1.0 where the map has been turned
-        over, as in a fold, 0.0 where it is singular. Along a solve 1. See ``jflow.likelihood.importance``.
+      valid: whether the log-density holds, a bool: the solve reached its end and the result is finite; through jumps, every
+        Jacobian has a positive determinant and every inverse was found.
+      sign: of the determinant of the sampler's Jacobian, the product over its jumps: 1.0; -1.0 where the map reverses
+        orientation, as in a fold; 0.0 where it is singular. Along a solve it is 1. See ``jflow.likelihood.importance``.
     """
 
     log_density: Array
@@ -67,8 +67,8 @@ class ODEDensity:
           t: a scalar in [0, 1].
 
         Raises:
-          ValueError: for t that is no scalar or outside [0, 1], x that is not finite, a velocity not shaped like x, a base
-            density that is no scalar, or an estimate without a key.
+          ValueError: for t that is not a scalar or outside [0, 1], x that is not finite, a velocity not shaped like x, a base
+            density that is not a scalar, or an estimate without a key.
           TypeError: for x that is not floating-point.
           RuntimeError: at an un-jitted call whose solve does not reach its end, or whose result is not finite. Traced,
             ``valid`` is then False.
@@ -125,8 +125,6 @@ def along_ode(
       ValueError, TypeError: as ``solvers.solve``; TypeError for a base that is not one.
     """
     bases.check(base)
-    if not callable(velocity):
-        raise TypeError(f"velocity: expected a function (params, t, x, cond) -> b, got {type(velocity).__name__}")
     solve = solvers.solve_counted(augment(velocity, divergence), solver, **choices)
     return ODEDensity(base, solve)
 
@@ -166,7 +164,7 @@ def _check_time(t: Time) -> None:
 
 def _checked(base: Array, change: Array, x: Event, x0: Event, success: Array) -> LogDensity:
     log_density = base + change.astype(base.dtype)
-    # Minus infinity is a value of the base's, where its support ends, and none of the flow's.
+    # The base may give minus infinity, outside its support; the change along the flow must be finite.
     valid = success & jnp.isfinite(change) & (log_density < jnp.inf)
     value = checks.concrete(valid)
     if value is not None and not value:

@@ -8,9 +8,9 @@ r"""Distances between samples and a distribution, or between two sets of samples
     histogram_kl          KL(ρ ‖ histogram) in the plane, the checkerboard's score (2505.18825)
     mass_off_support      share of the samples outside the support
 
-Here a batch comes in: samples are ``[N, ...]``, flattened to ``[N, d]`` and taken in float32 or wider. Two sets are first
-moved to the mean of the first, in float64 where they are concrete, so that a large common offset costs no digits.
-Everything runs under ``jax.jit`` too, where values cannot be looked at; samples that are not finite then give
+These functions take batches: samples are ``[N, ...]``, flattened to ``[N, d]`` and cast to float32 or wider. The mean of the
+first set is subtracted from both sets, in float64 if they are concrete, so that a large common offset costs no digits. All
+functions also run under ``jax.jit``. The values of traced samples cannot be checked; samples that are not finite then give
 NaN.
 """
 

@@ -35,7 +35,7 @@ def _minus_distance(_: None, x: Array, y: Array) -> Array:
 
 def _gaussians(bandwidths: Array, x: Array, y: Array) -> Array:
     squares = _squared_distances(x, y)
-    # In a loop of its own the exponential is vectorised; fused into the sums over rows and columns it is not.
+    # XLA vectorises the exponential in a loop of its own, but not fused into the sums over rows and columns.
     terms = jax.lax.map(lambda h: jnp.exp(-squares / (2 * h * h)), bandwidths)
     return jnp.mean(terms, axis=0)
 
@@ -43,8 +43,8 @@ def _gaussians(bandwidths: Array, x: Array, y: Array) -> Array:
 def _cubic(centre: Array, x: Array, y: Array) -> Array:
     """k(a,b) - k(a,c) - k(c,b) + k(c,c) with k(a,b) = (a·b/d + 1)³, of points x = a - c and y = b - c.
 
-    What depends on one point alone cancels in the statistic and in its jackknife error. Left out by algebra, it costs no
-    digits, of which k itself would lose most where the mean c of the features is large. With p = c·x/d, r = c·y/d,
+    Terms that depend on one point alone cancel in the statistic and in its jackknife error. They are left out here by algebra:
+    if the mean c of the features is large, k itself would lose most of its digits. With p = c·x/d, r = c·y/d,
     q = x·y/d, g = 1 + |c|²/d and w = g + p + r the rest is 3 p r (g + w) + q (3 w² + 3 w q + q²).
     """
     d = x.shape[1]
@@ -113,7 +113,7 @@ def energy_distance(x: Points, y: Points, *, biased: bool = False, chunk: int = 
     """The (squared) energy distance 2 E|X-Y| - E|X-X'| - E|Y-Y'|, zero only for equal laws.
 
     Unbiased by default (a U-statistic, which may be slightly negative); ``biased`` gives the V-statistic,
-    which pairs each sample with itself too and is not negative but for rounding. Cost: (n² + m²)/2 + nm distances, in
+    which pairs each sample with itself too and is never negative, up to rounding. Cost: (n² + m²)/2 + nm distances, in
     blocks: on one CPU core a minute for two sets of 100,000 in the plane.
 
     Args:
@@ -161,7 +161,7 @@ def mmd(
       y: samples ``[m, ...]``, m >= 3.
       bandwidths: the h, in the units of x; None takes ``median_bandwidth`` times each of MEDIAN_MULTIPLES,
         which depends on the samples, so state the bandwidths to compare several runs.
-      biased: the V-statistic, not negative but for rounding; else unbiased.
+      biased: the V-statistic, never negative up to rounding; else unbiased.
       chunk: pairs are visited in blocks of chunk by chunk.
 
     Returns:

@@ -46,8 +46,8 @@ def histogram_kl(
     """KL(ρ ‖ ρ̂) = Σ over bins of ρ(c) log(ρ(c)/ρ̂(c)) area, c the bin's centre, of samples in the plane.
 
     ρ̂ is the histogram divided by the number of *all* samples (mass outside the square counts as lost) and by
-    the area of a bin, plus ``pseudo_density``. Bins left empty dominate it: report ``mass_off_support`` and a
-    transport distance beside. Exact samples do not score zero (``histogram_kl_floor``): with N of the
+    the area of a bin, plus ``pseudo_density``. Empty bins dominate it: also report ``mass_off_support`` and a
+    transport distance. Exact samples do not score zero (``histogram_kl_floor``): with N of the
     checkerboard they score about (bins on the support)/(2N), 0.0104 at 64 bins and N = 100,000. At 50 bins,
     the published number (2505.18825), cell edges fall on bin centres and they score 0.0624, or 0.0664 at the
     published N = 64,000.
@@ -82,7 +82,7 @@ def _histogram_kl(points: Array, rho: Array, low: float, high: float, pseudo_den
     area = ((high - low) / bins) ** 2
     place = jnp.floor((points - low) * (bins / (high - low)))
     inside = jnp.all((points >= low) & (points <= high), axis=1)
-    # The upper edge belongs to the last bin; bounded before the cast, lest a far sample wrap around.
+    # The upper edge belongs to the last bin. Clipped before the cast, in which a far sample could wrap around.
     index = jnp.clip(place, 0, bins - 1).astype(jnp.int32)
     counts = jnp.zeros((bins, bins), jnp.int32).at[index[:, 0], index[:, 1]].add(inside.astype(jnp.int32))
     estimate = counts.astype(rho.dtype) / (points.shape[0] * area) + pseudo_density
@@ -108,7 +108,7 @@ def histogram_kl_floor(
     repeats: int = 4,
     **options: Unpack[HistogramChoices],
 ) -> Estimate:
-    """What exact samples score in ``histogram_kl``: the floor under every score with the same options.
+    """The score of exact samples in ``histogram_kl``: the floor under every score with the same options.
 
     Args:
       key: split into one per repeat.

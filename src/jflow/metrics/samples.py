@@ -1,4 +1,4 @@
-"""Samples as arrays of points, checked; and the number that is measured on them."""
+"""Samples as checked arrays of points, and the type of a number that is measured on them."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ import numpy as np
 from jflow import checks
 from jflow.types import Array
 
-# Samples as they come: in jax, or on the host.
+# What a caller gives: an array of jax, or of numpy on the host.
 Points = Array | np.ndarray
 
 
@@ -28,7 +28,7 @@ class Estimate(NamedTuple):
 
 
 def _wide(dtype: np.dtype) -> np.dtype:
-    """Float32, or float64 for float64 (strict promotion refuses to say so)."""
+    """Float32, or a wider dtype itself; strict promotion would refuse to compare them."""
     return dtype if dtype.itemsize > 4 else np.dtype("float32")
 
 
@@ -44,8 +44,11 @@ def as_points(name: str, samples: Points, *, least: int = 1, dimension: int | No
     return jnp.asarray(points).astype(_wide(jax.dtypes.result_type(points)))
 
 
-def rows(name: str, samples: Points, *, least: int, dimension: int | None = None) -> Points:
-    """Samples as [N, d] in their own dtype, checked: a numpy array, or a traced one."""
+def rows(name: str, samples: Points, *, least: int, dimension: int | None = None, device: bool = True) -> Points:
+    """Samples as [N, d] in their own dtype, checked: a numpy array, or a traced one.
+
+    With ``device`` their values must also fit the dtype that jax gives them (``checks.fits``).
+    """
     if np.ndim(samples) < 1:
         raise ValueError(f"{name}: expected samples [N, ...], got shape {np.shape(samples)}")
     values = checks.concrete(samples)
@@ -62,20 +65,21 @@ def rows(name: str, samples: Points, *, least: int, dimension: int | None = None
         if not np.isfinite(points).all():
             bad = int(np.sum(~np.isfinite(points).all(axis=1)))
             raise ValueError(f"{name}: expected finite samples, got NaN or infinity in {bad} of {len(points)}")
-        checks.fits(name, points)
+        if device:
+            checks.fits(name, points)
     return points
 
 
-def both(x: Points, y: Points, *, least: int) -> tuple[Points, Points]:
+def both(x: Points, y: Points, *, least: int, device: bool = True) -> tuple[Points, Points]:
     """Two sets of one dimension, [n, d] and [m, d], each as ``rows`` gives it."""
-    x, y = rows("x", x, least=least), rows("y", y, least=least)
+    x, y = rows("x", x, least=least, device=device), rows("y", y, least=least, device=device)
     if x.shape[1] != y.shape[1]:
         raise ValueError(f"y: expected samples of the dimension of x, {x.shape[1]}, got {y.shape[1]}")
     return x, y
 
 
 class Pair(NamedTuple):
-    """Two sets [n, d] and [m, d] of one dtype, less a ``centre`` [d], the mean of the first."""
+    """Two sets [n, d] and [m, d] of one dtype, from which their ``centre`` [d], the mean of the first, is subtracted."""
 
     x: Array
     y: Array
@@ -87,7 +91,7 @@ def as_pair(x: Points, y: Points, *, least: int) -> Pair:
     x, y = both(x, y, least=least)
     dtype = max((_wide(z.dtype) for z in (x, y)), key=lambda dtype: dtype.itemsize)
     if isinstance(x, np.ndarray) and isinstance(y, np.ndarray):
-        # Before float64 samples become float32 (where jax has nothing wider): the offset would take their digits.
+        # Centred before float64 samples become float32 (without jax_enable_x64), where the offset would cost digits.
         return Pair(*(jnp.asarray(z.astype(dtype)) for z in centred(x, y)))
     first, second = (jnp.asarray(z).astype(dtype) for z in (x, y))
     centre = jnp.mean(first, axis=0)
@@ -95,6 +99,6 @@ def as_pair(x: Points, y: Points, *, least: int) -> Pair:
 
 
 def centred(x: np.ndarray, y: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Both sets less the mean of the first, and that mean, in float64."""
+    """Both sets minus the mean of the first, and that mean, in float64."""
     centre = np.asarray(np.mean(x, axis=0, dtype=np.float64))
     return x.astype(np.float64) - centre, y.astype(np.float64) - centre, centre

@@ -11,7 +11,7 @@ responsibilities r_k(t, x)
 
 all finite at both ends, where a path is not declared singular. Three makers differ in their flow map: ``gaussian`` (closed
 form), ``mixture`` (a Diffrax solve at a stated tolerance) and ``quantile`` (one dimension, by matching quantiles). None of
-them uses the flow's identities, which tests may therefore ask of it.
+them uses the identities of a flow, so that tests can check these.
 """
 
 from jflow.oracles.exact import ORACLES, Oracle, gaussian, mixture, quantile

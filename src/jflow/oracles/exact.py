@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
-from jflow import bases, checks, solvers
+from jflow import bases, checks, interpolants, solvers
 from jflow.interpolants import Interpolant
 from jflow.oracles.mixtures import EXACT, HALF_LOG_TAU, MixtureParams, matvec
 from jflow.oracles.quantiles import match_quantiles
@@ -18,7 +18,7 @@ from jflow.types import BOTH, Array, Cond, FlowMap, Key, Time
 
 @dataclasses.dataclass(frozen=True)
 class Oracle:
-    """An exact distribution on a path: what a learned model is held against.
+    """An exact distribution on a path, to compare learned models with.
 
     Methods work on one sample: ``t`` is a scalar in [0, 1] and ``x`` has the shape ``[d]``. They compute in the dtype of
     x, float32 at least, and return it; ``params`` are cast to it.
@@ -71,8 +71,9 @@ class Oracle:
         """Data, ``[n, d]``; of the law at another time with ``marginal``'s params.
 
         Raises:
-          ValueError, TypeError: when n is no whole number of at least 1.
+          ValueError, TypeError: if n is not a whole number of at least 1; TypeError for a key that is not a PRNG key.
         """
+        checks.key("key", key)
         checks.integer("n", n, low=1)
         component_key, normal_key = jax.random.split(key)
         k = jax.random.categorical(component_key, params.log_weights, shape=(n,))
@@ -95,8 +96,10 @@ def gaussian(interpolant: Interpolant, *, base: bases.Base = bases.STANDARD_NORM
       base: a ``bases.Normal``.
 
     Raises:
+      TypeError: for anything but an Interpolant and a base.
       ValueError: for another base; at a call, for params of more than one component.
     """
+    interpolants.check(interpolant)
     base = bases.gaussian(base, "oracles.gaussian")
 
     def mean_velocity(
@@ -124,13 +127,14 @@ def mixture(
     Args:
       interpolant: the path.
       rtol: relative tolerance of the mean velocity, per step; where x is narrower than float64, at least 1e-5.
-      atol: absolute tolerance, likewise.
+      atol: absolute tolerance, with the same lower limit.
       adjoint: as in ``solvers.solve``; by default the map has forward-mode derivatives only.
       base: a ``bases.Normal``.
 
     Raises:
       ValueError, TypeError, RuntimeError: as ``solvers.solve``; ValueError for another base.
     """
+    interpolants.check(interpolant)
     base = bases.gaussian(base, "oracles.mixture")
 
     def velocity(params: MixtureParams, t: Time, x: Array, cond: Cond = None, *, key: Key | None = None) -> Array:
@@ -167,8 +171,10 @@ def quantile(interpolant: Interpolant, *, base: bases.Base = bases.STANDARD_NORM
       base: a ``bases.Normal``.
 
     Raises:
+      TypeError: for anything but an Interpolant and a base.
       ValueError: for another base; at a call, for params or x of more than one dimension.
     """
+    interpolants.check(interpolant)
     base = bases.gaussian(base, "oracles.quantile")
 
     def mean_velocity(

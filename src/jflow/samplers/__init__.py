@@ -4,11 +4,11 @@ r"""Samplers: one sample through a bound flow map, learned, solved or exact.
     Renoise  x_t = (beta_t/beta_{t+}) X_{s,t+}(x_s) + new noise,  with t+ > t on the same path
     SDE      the stochastic process with the same marginals, from the diagonal
 
-Each is an object with ``init`` and ``step``, which ``run`` takes along a grid of the caller's: times in [0, 1], one step
-between each two. ``jumps``, ``renoise``, ``sde`` and their ``_path`` are calls of ``run`` and ``run_path``, all with the
-arguments ``(bound, x0, grid, cond=None, *, ...)``; ``encode`` goes from data to noise. Functions take one sample (a pytree),
-and callers ``jax.vmap`` over x0 and keys; ``draw`` makes any number. Deterministic baselines of K small steps are those of
-``solvers.solve("euler", steps=K)``.
+Each is an object with ``init`` and ``step``. ``run`` steps it along a grid of times in [0, 1], from each time to the next.
+``jumps``, ``renoise``, ``sde`` and their ``_path`` call ``run`` and ``run_path``, all with the arguments ``(bound, x0, grid,
+cond=None, *, ...)``; ``encode`` goes from data to noise. Functions take one sample (a pytree), and callers ``jax.vmap`` over x0
+and keys; ``draw`` makes any number. For a deterministic baseline of K small steps, use ``solvers.solve(velocity, "euler",
+steps=K)``.
 """
 
 from __future__ import annotations

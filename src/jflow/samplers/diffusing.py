@@ -10,7 +10,7 @@ import jax.numpy as jnp
 
 from jflow import bases, solvers, trees
 from jflow.interpolants import Interpolant
-from jflow.samplers.steps import Grid, Info, State, next_time, run, run_path, start
+from jflow.samplers.steps import Grid, Info, State, check_bound, check_key, next_time, run, run_path, start
 from jflow.solvers.ode import cast_like, check_times, widen
 from jflow.types import Array, BoundFlowMap, Cond, Event, Key, Time
 
@@ -47,6 +47,7 @@ class SDE:
 
     def step(self, key: Key, state: State, t: Time) -> tuple[State, Info]:
         """One step of the method to a time t > ``state.t``; one call of the velocity with "euler", two with "heun"."""
+        check_key(key)
         t = next_time(state, t)
         y = state.x if state.wide is None else state.wide
         y, noise = self._step()(self.bound.params, key, state.t, t, y, state.cond, like=state.x)
@@ -54,14 +55,16 @@ class SDE:
         return State(cast_like(y, state.x), t, state.cond, None if state.wide is None else y), info
 
     def check(self, grid: Grid) -> None:
-        """Refuses a concrete grid that is not strictly increasing within [0, 1].
+        """Refuses a concrete grid that is not strictly increasing within [0, 1], and choices that ``init`` refuses.
 
         Raises:
-          ValueError: naming what came.
+          ValueError, TypeError: naming what came.
         """
+        self._step()
         check_times("grid", grid, increasing=True)
 
     def _step(self) -> Callable[..., tuple[Event, Event]]:
+        check_bound(self.bound)
         velocity = self.bound.flow_map.velocity
         choices = {"method": self.method, "diffusion": self.diffusion, "base": self.base}
         return solvers.sde_step(velocity, self.interpolant, **choices)
@@ -92,7 +95,7 @@ def sde(
       base: a ``bases.Normal``.
 
     Raises:
-      ValueError, TypeError: as ``solvers.sde``.
+      ValueError, TypeError: as ``solvers.sde``; TypeError for anything but a BoundFlowMap.
     """
     return run(SDE(bound, interpolant, method, diffusion, base), key, x0, grid, cond)
 

@@ -10,7 +10,7 @@ import numpy as np
 from jax.sharding import Mesh
 
 from jflow import bases, checks, sharding
-from jflow.samplers.steps import Grid, Sampler, run, times_of
+from jflow.samplers.steps import Grid, Sampler, check_key, check_length, check_sampler, run, times_of
 from jflow.types import Array, Cond, Event, Key
 
 
@@ -32,7 +32,7 @@ def draw(
         samples = draw(Jumps(bound), key, 50_000, uniform_grid(4), labels, like=jax.ShapeDtypeStruct((28, 28), jnp.float32))
 
     Sample i has the key ``fold_in(key, i)``, split into one of its base point and one of the sampler. The samples therefore do
-    not depend on the block or the devices but for the rounding of batched products; the first m of n samples are the m
+    not depend on the block or the devices, except for the rounding of batched products; the first m of n samples are the m
     samples of the same key, and samplers with the same key start from the same base points.
 
     For use outside ``jax.jit``. A block is compiled once for each sampler structure, size and shape of the grid: the last
@@ -56,8 +56,10 @@ def draw(
     Raises:
       ValueError: for neither or both of ``like`` and ``x0``, a base beside x0, leaves of another length than n, or a grid
         that is traced or that the sampler refuses.
-      TypeError: for points that are not floating-point, or numbers of the wrong type.
+      TypeError: for anything but a sampler and a PRNG key, points that are not floating-point, or numbers of the wrong type.
     """
+    check_sampler(sampler)
+    check_key(key)
     checks.integer("n", n, low=1)
     checks.integer("block", block, low=1)
     if (like is None) == (x0 is None):
@@ -68,6 +70,7 @@ def draw(
     bases.check(law)
     if checks.concrete(grid) is None:
         raise ValueError("grid: expected concrete times, got traced ones")
+    check_length(grid)
     sampler.check(grid)
     x0, cond = jax.tree.map(np.asarray, (x0, cond))
     for name, rows in (("x0", x0), ("cond", cond)):

@@ -11,7 +11,19 @@ import jax.numpy as jnp
 import numpy as np
 
 from jflow import checks, solvers
-from jflow.samplers.steps import Grid, Info, State, next_time, no_noise, run, run_path, start, times_of
+from jflow.samplers.steps import (
+    Grid,
+    Info,
+    State,
+    check_bound,
+    check_key,
+    next_time,
+    no_noise,
+    run,
+    run_path,
+    start,
+    times_of,
+)
 from jflow.types import BoundFlowMap, Cond, Event, Key, Time
 
 
@@ -30,10 +42,13 @@ class Jumps:
 
     def init(self, x0: Event, t: Time, cond: Cond = None) -> State:
         """The state of a sample x0 at time t; errors as ``run``."""
+        check_bound(self.bound)
         return start(x0, t, cond)
 
     def step(self, key: Key | None, state: State, t: Time) -> tuple[State, Info]:
         """X_{state.t, t}(x); one call. The key may be None unless ``keyed``."""
+        if self.keyed:
+            check_key(key)
         t = next_time(state, t)
         x = self.bound.jump(state.t, t, state.x, state.cond, key=key if self.keyed else None)
         return state._replace(x=x, t=t), Info(t, no_noise(state), jnp.int32(1))
@@ -42,8 +57,9 @@ class Jumps:
         """Refuses a concrete grid with a jump outside the map's domain.
 
         Raises:
-          ValueError: naming the jump.
+          ValueError: naming the jump; TypeError for anything but a BoundFlowMap.
         """
+        check_bound(self.bound)
         self.bound.domain.check_grid(grid)
 
 
@@ -58,8 +74,8 @@ def jumps(bound: BoundFlowMap, x0: Event, grid: Grid, cond: Cond = None, *, key:
       key: passed on to the network, one per jump (dropout and the like); None for none.
 
     Raises:
-      ValueError: for a grid with a jump outside the domain (a traced grid cannot be looked at).
-      TypeError: for x0 that is not floating-point.
+      ValueError: for a grid with a jump outside the domain (the values of a traced grid are not checked).
+      TypeError: for anything but a BoundFlowMap, or x0 that is not floating-point.
     """
     return run(Jumps(bound, keyed=key is not None), key, x0, grid, cond)
 
@@ -103,9 +119,10 @@ def encode(
     Raises:
       ValueError: for a grid that does not descend; for a map that goes backward, for a jump outside its domain, or options of
         a solve that it does not need.
-      TypeError: for x1 that is not floating-point.
+      TypeError: for anything but a BoundFlowMap, or x1 that is not floating-point.
       RuntimeError: at an un-jitted call whose solve needs more than ``max_steps``.
     """
+    check_bound(bound)
     checks.floating("x1", x1)
     times = times_of(x1, grid)
     values = checks.concrete(grid)

@@ -9,9 +9,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jflow import bases, checks, trees
+from jflow import bases, checks, interpolants, trees
 from jflow.interpolants import Interpolant
-from jflow.samplers.steps import Grid, Info, State, next_time, run, run_path, start
+from jflow.samplers.steps import Grid, Info, State, check_bound, check_key, next_time, run, run_path, start
 from jflow.types import Array, BoundFlowMap, Cond, Event, Key, Time
 
 # Halvings of [t, 1] when a ratio alpha/beta is inverted: enough for float64.
@@ -19,7 +19,7 @@ _HALVINGS = 60
 
 
 class RenoisePlan(NamedTuple):
-    """What ``renoise`` does for each time t of a grid but the first; arrays ``[K]``.
+    """The targets and factors of ``renoise`` for the times of a grid after the first; arrays ``[K]``.
 
     Attributes:
       target: t+, the time that is jumped to.
@@ -38,9 +38,10 @@ def renoise_plan(interpolant: Interpolant, times: Array, kappa: float | Array) -
     """Targets and factors of ``renoise`` for the times t > 0, ``[K]``: alpha/beta is inverted by bisection.
 
     The ratio falls along a path, and at t = 1 it is alpha_1/beta_1. Where sqrt(1-kappa^2) alpha_t/beta_t lies
-    below that (a path that ends with a little noise), t+ = 1 and kappa is lowered to what is left, so that
-    the marginal is kept.
+    below that (a path that ends with a little noise), t+ = 1 and kappa is lowered to the largest value that keeps
+    the marginal.
     """
+    interpolants.check(interpolant)
     kappa = jnp.asarray(kappa).astype(times.dtype)
     alpha, beta = jax.vmap(interpolant.alpha), jax.vmap(interpolant.beta)
     alpha_t, beta_t = alpha(times), beta(times)
@@ -104,6 +105,7 @@ class Renoise:
 
     def step(self, key: Key, state: State, t: Time) -> tuple[State, Info]:
         """To a time t > ``state.t``; one call. ``info.centre`` is the new state without its noise."""
+        check_key(key)
         t = next_time(state, t)
         target, shrink, noise, shift = (leaf[0] for leaf in renoise_plan(self.interpolant, t[None], self.kappa))
         key, network_key = jax.random.split(key) if self.keyed else (key, None)
@@ -119,7 +121,7 @@ class Renoise:
         """Refuses a concrete grid that does not ascend or needs a jump outside the map's domain, a wrong kappa or base.
 
         Raises:
-          ValueError: naming what came.
+          ValueError, TypeError: naming what came.
         """
         self._check_choices()
         times = checks.concrete(grid)
@@ -137,6 +139,8 @@ class Renoise:
             self.bound.domain.check_grid([s, target])
 
     def _check_choices(self) -> None:
+        check_bound(self.bound)
+        interpolants.check(self.interpolant)
         bases.gaussian(self.base, "samplers.renoise")
         checks.scalar("kappa", self.kappa)
         share = checks.concrete(self.kappa)
@@ -170,9 +174,9 @@ def renoise(
       keyed: whether the network gets a key of its own, one per jump.
 
     Raises:
-      ValueError: for a grid that does not ascend, kappa outside [0, 1], a jump outside the domain (values that are traced
-        cannot be looked at), or another base.
-      TypeError: for x0 that is not floating-point.
+      ValueError: for a grid that does not ascend, kappa outside [0, 1], a jump outside the domain (traced values are not
+        checked), or another base.
+      TypeError: for anything but a BoundFlowMap and an Interpolant, or x0 that is not floating-point.
     """
     return run(Renoise(bound, interpolant, kappa, base, keyed), key, x0, grid, cond)
 

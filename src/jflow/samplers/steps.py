@@ -4,10 +4,12 @@ A sampler works on one sample; callers ``jax.vmap``. Its state is a pytree of ar
 resampled or changed between two steps:
 
     sampler = samplers.Renoise(bound, interpolant, kappa=0.5)
-    states = jax.vmap(lambda x: sampler.init(x, 0.0))(x0)
-    for k, t in enumerate(times):
+    states = jax.vmap(lambda x: sampler.init(x, grid[0]))(x0)
+    for k, t in enumerate(grid[1:]):
         keys = jax.random.split(jax.random.fold_in(key, k), n)
         states, info = jax.vmap(sampler.step, (0, 0, None))(keys, states, t)
+        # A particle method resamples here, with the indices that it draws:
+        # states = jax.tree.map(lambda leaf: leaf[indices], states)
 """
 
 from __future__ import annotations
@@ -20,10 +22,11 @@ import jax.numpy as jnp
 import numpy as np
 
 from jflow import checks, trees
-from jflow.types import Array, Cond, Event, Key, Time
+from jflow.named import described
+from jflow.types import Array, BoundFlowMap, Cond, Event, Key, Time
 
 Grid = Sequence[float] | np.ndarray | Array
-# What the steps of a sampler take as their key: a key, or a key or None where none is needed.
+# The type of a sampler's keys: Key, or Key | None for a sampler that can step without one.
 KeyLike = TypeVar("KeyLike", bound=Key | None)
 KeyTaken = TypeVar("KeyTaken", bound=Key | None, contravariant=True)
 Kept = TypeVar("Kept")
@@ -47,7 +50,7 @@ class State(NamedTuple):
 
 
 class Info(NamedTuple):
-    """What a person looks at after a step.
+    """What a step reports, to look at.
 
     Attributes:
       target: the time that the map jumped to, a scalar; the time of the new state where no jump goes beyond it.
@@ -64,7 +67,7 @@ class Info(NamedTuple):
 
 
 class Sampler(Protocol[KeyTaken]):
-    """What ``run`` and ``draw`` accept. For ``draw`` it is a pytree as well.
+    """A sampler, as ``run`` and ``draw`` accept it. For ``draw`` it must also be a pytree.
 
     Its parameter is what ``step`` takes as a key: ``Sampler[Key]`` draws random numbers, and ``Sampler[Key | None]`` also
     steps without a key.
@@ -108,8 +111,10 @@ def run(sampler: Sampler[KeyLike], key: KeyLike, x0: Event, grid: Grid, cond: Co
       cond: conditioning of the sample.
 
     Raises:
-      ValueError: for a grid that is not one-dimensional with two entries or more, and as ``sampler.check``.
-      TypeError: for x0 that is not floating-point.
+      ValueError: for a grid that is not one-dimensional with two entries or more, for more than one key, and as
+        ``sampler.check``.
+      TypeError: for anything but a sampler, a key that is not a PRNG key (or None where the sampler needs one), or x0 that
+        is not floating-point.
     """
     end, _ = _scan(sampler, key, x0, grid, cond, lambda state, info: None)
     return end.x
@@ -136,8 +141,12 @@ def _scan(
     cond: Cond,
     keep: Callable[[State, Info], Kept],
 ) -> tuple[State, Kept]:
-    times = times_of(x0, grid)
+    check_sampler(sampler)
+    if key is not None:
+        check_key(key)
+    check_length(grid)
     sampler.check(grid)
+    times = times_of(x0, grid)
 
     def leg(state: State, inputs: tuple[Array, Array]) -> tuple[State, Kept]:
         index, t = inputs
@@ -157,9 +166,7 @@ def times_of(x0: Event, grid: Grid) -> Array:
       TypeError: for x0 that is not floating-point.
     """
     checks.floating("x0", x0)
-    shape = np.shape(grid)
-    if len(shape) != 1 or shape[0] < 2:
-        raise ValueError(f"grid: expected at least two times in one dimension, got shape {shape}")
+    check_length(grid)
     return time_of(jax.tree.map(jnp.asarray, x0), grid)
 
 
@@ -168,6 +175,49 @@ def time_of(x: Event, t: Any) -> Array:
     if isinstance(t, jax.Array) and jnp.issubdtype(t.dtype, jnp.floating):
         return t
     return jnp.asarray(t, trees.at_least_float32(x))
+
+
+def check_length(grid: Grid) -> None:
+    """Refuses a grid that is not one-dimensional with two entries or more.
+
+    Raises:
+      ValueError: naming its shape.
+    """
+    shape = np.shape(grid)
+    if len(shape) != 1 or shape[0] < 2:
+        raise ValueError(f"grid: expected at least two times in one dimension, got shape {shape}")
+
+
+def check_sampler(sampler: Any) -> None:
+    """Refuses anything but a sampler.
+
+    Raises:
+      TypeError: naming what came.
+    """
+    methods = (getattr(sampler, name, None) for name in ("init", "step", "check"))
+    if isinstance(sampler, type) or not all(map(callable, methods)):
+        raise TypeError(f"sampler: expected a sampler, such as samplers.Jumps(bound), got {described(sampler)}")
+
+
+def check_bound(bound: BoundFlowMap) -> None:
+    """Refuses anything but a flow map with its parameters.
+
+    Raises:
+      TypeError: naming what came.
+    """
+    if not isinstance(bound, BoundFlowMap):
+        raise TypeError(f"bound: expected a BoundFlowMap, made by flow_map.bind(params), got {type(bound).__name__}")
+
+
+def check_key(key: Any) -> None:
+    """Refuses anything but one PRNG key.
+
+    Raises:
+      TypeError: for another type, None included; ValueError for an array of typed keys.
+    """
+    checks.key("key", key)
+    if jnp.issubdtype(key.dtype, jax.dtypes.prng_key) and key.shape != ():
+        raise ValueError(f"key: expected one key (jax.vmap over samples), got an array of keys of shape {key.shape}")
 
 
 def start(x0: Event, t: Time, cond: Cond) -> State:

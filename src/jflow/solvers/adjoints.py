@@ -39,8 +39,8 @@ _REVERSE_ONLY_VELOCITY = (
 def make(adjoint: str | diffrax.AbstractAdjoint) -> diffrax.AbstractAdjoint:
     """Diffrax's adjoint of a name in ``ADJOINTS``, or the given one.
 
-    A way back by ``BacksolveAdjoint`` that does not reach its end raises, unless the caller chose ``throw=False`` in it:
-    otherwise the gradient would be wrong in silence.
+    A backward solve by ``BacksolveAdjoint`` that does not reach its end raises, unless the caller chose ``throw=False``:
+    otherwise the gradient would be wrong without notice.
     """
     import diffrax
 
@@ -73,10 +73,10 @@ def is_reverse_only(adjoint: diffrax.AbstractAdjoint) -> bool:
 
 
 def batched_like(x: Event, args: PyTree) -> Event:
-    """x, on which ``jax.vmap`` has an axis wherever it has one on any leaf of ``args``; the values are the same.
+    """x with the same values, batched by ``jax.vmap`` wherever any leaf of ``args`` is.
 
-    A part of the state that does not depend on the batch, as the log-density of a linear flow, would else be an output
-    without the axis, and its gradient through Diffrax's reverse rules comes out multiplied by the batch size.
+    A part of the state that does not depend on the batch, such as the log-density of a linear flow, would otherwise be an
+    output without the batch axis, and Diffrax's reverse rules would multiply its gradient by the batch size.
     """
     zero = jnp.zeros(())
     for leaf in jax.tree.leaves(args):
@@ -89,9 +89,9 @@ def batched_like(x: Event, args: PyTree) -> Event:
 
 @contextlib.contextmanager
 def explained(adjoint: diffrax.AbstractAdjoint) -> Iterator[None]:
-    """Names the argument where jax finds no forward mode in an un-jitted ``jax.jvp``.
+    """Names the argument if an un-jitted ``jax.jvp`` meets a function without forward mode.
 
-    Under ``jax.jit`` jax raises its own TypeError after the call, where there is nothing to catch it.
+    Under ``jax.jit`` jax raises its own TypeError after the call, where it cannot be caught.
 
     Raises:
       TypeError: naming ``adjoint``, or ``velocity`` where the adjoint does have a forward mode.
@@ -99,7 +99,7 @@ def explained(adjoint: diffrax.AbstractAdjoint) -> Iterator[None]:
     try:
         yield
     except TypeError as error:
-        # A derivative within the velocity, as of a divergence, has said itself what to use instead.
+        # The error of a derivative within the velocity, such as a divergence, already names the alternatives.
         if "custom_vjp" not in str(error) or str(error).startswith(autodiff.MESSAGE[:40]):
             raise
         message = _NO_FORWARD.format(type(adjoint).__name__) if is_reverse_only(adjoint) else _REVERSE_ONLY_VELOCITY
@@ -110,8 +110,8 @@ def explained(adjoint: diffrax.AbstractAdjoint) -> Iterator[None]:
 def forward_only(x: Event) -> Event:
     """x, whose derivatives are those of the identity in forward mode and an error in reverse mode.
 
-    The tangent passes through a linear solve of the identity, whose transpose raises. Nothing is left of it in a compiled
-    program.
+    The tangent passes through a linear solve of the identity, whose transpose raises. The compiled program contains nothing
+    of it.
 
     Raises:
       ValueError: naming ``adjoint``, where a cotangent arrives.

@@ -57,7 +57,7 @@ def named(name: str) -> diffrax.AbstractSolver:
 
 
 def cost(solver: diffrax.AbstractSolver) -> Cost | None:
-    """What a solver evaluates, or None where it is not known: of implicit solvers and of those that users write.
+    """The evaluations by a solver, or None if they are not known: for implicit solvers and for those that users write.
 
     Explicit Runge-Kutta methods are read from their tableau: a method whose first stage is the last one of the step before
     (first same as last) inherits it.
@@ -123,8 +123,8 @@ def _rk4() -> type[diffrax.AbstractERK]:
 def _midpoint() -> type[diffrax.AbstractSolver]:
     """The midpoint rule with its two stages written out, not looped over as in Diffrax's own.
 
-    What the first stage gives beyond the point of the second is then no part of the program: of a log-density along the
-    solve, half of the divergences.
+    The second stage needs only the point of the first. What else the first stage would compute is then not part of the program:
+    for a log-density along the solve, half of the divergences.
     """
     import diffrax
 

@@ -6,9 +6,9 @@ The mean velocity is itself the end of an ODE in rescaled time tau,
 
 for s < t, s > t and s = t alike: nothing divides by t - s, and the derivatives in s, t and x are right on the diagonal.
 
-What happens when a solve does not reach its end within ``max_steps``: at an un-jitted call RuntimeError is raised; under
-``jit``, ``vmap`` or differentiation the result and all its derivatives are NaN and ``SolveStats.success`` is False, so
-that no host callback is compiled into the program and no wrong number leaves it.
+If a solve does not reach its end within ``max_steps``, an un-jitted call raises RuntimeError. Under ``jit``, ``vmap`` or
+differentiation the result and all its derivatives are NaN instead, and ``SolveStats.success`` is False: no host callback is
+compiled into the program, and it returns no wrong number.
 
 Diffrax is imported on first use.
 """
@@ -38,7 +38,7 @@ FIRST_STEP = 0.1
 
 
 class SolveStats(NamedTuple):
-    """What one sample's solve took; scalars.
+    """The cost and the outcome of one sample's solve; scalars.
 
     Attributes:
       nfe: evaluations of the velocity, int32: the stages of kept and rejected steps, less those that a step inherits
@@ -62,7 +62,7 @@ class CountedSolve(Protocol):
     def __call__(
         self, params: Params, s: Time, t: Time, x: Event, cond: Cond = None, *, key: Key | None = None
     ) -> tuple[Event, SolveStats]:
-        """The mean velocity, shaped like x, and what it took."""
+        """The mean velocity, shaped like x, and its cost."""
         ...
 
 
@@ -120,7 +120,7 @@ def solve_counted(velocity: Velocity, solver: SolverLike | None = None, **choice
     Returns:
       ``(params, s, t, x, cond=None, *, key=None) -> (v_{s,t}(x), SolveStats)``.
     """
-    solve_ode = _Solve(_checked(velocity), choose(solver, choices))
+    solve_ode = _Solve(check_velocity(velocity), choose(solver, choices))
 
     def counted(
         params: Params, s: Time, t: Time, x: Event, cond: Cond = None, *, key: Key | None = None
@@ -159,10 +159,11 @@ def trajectory(
     Raises:
       As ``solve``, and ValueError for times that are not strictly monotone in [0, 1].
     """
+    check_velocity(velocity)
     check_times("times", times, increasing=False)
     checks.floating("x", x)
     x = jax.tree.map(jnp.asarray, x)
-    solve_ode = _Solve(_checked(velocity), choose(solver, choices))
+    solve_ode = _Solve(velocity, choose(solver, choices))
     times = jnp.asarray(times, trees.at_least_float32(x))
     if solve_ode.options.fixed_steps is None:
         return solve_ode.states(params, times, x, cond, key)
@@ -215,7 +216,7 @@ class _Solve:
     def mean_velocity(
         self, params: Params, s: Time, t: Time, x: Event, cond: Cond, key: Key | None
     ) -> tuple[Event, SolveStats]:
-        """v_{s,t}(x), and what it took."""
+        """v_{s,t}(x), and its cost."""
         _check_time("s", s)
         _check_time("t", t)
         checks.floating("x", x)
@@ -309,8 +310,14 @@ class _Solve:
         )
 
 
-def _checked(velocity: Velocity) -> Velocity:
-    checks.function("velocity", velocity, "(params, t, x, cond) -> b")
+def check_velocity(velocity: Velocity) -> Velocity:
+    """The velocity, if it can be called as one.
+
+    Raises:
+      TypeError: for anything else: a FlowMap, a network of two times, an argument in the wrong place.
+    """
+    what = "(params, t, x, cond=None, *, key=None) -> b_t(x), such as the method velocity of a FlowMap"
+    checks.accepts("velocity", velocity, what, 4)
     return velocity
 
 

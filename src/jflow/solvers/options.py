@@ -1,4 +1,4 @@
-"""The options of a solve: names or Diffrax's own objects, checked when they are given. Diffrax is imported for objects only."""
+"""The options of a solve: names or Diffrax objects, checked when they are given. Only for objects is Diffrax imported."""
 
 from __future__ import annotations
 
@@ -37,9 +37,9 @@ class Options:
       max_steps: the most steps, kept or not, of an adaptive solve. It has no effect on fixed steps.
       adjoint: which derivatives exist. "forward": ``jax.jvp`` only. "direct": both modes, with memory for ``max_steps``
         steps. "recursive": ``jax.grad`` only, by checkpointing. "backsolve": ``jax.grad`` only, by solving back with the
-        adjoint's equation (1806.07366), in constant memory and with an error of its own, of the order of the tolerance or
-        of the steps'; what is differentiated must reach the velocity through its arguments, and a way back that takes more
-        than ``max_steps`` raises, by a host callback in the gradient's program. Or a Diffrax adjoint. By default "direct"
+        adjoint's equation (1806.07366), in constant memory. Its error is of the order of the tolerance or the steps. What is
+        differentiated must reach the velocity through its arguments. A backward solve of more than ``max_steps`` raises, by
+        a host callback in the gradient's program. Or a Diffrax adjoint. By default "direct"
         for fixed steps, "forward" for adaptive ones.
 
     Raises:
@@ -76,7 +76,7 @@ class Options:
 
     @property
     def name(self) -> str:
-        """What error messages call the solver."""
+        """The solver's name in error messages."""
         return self.solver if isinstance(self.solver, str) else type(self.solver).__name__
 
     @property
@@ -148,7 +148,7 @@ class Options:
             )
 
     def _check_objects(self) -> None:
-        """What Diffrax's objects ask of each other."""
+        """Checks that Diffrax's objects fit together."""
         if not isinstance(self.solver, str):
             _check_solver(self.solver, self.name, self.fixed_steps is not None)
         if any(not isinstance(each, str | None) for each in (self.solver, self.stepsize_controller, self.adjoint)):
@@ -157,7 +157,7 @@ class Options:
 
 
 class Choices(TypedDict, total=False):
-    """Keywords of every function that solves: the fields of ``Options`` beside the solver, or ``options`` alone."""
+    """Keywords of every function that solves: the fields of ``Options`` except the solver, or ``options`` alone."""
 
     steps: int | None
     rtol: float | None

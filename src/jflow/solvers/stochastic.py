@@ -8,9 +8,9 @@ from typing import TYPE_CHECKING
 import jax
 import jax.numpy as jnp
 
-from jflow import bases, checks, trees
+from jflow import bases, checks, interpolants, trees
 from jflow.interpolants import Interpolant
-from jflow.solvers.ode import cast_like, check_times, widen
+from jflow.solvers.ode import cast_like, check_times, check_velocity, widen
 from jflow.types import Array, Cond, Event, Key, Params, Time, Velocity
 
 if TYPE_CHECKING:
@@ -32,9 +32,9 @@ def sde(
         dx = [ b_t + sigma_t^2/2 grad log rho_t ] dt + sigma_t dW,   grad log rho_t = (beta b - beta' x + w m)/(alpha w s^2)
 
     With a number c the noise is sigma_t^2 = 2 c alpha_t w_t s^2, entry by entry, and the drift
-    b + c (beta b - beta' x + w m), finite everywhere: nothing divides by alpha, and the noise ends at the data. A function of
-    time is sigma_t itself, in the units of x per square root of time; its drift divides by alpha w and is taken as b where
-    sigma_t is zero.
+    b + c (beta b - beta' x + w m). Nothing divides by alpha, so the drift is finite everywhere, and the noise vanishes at the
+    data. A function of time is sigma_t itself, in the units of x per square root of time; the drift then divides by alpha w,
+    except where sigma_t is zero: there it is b.
 
     Each step is ``sde_step``'s, with fresh normal increments, inside one ``lax.scan``: any number of steps compiles once,
     and both modes of differentiation work. ``samplers.sde`` runs the same step and can return the path.
@@ -53,11 +53,13 @@ def sde(
     Raises:
       ValueError: for an unknown method, c < 0 or not finite, another base; at a call, for a grid that is not strictly
         increasing in [0, 1].
-      TypeError: for ``diffusion`` that is neither a number nor callable; at a call, for x0 that is not floating-point.
+      TypeError: for a velocity or an interpolant of another type, and for ``diffusion`` that is neither a number nor
+        callable; at a call, for a key that is not a PRNG key, or x0 that is not floating-point.
     """
     step = sde_step(velocity, interpolant, method=method, diffusion=diffusion, base=base)
 
     def simulate(params: Params, key: Key, grid: Array, x0: Event, cond: Cond = None) -> Event:
+        checks.key("key", key)
         check_times("grid", grid, increasing=True)
         checks.floating("x0", x0)
         like = jax.tree.map(jnp.asarray, x0)
@@ -92,6 +94,8 @@ def sde_step(
       and on both times. ``noise`` is their standard deviation sigma_s sqrt(t - s), a scalar for a leaf whose entries share
       one.
     """
+    check_velocity(velocity)
+    interpolants.check(interpolant)
     checks.choice("method", method, SDE_METHODS)
     base = bases.gaussian(base, "solvers.sde")
     if not callable(diffusion):
@@ -105,7 +109,7 @@ def sde_step(
         return trees.scale(jnp.sqrt(jnp.maximum(2.0 * diffusion * c.alpha * c.w, 0.0)), std)
 
     def correction(t: Array, std: Event) -> Event:
-        """What multiplies (beta b - beta' x + w m) in the drift, entry by entry."""
+        """The factor of (beta b - beta' x + w m) in the drift, entry by entry."""
         if not callable(diffusion):
             return jax.tree.map(lambda s: jnp.asarray(diffusion, s.dtype), std)
         c = interpolant.coefficients(t)
