@@ -94,8 +94,8 @@ def function(name: str, value: object, what: str) -> None:
         raise TypeError(f"{name}: expected a function {what}, got {type(value).__name__}")
 
 
-def accepts(name: str, value: Any, what: str, positional: int) -> None:
-    """A function that can be called with this many positional arguments and ``key=``.
+def accepts(name: str, value: Any, what: str, positional: int, *, model: bool = True) -> None:
+    """A function that can be called with this many positional arguments, and with ``key=`` if it is a model.
 
     A function whose signature Python does not know passes.
 
@@ -104,6 +104,7 @@ def accepts(name: str, value: Any, what: str, positional: int) -> None:
       value: the function.
       what: its signature, for the message.
       positional: the number of positional arguments that it will be called with.
+      model: whether it is a Velocity or its like, whose last two positional arguments are x and cond.
 
     Raises:
       TypeError: for anything that is not a function, and for a function of other arguments.
@@ -115,11 +116,10 @@ def accepts(name: str, value: Any, what: str, positional: int) -> None:
         return
     places = (inspect.Parameter.POSITIONAL_ONLY, inspect.Parameter.POSITIONAL_OR_KEYWORD)
     parameters = [each for each in signature.parameters.values() if each.kind in places]
-    # The last argument that jflow gives is cond. One that must be given, and has another behind it, is x: what came is a
-    # function of more times.
-    shifted = len(parameters) > positional and parameters[positional - 1].default is inspect.Parameter.empty
+    # If cond must be given, and another argument follows it, it is x: the function takes one time more.
+    shifted = model and len(parameters) > positional and parameters[positional - 1].default is inspect.Parameter.empty
     try:
-        signature.bind(*[None] * positional, key=None)
+        signature.bind(*[None] * positional, **({"key": None} if model else {}))
     except TypeError:
         shifted = True
     if shifted:

@@ -57,7 +57,7 @@ class ByStep(Generic[AnyLaw]):
         # Of the makers, ``cells`` alone takes a traced number.
         if _makes_laws(self.law) and self.law is not cells:
             raise TypeError(f"law: expected a function {what}, got the function {shown(self.law)}")
-        _check_arguments("law", self.law, what, 1)
+        checks.accepts("law", self.law, what, 1, model=False)
 
     def __repr__(self) -> str:
         return f"ByStep({shown(self.law)})"
@@ -363,24 +363,12 @@ def _check_is_law(name: str, law: Any, what: str) -> None:
         raise TypeError(
             f"{name}: expected a function {what}, got the function {shown(law)}, which makes one: {shown(law)}(...)"
         )
-    _check_arguments(name, law, what, 2)
+    checks.accepts(name, law, what, 2, model=False)
 
 
 def _makes_laws(law: Any) -> bool:
     """Whether it is a function of this module, not the law that it returns."""
     return inspect.isfunction(law) and law.__module__ == __name__
-
-
-def _check_arguments(name: str, function: Any, what: str, count: int) -> None:
-    """Refuses a function that cannot be called with this many arguments, if Python knows its signature."""
-    try:
-        signature = inspect.signature(function)
-    except (TypeError, ValueError):
-        return
-    try:
-        signature.bind(*[None] * count)
-    except TypeError:
-        raise TypeError(f"{name}: expected a function {what}, got one of {signature}") from None
 
 
 def _as_pair(name: str, drawn: Any) -> tuple[Any, Any]:

@@ -23,8 +23,7 @@ def frechet_distance(x: Points, y: Points) -> Array | np.ndarray:
     derivative. With factors C = A'A of the centred features it is |m_x - m_y|² + min over orthogonal Q of |A_x - Q A_y|²,
     which needs neither a covariance nor the root of one: low rank and a large common offset cost no digits, the distance is
     never negative, and no intermediate result overflows. Its rounding error is about 1e-30 times the traces of the
-    covariances. Cost: a QR decomposition of each set, and the singular vectors of
-    one matrix of min(d, max(n, m)) rows.
+    covariances. Cost: a QR decomposition of each set, and the singular vectors of one matrix of min(d, max(n, m)) rows.
 
     Args:
       x: features ``[n, d]``, n > 1; fewer than d are enough.

@@ -6,10 +6,9 @@ from typing import TYPE_CHECKING, Any, TypedDict
 
 import numpy as np
 
-from jflow import bases, checks, couplings, reductions
+from jflow import bases, checks, couplings, interpolants, reductions
 from jflow import times as laws
 from jflow.identities import Derivative
-from jflow.interpolants import Interpolant
 from jflow.named import described, shown
 from jflow.objectives import velocity_estimates
 from jflow.objectives.curriculum import Schedule
@@ -99,10 +98,7 @@ def check(objective: Objective) -> None:
             "flow_map: expected a FlowMap (jflow.flow_map(network, form) makes one of a network), got "
             f"{described(objective.flow_map)}"
         )
-    if not isinstance(objective.interpolant, Interpolant):
-        raise TypeError(
-            f"interpolant: expected an Interpolant, such as interpolants.linear(), got {described(objective.interpolant)}"
-        )
+    interpolants.check(objective.interpolant)
     if objective.term is not None and not isinstance(objective.term, Term):
         raise TypeError(f"term: expected an objectives.Term(name, residual), got {described(objective.term)}")
     if objective.domain is not None and not isinstance(objective.domain, Domain):
