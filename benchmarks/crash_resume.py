@@ -66,11 +66,8 @@ def train(out: pathlib.Path, kind: str, steps: int) -> None:
         data,
         total_steps=steps,
         log_every=5,
-        checkpoint_every=10,
-        out_dir=out,
-        config={"kind": kind, "steps": steps},
-        resume="auto",
-        show_progress=False,
+        run=training.RunDirectory(out, checkpoint_every=10, config={"kind": kind, "steps": steps}, resume="auto"),
+        hooks=(),
     )
     leaves = jax.tree.leaves(state._replace(key=jax.random.key_data(state.key)))
     with (out / "final.tmp").open("wb") as file:

@@ -33,7 +33,7 @@ import numpy as np
 import optax
 
 from jflow.datasets import ArrayDataset
-from jflow.training import TrainState, fit, init_state, make_chunk, make_step
+from jflow.training import RunDirectory, TrainState, fit, init_state, make_chunk, make_step
 from jflow.types import Batch, Context
 
 SIZE = 64
@@ -106,9 +106,8 @@ def measure(batch: int, width: int, layers: int, steps: int, chunks: int, rounds
                 dataset.data,
                 total_steps=steps * chunks,
                 log_every=steps,
-                out_dir=out,
-                show_progress=False,
-                **kwargs,
+                run=RunDirectory(out, **kwargs),
+                hooks=(),
             )
 
     variants = {

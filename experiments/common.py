@@ -364,30 +364,30 @@ def train(
         return {"score": score(model.flow_map.bind(params))}
 
     checkpoint_every = log_every * max(1, config.steps // (4 * log_every))
-    looks = {"eval_every": watch.grids or None, "eval_fn": grid if watch.grids else None}
+    evaluation = training.Evaluation(grid, watch.grids) if watch.grids else None
     if score is not None:
-        checkpoint_every = score_every
-        looks = {"eval_every": score_every, "eval_fn": scored, "keep_best": 1, "best": "score"}
+        checkpoint_every, evaluation = score_every, training.Evaluation(scored, score_every)
+    run = training.RunDirectory(
+        config.out,
+        checkpoint_every=checkpoint_every,
+        snapshot_every=watch.snapshots or None,
+        resume={"no": False, "yes": True, "auto": "auto"}[config.resume],
+        overwrite=config.overwrite,
+        keep_best=0 if score is None else 1,
+        best=None if score is None else "score",
+        config=config.kept(),
+    )
     began = time.perf_counter()
-    with watch.callbacks(config.out, None if config.resume == "no" else _newest(config.out)) as callbacks:
-        state = training.fit(
-            this.state,
-            this.chunk,
-            this.data,
-            total_steps=config.steps,
-            log_every=log_every,
-            checkpoint_every=checkpoint_every,
-            **looks,
-            snapshot_every=watch.snapshots or None,
-            out_dir=config.out,
-            config=config.kept(),
-            resume={"no": False, "yes": True, "auto": "auto"}[config.resume],
-            overwrite=config.overwrite,
-            stall_seconds=config.machine.stall_seconds,
-            count_flops=watch.flops,
-            profile=watch.profile,
-            callbacks=callbacks,
-        )
+    state = training.fit(
+        this.state,
+        this.chunk,
+        this.data,
+        total_steps=config.steps,
+        log_every=log_every,
+        run=run,
+        evaluation=evaluation,
+        hooks=[*config.machine.hooks(), *watch.hooks(config.out)],
+    )
     seconds = time.perf_counter() - began
     params = sharding.local(training.ema.as_params(state.ema[AVERAGE], state.params))
     if not distributed.first_process():
@@ -395,12 +395,6 @@ def train(
     if score is not None:
         params, _ = training.restore_params(config.out, AVERAGE, step="best")
     return model.flow_map.bind(jax.tree.map(jnp.asarray, params)), seconds
-
-
-def _newest(out: pathlib.Path) -> int:
-    """The newest step of which there is a checkpoint, or 0."""
-    steps = [int(path.name) for path in (out / "checkpoints").glob("*") if path.name.isdigit()]
-    return max(steps, default=0)
 
 
 def timing(config: Training, seconds: float) -> dict[str, float | None]:

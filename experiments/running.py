@@ -5,14 +5,14 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import pathlib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import Any, Literal
 
 import jax
 import numpy as np
 
 from jflow import sharding, training
-from jflow.training import distributed, image_grids, tensorboard
+from jflow.training import distributed, image_grids
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -44,6 +44,10 @@ class Machine:
             heartbeat_seconds=self.heartbeat_seconds,
         )
 
+    def hooks(self) -> list[training.Hook]:
+        """The hooks of ``fit``."""
+        return [] if self.stall_seconds is None else [training.Watchdog(self.stall_seconds)]
+
     def mesh(self) -> jax.sharding.Mesh | None:
         """All devices; None for a single one, which needs no layout."""
         return sharding.mesh(self.fsdp) if jax.device_count() > 1 or self.fsdp > 1 else None
@@ -64,14 +68,16 @@ class Watching:
     profile: tuple[int, int] | None = None
     """Steps between which to record a profile, to OUT/profile."""
 
-    @contextlib.contextmanager
-    def callbacks(self, out: pathlib.Path, after: int | None) -> Iterator[list[Callable[[Any], None]]]:
-        """What is called with every row; ``after`` is the step from which the run goes on."""
-        if not self.tensorboard:
-            yield []
-            return
-        with tensorboard.TensorBoard(out / "tensorboard", after=after) as board:
-            yield [board]
+    def hooks(self, out: pathlib.Path) -> list[training.Hook]:
+        """The hooks of ``fit``."""
+        found: list[training.Hook] = [training.Progress()]
+        if self.tensorboard:
+            found.append(training.TensorBoard(out / "tensorboard"))
+        if self.flops:
+            found.append(training.CountFlops())
+        if self.profile is not None:
+            found.append(training.Profile(out / "profile", *self.profile))
+        return found
 
 
 def picture(samples: np.ndarray) -> np.ndarray:
@@ -91,7 +97,7 @@ def picture(samples: np.ndarray) -> np.ndarray:
 def grid_writer(
     out: pathlib.Path, draw: Callable[[Any], np.ndarray], average: str
 ) -> Callable[[training.TrainState], dict[str, float]]:
-    """An ``eval_fn`` that writes the picture of ``draw(params)``, of the averaged parameters, and finds nothing else."""
+    """A function for ``training.Evaluation`` that writes the picture ``draw(params)`` of the averaged parameters."""
 
     def write(state: training.TrainState) -> dict[str, float]:
         params = sharding.local(training.ema.as_params(state.ema[average], state.params))

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 from jflow import reports
-from jflow.training import alarms, fit
+from jflow.training import Progress, RunDirectory, alarms, fit
 from jflow.training.alarms import FACTOR, ROWS
 from jflow.training.metrics_log import read
 
@@ -131,18 +131,18 @@ def explosive(problem):
     return chunk
 
 
-def run(problem, out, steps, **kwargs):
+def run(problem, out, steps, *, hooks=(), **kwargs):
     rows = []
     fit(
         problem.state(), explosive(problem), problem.dataset.data, total_steps=steps, log_every=8, chunk_steps=4,
-        checkpoint_every=8, out_dir=out, callbacks=[rows.append], **kwargs,
+        run=RunDirectory(out, checkpoint_every=8, **kwargs), hooks=[rows.append, *hooks],
     )  # fmt: skip
     return rows
 
 
 def test_the_loop_shows_and_keeps_it_and_resumed_runs_say_the_same(problem, tmp_path, capsys):
     whole, broken = tmp_path / "whole", tmp_path / "broken"
-    rows = run(problem, whole, 72)
+    rows = run(problem, whole, 72, hooks=[Progress()])
     shown = capsys.readouterr().out
     warned = [(r["step"], r["warning"]) for r in rows if "warning" in r]
     assert [step for step, _ in warned] == [56, 72]
@@ -156,13 +156,13 @@ def test_the_loop_shows_and_keeps_it_and_resumed_runs_say_the_same(problem, tmp_
 
     times = ("seconds", "steps_per_second")
     plain = lambda path: [{k: v for k, v in r.items() if k not in times} for r in read(path / "metrics.jsonl")]  # noqa: E731
-    run(problem, broken, 48, show_progress=False)
-    run(problem, broken, 72, resume=True, show_progress=False)
+    run(problem, broken, 48)
+    run(problem, broken, 72, resume=True)
     assert plain(broken) == plain(whole)
     # Back to a step in the middle, the rows after it are dropped and said again.
     for step in (72, 64):
         shutil.rmtree(broken / "checkpoints" / str(step))
-    again = run(problem, broken, 72, resume=True, show_progress=False)
+    again = run(problem, broken, 72, resume=True)
     assert [r["step"] for r in again] == [64, 72]
     assert plain(broken) == plain(whole)
     assert capsys.readouterr().out == ""

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import functools
 import json
 import os
 import shutil
@@ -17,10 +16,14 @@ import pytest
 from jflow import reports
 from jflow.training import (
     Checkpoints,
+    CountFlops,
+    Evaluation,
+    Hook,
     NonFiniteError,
+    Profile,
+    RunDirectory,
     distributed,
     fit,
-    loop,
     make_chunk,
     make_step,
     prefetch,
@@ -37,17 +40,18 @@ def rows_of(directory):
     return [{k: v for k, v in row.items() if k not in TIMES} for row in read(directory / "metrics.jsonl")]
 
 
-def run(problem, out_dir, total_steps, **kwargs):
-    kwargs = {"log_every": 8, "chunk_steps": 4, "checkpoint_every": 8, "show_progress": False, **kwargs}
-    config = {"learning_rate": 1e-2}
+def run(problem, out_dir, total_steps, *, state=None, chunk=None, data=None, evaluation=None, hooks=(), **directory):
+    directory = {"checkpoint_every": 8, "config": {"learning_rate": 1e-2}, **directory}
     return fit(
-        kwargs.pop("state", problem.state()),
-        kwargs.pop("chunk", problem.chunk),
-        kwargs.pop("data", problem.dataset.data),
+        problem.state() if state is None else state,
+        problem.chunk if chunk is None else chunk,
+        problem.dataset.data if data is None else data,
         total_steps=total_steps,
-        out_dir=out_dir,
-        config=config,
-        **kwargs,
+        log_every=8,
+        chunk_steps=4,
+        run=None if out_dir is None else RunDirectory(out_dir, **directory),
+        evaluation=evaluation,
+        hooks=hooks,
     )
 
 
@@ -98,7 +102,7 @@ def test_asked_to_stop_it_saves_and_goes_on_the_same(problem, unbroken, tmp_path
 
     # The row of step 8 is read while the chunk to step 12 is under way.
     with pytest.raises(distributed.PreemptedError, match="saved step 12") as error:
-        run(problem, tmp_path, 32, callbacks=[stop], checkpoint_every=16, resume="auto")
+        run(problem, tmp_path, 32, hooks=[stop], checkpoint_every=16, resume="auto")
     assert error.value.step == 12 and signal.getsignal(signal.SIGTERM) is before
     assert_same(run(problem, tmp_path, 32, resume="auto"), state)
     rows, whole = rows_of(tmp_path), rows_of(directory)
@@ -124,7 +128,7 @@ def test_a_second_request_does_what_it_did_before(problem, tmp_path):
         assert signal.getsignal(signal.SIGTERM) is handler
         # Without checkpoints there is nothing to save, and the signal is left alone.
         with pytest.raises(Asked):
-            run(problem, None, 8, checkpoint_every=None, callbacks=[lambda row: os.kill(os.getpid(), signal.SIGTERM)])
+            run(problem, None, 8, hooks=[lambda row: os.kill(os.getpid(), signal.SIGTERM)])
     finally:
         signal.signal(signal.SIGTERM, before)
 
@@ -184,8 +188,7 @@ def test_the_best_and_the_snapshots(problem, unbroken, tmp_path, assert_same):
     state, _ = unbroken
     scores = {8: 3.0, 16: 1.0, 24: 2.0, 32: 5.0}
     options = {
-        "eval_every": 8,
-        "eval_fn": lambda state: {"score": scores[int(state.step)]},
+        "evaluation": Evaluation(lambda state: {"score": scores[int(state.step)]}, 8),
         "best": "score",
         "keep_best": 1,
         "keep": 1,
@@ -199,12 +202,14 @@ def test_the_best_and_the_snapshots(problem, unbroken, tmp_path, assert_same):
     assert_same(
         restore_params(tmp_path / "averages", "0.9", step=16)[0], restore_params(tmp_path, "0.9", step="best")[0]
     )
-    with pytest.raises(ValueError, match=r"best: expected an entry of what eval_fn returns, \['score'\], got 'loss'"):
+    with pytest.raises(
+        ValueError, match=r"best: expected an entry of what the evaluation returns, \['score'\], got 'loss'"
+    ):
         run(problem, tmp_path, 32, overwrite=True, **{**options, "best": "loss"})
 
 
 def test_work_and_traces(problem, tmp_path):
-    run(problem, tmp_path, 24, count_flops=True, profile=(8, 12))
+    run(problem, tmp_path, 24, hooks=[CountFlops(), Profile(tmp_path / "profile", 8, 12)])
     rows = rows_of(tmp_path)
     rates = [row["steps_per_second"] for row in read(tmp_path / "metrics.jsonl")]
     flops = [row["flops_per_second"] / rate for row, rate in zip(rows, rates, strict=True)]
@@ -214,9 +219,8 @@ def test_work_and_traces(problem, tmp_path):
     assert list((tmp_path / "profile").rglob("*.xplane.pb"))
 
 
-def test_a_step_that_never_ends(problem, monkeypatch, capfd):
+def test_a_step_that_never_ends(problem, capfd):
     ended = []
-    monkeypatch.setattr(loop, "Watchdog", functools.partial(distributed.Watchdog, end=ended.append))
 
     def chunk(state, data, steps):
         if int(state.step) == 8:
@@ -224,11 +228,11 @@ def test_a_step_that_never_ends(problem, monkeypatch, capfd):
         return problem.chunk(state, data, steps)
 
     problem.chunk(problem.state(), problem.dataset.data, 4)
-    run(problem, None, 16, chunk=chunk, checkpoint_every=None, stall_seconds=0.5)
+    run(problem, None, 16, chunk=chunk, hooks=[distributed.Watchdog(0.5, end=ended.append)])
     assert ended == [distributed.EXIT_STALLED]
     said = capfd.readouterr().err
     assert "no sign of life for 0.5 s: steps 9 to 12; ending with exit code 77" in said and "time.sleep" not in ended
-    run(problem, None, 16, chunk=chunk, checkpoint_every=None, stall_seconds=30.0)
+    run(problem, None, 16, chunk=chunk, hooks=[distributed.Watchdog(30.0)])
     assert len(ended) == 1
 
 
@@ -277,9 +281,8 @@ def test_rows(problem, tmp_path, unbroken):
         problem,
         tmp_path,
         20,
-        eval_every=16,
-        eval_fn=lambda state: {"bias": jnp.sum(state.params["out"]["bias"]), "at": int(state.step)},
-        callbacks=[seen.append],
+        evaluation=Evaluation(lambda state: {"bias": jnp.sum(state.params["out"]["bias"]), "at": int(state.step)}, 16),
+        hooks=[seen.append],
         checkpoint_every=None,
     )
     kinds = [(row["kind"], row["step"]) for row in rows_of(tmp_path)]
@@ -342,12 +345,66 @@ def test_a_finished_run_resumes_to_its_end(problem, unbroken, tmp_path, assert_s
     shutil.copytree(directory, tmp_path, dirs_exist_ok=True)
     assert_same(run(problem, tmp_path, 32, resume=True), state)
     assert rows_of(tmp_path) == rows_of(directory)
-    with pytest.raises(ValueError, match="total_steps: the state has taken 32 steps already, got 24"):
+    with pytest.raises(
+        ValueError, match="total_steps: expected at least the 32 steps that the state has taken, got 24"
+    ):
         run(problem, tmp_path, 24, resume=True)
 
 
+class Recorded(Hook):
+    """What a hook was called with, in order."""
+
+    def __init__(self):
+        self.seen = []
+
+    def __enter__(self):
+        self.seen.append("enter")
+        return self
+
+    def __exit__(self, *error):
+        self.seen.append("exit")
+
+    def start(self, started):
+        self.seen.append(("start", started.step, started.total_steps, int(started.state.step)))
+
+    def before_chunk(self, step, length):
+        self.seen.append(("before", step, length))
+
+    def after_chunk(self, step, metrics):
+        self.seen.append(("after", step))
+
+    def complete(self, row):
+        row["mine"] = 7.0
+
+    def row(self, row):
+        self.seen.append((row["kind"], row["step"], row.get("mine")))
+
+    def pause(self):
+        self.seen.append("pause")
+
+
+def test_hooks_are_called_at_their_events(problem, tmp_path):
+    hook, score = Recorded(), Evaluation(lambda state: {"score": 1.0}, 16)
+    run(problem, tmp_path, 16, hooks=[hook], evaluation=score, checkpoint_every=16)
+    assert hook.seen == [
+        "enter", ("before", 0, 4), ("start", 0, 16, 0), ("after", 4), ("before", 4, 4), ("after", 8),
+        # The row of an interval is read while the next chunk runs.
+        ("before", 8, 4), ("after", 12), ("train", 8, 7.0), ("before", 12, 4), ("after", 16), ("train", 16, 7.0), "pause",
+        ("eval", 16, None), "exit",
+    ]  # fmt: skip
+    assert [row.get("mine") for row in read(tmp_path / "metrics.jsonl")] == [7.0, 7.0, None]
+    hook = Recorded()
+    run(problem, tmp_path, 24, hooks=[hook], resume=True, checkpoint_every=16)
+    assert hook.seen[2] == ("start", 16, 24, 16)
+    # A hook leaves after an error, too.
+    hook = Recorded()
+    with pytest.raises(ZeroDivisionError):
+        run(problem, None, 16, hooks=[hook, lambda row: 1 / 0])
+    assert hook.seen[-1] == "exit"
+
+
 def test_lines_where_there_is_no_terminal(problem, capsys):
-    run(problem, None, 16, show_progress=True, checkpoint_every=None)
+    run(problem, None, 16, hooks=None)
     lines = capsys.readouterr().out.splitlines()
     assert len(lines) == 2
     assert lines[1].startswith("step 16/16  loss ") and lines[1].endswith("left")
@@ -356,7 +413,7 @@ def test_lines_where_there_is_no_terminal(problem, capsys):
 def test_the_bar_in_a_terminal(problem, capsys, monkeypatch):
     monkeypatch.setenv("FORCE_COLOR", "1")
     monkeypatch.setenv("COLUMNS", "120")
-    run(problem, None, 16, show_progress=True, checkpoint_every=None)
+    run(problem, None, 16, hooks=None)
     shown = capsys.readouterr().out
     assert "16/16" in shown and "steps/s" in shown
 
@@ -394,12 +451,14 @@ def test_plans_are_checked(numbers, message):
 
 def test_refusals(problem, tmp_path):
     state, data = problem.state(), problem.dataset.data
-    with pytest.raises(ValueError, match="eval_fn, eval_every"):
-        fit(state, problem.chunk, data, total_steps=1, eval_every=100)
-    with pytest.raises(ValueError, match="out_dir"):
-        fit(state, problem.chunk, data, total_steps=1, checkpoint_every=100)
+    with pytest.raises(TypeError, match=r"^evaluation: expected an Evaluation"):
+        fit(state, problem.chunk, data, total_steps=1, evaluation=lambda state: {})
+    with pytest.raises(TypeError, match=r"^run: expected a RunDirectory"):
+        fit(state, problem.chunk, data, total_steps=1, run=tmp_path)
+    with pytest.raises(TypeError, match=r"^chunk: expected a function \(state, data, steps\)"):
+        fit(state, problem.step, data, total_steps=1)
     with pytest.raises(ValueError, match="at most one"):
-        fit(state, problem.chunk, data, total_steps=1, out_dir=tmp_path, resume=True, overwrite=True)
+        RunDirectory(tmp_path, resume=True, overwrite=True)
 
 
 def test_the_metrics_file_is_plain_json_lines(unbroken):

@@ -14,7 +14,7 @@ import pytest
 import jflow
 from jflow import interpolants, objectives, parameterizations, reports, sharding
 from jflow.datasets import ArrayDataset
-from jflow.training import Checkpoints, fit, init_state, make_chunk, make_step
+from jflow.training import Checkpoints, RunDirectory, fit, init_state, make_chunk, make_step
 from jflow.types import Aux, Batch, Context
 
 MESHES = {"8 x 1": (8, 1), "4 x 2": (8, 2)}
@@ -167,8 +167,8 @@ def test_a_resumed_run_is_the_unbroken_one(name, tmp_path, assert_same):
     def run(directory, steps, **kwargs):
         state, chunk, data = run_of(name)
         return fit(
-            state, chunk, data, total_steps=steps, log_every=2, out_dir=directory, checkpoint_every=2,
-            show_progress=False, **kwargs,
+            state, chunk, data, total_steps=steps, log_every=2, hooks=(),
+            run=RunDirectory(directory, checkpoint_every=2, **kwargs),
         )  # fmt: skip
 
     unbroken = run(tmp_path / "unbroken", 8)

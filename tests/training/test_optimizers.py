@@ -13,7 +13,7 @@ import pytest
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
 from jflow import objectives, reports
-from jflow.training import NonFiniteError, ema, fit, init_state, make_chunk, make_step
+from jflow.training import NonFiniteError, RunDirectory, ema, fit, init_state, make_chunk, make_step
 from jflow.training.metrics_log import read
 from jflow.types import Aux, Batch
 
@@ -294,8 +294,9 @@ def run(optimizer, out, steps, *, broken=(), **kwargs):
     """``fit`` in chunks of 4 steps, with rows and checkpoints every 4."""
     chunk = make_chunk(make_step(objective, optimizer, ema=(0.9,)), batches(broken))
     state = init_state(params(), optimizer, jax.random.key(1), ema=(0.9,))
-    options = {"log_every": 4, "checkpoint_every": None if out is None else 4, "show_progress": False, **kwargs}
-    return fit(state, chunk, data(), total_steps=steps, out_dir=out, **options)
+    loop = {"log_every": 4, "hooks": (), **{name: kwargs.pop(name) for name in ("forgive", "hooks") if name in kwargs}}
+    directory = None if out is None else RunDirectory(out, checkpoint_every=4, **kwargs)
+    return fit(state, chunk, data(), total_steps=steps, run=directory, **loop)
 
 
 def rows_of(out):

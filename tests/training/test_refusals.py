@@ -16,9 +16,13 @@ from experiments.running import Machine, Watching, picture
 from jflow import datasets, sharding
 from jflow.training import (
     Checkpoints,
+    CountFlops,
+    Evaluation,
     Feed,
     MetricsLog,
     NonFiniteError,
+    Profile,
+    RunDirectory,
     distributed,
     ema,
     ema_posthoc,
@@ -32,7 +36,6 @@ from jflow.training import (
     restore_params,
     throughput,
 )
-from jflow.training.tensorboard import TensorBoard
 from jflow.types import Aux, Batch
 
 # Reads of a damaged checkpoint that fail leave others under way, which report to an event loop that has ended.
@@ -46,11 +49,12 @@ HERE = "localhost:12345"
 
 def train(problem, out=None, steps=8, **options):
     """A run with checkpoints, if ``out`` is given, at steps 8, 16, ..."""
-    every = None if out is None else 8
-    options = {"log_every": 8, "chunk_steps": 4, "checkpoint_every": every, "total_steps": steps, **options}
+    loop = {"log_every": 8, "chunk_steps": 4, "total_steps": steps, "hooks": ()}
+    loop |= {name: options.pop(name) for name in (*loop, "evaluation", "forgive") if name in options}
     state, chunk = options.pop("state", problem.state()), options.pop("chunk", problem.chunk)
     data = options.pop("data", problem.dataset.data)
-    return fit(state, chunk, data, **{"config": {"rate": 1e-2}, "show_progress": False, "out_dir": out, **options})
+    options = {"checkpoint_every": 8, "config": {"rate": 1e-2}, **options}
+    return fit(state, chunk, data, run=None if out is None else RunDirectory(out, **options), **loop)
 
 
 def again(problem, out, **options):
@@ -220,19 +224,19 @@ def experiment(tmp_path, **options):
 CASES = {
     # The numbers of a run.
     "a trace of one step": (
-        lambda d, p: train(p, d, profile=(8,)),
-        TypeError,
-        r"^profile: expected two steps, \(first, last\), got \(8,\)$",
+        lambda d, p: train(p, d, hooks=[Profile(d, 8, 8)]),
+        ValueError,
+        "^last: expected a step after first = 8, got 8$",
     ),
     "an evaluation that finds a number": (
-        lambda d, p: train(p, eval_every=8, eval_fn=lambda state: 1.0),
+        lambda d, p: train(p, evaluation=Evaluation(lambda state: 1.0, 8)),
         TypeError,
-        "^eval_fn: expected a mapping of names to numbers, it returned float$",
+        "^evaluation: expected a mapping of names to numbers, it returned float$",
     ),
     "a callback that is not in a list": (
-        lambda d, p: train(p, callbacks=print),
+        lambda d, p: train(p, hooks=print),
         TypeError,
-        "^callbacks: expected a sequence of functions, got builtin_function_or_method$",
+        "^hooks: expected a sequence of hooks or functions of a row, got builtin_function_or_method$",
     ),
     "the dataset instead of its data": (
         lambda d, p: train(p, data=p.dataset),
@@ -247,12 +251,12 @@ CASES = {
     "a bucket": (
         lambda d, p: train(p, "gs://bucket/run"),
         ValueError,
-        "^out_dir: expected a path of a mounted file system, got 'gs://bucket/run'$",
+        "^path: expected a path of a mounted file system, got 'gs://bucket/run'$",
     ),
     "a file in the run's place": (
         lambda d, p: train(p, text(d / "run", "mine")),
         NotADirectoryError,
-        "^out_dir: .*run is a file; expected a directory$",
+        "^path: .*run is a file; expected a directory$",
     ),
     "an old run deleted for nothing": (
         lambda d, p: kept(p, d, keep=0),
@@ -285,7 +289,7 @@ CASES = {
         "^checkpoint_every: expected a multiple of log_every = 8, got 12",
     ),
     "evaluations between rows": (
-        lambda d, p: train(p, eval_every=9, eval_fn=lambda state: {}),
+        lambda d, p: train(p, evaluation=Evaluation(lambda state: {}, 9)),
         ValueError,
         "^eval_every: expected a multiple of log_every = 8, got 9",
     ),
@@ -295,22 +299,22 @@ CASES = {
         "^snapshot_every: expected a multiple of log_every = 8, got 4",
     ),
     "an evaluation that never comes": (
-        lambda d, p: train(p, eval_fn=lambda state: {}),
+        lambda d, p: Evaluation(lambda state: {}, 0),
         ValueError,
-        "^eval_fn, eval_every: expected both or neither$",
+        "^every: expected a whole number of at least 1, got 0$",
     ),
     "the best of no evaluations": (
         lambda d, p: train(p, d, best="fid", keep_best=1),
         ValueError,
-        "^best, keep_best, eval_every, checkpoint_every: expected all",
+        r"^evaluation: expected one with run\.best, got None$",
     ),
     "the best of another name": (
-        lambda d, p: train(p, d, best="loss", keep_best=1, eval_every=8, eval_fn=lambda state: {"fid": 1.0}),
+        lambda d, p: train(p, d, best="loss", keep_best=1, evaluation=Evaluation(lambda state: {"fid": 1.0}, 8)),
         ValueError,
-        r"^best: expected an entry of what eval_fn returns, \['fid'\], got 'loss'$",
+        r"^best: expected an entry of what the evaluation returns, \['fid'\], got 'loss'$",
     ),
     "fewer than no best": (
-        lambda d, p: train(p, d, best="fid", keep_best=-1, eval_every=8, eval_fn=lambda state: {"fid": 1.0}),
+        lambda d, p: train(p, d, best="fid", keep_best=-1),
         ValueError,
         "^keep_best: expected a whole number of at least 0, got -1$",
     ),
@@ -320,32 +324,32 @@ CASES = {
         "^keep: expected a whole number of at least 1, got 0$",
     ),
     "a trace that ends before it begins": (
-        lambda d, p: train(p, d, profile=(8, 4)),
+        lambda d, p: train(p, d, hooks=[Profile(d, 4, 12)]),
         ValueError,
-        r"^profile: expected steps first < last <= total_steps, got \(8, 4\)$",
+        "^last: expected at most total_steps = 8, got 12$",
     ),
     "a trace of half steps": (
-        lambda d, p: train(p, d, profile=(0.5, 4)),
+        lambda d, p: Profile(d, 0.5, 4),
         TypeError,
-        r"^profile: expected a whole number, got float 0\.5$",
+        r"^first: expected a whole number, got float 0\.5$",
     ),
     "no patience": (
-        lambda d, p: train(p, stall_seconds=0),
+        lambda d, p: distributed.Watchdog(0),
         ValueError,
-        r"^stall_seconds: expected a number in \(0, inf\], got 0$",
+        r"^seconds: expected a number in \(0, inf\], got 0$",
     ),
     "patience in words": (
-        lambda d, p: train(p, stall_seconds="10m"),
+        lambda d, p: distributed.Watchdog("10m"),
         TypeError,
-        "^stall_seconds: expected a number, got str '10m'$",
+        "^seconds: expected a number, got str '10m'$",
     ),
-    "checkpoints nowhere": (
-        lambda d, p: train(p, checkpoint_every=8),
-        ValueError,
-        "^out_dir: expected a directory to write to or to resume from, got None$",
+    "a path in place of a run directory": (
+        lambda d, p: fit(p.state(), p.chunk, p.dataset.data, total_steps=8, run=d),
+        TypeError,
+        "^run: expected a RunDirectory, got PosixPath$",
     ),
     "FLOPs of a plain function": (
-        lambda d, p: train(p, chunk=lambda *arguments: p.chunk(*arguments), count_flops=True),
+        lambda d, p: train(p, chunk=lambda *arguments: p.chunk(*arguments), hooks=[CountFlops()]),
         TypeError,
         "^chunk: expected a jitted function, as make_chunk returns, got function$",
     ),
@@ -388,12 +392,12 @@ CASES = {
     "a directory with another run": (
         lambda d, p: again(p, d, resume=False),
         FileExistsError,
-        "holds a run already; resume it, overwrite it, or choose another out_dir$",
+        "holds a run already; resume it, overwrite it, or choose another directory$",
     ),
     "an end already passed": (
         lambda d, p: again(p, d, steps=4),
         ValueError,
-        "^total_steps: the state has taken 8 steps already, got 4$",
+        "^total_steps: expected at least the 8 steps that the state has taken, got 4$",
     ),
     "resumed with another config": (
         lambda d, p: again(p, d, config={"rate": 3e-3}),
@@ -773,7 +777,7 @@ CASES = {
     "a watchdog that never waits": (
         lambda d, p: distributed.Watchdog(float("nan")),
         ValueError,
-        r"^stall_seconds: expected a number in \(0, inf\], got nan$",
+        r"^seconds: expected a number in \(0, inf\], got nan$",
     ),
     # Data from the host.
     "the position of another iterator": (
@@ -1032,11 +1036,6 @@ CASES = {
         lambda d, p: picture(ROWS),
         ValueError,
         r"^samples: expected images \[N, H, W, C\] or points \[N, 2\], got \(16, 3\)$",
-    ),
-    "events after a negative step": (
-        lambda d, p: TensorBoard(d, after=-1),
-        ValueError,
-        "^after: expected a whole number of at least 0, got -1$",
     ),
     "the rate of a run too short": (
         lambda d, p: [train(p, d), throughput.steady_rate(metrics_log.read(d / "metrics.jsonl"))],

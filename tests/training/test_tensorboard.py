@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import io
 import struct
 import sys
@@ -11,6 +12,7 @@ import numpy as np
 import pytest
 
 from jflow.training import fit, image_grids
+from jflow.training.hooks import Started
 from jflow.training.tensorboard import TensorBoard
 
 pytest.importorskip("tensorboardX", reason="pip install 'jflow[tensorboard]'")
@@ -45,9 +47,17 @@ def numbers(directory):
     return {place: value.simple_value for place, value in shown(directory).items()}
 
 
+@contextlib.contextmanager
+def started(directory, step=0):
+    """A hook within a run that begins after so many steps."""
+    with TensorBoard(directory) as board:
+        board.start(Started(step, 100, None, None, None))
+        yield board
+
+
 def test_numbers_vectors_and_texts(tmp_path):
-    with TensorBoard(tmp_path) as board:
-        board(
+    with started(tmp_path) as board:
+        board.row(
             {
                 "kind": "train",
                 "step": 8,
@@ -58,7 +68,7 @@ def test_numbers_vectors_and_texts(tmp_path):
                 "warning": "a tangent has exploded",
             }
         )
-        board({"kind": "eval", "step": 8, "distance": 3})
+        board.row({"kind": "eval", "step": 8, "distance": 3})
     values = shown(tmp_path)
     text = values.pop(("train/warning/text_summary", 8))
     assert text.tensor.string_val == [b"a tangent has exploded"]
@@ -72,19 +82,19 @@ def test_numbers_vectors_and_texts(tmp_path):
 
 
 def test_resumed_runs_hide_the_later_events(tmp_path):
-    with TensorBoard(tmp_path) as board:
+    with started(tmp_path) as board:
         for step in (8, 16, 24):
-            board({"kind": "train", "step": step, "loss": 1.0})
+            board.row({"kind": "train", "step": step, "loss": 1.0})
     # Within the second of the first file.
-    with TensorBoard(tmp_path, after=16) as board:
-        board({"kind": "train", "step": 32, "loss": 2.0})
+    with started(tmp_path, 16) as board:
+        board.row({"kind": "train", "step": 32, "loss": 2.0})
     assert len(list(tmp_path.iterdir())) == 2
     assert numbers(tmp_path) == {("train/loss", 8): 1.0, ("train/loss", 16): 1.0, ("train/loss", 32): 2.0}
 
 
 def test_images_are_a_grid(tmp_path):
     images = np.random.default_rng(0).uniform(-1, 1, (5, 4, 4, 1))
-    with TensorBoard(tmp_path) as board:
+    with started(tmp_path) as board:
         board.images(16, "samples/one_jump", images)
     value = shown(tmp_path)["samples/one_jump", 16]
     with image_grids.pillow().open(io.BytesIO(value.image.encoded_image_string)) as read:
@@ -93,17 +103,15 @@ def test_images_are_a_grid(tmp_path):
 
 def test_every_row_of_a_run_is_there(problem, tmp_path):
     rows = []
-    with TensorBoard(tmp_path) as board:
-        fit(
-            problem.state(),
-            problem.chunk,
-            problem.dataset.data,
-            total_steps=16,
-            log_every=8,
-            chunk_steps=4,
-            callbacks=[rows.append, board],
-            show_progress=False,
-        )
+    fit(
+        problem.state(),
+        problem.chunk,
+        problem.dataset.data,
+        total_steps=16,
+        log_every=8,
+        chunk_steps=4,
+        hooks=[rows.append, TensorBoard(tmp_path)],
+    )
     values = numbers(tmp_path)
     assert [row["step"] for row in rows] == [8, 16]
     for row in rows:
@@ -115,15 +123,13 @@ def test_every_row_of_a_run_is_there(problem, tmp_path):
 def test_only_the_first_process_writes(tmp_path, monkeypatch):
     monkeypatch.setattr(jax, "process_index", lambda: 1)
     directory = tmp_path / "events"
-    with TensorBoard(directory, after=3) as board:
-        board({"kind": "train", "step": 8, "loss": 1.0})
+    with started(directory, 3) as board:
+        board.row({"kind": "train", "step": 8, "loss": 1.0})
         board.images(8, "samples", np.zeros((1, 2, 2, 1)))
     assert not directory.exists()
 
 
 def test_refusals(tmp_path, monkeypatch):
-    with pytest.raises(ValueError, match="after"):
-        TensorBoard(tmp_path, after=-1)
     monkeypatch.setitem(sys.modules, "tensorboardX", None)
     with pytest.raises(ImportError, match=r"jflow\[tensorboard\]"):
         TensorBoard(tmp_path)

@@ -107,6 +107,6 @@ def test_steady_rate_leaves_out_compilation_and_is_no_mean():
 def test_steady_rate_of_a_run():
     state, chunk, data = problem()
     rows = []
-    fit(state, chunk, data, total_steps=20, log_every=4, callbacks=[rows.append], show_progress=False)
+    fit(state, chunk, data, total_steps=20, log_every=4, hooks=[rows.append])
     rates = [row["steps_per_second"] for row in rows]
     assert min(rates[1:]) <= speed.steady_rate(rows) <= max(rates[1:])

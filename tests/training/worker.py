@@ -38,13 +38,8 @@ def train(out: Path, steps: int, mesh: jax.sharding.Mesh, pause: float = 0.0) ->
         sharding.place(jax.tree.map(np.asarray, problem.dataset.data), sharding.whole(mesh)),
         total_steps=steps,
         log_every=2,
-        checkpoint_every=4,
-        out_dir=out,
-        config={"name": "worker"},
-        resume="auto",
-        ignore=("pause",),
-        callbacks=[callback],
-        show_progress=False,
+        run=training.RunDirectory(out, checkpoint_every=4, config={"name": "worker"}, resume="auto", ignore=("pause",)),
+        hooks=[callback],
     )
     return state, rows
 

@@ -2,23 +2,35 @@
 
 from jflow.training import distributed, ema, ema_posthoc, image_grids, prefetch, throughput
 from jflow.training.checkpoints import Checkpoints, restore_params
-from jflow.training.distributed import PreemptedError
-from jflow.training.loop import fit
+from jflow.training.distributed import PreemptedError, Watchdog
+from jflow.training.hooks import Hook, Profile
+from jflow.training.loop import Evaluation, fit
 from jflow.training.metrics_log import MetricsLog
 from jflow.training.prefetch import Feed
+from jflow.training.progress import Progress
 from jflow.training.recorder import NonFiniteError
+from jflow.training.run_directory import RunDirectory
 from jflow.training.state import TrainState, init_state
 from jflow.training.step import make_chunk, make_step
 from jflow.training.tensorboard import TensorBoard
+from jflow.training.throughput import CountFlops
+from jflow.training.train import train
 
 __all__ = [
     "Checkpoints",
+    "CountFlops",
+    "Evaluation",
     "Feed",
+    "Hook",
     "MetricsLog",
     "NonFiniteError",
     "PreemptedError",
+    "Profile",
+    "Progress",
+    "RunDirectory",
     "TensorBoard",
     "TrainState",
+    "Watchdog",
     "distributed",
     "ema",
     "ema_posthoc",
@@ -30,4 +42,5 @@ __all__ = [
     "prefetch",
     "restore_params",
     "throughput",
+    "train",
 ]

@@ -20,12 +20,13 @@ import threading
 import time
 import traceback
 from collections.abc import Callable, Iterator
-from typing import Any
+from typing import Any, Self
 
 import jax
 from jax.experimental import multihost_utils
 
 from jflow import checks
+from jflow.training.hooks import Hook
 
 _log = logging.getLogger(__name__)
 
@@ -165,47 +166,48 @@ class Notice:
         signal.signal(number, self._before)
 
 
-class Watchdog:
-    """Ends the process when nothing has been heard for too long: a step that waits for a lost device never ends.
+class Watchdog(Hook):
+    """Ends the process if a chunk takes too long: a step that waits for a lost device never ends.
 
-    A context manager; it waits only between ``beat`` and ``rest``.
+    For runs of several processes. It watches from the dispatch of a chunk to the next event of the run, compilation included,
+    and ends the process with exit code ``EXIT_STALLED`` and a message.
 
     Args:
-      seconds: of silence; None for no watch.
-      end: called with ``EXIT_STALLED``; by default ``os._exit``, since an orderly end would wait as well.
+      seconds: the longest time for a chunk.
+      end: called with the exit code; by default ``os._exit``, because an orderly end would wait for the device too.
 
     Raises:
-      ValueError: when seconds is not positive; TypeError when it is no number.
+      ValueError: if seconds is not positive; TypeError if it is not a number.
     """
 
-    def __init__(self, seconds: float | None, end: Callable[[int], object] = os._exit) -> None:
-        self._seconds = None if seconds is None else checks.number("stall_seconds", seconds, low=0.0, open_low=True)
+    def __init__(self, seconds: float, end: Callable[[int], object] = os._exit) -> None:
+        self._seconds = checks.number("seconds", seconds, low=0.0, open_low=True)
         self._end = end
         self._doing, self._deadline, self._over = "", float("inf"), False
         self._changed = threading.Condition()
-        self._thread = threading.Thread(target=self._watch, name="jflow watchdog", daemon=True)
+        self._thread: threading.Thread | None = None
 
-    def __enter__(self) -> Watchdog:
-        if self._seconds is not None:
-            self._thread.start()
+    def __enter__(self) -> Self:
+        self._over, self._deadline = False, float("inf")
+        self._thread = threading.Thread(target=self._watch, name="jflow watchdog", daemon=True)
+        self._thread.start()
         return self
 
     def __exit__(self, *_: object) -> None:
         with self._changed:
             self._over = True
             self._changed.notify()
-        if self._thread.is_alive():
+        if self._thread is not None:
             self._thread.join()
 
-    def beat(self, doing: str) -> None:
-        """Something has been heard; ``doing`` is what comes next."""
-        if self._seconds is not None:
-            with self._changed:
-                self._doing, self._deadline = doing, time.monotonic() + self._seconds
-                self._changed.notify()
+    def before_chunk(self, step: int, length: int) -> None:
+        """Starts to wait for the steps of this chunk."""
+        with self._changed:
+            self._doing, self._deadline = f"steps {step + 1} to {step + length}", time.monotonic() + self._seconds
+            self._changed.notify()
 
-    def rest(self) -> None:
-        """Nothing is expected until the next beat."""
+    def pause(self) -> None:
+        """Waits for nothing until the next chunk."""
         with self._changed:
             self._deadline = float("inf")
 

@@ -1,55 +1,63 @@
-"""What a person sees while a run goes on: a bar in a terminal, a line per log interval elsewhere."""
+"""A progress bar in terminals and notebooks; one line per row elsewhere."""
 
 from __future__ import annotations
 
-import contextlib
-from collections.abc import Callable, Iterator
 from typing import Any
 
 import jax
 
-# (step, steps per second, loss, warning=None): the warning, where there is one, gets a line of its own.
-Report = Callable[..., None]
+from jflow.training.hooks import Hook, Row, Started
 
 
-@contextlib.contextmanager
-def progress(total: int, start: int, shown: bool = True) -> Iterator[Report]:
-    """Yields ``report(step, steps_per_second, loss, warning=None)``, to be called once per log interval.
+class Progress(Hook):
+    """Shows the steps taken, the loss, the rate, the time left and warnings.
 
-    Of several processes only the first shows anything.
-
-    Args:
-      total: the step at which the run ends.
-      start: the step at which it begins.
-      shown: False to show nothing.
+    In a terminal or a notebook it is a bar of rich; elsewhere it prints one line per row. Of several processes only the first
+    shows anything.
     """
-    if not shown or jax.process_index() != 0:
-        yield lambda step, rate, loss, warning=None: None
-        return
-    from rich.console import Console
 
-    console = Console()
-    if not console.is_terminal:
-        yield lambda step, rate, loss, warning=None: _line(total, step, rate, loss, warning)
-        return
-    with _bar(console) as bar:
-        task = bar.add_task("training", total=total, completed=start, rate=0.0, loss=float("nan"), left="")
+    def __init__(self) -> None:
+        self._total = 0
+        self._bar: Any = None
+        self._task: Any = None
 
-        def report(step: int, rate: float, loss: float, warning: str | None = None) -> None:
+    def start(self, started: Started) -> None:
+        """Shows an empty bar."""
+        self._total = started.total_steps
+        if jax.process_index() != 0:
+            return
+        from rich.console import Console
+
+        console = Console()
+        if console.is_terminal or console.is_jupyter:
+            self._bar = _bar(console)
+            self._bar.start()
+            self._task = self._bar.add_task(
+                "training", total=self._total, completed=started.step, rate=0.0, loss=float("nan"), left=""
+            )
+
+    def row(self, row: Row) -> None:
+        """Shows a row of training."""
+        if row["kind"] != "train" or jax.process_index() != 0:
+            return
+        step, rate, loss, warning = row["step"], row["steps_per_second"], float(row["loss"]), row.get("warning")
+        left = _left(self._total, step, rate)
+        if self._bar is None:
             if warning is not None:
-                # Above the bar; as it is, for rich would read a bracket as markup.
-                bar.console.print(f"warning: {warning}", markup=False, highlight=False)
-            bar.update(task, completed=step, rate=rate, loss=loss, left=_left(total, step, rate))
-            bar.refresh()
+                print(f"warning: {warning}", flush=True)
+            width = len(str(self._total))
+            print(f"step {step:{width}d}/{self._total}  loss {loss:.5g}  {rate:.4g} steps/s  {left}", flush=True)
+            return
+        if warning is not None:
+            # Above the bar; without markup, because rich would interpret brackets.
+            self._bar.console.print(f"warning: {warning}", markup=False, highlight=False)
+        self._bar.update(self._task, completed=step, rate=rate, loss=loss, left=left)
+        self._bar.refresh()
 
-        yield report
-
-
-def _line(total: int, step: int, rate: float, loss: float, warning: str | None) -> None:
-    if warning is not None:
-        print(f"warning: {warning}", flush=True)
-    width = len(str(total))
-    print(f"step {step:{width}d}/{total}  loss {loss:.5g}  {rate:.4g} steps/s  {_left(total, step, rate)}", flush=True)
+    def __exit__(self, *_: object) -> None:
+        if self._bar is not None:
+            self._bar.stop()
+            self._bar = None
 
 
 def _left(total: int, step: int, rate: float) -> str:
@@ -61,7 +69,7 @@ def _left(total: int, step: int, rate: float) -> str:
 def _bar(console: Any) -> Any:
     from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn
 
-    # No refresh of its own: a thread that redraws would take turns with the one that feeds the device.
+    # No automatic refresh: its thread would compete with the thread that feeds the device.
     return Progress(
         TextColumn("{task.description}"),
         BarColumn(),

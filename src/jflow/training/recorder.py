@@ -3,21 +3,17 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import jax
 import numpy as np
 
 from jflow import reports
-from jflow.training import throughput
-from jflow.training.alarms import Watch
-from jflow.training.checkpoints import Checkpoints
-from jflow.training.metrics_log import MetricsLog
-from jflow.training.progress import Report
+from jflow.training.hooks import Hook, Row
+from jflow.training.run_directory import Opened
 from jflow.training.step import Metrics
 
-Row = dict[str, Any]
 # The steps taken before a chunk and after it, and its metrics, still on the device.
 Interval = list[tuple[int, int, Metrics]]
 
@@ -58,27 +54,14 @@ class Recorder:
     """Reads metrics from the device, writes rows, and ends a run whose numbers are not finite.
 
     Args:
-      checkpoints, log: of the run; None for none.
-      watch: what a row is looked at with.
-      callbacks: called with every row.
-      report: shows a row.
-      forgive: how many broken steps in a row the run may go on after.
+      opened: the files of the run.
+      hooks: called with every row.
+      forgive: the number of broken steps in a row after which the run may go on.
     """
 
-    def __init__(
-        self,
-        checkpoints: Checkpoints | None,
-        log: MetricsLog | None,
-        watch: Watch,
-        callbacks: Sequence[Callable[[Row], None]],
-        report: Report,
-        forgive: int = 0,
-    ) -> None:
-        self._forgive = forgive
-        self._checkpoints, self._log, self._watch = checkpoints, log, watch
-        self._callbacks, self._report = callbacks, report
-        # Of one step, counted by XLA; None where nobody asked.
-        self.flops: float | None = None
+    def __init__(self, opened: Opened, hooks: Sequence[Hook], forgive: int = 0) -> None:
+        self._forgive, self._hooks = forgive, hooks
+        self._checkpoints, self._log, self._watch = opened.checkpoints, opened.log, opened.watch
         self._evaluated: tuple[int, Mapping[str, Any]] = (-1, {})
         self._began = self._last = time.perf_counter()
 
@@ -91,28 +74,27 @@ class Recorder:
         first, last = interval[0][0], interval[-1][1]
         found = reports.merged(jax.tree.map(lambda *leaves: np.stack([_wide(leaf) for leaf in leaves]), *chunks))
         self._watch.expect(found)
-        rate = (last - first) / (now - self._last)
         row = {
             "kind": "train",
             "step": last,
             "steps": last - first,
             **reports.values(found),
-            "steps_per_second": rate,
+            "steps_per_second": (last - first) / (now - self._last),
             "seconds": now - self._began,
-            **_work(self.flops, rate),
         }
         self._last = now
+        for hook in self._hooks:
+            hook.complete(row)
         warning = self._watch(row)
         self._write(row if warning is None else {**row, "warning": warning})
-        self._report(last, rate, float(row["loss"]), warning)
         for (start, stop, _), metrics in zip(interval, chunks, strict=True):
             if not self._forgiven(reports.values(metrics)):
                 raise NonFiniteError(start + 1, stop, self._last_good(), reports.values(metrics))
 
     def eval(self, step: int, values: Mapping[str, Any]) -> None:
-        """One row of what an evaluation found; TypeError when that is no mapping."""
+        """One row of what an evaluation found; TypeError if that is not a mapping."""
         if not isinstance(values, Mapping):
-            raise TypeError(f"eval_fn: expected a mapping of names to numbers, it returned {type(values).__name__}")
+            raise TypeError(f"evaluation: expected a mapping of names to numbers, it returned {type(values).__name__}")
         values = jax.device_get(dict(values))
         self._evaluated = step, values
         self._write({"kind": "eval", "step": step, **values})
@@ -129,7 +111,7 @@ class Recorder:
         if at != step:
             return None
         if name not in values:
-            raise ValueError(f"best: expected an entry of what eval_fn returns, {sorted(values)}, got {name!r}")
+            raise ValueError(f"best: expected an entry of what the evaluation returns, {sorted(values)}, got {name!r}")
         return float(values[name])
 
     def _forgiven(self, metrics: Mapping[str, Any]) -> bool:
@@ -142,22 +124,14 @@ class Recorder:
     def _write(self, row: Row) -> None:
         if self._log is not None:
             self._log.write(row)
-        for callback in self._callbacks:
-            callback(row)
+        for hook in self._hooks:
+            hook.row(row)
 
     def _last_good(self) -> int | None:
         if self._checkpoints is None:
             return None
         self._checkpoints.wait()
         return max(self._checkpoints.steps(), default=None)
-
-
-def _work(flops: float | None, rate: float) -> Row:
-    """What a row says of the floating-point operations, where they are known."""
-    if flops is None:
-        return {}
-    share = throughput.utilisation(flops, rate)
-    return {"flops_per_second": flops * rate, **({} if share is None else {"utilisation": share})}
 
 
 def _wide(value: Any) -> np.ndarray:

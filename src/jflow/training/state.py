@@ -43,6 +43,18 @@ class TrainState(NamedTuple):
     teacher: Params = None
     objective_state: PyTree = ()
 
+    def averaged(self, name: str | None = None) -> Params:
+        """An average of the parameters, by default the first, in the dtypes of the parameters.
+
+        Raises:
+          ValueError: if there is no average of that name, or none at all.
+        """
+        if name is None and self.ema:
+            name = next(iter(self.ema))
+        if name not in self.ema:
+            raise ValueError(f"name: expected an average of this state, {sorted(self.ema)}, got {name!r}")
+        return averages.as_params(self.ema[name], self.params)
+
     def __repr__(self) -> str:
         """Shapes and dtypes, a line for each part."""
         parts = (f"  {name}={_shapes(value)}" for name, value in zip(self._fields, self, strict=True))

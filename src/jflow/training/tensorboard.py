@@ -4,52 +4,51 @@ from __future__ import annotations
 
 import os
 import time
-from collections.abc import Mapping
 from typing import Any
 
 import jax
 import numpy as np
 from numpy.typing import ArrayLike
 
-from jflow import checks
 from jflow.training import image_grids
+from jflow.training.hooks import Hook, Row, Started
 
 # A killed process loses the events of about so long.
 FLUSH_SECONDS = 10
 
 
-class TensorBoard:
-    """A callback that writes every row to a directory of events; a context manager that closes it.
+class TensorBoard(Hook):
+    """A hook that writes every row to a directory of events.
 
-        with TensorBoard(out / "tensorboard") as board:
-            fit(state, chunk, data, callbacks=[board], ...)
+        fit(state, chunk, data, hooks=[TensorBoard(out / "tensorboard"), Progress()], ...)
 
-    A number becomes ``KIND/NAME`` ("train/loss"), a vector (means by bins) one such per entry, ``KIND/NAME/0`` and so on,
-    and a string, as ``warning``, a text. Of several processes only the first writes; in the others nothing happens.
+    A number becomes ``KIND/NAME`` ("train/loss"), a vector (means by bins) one such number per entry, ``KIND/NAME/0`` and so
+    on, and a string, such as ``warning``, a text. In a resumed run TensorBoard hides what the directory holds of later steps.
+    Of several processes only the first writes.
 
     Args:
-      directory: made if missing.
-      after: on resume, the step restored: what the directory holds of later steps is hidden by TensorBoard. None to hide
-        nothing.
+      directory: made if it is missing.
 
     Raises:
       ImportError: without tensorboardX, which comes with ``jflow[tensorboard]``.
-      ValueError: when ``after`` is negative; TypeError when it is no whole number.
     """
 
-    def __init__(self, directory: str | os.PathLike[str], after: int | None = None) -> None:
-        purge = None if after is None else checks.integer("after", after) + 1
-        self._writer = None
+    def __init__(self, directory: str | os.PathLike[str]) -> None:
+        self._directory, self._writer, self._make = os.fspath(directory), None, _summary_writer()
+
+    def start(self, started: Started) -> None:
+        """Opens a file of events."""
         if jax.process_index() == 0:
-            # The names of event files are distinct by the second only: without a suffix, a run resumed at once would
-            # overwrite what it goes on from. Zeros in front, for they are read in the order of their names.
+            # The names of event files differ by the second only. A suffix keeps a run that is resumed within that second from
+            # overwriting the earlier file; zeros in front, because files are read in the order of their names.
             suffix = f".{time.time_ns() % 10**9:09d}"
-            self._writer = _summary_writer()(
-                os.fspath(directory), purge_step=purge, flush_secs=FLUSH_SECONDS, filename_suffix=suffix
+            purge = started.step + 1 if started.step else None
+            self._writer = self._make(
+                self._directory, purge_step=purge, flush_secs=FLUSH_SECONDS, filename_suffix=suffix
             )
 
-    def __call__(self, row: Mapping[str, Any]) -> None:
-        """Writes a row of ``fit``: its ``kind``, its ``step``, and everything else it holds of rank 0 or 1."""
+    def row(self, row: Row) -> None:
+        """Writes every entry of rank 0 or 1, but for ``kind`` and ``step``."""
         if self._writer is None:
             return
         for name, value in row.items():
@@ -69,6 +68,8 @@ class TensorBoard:
     def images(self, step: int, name: str, images: ArrayLike) -> None:
         """Writes images [N, H, W, C] in [-1, 1] as one grid (``image_grids.tile``) of that name.
 
+        Within a run only, for example in an evaluation; before and after it nothing is written.
+
         Raises:
           ImportError: without Pillow, which comes with ``jflow[experiments]``.
           ValueError, TypeError: as ``image_grids.tile``.
@@ -79,16 +80,11 @@ class TensorBoard:
         image_grids.pillow()
         self._writer.add_image(name, image_grids.tile(images), step, dataformats="HWC")
 
-    def close(self) -> None:
+    def __exit__(self, *_: object) -> None:
         """Writes what is pending and closes the file."""
         if self._writer is not None:
             self._writer.close()
-
-    def __enter__(self) -> TensorBoard:
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self.close()
+            self._writer = None
 
 
 def _summary_writer() -> Any:

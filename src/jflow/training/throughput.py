@@ -11,6 +11,7 @@ from typing import Any
 
 import jax
 
+from jflow.training.hooks import Hook, Row, Started
 from jflow.training.state import TrainState
 from jflow.types import Device, PyTree
 
@@ -74,6 +75,29 @@ def flops_per_step(chunk: Any, state: TrainState, data: PyTree) -> float | None:
     return float(flops) if flops > 0 else None
 
 
+class CountFlops(Hook):
+    """Adds ``flops_per_second`` to rows of training and, on devices whose peak is known, ``utilisation``.
+
+    XLA counts the floating-point operations of a step (``flops_per_step``), for which the chunk is traced once more.
+    """
+
+    def __init__(self) -> None:
+        self._flops: float | None = None
+
+    def start(self, started: Started) -> None:
+        """Counts the operations of a step."""
+        self._flops = flops_per_step(started.chunk, started.state, started.data)
+
+    def complete(self, row: Row) -> None:
+        """Adds the entries, if the backend counts."""
+        if self._flops is None:
+            return
+        row["flops_per_second"] = self._flops * row["steps_per_second"]
+        share = utilisation(self._flops, row["steps_per_second"])
+        if share is not None:
+            row["utilisation"] = share
+
+
 def peak_flops(device: Device | None = None) -> float | None:
     """The peak of a device, by default the first, in FLOPs per second, dense bfloat16 (``PEAK``); None if unknown."""
     device = jax.devices()[0] if device is None else device
@@ -117,7 +141,7 @@ def steady_rate(rows: Sequence[Mapping[str, Any]]) -> float:
     another program on the machine slow single rows: hence the median rather than the mean.
 
     Args:
-      rows: those of ``metrics.jsonl`` (``metrics_log.read``), or as callbacks get them; other kinds may be among them.
+      rows: those of ``metrics.jsonl`` (``metrics_log.read``), or as hooks get them; other kinds may be among them.
 
     Raises:
       ValueError: when no row of training is left.

@@ -1,0 +1,143 @@
+"""Hooks: objects that watch a run of ``fit`` and take part at its events."""
+
+from __future__ import annotations
+
+import os
+import pathlib
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple, Self
+
+import jax
+
+from jflow import checks
+from jflow.training.state import TrainState
+from jflow.training.step import Chunk, Metrics
+from jflow.types import PyTree
+
+# A row of metrics, as it is written: ``kind`` ("train" or "eval"), ``step`` and the metrics.
+Row = dict[str, Any]
+
+
+class Started(NamedTuple):
+    """What a run starts with.
+
+    Attributes:
+      step: the number of steps taken so far; more than zero in a resumed run.
+      total_steps: the step at which the run ends.
+      chunk, state, data: the arguments of the first call of the chunk. That call donates the state: a hook must not keep it.
+    """
+
+    step: int
+    total_steps: int
+    chunk: Chunk
+    state: TrainState
+    data: PyTree
+
+
+class Hook:
+    """Takes part in a run. ``fit`` enters it as a context and calls one method per event; by default each does nothing.
+
+    A hook of your own overrides the methods that it needs:
+
+        class LargestGradient(Hook):
+            found = 0.0
+
+            def row(self, row):
+                if row["kind"] == "train":
+                    self.found = max(self.found, float(row["grad_norm"]))
+
+    A plain function ``row -> None`` in place of a hook is called with every row. Of several processes each calls its hooks.
+    """
+
+    def start(self, started: Started) -> None:
+        """Before the first chunk; not called if no steps are left to take."""
+
+    def before_chunk(self, step: int, length: int) -> None:
+        """Before the chunk of ``length`` steps that begins after ``step`` steps."""
+
+    def after_chunk(self, step: int, metrics: Metrics) -> None:
+        """After the dispatch of a chunk that ends after ``step`` steps; its metrics may still be in computation."""
+
+    def complete(self, row: Row) -> None:
+        """Adds entries to a row of training, before it is written."""
+
+    def row(self, row: Row) -> None:
+        """After a row has been written."""
+
+    def pause(self) -> None:
+        """Before an evaluation, a checkpoint or a snapshot, and before the end."""
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        """At the end of the run, also after an error."""
+
+
+class Call(Hook):
+    """A function that is called with every row."""
+
+    def __init__(self, function: Callable[[Row], object]) -> None:
+        self._function = function
+
+    def row(self, row: Row) -> None:
+        """Calls the function."""
+        self._function(row)
+
+
+def as_hooks(hooks: Any) -> list[Hook]:
+    """A sequence of hooks and functions of a row, as hooks.
+
+    Raises:
+      TypeError: for anything else.
+    """
+    if not isinstance(hooks, Sequence) or isinstance(hooks, str):
+        raise TypeError(f"hooks: expected a sequence of hooks or functions of a row, got {type(hooks).__name__}")
+    for hook in hooks:
+        if not isinstance(hook, Hook):
+            checks.function("hooks", hook, "row -> None, or a Hook")
+    return [hook if isinstance(hook, Hook) else Call(hook) for hook in hooks]
+
+
+class Profile(Hook):
+    """Records a trace with ``jax.profiler`` of the steps between two, as far as chunks allow; the first process alone.
+
+    Args:
+      directory: where the trace goes; TensorBoard and Perfetto read it.
+      first: the trace begins with the chunk that holds this step.
+      last: it ends after the chunk that holds this step.
+
+    Raises:
+      ValueError: unless 0 <= first < last; when the run starts, for a ``last`` after its end. TypeError if they are not whole
+        numbers.
+    """
+
+    def __init__(self, directory: str | os.PathLike[str], first: int, last: int) -> None:
+        self._first, self._last = checks.integer("first", first), checks.integer("last", last)
+        if first >= last:
+            raise ValueError(f"last: expected a step after first = {first}, got {last}")
+        self._directory = pathlib.Path(directory)
+        self._running = self._over = False
+
+    def start(self, started: Started) -> None:
+        """Refuses steps after the end."""
+        if self._last > started.total_steps:
+            raise ValueError(f"last: expected at most total_steps = {started.total_steps}, got {self._last}")
+
+    def before_chunk(self, step: int, length: int) -> None:
+        """Begins the trace when its first step is due."""
+        del length
+        if jax.process_index() == 0 and not (self._running or self._over) and self._first <= step < self._last:
+            jax.profiler.start_trace(str(self._directory))
+            self._running = True
+
+    def after_chunk(self, step: int, metrics: Metrics) -> None:
+        """Ends the trace after its last step."""
+        if self._running and step >= self._last:
+            jax.block_until_ready(metrics)
+            self.__exit__()
+
+    def __exit__(self, *_: object) -> None:
+        if self._running:
+            jax.profiler.stop_trace()
+            self._running, self._over = False, True

@@ -1,0 +1,132 @@
+"""Training in one call: the state, the step, the chunk and the loop with the usual choices."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Sequence
+from typing import Any, Protocol
+
+import jax
+from jax.sharding import Mesh
+
+from jflow import checks, sharding
+from jflow.training import ema as averages
+from jflow.training import prefetch
+from jflow.training.hooks import Hook, Row
+from jflow.training.loop import Evaluation, fit
+from jflow.training.optimizers import Optimizer
+from jflow.training.run_directory import RunDirectory
+from jflow.training.state import TrainState, init_state
+from jflow.training.step import make_chunk, make_step
+from jflow.types import Array, Batch, Key, ObjectiveFn, Params, PyTree
+
+
+class Dataset(Protocol):
+    """Batches as a function of arrays and the step: ``jflow.datasets.ArrayDataset``, ``SampledDataset`` and their kin."""
+
+    @property
+    def data(self) -> PyTree:
+        """The arrays that ``batch`` gets; placed on the devices."""
+
+    def batch(self, data: PyTree, step: Array) -> Batch:
+        """The batch of a step; traced."""
+        ...
+
+
+def train(
+    objective: ObjectiveFn,
+    optimizer: Optimizer,
+    params: Params | Callable[[Key], Params],
+    dataset: Dataset | prefetch.Feed,
+    *,
+    steps: int,
+    seed: int = 0,
+    mesh: Mesh | None = None,
+    ema: averages.Averages = (0.999,),
+    teacher: Params = None,
+    out_dir: str | os.PathLike[str] | RunDirectory | None = None,
+    evaluate: Evaluation | None = None,
+    log_every: int | None = None,
+    forgive: int = 0,
+    hooks: Sequence[Hook | Callable[[Row], object]] | None = None,
+) -> TrainState:
+    """Trains a network with an objective and an optax optimizer.
+
+        state = train(objectives.lsd(flow_map, path), optax.adam(1e-3), params, ArrayDataset(x, 256), steps=10_000)
+        samples = samplers.jumps(flow_map.bind(state.averaged()), noise, samplers.uniform_grid(1))
+
+    It makes the state (``init_state``), the step (``make_step``), the chunk (``make_chunk``) and runs the loop (``fit``). Use
+    these for anything that is not an argument here.
+
+    Args:
+      objective: ``(params, key, batch, context) -> (loss [B], aux)``, such as one of ``jflow.objectives``.
+      optimizer: an optax ``GradientTransformation``, or ``optax.MultiSteps``.
+      params: a pytree of arrays; or ``key -> params``, which on a mesh makes each part of them on its device.
+      dataset: one of ``jflow.datasets``, or a ``Feed`` of an iterator.
+      steps: the number of steps, those of a resumed run included.
+      seed: of the training's random numbers, and of ``params`` if it is a function.
+      mesh: from ``sharding.mesh``; by default all devices, each with the whole state. The number of devices must divide the
+        rows of a batch.
+      ema: decays of the averages, or names with schedules of ``training.ema``; ``()`` for none.
+      teacher: frozen parameters of a teacher, or None.
+      out_dir: a directory for metrics and five checkpoints over the run; or a ``RunDirectory``, for other choices and to
+        resume. None to write nothing.
+      evaluate: what is measured during training, and how often.
+      log_every: steps per row of metrics, and per dispatch; by default 100, or a fifth of the steps if that is less.
+      forgive: as in ``fit``.
+      hooks: as in ``fit``: a progress bar by default.
+
+    Returns:
+      The state: ``state.params`` are the trained parameters, ``state.averaged()`` their average.
+
+    Raises:
+      ValueError, TypeError: for arguments out of range or of another type, before an earlier run is touched.
+      NonFiniteError, PreemptedError, FileExistsError, FileNotFoundError: as ``fit``.
+    """
+    checks.integer("steps", steps, low=1)
+    checks.integer("seed", seed)
+    feed = isinstance(dataset, prefetch.Feed)
+    if not feed and not (callable(getattr(dataset, "batch", None)) and hasattr(dataset, "data")):
+        raise TypeError(
+            "dataset: expected one with data and batch(data, step), such as datasets.ArrayDataset(x, batch_size), or a "
+            f"Feed of an iterator, got {type(dataset).__name__}"
+        )
+    if mesh is not None and not isinstance(mesh, Mesh):
+        raise TypeError(f"mesh: expected a jax.sharding.Mesh, from sharding.mesh, got {type(mesh).__name__}")
+    log_every = max(1, min(100, steps // 5)) if log_every is None else checks.integer("log_every", log_every, low=1)
+    checkpoint_every = log_every * max(1, steps // (5 * log_every))
+    run = (
+        out_dir
+        if out_dir is None or isinstance(out_dir, RunDirectory)
+        else RunDirectory(out_dir, checkpoint_every=checkpoint_every)
+    )
+    if mesh is None and jax.device_count() > 1:
+        mesh = sharding.mesh()
+    step = make_step(objective, optimizer, ema=ema)
+    init_key, train_key = jax.random.split(jax.random.key(seed))
+
+    def make_state(init_key: Key, train_key: Key, teacher: Params) -> TrainState:
+        made = params(init_key) if callable(params) else params
+        return init_state(made, optimizer, train_key, ema=ema, teacher=teacher, objective=objective)
+
+    batch_fn: Any = prefetch.batch if isinstance(dataset, prefetch.Feed) else dataset.batch
+    data: Any = dataset if isinstance(dataset, prefetch.Feed) else dataset.data
+    if mesh is None:
+        state, chunk = make_state(init_key, train_key, teacher), make_chunk(step, batch_fn)
+    else:
+        state = sharding.init(make_state, mesh, init_key, train_key, teacher)
+        layout = sharding.parts(state, mesh)
+        chunk = make_chunk(step, batch_fn, batch_sharding=sharding.rows(mesh), state_sharding=layout)
+        if not feed:
+            data = sharding.place(data, sharding.whole(mesh))
+    return fit(
+        state,
+        chunk,
+        data,
+        total_steps=steps,
+        log_every=log_every,
+        run=run,
+        evaluation=evaluate,
+        forgive=forgive,
+        hooks=hooks,
+    )

@@ -1,0 +1,124 @@
+"""``train``: the parts of the loop in one call."""
+
+from __future__ import annotations
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+
+from jflow import sharding
+from jflow.training import (
+    Evaluation,
+    Feed,
+    RunDirectory,
+    ema,
+    fit,
+    init_state,
+    make_chunk,
+    make_step,
+    restore_params,
+    train,
+)
+from jflow.training.metrics_log import read
+from jflow.types import Batch
+
+
+def call(problem, **options):
+    optimizer = optax.adam(1e-2)
+    options = {"steps": 12, "log_every": 4, "hooks": (), "ema": (0.9, 0.99), **options}
+    return train(problem.objective, optimizer, options.pop("params", problem.params), problem.dataset, **options)
+
+
+def test_it_is_fit_with_the_usual_choices(problem, assert_same):
+    mesh = sharding.mesh(devices=jax.devices()[:1])
+    found = call(problem, mesh=mesh, seed=3)
+    optimizer = optax.adam(1e-2)
+    step = make_step(problem.objective, optimizer, ema=(0.9, 0.99))
+    state = init_state(problem.params, optimizer, jax.random.split(jax.random.key(3))[1], ema=(0.9, 0.99))
+    chunk = make_chunk(step, problem.dataset.batch, batch_sharding=sharding.rows(mesh))
+    state, data = jax.device_put((state, problem.dataset.data), sharding.whole(mesh))
+    assert_same(found, fit(state, chunk, data, total_steps=12, log_every=4, hooks=()))
+    averaged = ema.as_params(found.ema["0.9"], found.params)
+    assert_same(found.averaged(), averaged)
+    assert_same(found.averaged("0.9"), averaged)
+    with pytest.raises(ValueError, match=r"^name: expected an average of this state, \['0.9', '0.99'\], got 'a'$"):
+        found.averaged("a")
+    with pytest.raises(ValueError, match=r"^name: .*got None$"):
+        found._replace(ema={}).averaged()
+
+
+def test_all_devices_and_one_agree(problem):
+    def params(key):
+        shift = jax.random.normal(key) / 4
+        return jax.tree.map(lambda leaf: leaf + shift.astype(leaf.dtype), problem.params)
+
+    many = call(problem, params=params)
+    one = call(problem, params=params, mesh=sharding.mesh(devices=jax.devices()[:1]))
+    assert all(len(leaf.sharding.device_set) == jax.device_count() for leaf in jax.tree.leaves(many.params))
+    for a, b in zip(jax.tree.leaves((many.params, many.ema)), jax.tree.leaves((one.params, one.ema)), strict=True):
+        np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-6)
+
+
+def test_a_directory_keeps_metrics_and_checkpoints_and_resumes(problem, tmp_path, assert_same):
+    score = Evaluation(lambda state: {"size": jnp.sum(state.params["out"]["bias"] ** 2)}, 4)
+    whole = call(problem, out_dir=tmp_path / "whole", evaluate=score)
+    assert_same(restore_params(tmp_path / "whole", "0.9")[0], whole.averaged("0.9"))
+    rows = read(tmp_path / "whole" / "metrics.jsonl")
+    assert [(row["kind"], row["step"]) for row in rows] == [(k, s) for s in (4, 8, 12) for k in ("train", "eval")]
+    with pytest.raises(FileExistsError, match="holds a run already"):
+        call(problem, out_dir=tmp_path / "whole")
+    keep = RunDirectory(tmp_path / "broken", checkpoint_every=4, resume="auto")
+    call(problem, steps=8, out_dir=keep)
+    assert_same(call(problem, out_dir=keep), whole)
+
+
+class Rows:
+    """The same rows again and again, from the host."""
+
+    def __next__(self):
+        return Batch(x1=np.ones((16, 3), np.float32), cond=np.zeros((16, 2), np.float32))
+
+    def get_state(self):
+        return {}
+
+    def set_state(self, state):
+        pass
+
+
+def test_batches_from_a_feed(problem):
+    mesh = sharding.mesh(devices=jax.devices()[:1])
+    feed = Feed(Rows(), sharding=sharding.rows(mesh))
+    assert int(train(problem.objective, optax.sgd(0.1), problem.params, feed, steps=4, mesh=mesh, hooks=()).step) == 4
+
+
+@pytest.mark.parametrize(
+    ("options", "error", "message"),
+    [
+        ({"steps": 0}, ValueError, "^steps: expected a whole number"),
+        ({"seed": -1}, ValueError, "^seed: expected a whole number"),
+        ({"log_every": 0}, ValueError, "^log_every: expected a whole number"),
+        ({"evaluate": lambda state: {}}, TypeError, "^evaluation: expected an Evaluation"),
+        ({"dataset": np.ones((16, 3))}, TypeError, "^dataset: expected one with data and batch"),
+        ({"objective": 3}, TypeError, "^objective: expected a function"),
+        ({"optimizer": 0.1}, TypeError, "^optimizer: "),
+        ({"mesh": 8}, TypeError, "^mesh: expected a jax.sharding.Mesh"),
+        ({"hooks": print}, TypeError, "^hooks: expected a sequence"),
+        ({"forgive": -1}, ValueError, "^forgive: expected a whole number"),
+    ],
+)
+def test_arguments_are_refused_before_an_earlier_run_is_touched(problem, tmp_path, options, error, message):
+    (tmp_path / "metrics.jsonl").write_text('{"step": 1}\n')
+    given = {
+        "objective": problem.objective,
+        "optimizer": optax.sgd(0.1),
+        "params": problem.params,
+        "dataset": problem.dataset,
+        "steps": 4,
+        "out_dir": RunDirectory(tmp_path, overwrite=True),
+        **options,
+    }
+    with pytest.raises(error, match=message):
+        train(given.pop("objective"), given.pop("optimizer"), given.pop("params"), given.pop("dataset"), **given)
+    assert (tmp_path / "metrics.jsonl").exists()
