@@ -153,12 +153,12 @@ def rows_of(out: pathlib.Path) -> int:
 
 
 def kill(out: pathlib.Path, kind: str, steps: int, cache: pathlib.Path, row: int | None, fraction: float) -> str:
-    """Kills a training after a row of metrics, or during a save, and lets it go on; says what it was doing.
+    """Kills a training after a row of metrics, or during a save, and resumes it; returns what the kill interrupted.
 
-    ``fraction`` in [0, 1) is of the time that it is given from there; row 0 is the start.
+    ``row`` None means a save, and 0 the start. ``fraction`` in [0, 1) is the share of the longest delay of the kill.
     """
     process, began = start(out, kind, steps, cache), time.monotonic()
-    # Some saves are let pass, and all of them are too many for a run that keeps three checkpoints.
+    # One or two saves are let pass; no more, because a run keeps only three checkpoints.
     passes = 1 + int(fraction * 1e3) % 2
     while process.poll() is None and time.monotonic() - began < LIMIT:
         done = len([path for path in (out / "checkpoints").glob("*") if path.name.isdigit()])

@@ -44,7 +44,7 @@ GOAL = 1.5
 DIVERGENCES = {"exact": likelihood.exact_divergence(), "hutchinson": likelihood.hutchinson(1)}
 # Evaluations per step, by either package.
 STAGES = {"euler": 1, "midpoint": 2}
-# Of the wall, and of the processor.
+# Wall time and processor time.
 CLOCKS = (time.perf_counter, time.process_time)
 # How far apart values may be, relative to the largest: many roundings of float32.
 ROUNDING = 1e-5
@@ -141,7 +141,7 @@ class Case:
         density = likelihood.along_ode(velocity, divergence, solver=self.method, steps=self.config.steps)
 
         def of(params: Params, x: Array, seed: Array) -> tuple[Array, Array]:
-            # Within the program: the package too draws its probes within the call.
+            # Drawn within the program, because the package also draws its probes within the call.
             keys = jax.random.split(jax.random.key(seed), len(x))
             found = jax.vmap(lambda x, key: density.log_density(params, x, key=key))(x, keys)
             return found.x0, found.log_density
@@ -163,7 +163,7 @@ class Case:
         calls: list[None] = []
 
         def counted(*args: Any, **kwargs: Any) -> Array:
-            # Without arguments of its own it is called once for the whole batch.
+            # A callback without mapped arguments would be called once for the whole batch.
             jax.debug.callback(lambda: calls.append(None))
             return velocity(*args, **kwargs)
 
@@ -197,7 +197,7 @@ class Case:
         found = {}
         if self.divergence == "hutchinson":
             off = ours - np.asarray(self.ours(divergence=DIVERGENCES["exact"])(params, x, seed)[1], np.float64)
-            # In one dimension a probe of signs is exact, and nothing but rounding is left.
+            # In one dimension a probe of signs is exact up to rounding.
             found["mean"] = float(abs(off.mean()) / (off.std() / np.sqrt(len(off)) + ROUNDING * np.abs(ours).max()))
             # The package draws its probes so, at the beginning of a call.
             torch.manual_seed(self.config.seed)
@@ -217,7 +217,7 @@ class Case:
         found |= {name: float(np.abs(np.asarray(a) - b).max() / np.abs(b).max()) for name, (a, b) in pairs.items()}
         for name, difference in found.items():
             allowed = ERRORS if name == "mean" else ROUNDING
-            # Turned round, so that it refuses what is not finite.
+            # In this form the comparison also refuses numbers that are not finite.
             if not difference <= allowed:
                 raise ValueError(f"{self.name}: expected {name} to differ by at most {allowed:g}, got {difference:.3g}")
         want, counts = STAGES[self.method] * self.config.steps, (self.evaluations(), len(calls))

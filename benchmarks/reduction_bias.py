@@ -146,7 +146,7 @@ def shift(score: Callable[[Array], Array], law: Residual, nodes: int) -> Array:
     far = jnp.where(sign > 0, -jnp.max(law.means), jnp.where(sign < 0, -jnp.min(law.means), 0.0))
     beyond = lambda part: sign * expected_score(score, law, part * far, nodes) <= 0  # noqa: E731
     parts = jnp.linspace(0.0, 1.0, SCAN + 1)[1:]
-    # The far end counts as beyond the root whatever rounding makes of it.
+    # The far end counts as beyond the root, whatever its rounding error.
     first = parts[jnp.argmax(jax.lax.map(beyond, parts).at[-1].set(True))]
 
     def halve(_: Any, bracket: tuple[Array, Array]) -> tuple[Array, Array]:

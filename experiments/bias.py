@@ -214,7 +214,7 @@ def model_of(dim: int, features: int, depth: int, residual: bool) -> common.Mode
 # --- measures ---------------------------------------------------------------------------------------------------------
 
 
-# Compiled, so that weights without a positive sum give NaN and no error: of a singular sampler there are no others.
+# Compiled, so that weights without a positive sum give NaN and do not raise; a singular sampler has only such weights.
 _expectation = jax.jit(likelihood.expectation)
 _normalised = jax.jit(likelihood.normalised)
 _effective = jax.jit(likelihood.effective_sample_size)
@@ -260,7 +260,7 @@ def _mean(values: np.ndarray) -> tuple[float, float]:
 
 def of_samples(found: LogDensity, this: Exact, key: jax.Array) -> dict[str, Any]:
     """What the samples of one sampler say, without and with weights."""
-    # A singular sample has no density and no weight, but has been drawn.
+    # A singular sample has no density and no weight, but counts as drawn.
     usable = np.isfinite(found.log_density) & np.all(np.isfinite(found.x), axis=1)
     x = jnp.where(usable[:, None], found.x, 0.0)
     log_p = this.log_density(x)
@@ -439,7 +439,7 @@ def read(config: Config, dim: int, name: str, seed: int) -> dict[str, Any] | Non
     if not path.is_file():
         return None
     row = json.loads(path.read_text())
-    # As JSON has it.
+    # In the form in which JSON returns it: tuples become lists.
     wanted = json.loads(json.dumps(config.of_rows(), default=str))
     if row["config"] != wanted:
         other = sorted(k for k in wanted if row["config"].get(k) != wanted[k])

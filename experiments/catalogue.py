@@ -144,8 +144,8 @@ def _rows() -> dict[str, Row]:
         "progressive_distillation": Row("progressive_distillation", trained=ONE_JUMP, **taught),
         "fmm": Row("fmm", domain=BOTH),
         "shortcut": Row("shortcut", choices=lambda config: {"levels": 5}),
-        # Steps of a tenth or more of what remains: in a training this short, what is learned near t = 1 does not come
-        # through a chain of smaller ones to s = 0.
+        # Steps of at least a tenth of the remaining time. In a training this short, a chain of smaller steps would not
+        # carry to s = 0 what is learned near t = 1.
         "consistency_training": Row("consistency_training", choices=_fall(0.5, 0.1)),
         "consistency_distillation": Row("consistency_distillation", choices=lambda c: {"fraction": 0.2}, **taught),
         "ict": Row("ict", choices=lambda c: {"cells": _stairs(4.0, 16.0, c.steps // 4)}),
@@ -240,7 +240,7 @@ class Job:
         if row.teacher and row.pairs == "data" and row.method != "ect":
             choices["teacher"] = flow_map.velocity
         made = self.method.constructor(flow_map, path, **choices)
-        # Pairs made beforehand are not independent: the batch's velocity would be wrong for them.
+        # Pairs made before the training are not independent, so the batch's velocity would be wrong for them.
         if row.pairs == "data" and not row.teacher and "velocity" in made.reads:
             estimate = objectives.velocity_estimates.ESTIMATES[self.config.velocity]
             made = dataclasses.replace(made, velocity=estimate)
@@ -383,7 +383,7 @@ def price(config: Config, job: Job) -> dict[str, Any]:
         network = jax.vmap(job.model.flow_map.mean_velocity, (None, 0, 0, 0))
         flops += _flops(network, this.state.params, zeros, zeros, batch.x1[:rows])
     priced = {"flops": flops / base}
-    # A chunk donates its state, and the baseline's is wanted again.
+    # A chunk donates its state, but the baseline's is needed again.
     states, data = [this.state, jax.tree.map(jnp.copy, other.state)], [dataset.data, other_data]
     chunks, spent = [this.chunk, other.chunk], ([], [])
     for repeat in range(config.timed + 1):

@@ -38,7 +38,7 @@ from jflow.types import FORWARD, BoundFlowMap, Domain, FlowMap, Key
 JUMPS = (1, 2, 4, 8, 16)
 AVERAGE = "ema"
 QUICK = {"steps": 40, "log_every": 20, "warmup": 10, "batch": 64, "features": 32, "depth": 2, "samples": 300}
-# What may differ between a run and the one that resumes it, and does not belong to the model.
+# Options that may differ when a run is resumed; they do not belong to the model.
 NOT_KEPT = ("out", "quick", "resume", "overwrite", "samples", "machine", "watch")
 
 
@@ -505,7 +505,7 @@ def main(config_type: type, run: Callable[[Any], None]) -> None:
                 print(error, file=sys.stderr)
                 sys.exit(distributed.EXIT_PREEMPTED)
             except MISTAKES as error:
-                # Said here: of several processes, one that ends by an error does not come back from the context.
+                # Refused here, because with several processes an error does not leave the context.
                 _refuse(error)
     except MISTAKES as error:
         _refuse(error)

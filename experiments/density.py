@@ -44,7 +44,7 @@ TABLES = ("breast_cancer", "wine")
 BANDWIDTHS = tuple(np.geomspace(0.1, 1.5, 28).tolist())
 COMPONENTS = (1, 4, 16, 32)
 FLOORS = (0.05, 0.1, 0.2, 0.4)
-# Dequantisations of each training image that the classics are fitted to.
+# Dequantised copies of each training image to which the classical models are fitted.
 FITTED = 4
 
 
@@ -232,7 +232,7 @@ def train(config: Config, data: Data) -> Flows:
         there = dataclasses.replace(
             config,
             out=config.out / name,
-            # Of a run that was stopped some stages are there and others are not.
+            # A run that was stopped has some of its stages and not others.
             resume="auto" if config.resume == "yes" else config.resume,
             steps=steps,
             learning_rate=rate,

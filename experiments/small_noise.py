@@ -216,7 +216,7 @@ def run(config: Config) -> None:
     for name, rows in found.items():
         sizes, columns = tuple(rows), next(iter(rows.values()))
         series = {column: np.array([row[column] for row in rows.values()]) for column in columns}
-        # Hutchinson's bias is rounding, and has no order.
+        # Hutchinson's bias is rounding error and has no order.
         kept = {column: values for column, values in series.items() if column != "hutchinson_bias"}
         slopes[name] = {column: slope(sizes, values) for column, values in kept.items()}
         body = [[size, *row.values()] for size, row in rows.items()]

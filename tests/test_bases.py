@@ -1,4 +1,4 @@
-"""The base as an object: the normal law against scipy, a base of one's own where any will do, and refused where not."""
+"""Bases: the normal law against scipy; a base of one's own is accepted or, where a formula needs a normal law, refused."""
 
 from __future__ import annotations
 
