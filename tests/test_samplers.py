@@ -152,7 +152,7 @@ def test_plan_solves_its_equations(name, dtype):
         np.testing.assert_allclose(shrink * beta_target, beta, rtol=tolerance)
         variance = (shrink * alpha_target) ** 2 + noise**2
         np.testing.assert_allclose(variance, alpha**2, rtol=tolerance, atol=1e-12)
-        # The error if the base's mean is ignored.
+        # The shift is the part of the base's mean that the shrunk state lacks.
         np.testing.assert_allclose(shrink * alpha_target + shift, alpha, rtol=tolerance, atol=1e-12)
         wanted = (1 - kappa**2) ** 0.5 * alpha / beta
         np.testing.assert_allclose(alpha_target / beta_target, np.maximum(wanted, end), rtol=tolerance, atol=tolerance)
