@@ -1,4 +1,4 @@
-"""Reductions against their formulas, and what of each is under the stop-gradient."""
+"""Reductions against their formulas, and their stop-gradients."""
 
 import jax
 import jax.numpy as jnp
