@@ -71,6 +71,29 @@ def unchecked_keys() -> Iterator[None]:
         yield
 
 
+@pytest.fixture
+def compilations() -> Iterator[list[float]]:
+    """The seconds of each compilation since the test began; programs loaded from the cache on disk count too.
+
+    A test empties the list, calls again what has been compiled, and expects the list to be empty still. Arguments of
+    another dtype, weak type or sharding would have been compiled anew.
+    """
+    found: list[float] = []
+
+    def listen(event: str, seconds: float, **_: object) -> None:
+        if event == "/jax/core/compile/backend_compile_duration":
+            found.append(seconds)
+
+    jax.monitoring.register_event_duration_secs_listener(listen)
+    try:
+        jax.jit(lambda x: x + 1.0)(np.zeros(3))
+        assert found, "jax reports its compilations under another name"
+        found.clear()
+        yield found
+    finally:
+        jax.monitoring.unregister_event_duration_listener(listen)
+
+
 @pytest.fixture(scope="session")
 def assert_mean() -> Callable[..., None]:
     """Compares a sample mean with its expectation; the tolerance is a multiple of the standard error."""
