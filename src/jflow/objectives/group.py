@@ -15,7 +15,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jflow import bases, checks, couplings, reports, sharding, trees
+from jflow import bases, checks, couplings, interpolants, reports, sharding, trees
 from jflow import times as laws
 from jflow.interpolants import Interpolant
 from jflow.named import described, shown
@@ -134,8 +134,7 @@ class GroupObjective:
     def __post_init__(self) -> None:
         if not isinstance(self.flow_map, FlowMap):
             raise TypeError(f"flow_map: expected a FlowMap, got {described(self.flow_map)}")
-        if not isinstance(self.interpolant, Interpolant):
-            raise TypeError(f"interpolant: expected an Interpolant, got {described(self.interpolant)}")
+        interpolants.check(self.interpolant)
         checks.function("loss", self.loss, "Group -> loss, a scalar")
         checks.integer("size", self.size, low=2)
         if not isinstance(self.pairs, laws.ByStep):
