@@ -188,7 +188,7 @@ class GroupObjective:
           (loss [B], aux): each row has the loss of its group. The metrics are ``NAME/loss``, its mean; ``NAME/loss_by_t``
           and ``NAME/loss_by_gap``, means by 8 equal bins of t and of t - s; and, for a batch with conditions,
           ``NAME/mixed_groups``, the number of groups with more than one condition. ``jit`` hides the conditions from Python,
-          so such a group cannot be refused there: its loss and gradient are NaN.
+          so such a group cannot be refused there: its loss is NaN, and the gradient of the batch too.
 
         Raises:
           ValueError: for a batch without data, a number of rows that ``size`` does not divide, an x0 that does not match
