@@ -1,13 +1,13 @@
-"""What does pairing a minibatch cost, and what does it gain?
+"""Couplings: the time to pair a minibatch, and the transport cost that this saves.
 
     python -m benchmarks.couplings [--out runs/couplings]
 
-pairs minibatches of 128, 256 and 512 points of the plane, N(0, I) with the checkerboard at unit deviation: independently, by
-the exact assignment (scipy, on the host), and by Sinkhorn (ott-jax, jitted) at several strengths of entropy. Milliseconds per
-minibatch are medians of interleaved calls, the drawing of the base points apart for the assignment and within for Sinkhorn;
-compilation is apart. The cost is the mean |x1 - x0|^2 over all minibatches, with its standard error, in squared units of the
-data: the mean over independent pairs is 4. Without ott-jax Sinkhorn is left out. Takes under a minute; writes table.md and
-results.json.
+Minibatches of 128, 256 and 512 points of N(0, I) in the plane are paired with points of the checkerboard, scaled to unit
+deviation: independently, by the exact assignment (scipy, on the host), and by Sinkhorn (ott-jax, jitted) at several
+strengths of entropy. The times are in milliseconds per minibatch, medians of interleaved calls without compilation. Those
+of Sinkhorn include drawing the base points; those of the assignment do not. The cost is the mean |x1 - x0|^2 over all
+minibatches, with its standard error, in squared units of the data; it is 4 for independent pairs. Sinkhorn is left out if
+ott-jax is not installed. The benchmark takes less than a minute and writes table.md and results.json.
 """
 
 from __future__ import annotations

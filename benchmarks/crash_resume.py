@@ -1,13 +1,14 @@
-"""Does a run that is killed at any moment, and started again, end as if nothing had happened?
+"""Crash and resume: whether a run that is killed and started again ends bit for bit as an undisturbed one.
 
     python -m benchmarks.crash_resume [--runs 100] [--out runs/crash_resume]
 
-A small flow map (LSD on rows in memory, or on a feed of batches from the host with a position of its own) is trained in a
-process of its own, once undisturbed and then ``runs`` times with a SIGKILL: every other one at a random step (up to 50 ms
-after its row of metrics, or for the first step up to 5 s after the start), the others during a save (as soon as files of an
-unfinished checkpoint are seen, and up to 30 ms later). The same command then goes on. Compared bit for bit with the
-undisturbed run: parameters, optimizer state, average, key and step at the end, and the order of the data, as a sum over
-each batch that depends on it, with every other metric in every row. A hundred runs take about half an hour on one CPU core.
+A small flow map is trained by LSD in its own process, on arrays in memory or on a feed of batches from the host. The first
+run is undisturbed; each of the next ``--runs`` is killed by SIGKILL and then resumed by the same command. Every other kill
+is at a random step (up to 50 ms after its row of metrics, or for the first step up to 5 s after the start). The others are
+during a save (at the first file of an unfinished checkpoint, or up to 30 ms later). The resumed run must equal the
+undisturbed one in the final parameters, optimizer state, average, key and step, and in every row of metrics. One of the
+metrics is a sum that depends on the order of the data. A hundred runs take about half an hour on one CPU core. The exit
+code is 1 if a run differs.
 """
 
 from __future__ import annotations
@@ -31,7 +32,7 @@ LIMIT = 300.0
 
 
 def train(out: pathlib.Path, kind: str, steps: int) -> None:
-    """What is killed: goes on from where ``out`` stands, and writes the final state to ``final.npz``."""
+    """The process that is killed: trains from the newest checkpoint in ``out``; writes the final state to ``final.npz``."""
     import jax
     import jax.numpy as jnp
     import numpy as np
@@ -149,12 +150,12 @@ def rows_of(out: pathlib.Path) -> int:
 
 
 def kill(out: pathlib.Path, kind: str, steps: int, cache: pathlib.Path, row: int | None, fraction: float) -> str:
-    """Kills a training after a row of metrics, or during a save, and lets it go on; says what it was doing.
+    """Kills a training after a row of metrics, or during a save, and resumes it; returns what the kill interrupted.
 
-    ``fraction`` in [0, 1) is of the time that it is given from there; row 0 is the start.
+    ``row`` None means a save, and 0 the start. ``fraction`` in [0, 1) is the share of the longest delay of the kill.
     """
     process, began = start(out, kind, steps, cache), time.monotonic()
-    # Some saves are let pass, and all of them are too many for a run that keeps three checkpoints.
+    # One or two saves are let pass; no more, because a run keeps only three checkpoints.
     passes = 1 + int(fraction * 1e3) % 2
     while process.poll() is None and time.monotonic() - began < LIMIT:
         done = len([path for path in (out / "checkpoints").glob("*") if path.name.isdigit()])
@@ -201,12 +202,21 @@ def run(runs: int, out: pathlib.Path, steps: int, seed: int) -> dict[str, Any]:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--runs", type=int, default=100)
-    parser.add_argument("--steps", type=int, default=200, help="optimizer steps of each run, a multiple of 10")
-    parser.add_argument("--seed", type=int, default=0, help="of the moments")
+    parser = argparse.ArgumentParser(
+        prog="python -m benchmarks.crash_resume",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument("--runs", type=int, default=100, help="number of runs that are killed (default: %(default)s)")
     parser.add_argument(
-        "--out", type=pathlib.Path, default=pathlib.Path("runs/crash_resume"), help="an empty directory"
+        "--steps", type=int, default=200, help="optimizer steps of each run, a multiple of 10 (default: %(default)s)"
+    )
+    parser.add_argument("--seed", type=int, default=0, help="seed of the moments of the kills (default: %(default)s)")
+    parser.add_argument(
+        "--out",
+        type=pathlib.Path,
+        default=pathlib.Path("runs/crash_resume"),
+        help="an empty directory for the runs and result.json (default: %(default)s)",
     )
     parser.add_argument("--train", nargs=3, metavar=("OUT", "KIND", "STEPS"), help=argparse.SUPPRESS)
     arguments = vars(parser.parse_args())

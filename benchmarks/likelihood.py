@@ -1,20 +1,24 @@
-"""How much faster is jflow's log-density along the ODE than ``compute_likelihood`` of Meta's package ``flow_matching``?
+"""Log-densities along the ODE: the speed of jflow and of ``compute_likelihood`` in Meta's package ``flow_matching``.
 
     pip install -e '.[experiments,flow-matching]'
     python -m benchmarks.likelihood [--out runs/likelihood]
 
-Both take the same batch, network (an MLP in jax and in torch, with the same weights), base N(0, I), solver, steps, divergence
-(exact, or Hutchinson with one probe of signs, fixed within a solve) and threads. They must first agree: in the velocity, the
-base points and the log-densities, to the rounding of float32 (estimates given the same probes; of jflow's own the mean, within
-its standard error); and in the evaluations of the velocity, counted in a run of each. Then calls are interleaved; compilation
-is apart, and torch keeps no gradients of parameters. A ratio is the median of those within a round, by the clock and by the
-processor's time (which other programs on the machine distort less). Goal: 1.5 at least.
+Both packages get the same batch, network (an MLP in jax and in torch, with the same weights), base N(0, I), solver, steps,
+threads and divergence (exact, or Hutchinson with one probe of signs that is fixed within a solve). Before any timing they
+must agree in the number of evaluations, and to the rounding of float32 in the velocity, the base points and the
+log-densities. Estimates are compared with the same probes; the mean of jflow's own estimates must agree within its standard
+error.
 
-``passes`` is what an evaluation of jflow costs in forward passes, by XLA's cost analysis: at most 1.02 (1 + d) exactly and 2.05
-with a probe. The package's reverse mode takes as many: of wide networks, whose matrix products run at the processor's peak on
-both sides, only the time around them can differ.
+The calls are interleaved, without compilation, and torch keeps no gradients of parameters. The times are in milliseconds
+per sample. A ratio is the median of the ratios within a round, by the wall clock and by processor time, which other
+programs on the machine distort less. The goal is a ratio of at least 1.5.
 
-Only this benchmark needs the package (licence: CC BY-NC). Takes four minutes; writes table.md, likelihood.png, results.json.
+The column "passes" is the cost of one evaluation in jflow in units of a forward pass, by XLA's cost analysis. At most 1.02
+(1 + d) is expected with the exact divergence, and 2.05 with a probe. The other package's reverse mode needs as many. The
+matrix products of wide networks run at the processor's peak in both, so only the remaining time can differ.
+
+Only this benchmark needs the package (licence: CC BY-NC). It takes four minutes and writes table.md, likelihood.png and
+results.json.
 """
 
 from __future__ import annotations
@@ -40,7 +44,7 @@ GOAL = 1.5
 DIVERGENCES = {"exact": likelihood.exact_divergence(), "hutchinson": likelihood.hutchinson(1)}
 # Evaluations per step, by either package.
 STAGES = {"euler": 1, "midpoint": 2}
-# Of the wall, and of the processor.
+# Wall time and processor time.
 CLOCKS = (time.perf_counter, time.process_time)
 # How far apart values may be, relative to the largest: many roundings of float32.
 ROUNDING = 1e-5
@@ -55,9 +59,9 @@ class Config:
     out: pathlib.Path = pathlib.Path("runs/likelihood")
     """Directory for table.md, likelihood.png and results.json."""
     dims: tuple[int, ...] = (2, 16, 64)
-    """Entries of an event."""
+    """Dimensions d of a sample."""
     methods: tuple[Literal["euler", "midpoint"], ...] = ("midpoint", "euler")
-    """Solvers."""
+    """Solvers to be timed."""
     steps: int = 10
     """Equal steps of a solve."""
     batch: int = 256
@@ -69,7 +73,7 @@ class Config:
     repeats: int = 11
     """Timed calls of each package."""
     threads: int = 1
-    """Processor cores, and threads, of either."""
+    """Processor cores and threads that each package may use."""
     seed: int = 0
     """Seed of the weights, the points and the probes."""
     quick: bool = False
@@ -137,7 +141,7 @@ class Case:
         density = likelihood.along_ode(velocity, divergence, solver=self.method, steps=self.config.steps)
 
         def of(params: Params, x: Array, seed: Array) -> tuple[Array, Array]:
-            # Within the program: the package too draws its probes within the call.
+            # Drawn within the program, because the package also draws its probes within the call.
             keys = jax.random.split(jax.random.key(seed), len(x))
             found = jax.vmap(lambda x, key: density.log_density(params, x, key=key))(x, keys)
             return found.x0, found.log_density
@@ -159,7 +163,7 @@ class Case:
         calls: list[None] = []
 
         def counted(*args: Any, **kwargs: Any) -> Array:
-            # Without arguments of its own it is called once for the whole batch.
+            # A callback without mapped arguments would be called once for the whole batch.
             jax.debug.callback(lambda: calls.append(None))
             return velocity(*args, **kwargs)
 
@@ -193,7 +197,7 @@ class Case:
         found = {}
         if self.divergence == "hutchinson":
             off = ours - np.asarray(self.ours(divergence=DIVERGENCES["exact"])(params, x, seed)[1], np.float64)
-            # In one dimension a probe of signs is exact, and nothing but rounding is left.
+            # In one dimension a probe of signs is exact up to rounding.
             found["mean"] = float(abs(off.mean()) / (off.std() / np.sqrt(len(off)) + ROUNDING * np.abs(ours).max()))
             # The package draws its probes so, at the beginning of a call.
             torch.manual_seed(self.config.seed)
@@ -213,7 +217,7 @@ class Case:
         found |= {name: float(np.abs(np.asarray(a) - b).max() / np.abs(b).max()) for name, (a, b) in pairs.items()}
         for name, difference in found.items():
             allowed = ERRORS if name == "mean" else ROUNDING
-            # Turned round, so that it refuses what is not finite.
+            # In this form the comparison also refuses numbers that are not finite.
             if not difference <= allowed:
                 raise ValueError(f"{self.name}: expected {name} to differ by at most {allowed:g}, got {difference:.3g}")
         want, counts = STAGES[self.method] * self.config.steps, (self.evaluations(), len(calls))

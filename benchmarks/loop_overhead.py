@@ -1,18 +1,18 @@
-"""What does the training loop cost beside the steps that it runs?
+"""The cost of the training loop beside that of the steps that it runs.
 
     python -m benchmarks.loop_overhead [--out runs/loop_overhead.json]
 
-An MLP of 4 hidden layers of 512 regresses velocities at batch 32 with Adam and one average. Timed in turns, round after
-round, so that a machine that is busy with other things slows all alike, by the clock and by the processor's time (which
-such a machine distorts less); medians over the rounds:
+An MLP of 4 hidden layers of 512 units learns velocities by regression at batch 32, with Adam and one average. Four loops
+are timed in turns, so that other programs on the machine slow all of them alike. Wall time and processor time are measured;
+other programs distort the latter less. The result has the median over the rounds, in milliseconds per step:
 
     bare    gradient and optimizer alone on a fixed batch, in a scan: no batches, average, norms or metrics
     plain   the jitted chunk of ``make_chunk`` in a bare Python loop
     fit     the same chunk in ``fit``, with its file of metrics
     saves   the same with a checkpoint every 5 chunks
 
-The loop's overhead is fit/plain - 1 (goal: 5 % at most), the median of the ratios within a round. Takes about three
-minutes on two CPU cores.
+The loop's overhead is fit/plain - 1, the median of the ratios within a round; the goal is at most 5 %. The benchmark takes
+about three minutes on two CPU cores.
 """
 
 from __future__ import annotations
@@ -152,14 +152,18 @@ def measure(batch: int, width: int, layers: int, steps: int, chunks: int, rounds
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--batch", type=int, default=32)
-    parser.add_argument("--width", type=int, default=512)
-    parser.add_argument("--layers", type=int, default=4)
-    parser.add_argument("--steps", type=int, default=50, help="steps per chunk")
-    parser.add_argument("--chunks", type=int, default=10, help="chunks per run")
-    parser.add_argument("--rounds", type=int, default=7)
-    parser.add_argument("--out", type=pathlib.Path, help="a JSON file to write the result to")
+    parser = argparse.ArgumentParser(
+        prog="python -m benchmarks.loop_overhead",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument("--batch", type=int, default=32, help="samples per step (default: %(default)s)")
+    parser.add_argument("--width", type=int, default=512, help="width of the network (default: %(default)s)")
+    parser.add_argument("--layers", type=int, default=4, help="hidden layers (default: %(default)s)")
+    parser.add_argument("--steps", type=int, default=50, help="steps per chunk (default: %(default)s)")
+    parser.add_argument("--chunks", type=int, default=10, help="chunks per timed run (default: %(default)s)")
+    parser.add_argument("--rounds", type=int, default=7, help="timed runs of each loop (default: %(default)s)")
+    parser.add_argument("--out", type=pathlib.Path, help="file for the result as JSON (default: only printed)")
     arguments = vars(parser.parse_args())
     out = arguments.pop("out")
     device = jax.devices()[0]

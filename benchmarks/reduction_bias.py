@@ -1,32 +1,34 @@
-r"""How far does a reduction whose weight depends on the residual move MeanFlow's stationary point from the exact map?
+r"""The bias of reductions: how far a weight that depends on the residual moves MeanFlow's stationary point.
 
     python -m benchmarks.reduction_bias [--out runs/reduction_bias]
 
-On skewed Gaussian mixtures in one dimension, with the linear path. As the exact map obeys v - (t-s) d/ds v = grad X b, its
-MeanFlow residual is
+The data are skewed Gaussian mixtures in one dimension, and the path is linear. The exact map obeys v - (t-s) d/ds v = grad
+X b. Its MeanFlow residual is therefore
 
     D = v_{s,t} - I_s' - (t-s)( d/ds v_{s,t} + grad v_{s,t} I_s' ) = - grad X_{s,t}(x) ( I_s' - b_s(x) ),  x = I_s,
 
-of mean zero given x. A per-sample loss R whose derivative is R', as ``jax.grad`` gives it with the library's own
-stop-gradients, is then stationary at v + m where, at every x,
+which has mean zero given x. Let R be a per-sample loss and R' its derivative, as ``jax.grad`` gives it with the library's
+stop-gradients. The loss is stationary at v + m if, at every x,
 
     G(m) = E[ R'(m + D) | I_s = x ] = 0.
 
-m is the shift with the target held at the exact map's: where a student that may be any function of x is drawn first. It is
-not yet the shift of the trained map: the target of v + m differs by (t-s)( d/ds m + grad m I_s' ), which is left out here.
-That term vanishes on the diagonal, and elsewhere is of first order in m as m is itself. With it, and for small m, X shifts
-by about the integral of m_{u,t} along the path, u from s to t, and v by the average: the same sign of effect, but less of it
-where grad X_{s,t} is steep, as D and with it m_{u,t} grow with grad X_{u,t}, which falls to 1 at u = t.
+Here m is the shift if the target stays that of the exact map: the first move of a student that may be any function of x. It
+is not the shift of the trained map. The target of v + m differs by (t-s)( d/ds m + grad m I_s' ), which is left out here.
+This term is zero on the diagonal; elsewhere it is of first order in m, as is m itself. If it is included and m is small, X
+shifts by about the integral of m_{u,t} along the path, u from s to t, and v by the average of m_{u,t}. The effect has the
+same sign, but is smaller where grad X_{s,t} is steep, because D and m_{u,t} grow with grad X_{u,t}, which falls to 1 at u =
+t.
 
-Given x, x1 is a Gaussian mixture in closed form, and so is D. The expectation is a trapezoidal sum over each of its
-components, fine enough for scores with a kink or a narrow peak. G has a root between 0 and minus the mean of an outermost
-component: an odd score, of the sign of its argument, integrates over one component to the sign of its shifted mean. The
-root reported is the first downhill of 0, where the gradient flow of m from the exact map comes to rest; for the scores that
-grow with D it is the only one, and for those that fall off (adaptive with p > 1/2, Cauchy) there may be others beyond. It is
-bracketed by steps of 1/32 of that interval and bisected.
+Given x, x1 is a Gaussian mixture in closed form, and so is D. The expectation is a trapezoidal sum over each component,
+with nodes dense enough for scores R' that have a kink or a narrow peak. G has a root between 0 and minus the mean of an
+outermost component, because an odd score with the sign of its argument integrates over one component to the sign of the
+shifted mean. The reported root is the first one downhill from 0, where the gradient flow of m comes to rest if it starts at
+the exact map. It is the only root for scores that grow with D. Scores that fall off (adaptive with p > 1/2, Cauchy) may
+have further roots. The root is bracketed in steps of 1/32 of the interval and then bisected.
 
-The relative bias is the RMS of m over that of v_{s,t}, both over x distributed as I_s, all but 1e-4 of it. In one dimension
-clipped and clamped are the same. Takes about a minute; writes table.md and results.json.
+The relative bias is the RMS of m over the RMS of v_{s,t}, for x distributed as I_s; a share of 1e-4 of x is left out.
+"Clipped" and "clamped" are the same in one dimension. The benchmark takes about a minute and writes table.md and
+results.json.
 """
 
 from __future__ import annotations
@@ -144,7 +146,7 @@ def shift(score: Callable[[Array], Array], law: Residual, nodes: int) -> Array:
     far = jnp.where(sign > 0, -jnp.max(law.means), jnp.where(sign < 0, -jnp.min(law.means), 0.0))
     beyond = lambda part: sign * expected_score(score, law, part * far, nodes) <= 0  # noqa: E731
     parts = jnp.linspace(0.0, 1.0, SCAN + 1)[1:]
-    # The far end counts as beyond the root whatever rounding makes of it.
+    # The far end counts as beyond the root, whatever its rounding error.
     first = parts[jnp.argmax(jax.lax.map(beyond, parts).at[-1].set(True))]
 
     def halve(_: Any, bracket: tuple[Array, Array]) -> tuple[Array, Array]:

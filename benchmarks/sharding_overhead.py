@@ -1,15 +1,17 @@
-"""What does it cost to spread a training step over devices, communication and all?
+"""The cost of dividing a training step over devices, communication included.
 
     python -m benchmarks.sharding_overhead [--out runs/sharding_overhead]
 
-runs the same step, of the same global batch, on one virtual device and on two, both on one processor core: with nothing
-gained from a second core, all that the second device brings is overhead. The network is an MLP of 4 x 512, the objectives
-``lsd`` with its usual share of diagonal rows and ``flow_matching``, the data lie in memory on every device, as does the state.
-Calls are interleaved; the ratio is the median of those within a round, by the clock and by the processor's time (which other
-programs on the machine distort less). Goal: 1.08 at most. ``work`` is the FLOPs that one of the two devices does, relative to
-the single one, as compiled: 0.5 where the batch is divided, 1 where each device does everything.
+The same step, with the same global batch, runs on one virtual device and on two, both on one processor core. The second
+device adds no computing power, so all the additional time is overhead. The network is an MLP of 4 x 512. The objectives are
+``lsd``, with its usual share of diagonal rows, and ``flow_matching``. Every device holds the data and the state.
 
-The program starts itself anew, pinned to one core. Takes about two minutes; writes table.md and results.json.
+The calls are interleaved. A ratio (two devices over one) is the median of the ratios within a round, by the wall clock and
+by processor time, which other programs on the machine distort less. The goal is at most 1.08. The column "work" is the
+compiled FLOPs of one of the two devices over those of the single device: 0.5 if the batch is divided, 1 if each device does
+everything.
+
+The program restarts itself, pinned to one core. It takes about two minutes and writes table.md and results.json.
 """
 
 from __future__ import annotations
@@ -48,7 +50,7 @@ class Config:
     out: pathlib.Path = pathlib.Path("runs/sharding_overhead")
     """Directory for table.md and results.json."""
     methods: tuple[Literal["lsd", "flow_matching"], ...] = ("lsd", "flow_matching")
-    """Objectives."""
+    """Objectives to be timed."""
     batch: int = 2048
     """Samples per step, over all devices."""
     size: int = 64

@@ -1,11 +1,12 @@
-"""What does a learned flow map save over solving the ODE of the same network?
+"""The error and time of a learned flow map, beside those of ODE solves of the same network.
 
     python -m benchmarks.solver_vs_map --checkpoint runs/digits --out runs/digits/solver_vs_map
 
-takes any run that the experiments write and compares the map at 1, 2, 4 and 8 jumps with Euler, Heun, Tsit5 and Dopri8 on the
-same network's diagonal, from the same noise: error against a tight reference solve, distance of the samples from the
-reference samples, network calls per sample (NFE, mean), time per sample, and speed-up over 100 Euler steps. Times are medians
-of interleaved runs; compilation is apart. Writes table.md, solver_vs_map.png and results.json.
+It reads the output of any experiment that trains a map. The map at 1, 2, 4 and 8 jumps is compared with Euler, Heun, Tsit5
+and Dopri8 on the same network's diagonal, from the same noise. The table has the error against a reference solve with a
+small tolerance, the distance of the samples from the reference samples, the mean number of network calls per sample (NFE),
+the time per sample in microseconds, and the speed-up over 100 Euler steps. Times are medians of interleaved runs, without
+compilation. The benchmark writes table.md, solver_vs_map.png and results.json.
 """
 
 from __future__ import annotations
@@ -33,7 +34,7 @@ class Config:
     """Options of the benchmark."""
 
     checkpoint: pathlib.Path
-    """Directory that an experiment wrote."""
+    """Directory of the trained run: the --out of an experiment."""
     out: pathlib.Path
     """Directory for table.md, solver_vs_map.png and results.json."""
     batch: int = 256
@@ -41,11 +42,11 @@ class Config:
     samples: int = 1024
     """Samples from which errors and distances are measured, in whole batches."""
     repeats: int = 11
-    """Timed calls of each contender, interleaved."""
+    """Timed calls of each method, interleaved."""
     seed: int = 0
     """Seed of the noise."""
     quick: bool = False
-    """Few contenders, samples and repeats."""
+    """A few methods, samples and repeats, to show that everything works."""
     overwrite: bool = False
     """Replace earlier results in --out."""
 

@@ -2,30 +2,34 @@ r"""The bias ledger: what each fast method gives up against the exact density, a
 
     python -m experiments.bias --out runs/bias
 
-trains, on Gaussian mixtures in 2 and 16 dimensions whose density rho is known, flow matching, a flow of maximum likelihood
-(from flow matching's weights), consistency training, MeanFlow, LSD and LSD distilled from flow matching, and draws by 1, 2, 4
-and 8 jumps (Euler steps for the first two, new noise between jumps for consistency models), and by a solve where there is a
-velocity. Rows that are there already are kept, so the command may be stopped and repeated; about an hour and a half on two
-CPU cores, in 16 dimensions most of it.
+The targets are Gaussian mixtures in 2 and 16 dimensions, whose density rho is known. The methods are flow matching, maximum
+likelihood (from flow matching's weights), consistency training, MeanFlow, LSD, and LSD distilled from flow matching. Each
+draws samples in 1, 2, 4 and 8 jumps: Euler steps for the first two, jumps with new noise between them for the consistency
+model. Methods that learn a velocity also draw by solving its ODE. Rows that exist already are kept, so the command may be
+stopped and repeated. It takes about an hour and a half on two CPU cores, most of it in 16 dimensions.
 
-Of the N samples x ~ q of each sampler, with q the density of the sampler that ran (``jflow.likelihood``):
+The table has, for N samples x ~ q of each sampler, where q is the density of the sampler that ran (``jflow.likelihood``):
 
-    KL(q, rho)    E_q[log q - log rho], and KL(rho, q) = E_rho[log rho - log q] at data, with the jumps inverted
-    nats          of data, E_rho[-log q], beside the entropy E_rho[-log rho]; of samples, E_q[-log rho]
-    mean, cov     |E_q x - m|/sqrt(tr C) and |E_q (x-m)(x-m)' - C|_F/|C|_F, m and C the exact ones
-    z             the root mean square of these differences in their standard errors: about 1 without bias
+    KL(q, rho)    E_q[log q - log rho], in nats
+    KL(rho, q)    E_rho[log rho - log q], in nats, at data, with the jumps inverted
+    nats          of data, E_rho[-log q], to compare with the entropy E_rho[-log rho]; of samples, E_q[-log rho]
+    mean, cov     |E_q x - m|/sqrt(tr C) and |E_q (x-m)(x-m)' - C|_F/|C|_F, with the exact mean m and covariance C
+    z             the root mean square of these differences in units of their standard errors: about 1 without bias
     distance      the energy distance to exact samples
 
-mean, cov, z and distance are given again under the self-normalised weights rho/q, with their effective sample size: what is
-left then is noise, z about 1, as long as q reaches all of rho. Where a map folds (the share of such samples is in the table)
-the density is that of one branch, less than q: KL(q, rho) is then a lower bound, KL(rho, q) and nats of data upper ones, over
-the data whose preimage was found (the share stands behind). Weights carry the sign of the determinant there; log Z, whose
-exact value is 0, is given without it too. For consistency models with more than one jump q is the density given the batch: an
-upper bound for both KL and for nats; and as their samples are one from each component of a mixture, z of weighted moments is
-below 1.
+Mean, cov, z and distance are given a second time under the self-normalised weights rho/q, with the effective sample size
+(ESS). The weights remove the bias, so z is about 1, provided that q covers all of rho.
 
-The error of each estimator of the log-density is taken sample by sample at data x ~ rho, against log rho: the determinants
-of the jumps, the divergence head, the solve with the exact divergence and with one probe of Hutchinson's.
+Where a map folds, the computed density is that of one branch, which is less than q. KL(q, rho) is then a lower bound.
+KL(rho, q) and nats of data are upper bounds, taken over the data whose preimage was found; the share of these is in
+brackets. The column "folded" is the share of samples with a negative determinant. The weights carry the sign of the
+determinant; log Z, whose exact value is 0, is also given without the sign.
+
+For the consistency model with more than one jump, q is the density given the batch. Both KLs and nats are then upper
+bounds. Its samples are one from each component of a mixture, so z of the weighted moments is below 1.
+
+A second table has the errors of each estimator of the log-density, at data x ~ rho, against log rho: the determinants of
+the jumps, the divergence head, the solve with the exact divergence, and the solve with one probe of Hutchinson's estimator.
 """
 
 from __future__ import annotations
@@ -59,9 +63,9 @@ class Config(common.Training):
     dims: tuple[int, ...] = (2, 16)
     """Dimensions of the mixtures."""
     methods: tuple[str, ...] = ()
-    """Rows to run; all by default (``ROWS``)."""
+    """Names of the methods to run; all if none is given."""
     seeds: int = 1
-    """Seeds 0, 1, ... of each."""
+    """Number of seeds (0, 1, ...) for each method."""
     steps: int = 6000
     learning_rate: float = 3e-3
     features: int = 128
@@ -69,20 +73,20 @@ class Config(common.Training):
     depth: int = 4
     residual: bool = False
     samples: int = 8192
-    """N."""
+    """Samples N drawn from each sampler."""
     points: int = 2048
     """Data points at which the log-densities are compared."""
     jumps: tuple[int, ...] = (1, 2, 4, 8)
-    """Numbers of jumps."""
+    """Numbers of jumps with which each method draws."""
     log_every: int = 250
     likelihood_steps: int = 400
     """Steps of maximum likelihood."""
     likelihood_batch: int = 128
-    """Samples of each."""
+    """Samples per step of maximum likelihood."""
     likelihood_rate: float = 5e-4
-    """Learning rate."""
+    """Peak of the learning rate of maximum likelihood."""
     head_steps: int = 3000
-    """Steps in which the divergence heads are trained."""
+    """Optimizer steps for each divergence head."""
 
     def check(self) -> None:
         """As ``Training.check``, and the names of the rows."""
@@ -210,7 +214,7 @@ def model_of(dim: int, features: int, depth: int, residual: bool) -> common.Mode
 # --- measures ---------------------------------------------------------------------------------------------------------
 
 
-# Compiled, so that weights without a positive sum give NaN and no error: of a singular sampler there are no others.
+# Compiled, so that weights without a positive sum give NaN and do not raise; a singular sampler has only such weights.
 _expectation = jax.jit(likelihood.expectation)
 _normalised = jax.jit(likelihood.normalised)
 _effective = jax.jit(likelihood.effective_sample_size)
@@ -256,7 +260,7 @@ def _mean(values: np.ndarray) -> tuple[float, float]:
 
 def of_samples(found: LogDensity, this: Exact, key: jax.Array) -> dict[str, Any]:
     """What the samples of one sampler say, without and with weights."""
-    # A singular sample has no density and no weight, but has been drawn.
+    # A singular sample has no density and no weight, but counts as drawn.
     usable = np.isfinite(found.log_density) & np.all(np.isfinite(found.x), axis=1)
     x = jnp.where(usable[:, None], found.x, 0.0)
     log_p = this.log_density(x)
@@ -435,7 +439,7 @@ def read(config: Config, dim: int, name: str, seed: int) -> dict[str, Any] | Non
     if not path.is_file():
         return None
     row = json.loads(path.read_text())
-    # As JSON has it.
+    # In the form in which JSON returns it: tuples become lists.
     wanted = json.loads(json.dumps(config.of_rows(), default=str))
     if row["config"] != wanted:
         other = sorted(k for k in wanted if row["config"].get(k) != wanted[k])

@@ -2,11 +2,11 @@
 
     python -m experiments.catalogue --out runs/catalogue
 
-trains all methods with the same network, optimizer and number of samples, for three seeds, in about an hour and a half on
-two CPU cores. ``--methods lsd mean_flow`` runs some of them; rows that are there already are kept, so that the command may
-be stopped and repeated, or run twice at once on different methods. Distillation has the flow-matching row of the same seed
-as its teacher, from whose weights its student starts. With ``--budget flops`` each method takes as many steps as cost, by
-XLA's count, what the flow-matching row costs. ``--quick`` shows that everything works; its numbers mean nothing.
+All methods are trained with the same network, optimizer and number of samples, for three seeds, in about an hour and a half
+on two CPU cores. ``--methods lsd mean_flow`` runs only these two. Rows that exist already are kept, so the command may be
+stopped and repeated, or run at the same time on different methods. The teacher of a distillation is the flow-matching row
+of the same seed, and the student starts from its weights. With ``--budget flops`` each method trains for as many FLOPs, by
+XLA's count, as the flow-matching row. ``--quick`` shows that everything works; its numbers mean nothing.
 """
 
 from __future__ import annotations
@@ -47,7 +47,7 @@ JUMPS = (1, 2, 4, 8)
 BASELINE = "flow_matching"
 ONE_JUMP = Domain("one jump, from 0 to 1", source=0.0, target=1.0)
 FIRST_CELLS = 16
-# Those whose objective takes a step of Heun's method by Diffrax.
+# Methods whose objective takes a step of Heun's method by Diffrax.
 SOLVED = ("consistency_distillation", "ctm")
 
 
@@ -56,11 +56,11 @@ class Config(common.Training):
     """Options of the catalogue."""
 
     methods: tuple[str, ...] = ()
-    """Rows to run; all by default (``ROWS``)."""
+    """Names of the rows to run; all if none is given."""
     seeds: int = 3
-    """Seeds 0, 1, ... of each."""
+    """Number of seeds (0, 1, ...) for each row."""
     budget: Literal["samples", "flops"] = "samples"
-    """What every method has alike: the samples, or the FLOPs of the flow-matching row."""
+    """What all methods have in common: the number of samples, or the FLOPs of the flow-matching row."""
     steps: int = 3000
     learning_rate: float = 3e-3
     features: int = 128
@@ -71,9 +71,9 @@ class Config(common.Training):
     compared: int = 4096
     """Noise points from which the maps are compared."""
     pool: int = 65536
-    """Pairs made beforehand, for reflow and optimal transport."""
+    """Pairs made before the training, for reflow and optimal transport."""
     timed: int = 11
-    """Interleaved repetitions of a step's timing; 0 for neither times nor FLOPs."""
+    """How many times each step is timed, in turns with the others; 0 measures neither times nor FLOPs."""
 
     def check(self) -> None:
         """As ``Training.check``, and the names of the methods."""
@@ -99,12 +99,12 @@ class Row:
       method: of ``objectives.METHODS``.
       path, parameterization: of the map.
       pairs: "data" (independent noise), "reflow" (from a solve of the teacher) or "ot" (minibatch optimal transport).
-      teacher: the row whose velocity teaches, or makes the pairs.
-      start: whether the student starts from that row's weights.
-      choices: ``config -> choices`` of the constructor, for what depends on the number of steps.
-      domain: of the map that is made.
-      decoupled: how many of the last layers see t alone; the parameters are the same ones.
-      trained: where the map is to be used, if not where its objective says.
+      teacher: the row whose velocity is distilled, or whose solve makes the pairs.
+      start: whether the student starts from the teacher's weights.
+      choices: ``config -> choices`` for the constructor; a function, because some depend on the number of steps.
+      domain: the domain of the map.
+      decoupled: number of last layers that see t alone; it does not change the parameters.
+      trained: the domain in which the map is trained and measured, if it is not that of its objective.
     """
 
     method: str
@@ -144,8 +144,8 @@ def _rows() -> dict[str, Row]:
         "progressive_distillation": Row("progressive_distillation", trained=ONE_JUMP, **taught),
         "fmm": Row("fmm", domain=BOTH),
         "shortcut": Row("shortcut", choices=lambda config: {"levels": 5}),
-        # Steps of a tenth or more of what remains: in a training this short, what is learned near t = 1 does not come
-        # through a chain of smaller ones to s = 0.
+        # Steps of at least a tenth of the remaining time. In a training this short, a chain of smaller steps would not
+        # carry to s = 0 what is learned near t = 1.
         "consistency_training": Row("consistency_training", choices=_fall(0.5, 0.1)),
         "consistency_distillation": Row("consistency_distillation", choices=lambda c: {"fraction": 0.2}, **taught),
         "ict": Row("ict", choices=lambda c: {"cells": _stairs(4.0, 16.0, c.steps // 4)}),
@@ -232,7 +232,7 @@ class Job:
         return pool
 
     def objective(self) -> tuple[Callable[..., Any], Domain]:
-        """The objective, and where the map is trained."""
+        """The objective, and the domain in which the map is trained."""
         row, flow_map, path = self.row, self.model.flow_map, self.model.interpolant
         choices = row.choices(self.config)
         if row.method == "progressive_distillation":
@@ -240,14 +240,14 @@ class Job:
         if row.teacher and row.pairs == "data" and row.method != "ect":
             choices["teacher"] = flow_map.velocity
         made = self.method.constructor(flow_map, path, **choices)
-        # Pairs made beforehand are not independent: the batch's velocity would be wrong for them.
+        # Pairs made before the training are not independent, so the batch's velocity would be wrong for them.
         if row.pairs == "data" and not row.teacher and "velocity" in made.reads:
             estimate = objectives.velocity_estimates.ESTIMATES[self.config.velocity]
             made = dataclasses.replace(made, velocity=estimate)
         return made, row.trained or made.domain
 
     def _progressive(self) -> Callable[..., Any]:
-        """A first stage taught by Euler steps of the velocity, and then every stage by the one before."""
+        """A sequence of stages: Euler steps of the velocity teach the first, and each stage teaches the next."""
         stage = _stage(self.config)
         cells = curriculum.halving(FIRST_CELLS, stage)
         make = functools.partial(self.method.constructor, self.model.flow_map, self.model.interpolant, cells=cells)
@@ -383,7 +383,7 @@ def price(config: Config, job: Job) -> dict[str, Any]:
         network = jax.vmap(job.model.flow_map.mean_velocity, (None, 0, 0, 0))
         flops += _flops(network, this.state.params, zeros, zeros, batch.x1[:rows])
     priced = {"flops": flops / base}
-    # A chunk donates its state, and the baseline's is wanted again.
+    # A chunk donates its state, but the baseline's is needed again.
     states, data = [this.state, jax.tree.map(jnp.copy, other.state)], [dataset.data, other_data]
     chunks, spent = [this.chunk, other.chunk], ([], [])
     for repeat in range(config.timed + 1):

@@ -1,4 +1,4 @@
-"""What the experiments share: their configuration, building a model from it, training, sampling, and writing results."""
+"""Code that the experiments share: their options, the model, training, sampling, and the files of results."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ from jflow.types import FORWARD, BoundFlowMap, Domain, FlowMap, Key
 JUMPS = (1, 2, 4, 8, 16)
 AVERAGE = "ema"
 QUICK = {"steps": 40, "log_every": 20, "warmup": 10, "batch": 64, "features": 32, "depth": 2, "samples": 300}
-# What may differ between a run and the one that resumes it, and does not belong to the model.
+# Options that may differ when a run is resumed; they do not belong to the model.
 NOT_KEPT = ("out", "quick", "resume", "overwrite", "samples", "machine", "watch")
 
 
@@ -55,7 +55,7 @@ class Training:
     velocity: Literal["pair", "batch"] = "pair"
     """The estimate of the velocity: from each pair, or its mean over the data of the batch (few dimensions)."""
     steps: int = 9000
-    """Optimizer steps in all."""
+    """Number of optimizer steps."""
     batch: int = 512
     """Samples per step, diagonal and off-diagonal together."""
     learning_rate: float = 2e-3
@@ -63,33 +63,33 @@ class Training:
     warmup: int = 200
     """Steps of the warm-up."""
     clip: float = 10.0
-    """Largest norm of a gradient."""
+    """Largest norm of a gradient; a larger one is scaled down to it."""
     beta2: float = 0.99
     """Adam's decay of the second moment."""
     ema: float = 16.0
-    """Exponent of the average of the parameters that is evaluated: it reaches over about the last 1/ema of the steps."""
+    """Exponent of the average of the parameters, which is evaluated; it covers about the last 1/ema of the steps."""
     features: int = 512
     """Width of the network."""
     depth: int = 5
     """Hidden layers."""
     network: Literal["plain", "embedded"] = "embedded"
-    """The raw (s, t, x) into plain layers, or embedded times that modulate residual layers."""
+    """plain: s, t and x enter plain layers as they are. embedded: features of the times modulate every layer."""
     residual: bool = True
-    """Whether the embedded network's layers add to their input."""
+    """Whether each layer of the embedded network adds its output to its input."""
     decoupled: int = 0
-    """How many of the embedded network's last layers see t alone, the others s alone; 0 for both times everywhere."""
+    """Number of last layers of the embedded network that see t alone; the others see s alone. 0: all see both times."""
     octaves: int = 0
-    """Octaves of sines and cosines of x beside x itself, damped where noise would wash them out."""
+    """Octaves of sines and cosines of x as further inputs, damped where the noise would hide them; 0 for none."""
     samples: int = 100_000
-    """Samples per number of jumps, for scores and samples_K.npy."""
+    """Samples drawn with each number of jumps K; they are scored, and written to samples_K.npy."""
     seed: int = 0
     """Seed of the weights, the data and the noise."""
     log_every: int = 100
-    """Steps per row of metrics, and per dispatch."""
+    """Steps per row of metrics; they run as one compiled program."""
     quick: bool = False
     """A small run that shows that everything works, for a laptop or a test; its numbers mean nothing."""
     resume: Literal["no", "yes", "auto"] = "no"
-    """Go on from the newest whole checkpoint in --out; auto: where there is none, begin."""
+    """yes: continue from the newest whole checkpoint in --out. auto: the same, or start a run if there is none."""
     overwrite: bool = False
     """Replace an earlier run in --out."""
     machine: Machine = dataclasses.field(default_factory=Machine)
@@ -486,7 +486,8 @@ def main(config_type: type, run: Callable[[Any], None]) -> None:
     """
     import tyro
 
-    config = tyro.cli(config_type, description=sys.modules[config_type.__module__].__doc__)
+    description = sys.modules[config_type.__module__].__doc__
+    config = tyro.cli(config_type, prog=f"python -m {_module()}", description=description)
     try:
         config.check()
         with config.machine.joined() if hasattr(config, "machine") else contextlib.nullcontext():
@@ -498,7 +499,7 @@ def main(config_type: type, run: Callable[[Any], None]) -> None:
                 print(error, file=sys.stderr)
                 sys.exit(distributed.EXIT_PREEMPTED)
             except MISTAKES as error:
-                # Said here: of several processes, one that ends by an error does not come back from the context.
+                # Refused here, because with several processes an error does not leave the context.
                 _refuse(error)
     except MISTAKES as error:
         _refuse(error)

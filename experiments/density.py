@@ -1,26 +1,27 @@
-r"""Held-out log-likelihood on real data: the flow's exact solve, maximum likelihood, the few-step map and head, and classics.
+r"""Held-out log-likelihood on real data: flows and few-step maps beside classical density models.
 
     python -m experiments.density --data digits --out runs/density_digits
     python -m experiments.density --data breast_cancer --steps 1000 --jitter 0.2 --out runs/density_breast_cancer
 
-Three splits: training, validation (which chooses how long to train, the bandwidth, the number of components) and held out. The
-data comes from scikit-learn: 8x8 digits of 17 levels with uniform dequantisation noise, new in every batch (x = 2(q+u)/17 - 1,
-``jflow.likelihood.dequantise``); or a table in standardised columns. All models see z = diag(lambda)^(-1/2) U'(x - m), with m
-and U diag(lambda) U' the mean and the covariance of the training data, so that log rho(x) = log rho(z) - 1/2 sum log lambda.
+The data are split into training, validation and held-out parts. The validation part chooses how long to train, the
+bandwidth and the number of components. The data come from scikit-learn: 8x8 digits of 17 levels with uniform dequantisation
+noise, new in every batch (x = 2(q+u)/17 - 1, ``jflow.likelihood.dequantise``), or a table with standardised columns. All
+models are models of z = diag(lambda)^(-1/2) U'(x - m), where m and U diag(lambda) U' are the mean and the covariance of the
+training data. Hence log rho(x) = log rho(z) - 1/2 sum log lambda.
 
-    gaussian            z ~ N(0, I): the fit of one Gaussian, which is where every flow starts
-    kernel density      normal kernels on the training data, the bandwidth chosen
-    Gaussian mixture    full covariances, their number and floor chosen
+    gaussian            z ~ N(0, I): one fitted Gaussian, which is also the base of every flow
+    kernel density      normal kernels on the training data, with the bandwidth that validates best
+    Gaussian mixture    full covariances, with the number and the variance floor that validate best
     flow matching       the solve of the learned velocity with the exact divergence, and with one probe of Hutchinson's
-    maximum likelihood  the same network, from those weights, trained on -log rho by the solve's adjoint
-    map                 LSD distilled from the velocity of flow matching: the solve of its own diagonal
-    k jumps             the determinants of its jumps, inverted at the data
-    head, k jumps       its divergence head at the same base points, one pass a jump
+    maximum likelihood  the same network, trained from those weights on -log rho through the solve's adjoint
+    map                 LSD distilled from the velocity of flow matching: the solve of the map's own diagonal
+    k jumps             the map's k jumps, inverted at the data, with their determinants
+    head, k jumps       the map's divergence head at the same base points, one network call per jump
 
-Each in nats per event, with the standard error over events, and for digits in bits per dimension; beside the few-step
-estimates their median distance from flow matching's own solve, which is what they approximate. The options below, and those of
-the second command, were chosen by the validation data. About
-twenty minutes for the digits on two CPU cores.
+Log-densities are in nats per event, with the standard error over events, and for digits also in bits per dimension. The
+few-step estimates approximate flow matching's own solve, so the table has their median distance from it. The defaults of
+the options, and the options of the second command, were chosen with the validation data. The digits take about twenty
+minutes on two CPU cores.
 """
 
 from __future__ import annotations
@@ -43,7 +44,7 @@ TABLES = ("breast_cancer", "wine")
 BANDWIDTHS = tuple(np.geomspace(0.1, 1.5, 28).tolist())
 COMPONENTS = (1, 4, 16, 32)
 FLOORS = (0.05, 0.1, 0.2, 0.4)
-# Dequantisations of each training image that the classics are fitted to.
+# Dequantised copies of each training image to which the classical models are fitted.
 FITTED = 4
 
 
@@ -63,21 +64,21 @@ class Config(common.Training):
     residual: bool = False
     log_every: int = 100
     looks: int = 20
-    """How often the validation data is looked at in each training."""
+    """How many times each training is evaluated on the validation data."""
     jitter: float = 0.05
     """Standard deviation of normal noise added to z in training."""
     likelihood_steps: int = 400
     """Steps of maximum likelihood."""
     likelihood_batch: int = 128
-    """Samples of each."""
+    """Samples per step of maximum likelihood."""
     likelihood_rate: float = 2e-4
-    """Learning rate."""
+    """Peak of the learning rate of maximum likelihood."""
     map_steps: int = 4000
-    """Steps in which the map is distilled, and then its head."""
+    """Optimizer steps for the distillation of the map, and then as many for its head."""
     jumps: tuple[int, ...] = (1, 2, 4, 8)
-    """Numbers of jumps."""
+    """Numbers of jumps of the few-step estimates."""
     noises: int = 4
-    """Dequantisations of each held-out image."""
+    """Dequantised copies of each held-out image."""
 
     def check(self) -> None:
         """As ``Training.check``."""
@@ -231,7 +232,7 @@ def train(config: Config, data: Data) -> Flows:
         there = dataclasses.replace(
             config,
             out=config.out / name,
-            # Of a run that was stopped some stages are there and others are not.
+            # A run that was stopped has some of its stages and not others.
             resume="auto" if config.resume == "yes" else config.resume,
             steps=steps,
             learning_rate=rate,

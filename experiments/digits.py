@@ -1,11 +1,11 @@
-"""The main job: a flow map of real handwritten digits (8x8, scikit-learn), held against the ODE solves that it replaces.
+"""The main experiment: a flow map of handwritten digits (8x8, scikit-learn), compared with the ODE solves that it replaces.
 
     python -m experiments.digits --out runs/digits
 
-takes at most six minutes on two CPU cores: trains a class-conditional flow map, draws digits by one to sixteen jumps, scores
-them by the energy distance to held-out digits in the features of a small classifier (with the distance between two sets of
-real digits, the floor, beside it), and ends with the table of ``benchmarks.solver_vs_map``. Expected: one jump scores about as
-well as a 100-step Euler solve of the same network's diagonal, more than 50 times faster.
+It trains a class-conditional flow map and draws digits in one to sixteen jumps. The score is the energy distance to
+held-out digits in the features of a small classifier; the distance between two sets of real digits is its floor. At the end
+it prints the table of ``benchmarks.solver_vs_map``. It takes at most six minutes on two CPU cores. Expected: one jump
+scores about as well as a 100-step Euler solve of the same network's diagonal, and is more than 50 times faster.
 """
 
 from __future__ import annotations

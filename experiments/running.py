@@ -1,4 +1,4 @@
-"""Where an experiment runs, and how it is watched: options that change nothing about what is trained."""
+"""Options for where an experiment runs and what it reports; they do not change what is trained."""
 
 from __future__ import annotations
 
@@ -20,22 +20,22 @@ class Machine:
     """The devices and processes."""
 
     fsdp: int = 1
-    """Parts in which every large array of the state lies; the devices left are data parallel."""
+    """Number of parts into which every large array of the state is divided; it must divide the number of devices."""
     cluster: Literal["auto", "off"] = "auto"
     """Whether to look for a TPU pod, SLURM, Open MPI or Kubernetes, and join the processes found."""
     coordinator: str | None = None
-    """HOST:PORT of process 0, where nothing tells; with --machine.processes and --machine.index."""
+    """HOST:PORT of process 0, if no cluster is detected; needs --machine.processes and --machine.index."""
     processes: int | None = None
     """Number of processes."""
     index: int | None = None
     """Index of this process, from 0."""
     heartbeat_seconds: int = 30
-    """Silence after which another process counts as dead."""
+    """Seconds without a sign of life after which another process counts as dead."""
     stall_seconds: float | None = None
-    """End with an exit code of its own when no chunk of steps ends for so long, compilation included."""
+    """Seconds without a finished chunk of --log-every steps, compilation included, after which the run exits with 77."""
 
     def joined(self) -> contextlib.AbstractContextManager[None]:
-        """The processes, while the context lasts."""
+        """A context in which the processes of the run are connected."""
         return distributed.processes(
             self.coordinator,
             self.processes,
@@ -55,18 +55,18 @@ class Machine:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Watching:
-    """What is shown and kept of a run beside its metrics and checkpoints."""
+    """Outputs of a run beside its metrics and checkpoints."""
 
     tensorboard: bool = False
     """Also write the metrics as events for TensorBoard, to OUT/tensorboard."""
     grids: int = 0
-    """Steps per picture of samples drawn in one jump, OUT/grids/STEP.png; a multiple of --log-every, 0 for none."""
+    """Steps between pictures of one-jump samples, OUT/grids/STEP.png; a multiple of --log-every, 0 for none."""
     snapshots: int = 0
-    """Steps per snapshot of the averaged parameters, OUT/averages; a multiple of --log-every, 0 for none."""
+    """Steps between copies of the averaged parameters, OUT/averages/STEP; a multiple of --log-every, 0 for none."""
     flops: bool = False
-    """Report floating-point operations per second, and the share of the devices' peak where it is known."""
+    """Report floating-point operations per second and, if the devices' peak is known, the share of it."""
     profile: tuple[int, int] | None = None
-    """Steps between which to record a profile, to OUT/profile."""
+    """First and last step of a profile, which is written to OUT/profile."""
 
     def hooks(self, out: pathlib.Path) -> list[training.Hook]:
         """The hooks of ``fit``."""

@@ -1,12 +1,12 @@
-r"""Small noise: what a diffusion's squared errors say of the divergence, and Hutchinson's estimator as their limit.
+r"""Small noise: the squared errors of a diffusion as an estimator of the divergence; its limit is Hutchinson's estimator.
 
     python -m experiments.small_noise --out runs/small_noise
 
-takes seconds on a CPU, in float64. Nothing is trained: g is the exact velocity b_t of an asymmetric mixture in the plane at
-one time, div g is known exactly, and all expectations over the noise are Gauss-Hermite sums, not samples.
+It takes seconds on a CPU, in float64. Nothing is trained: g is the exact velocity b_t of an asymmetric mixture in the plane
+at one time, div g is known exactly, and all expectations over the noise are Gauss-Hermite sums, not samples.
 
-One step of length h of dx' = g dt + eps dW from x, with z ~ N(0, I) and s = eps sqrt(h), is x' = x + h g(x) + s z. A diffusion
-predicts x' - x by a velocity, forward from x or backward from x', and is scored by the squared errors
+One step of length h of dx' = g dt + eps dW from x, with z ~ N(0, I) and s = eps sqrt(h), is x' = x + h g(x) + s z. A
+diffusion predicts x' - x by a velocity, forward from x or backward from x', and is scored by the squared errors
 
     F = |x' - x - h g(x)|^2 = s^2 |z|^2,     B = |x' - x - h g(x')|^2,     D = g(x') - g(x)
 
@@ -14,33 +14,34 @@ With x' - x - h g(x') = s z - h D,
 
     (F - B)/(2 eps^2 h^2) = z'D/s - |D|^2/(2 eps^2)                                                                  (1)
 
-and h times (1) is log p(x | x') - log p(x' | x), of the backward and the forward transition with the same g and eps: minus the
-term of a diffusion's bound on log rho (the evidence lower bound of its likelihood) from this step. Its first part has an
-exact mean, by Stein's identity E[z'f(s z)] = s E[(div f)(s z)]: with m = x + h g(x),
+and h times (1) is log p(x | x') - log p(x' | x), the log-ratio of the backward and the forward transition with the same g
+and eps. This is minus the step's term in a diffusion's bound on log rho (the evidence lower bound of its likelihood). The
+mean of the first part of (1) is exact by Stein's identity E[z'f(s z)] = s E[(div f)(s z)]. With m = x + h g(x),
 
     E[z'D]/s = E[ div g(m + s z) ] = div g(m) + s^2/2 Lap div g(m) + O(s^4)                                            (2)
 
-So with J = grad g(x) and |J|_F^2 the sum of the squares of its entries,
+Hence, with J = grad g(x) and its Frobenius norm |J|_F,
 
     E[(1)] = div g + h ( g.grad div g + eps^2/2 Lap div g - |J|_F^2/2 ) - h^2 |J g|^2/(2 eps^2) + ...                  (3)
 
-As h -> 0 at a fixed eps, D = s J z + O(h), and (1) is z'Jz - h |Jz|^2/2 + ...: in the limit Hutchinson's estimator of the
-divergence, with Gaussian probes, and the diffusion's bound that of a continuous normalising flow (2110.07579 takes the same
-limit for a flow whose noise is trained). The order of the limits matters: with eps -> 0 first, at a fixed h, the last term of
-(3) grows without bound, and so does the variance h |J g|^2/eps^2 of what the drift adds to z'D/s.
+As h -> 0 at a fixed eps, D = s J z + O(h), and (1) is z'Jz - h |Jz|^2/2 + ... . The limit is Hutchinson's estimator of the
+divergence with Gaussian probes, and the diffusion's bound becomes that of a continuous normalising flow (2110.07579 takes
+the same limit for a flow whose noise is trained). The order of the limits matters. If eps -> 0 first, at a fixed h, the
+last term of (3) grows without bound, and so does the variance h |J g|^2/eps^2 that the drift adds to z'D/s.
 
-Without the drift, at m = x, (2) is a finite difference in a random direction, of which three forms are compared:
+Without the drift, at m = x, (2) is a finite difference in a random direction. Three forms of it are compared:
 
     plain         z'g(x + s z)/s                  variance |g|^2/s^2 + O(1): without the term z'g(x)/s, of mean 0
     difference    z'(g(x + s z) - g(x))/s         variance 2 |(J + J')/2|_F^2 + O(s^2): the first part of (1)
     Hutchinson    z'Jz                            the limit, without bias
 
-Their means are equal but for Hutchinson's: the bias is (2)'s, of order s^2. From N draws the plain form is best at s ~
-N^{-1/6}, with an error of N^{-1/3}; the difference has Hutchinson's N^{-1/2} at any s small enough for its bias, and costs 2
-evaluations of g as Hutchinson costs a value and a derivative. The noise is needed for the diffusion, not for the divergence.
+The first two have the same mean, whose bias is that of (2), of order s^2. With N draws the best s for the plain form is of
+order N^{-1/6}, and the error is of order N^{-1/3}. The difference has Hutchinson's N^{-1/2} at any s that makes its bias
+small enough; it costs two evaluations of g, and Hutchinson's form a value and a derivative. The divergence thus needs no
+noise; the diffusion does.
 
-Expected, and checked by ``tests/test_small_noise.py``: slopes in s of 2 for the bias, -1 and 0 for the standard deviations;
-in h, a bias of (1) of slope 1 and a standard deviation that tends to Hutchinson's.
+Expected slopes, which ``tests/test_small_noise.py`` checks: in s, 2 for the bias, -1 (plain) and 0 (difference) for the
+standard deviations; in h, 1 for the bias of (1), whose standard deviation tends to that of Hutchinson's form.
 """
 
 from __future__ import annotations
@@ -215,7 +216,7 @@ def run(config: Config) -> None:
     for name, rows in found.items():
         sizes, columns = tuple(rows), next(iter(rows.values()))
         series = {column: np.array([row[column] for row in rows.values()]) for column in columns}
-        # Hutchinson's bias is rounding, and has no order.
+        # Hutchinson's bias is rounding error and has no order.
         kept = {column: values for column, values in series.items() if column != "hutchinson_bias"}
         slopes[name] = {column: slope(sizes, values) for column, values in kept.items()}
         body = [[size, *row.values()] for size, row in rows.items()]

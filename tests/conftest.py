@@ -1,4 +1,4 @@
-"""A strict session: what jax lets pass in silence raises here, and there are eight virtual devices."""
+"""Test settings: jax in its strictest modes, and eight virtual devices."""
 
 from __future__ import annotations
 
@@ -8,9 +8,9 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
-# Jax reads these when it is first imported, hence before that; the subprocesses of tests inherit them.
+# Jax reads these when it is first imported, so they are set before; the subprocesses of tests inherit them.
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
-# Compiling is most of the time: the programs are small, and run once or twice.
+# Compilation takes most of the time, because the programs are small and run once or twice.
 os.environ["XLA_FLAGS"] = (
     f"{os.environ.get('XLA_FLAGS', '')} --xla_force_host_platform_device_count=8 --xla_backend_optimization_level=0"
 ).strip()
@@ -25,28 +25,28 @@ jax.config.update("jax_numpy_rank_promotion", "raise")
 jax.config.update("jax_numpy_dtype_promotion", "strict")
 jax.config.update("jax_debug_key_reuse", True)
 
-# Tracing makes many objects that stay; to look through them less often saves a twentieth of the time.
+# Tracing makes many long-lived objects; collecting garbage less often saves a twentieth of the time.
 gc.set_threshold(200_000, 20, 20)
 
-# Every program is kept, however quick to compile: at the default of one second nothing here would be.
+# Cache every program: by default jax caches only those that take a second to compile, and none here does.
 CACHE = Path(__file__).resolve().parents[1] / ".pytest_cache" / "jax"
 jax.config.update("jax_compilation_cache_dir", os.environ.get("JAX_COMPILATION_CACHE_DIR", str(CACHE)))
 jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)
 jax.config.update("jax_persistent_cache_min_entry_size_bytes", -1)
 
 
-# Files of few and long tests, which would otherwise be handed out last, to one process while the other has nothing left.
+# Files of few and long tests. They go first; otherwise one process would run the last of them while the other is idle.
 LONG = ("test_experiments", "test_crash_resume", "test_processes", "test_bias", "test_density", "test_small_noise")
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """The longest files first; with pytest-xdist's --no-loadscope-reorder they are also handed out so."""
+    """Puts the longest files first; pytest-xdist keeps this order with --no-loadscope-reorder."""
     items.sort(key=lambda item: LONG.index(item.path.stem) if item.path.stem in LONG else len(LONG))
 
 
 @pytest.fixture
 def key() -> jax.Array:
-    """A new key for each test: one that an earlier test consumed would raise."""
+    """A new key for each test, because jax's key-reuse check rejects a key that an earlier test consumed."""
     return jax.random.key(0)
 
 
@@ -54,7 +54,7 @@ def key() -> jax.Array:
 def standard_promotion() -> Iterator[None]:
     """For tests of flax's LayerNorm, GroupNorm and RMSNorm in float64 or bfloat16.
 
-    They multiply by float32 statistics. The whole test is under standard promotion: let it test nothing else.
+    They multiply by float32 statistics. The whole test runs under standard promotion, so it should test nothing else.
     """
     with jax.numpy_dtype_promotion("standard"):
         yield
@@ -64,16 +64,39 @@ def standard_promotion() -> Iterator[None]:
 def unchecked_keys() -> Iterator[None]:
     """For tests of Diffrax's VirtualBrownianTree, and of the gradient of ``jax.checkpoint`` outside ``jit``.
 
-    The tree splits a key in a while loop that throws half of it away, and rematerialising a draw repeats it.
-    Both are right, and both look like reuse to jax.
+    The tree splits a key in a while loop and discards half of it; rematerialising a draw repeats it. Both are correct,
+    but jax reports key reuse.
     """
     with jax.debug_key_reuse(False):
         yield
 
 
+@pytest.fixture
+def compilations() -> Iterator[list[float]]:
+    """The seconds of each compilation since the test began; programs loaded from the cache on disk count too.
+
+    A test empties the list, calls again what has been compiled, and expects the list to be empty still. Arguments of
+    another dtype, weak type or sharding would have been compiled anew.
+    """
+    found: list[float] = []
+
+    def listen(event: str, seconds: float, **_: object) -> None:
+        if event == "/jax/core/compile/backend_compile_duration":
+            found.append(seconds)
+
+    jax.monitoring.register_event_duration_secs_listener(listen)
+    try:
+        jax.jit(lambda x: x + 1.0)(np.zeros(3))
+        assert found, "jax reports its compilations under another name"
+        found.clear()
+        yield found
+    finally:
+        jax.monitoring.unregister_event_duration_listener(listen)
+
+
 @pytest.fixture(scope="session")
 def assert_mean() -> Callable[..., None]:
-    """A comparison of a sample mean with its expectation, whose tolerance is the standard error."""
+    """Compares a sample mean with its expectation; the tolerance is a multiple of the standard error."""
 
     def check(samples: Any, expected: Any, *, errors: float = 4.0, floor: float = 0.0) -> None:
         """Each entry of the mean of ``samples`` [n, ...] within ``errors`` standard errors plus ``floor``."""

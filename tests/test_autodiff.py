@@ -1,4 +1,4 @@
-"""Kernels with a reverse rule alone: forward mode says what to use instead, however it is transformed, and that works."""
+"""Kernels that have only a reverse rule: the error of forward mode names alternatives, and these work."""
 
 import jax
 import jax.numpy as jnp

@@ -1,8 +1,9 @@
-"""The base as an object: the normal law against scipy, a base of one's own where any will do, and refused where not."""
+"""Bases: the normal law against scipy; a base of one's own is accepted or, where a formula needs a normal law, refused."""
 
 from __future__ import annotations
 
 import re
+import textwrap
 
 import jax
 import jax.numpy as jnp
@@ -162,6 +163,20 @@ def rate(params, t, x, cond=None, *, key=None):
 
 
 GROWS = types.FlowMap(shifted, types.BOTH, velocity_override=rate).bind(None)
+
+
+def test_the_base_of_the_docstring_is_the_law_that_it_says():
+    source = textwrap.dedent("    class Laplace:" + bases.__doc__.split("    class Laplace:")[1])
+    space = {"jax": jax, "jnp": jnp, "objectives": objectives, "interpolants": interpolants, "flow_map": GROWS.flow_map}
+    exec(source, space)
+    base, x = space["objective"].coupling.base, jnp.array([0.3, -1.7])
+    assert isinstance(base, space["Laplace"])
+    np.testing.assert_allclose(base.log_density(x), stats.laplace.logpdf(x).sum(), rtol=1e-6)
+    np.testing.assert_allclose(base.score(x), jax.grad(base.log_density)(x), rtol=1e-6)
+    drawn = couplings.Independent(base)(jax.random.key(0), jnp.zeros((4000, 2)))
+    assert stats.kstest(np.ravel(drawn), "laplace").pvalue > 0.01
+    batch = types.Batch(jnp.zeros((8, 2)))
+    assert jax.eval_shape(space["objective"], None, jax.random.key(1), batch)[0].shape == (8,)
 
 
 def test_any_base_serves_densities_of_jumps_and_of_the_ode():

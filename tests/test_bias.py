@@ -1,4 +1,4 @@
-"""The bias ledger: what it knows of its targets, what its measures say of samplers whose law is known, and a small run."""
+"""The bias ledger: its targets, its measures on samplers whose law is known, and a small run."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ def test_the_targets_moments_are_those_of_its_samples(assert_mean):
 
 
 def gaussian_samples(n, width):
-    """Of a normal law that is ``width`` times as wide as the target: none of its moments but the mean is right."""
+    """Samples of a normal law ``width`` times as wide as the target: its mean is right, and no other moment."""
     this = bias.exact(2)
     z = jax.random.normal(jax.random.key(1), (n, 2))
     root = width * np.linalg.cholesky(np.asarray(this.cov))
@@ -63,7 +63,7 @@ def test_singular_samples_are_counted_and_have_no_weight():
     )
     row = bias.of_samples(some, this, jax.random.key(2))
     assert row["singular"] == row["folded"] == 0.25
-    # Three quarters of the target's integral are left, and its moments.
+    # Three quarters of the target's integral remain, and its moments are unchanged.
     assert abs(row["weighted"]["log_z"] - np.log(0.75)) < 4 * row["weighted"]["log_z_error"]
     assert row["weighted"]["cov_z"] < 2.5 and row["cov_z"] > 7
 
@@ -80,7 +80,7 @@ def test_the_weighted_energy_distance_with_equal_weights_is_the_metric():
     x, y = (np.random.default_rng(seed).normal(scale=scale, size=(200, 2)) for seed, scale in ((0, 1.0), (1, 1.4)))
     found = bias.weighted_energy_distance(jnp.asarray(x), jnp.full(200, 1 / 200), jnp.asarray(y))
     np.testing.assert_allclose(found, metrics.energy_distance(x, y).value, rtol=1e-9)
-    # A sample of weight zero is none.
+    # A sample of weight zero does not count.
     some = jnp.where(jnp.arange(200) < 100, 1 / 100, 0.0)
     found = bias.weighted_energy_distance(jnp.asarray(x), some, jnp.asarray(y))
     np.testing.assert_allclose(found, metrics.energy_distance(x[:100], y).value, rtol=1e-9)
@@ -123,7 +123,7 @@ def test_a_quick_run_and_the_rows_that_are_there(tmp_path):
     assert set(rows) == {"flow_matching", "consistency_training", "lsd"}
     assert set(rows["flow_matching"][0]["samples"]) == {"2", "solve"}
     assert {"determinant, 2", "head, 2", "solve", "solve, one probe"} <= set(rows["lsd"][0]["estimates"])
-    # Of a map near the identity all estimators agree: they are of one density.
+    # Near the identity all estimators agree, because they estimate one density.
     kept = np.load(tmp_path / "2d" / "lsd" / "0" / "estimates.npz")
     for name in ("head, 2", "solve"):
         assert np.median(np.abs(kept[name] - kept["determinant, 2"])) < 0.1

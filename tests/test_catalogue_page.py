@@ -1,4 +1,4 @@
-"""The page of the catalogue holds every registered method, and is what its generator makes of the results."""
+"""The catalogue page lists every registered method, and equals what its generator makes from the results."""
 
 import dataclasses
 import json

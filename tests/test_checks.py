@@ -1,4 +1,4 @@
-"""Values that the dtypes of jax cannot hold are refused, and all others pass."""
+"""Values that a jax dtype cannot hold are refused; all others pass."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ FITTING = [
 
 
 def place(array):
-    """What reaches the device by every layout."""
+    """The values that arrive on the device, by every layout."""
     mesh = sharding.mesh(devices=jax.devices()[:2])
     yield lambda: checks.fits("data", {"a": array})
     yield lambda: sharding.place({"a": array}, sharding.whole(mesh))

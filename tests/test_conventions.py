@@ -1,4 +1,4 @@
-"""Networks in other conventions, written as their papers do for a Gaussian, become our exact velocity and map."""
+"""Converters: the exact networks of a Gaussian in other papers' conventions become our exact velocity and map."""
 
 import jax.numpy as jnp
 import numpy as np

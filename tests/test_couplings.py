@@ -1,4 +1,4 @@
-"""Couplings against brute force, sorting and closed forms; marginals by statistics; the pool that brings them to training."""
+"""Couplings against brute force, sorting and closed forms; their marginals; the pool of pairs for training."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ def square(x1, x0):
 
 
 def without(monkeypatch, package):
-    """Makes importing the package fail."""
+    """Makes the import of a package fail."""
     real = builtins.__import__
 
     def fail(name, *args, **kwargs):
@@ -162,7 +162,7 @@ def test_base_points_given_the_label_stay_normal(assert_mean):
         assert_mean((mine**2).mean(axis=1), 1.0)
     # Split at the median: the halves have the means of half-normals.
     assert abs(blind[label == 1].mean() - np.sqrt(2 / np.pi)) < 0.05
-    # A row's own law: its place in the minibatch says nothing.
+    # The law of one row does not depend on its place in the minibatch.
     assert_mean(aware[:, 0], 0.0)
     assert_mean(aware[:, 0] ** 2, 1.0)
 
@@ -203,12 +203,12 @@ def draws(entropic, *choices, cond=None, seed=0):
 
 
 def test_sinkhorn_tends_to_the_assignment_and_to_independence(entropic):
-    """As epsilon -> 0 what it drew cannot be paired better; as epsilon -> infinity the pairs are independent."""
+    """As epsilon -> 0 the pairs are optimal for their points; as epsilon -> infinity they are independent."""
     tight, middle, loose = (draws(entropic, epsilon, 3000, False) for epsilon in (1e-3, 3e-2, 1e4))
     fresh = [couplings.assignment(normal(i, 48, 2), POINTS) for i in range(KEYS)]
     exact, independent = (np.array([getattr(one, name) for one in fresh]) for name in ("cost", "independent_cost"))
     costs = [np.array([square(POINTS, x) for x in x0]) for x0 in (tight, middle, loose)]
-    # Over what the exact pairing of the same points costs.
+    # Cost relative to the exact pairing of the same points.
     excess = [
         np.mean(c) - np.mean([couplings.assignment(x, POINTS).cost for x in x0])
         for c, x0 in zip(costs[:2], (tight, middle), strict=True)
@@ -217,14 +217,14 @@ def test_sinkhorn_tends_to_the_assignment_and_to_independence(entropic):
     assert 0 <= excess[0] < 0.005 * exact.mean() < excess[1]
     assert abs(costs[0].mean() - exact.mean()) < 4 * exact.std() * np.sqrt(2 / KEYS)
     assert abs(costs[2].mean() - independent.mean()) < 4 * independent.std() * np.sqrt(2 / KEYS)
-    # Points that serve at all: nearly every one, and 1 - 1/e of those drawn with replacement.
+    # The share of points that are used: nearly all, and 1 - 1/e of those drawn with replacement.
     served = [np.mean([len(np.unique(x, axis=0)) for x in drawn]) for drawn in (tight, loose)]
     assert served[0] > 40 and abs(served[1] - 48 * (1 - np.exp(-1))) < 1.5
 
 
 @pytest.mark.parametrize("iterations", [3000, 1])
 def test_sinkhorn_keeps_the_marginal(entropic, iterations, assert_mean):
-    """Also where it stops long before its end: the plan is rounded onto its marginals."""
+    """Also if it stops before it has converged, because the plan is rounded onto its marginals."""
     x0 = np.concatenate([draws(entropic, 3e-2, iterations, False, seed=seed) for seed in range(1, 9)])
     assert_mean(x0.mean(axis=1), 0.0)
     assert_mean((x0**2).mean(axis=1), 1.0)
@@ -289,7 +289,7 @@ def test_sinkhorn_takes_trees_in_single_precision(key):
 def cells(key, n):
     """Labelled points: label 1 to the right."""
     label = jnp.arange(n, dtype=jnp.int32) % 2
-    # As base points are drawn: from the same keys they would be the same numbers.
+    # Drawn like base points: the same keys would give the same numbers.
     x = couplings.independent(key, jnp.zeros((n, 2))) + 4.0 * label[:, None].astype(float)
     return Batch(x1=x, cond=label)
 
@@ -337,7 +337,7 @@ def test_batches_of_a_pool_are_functions_of_the_step(pool):
     same = datasets.coupled(SampledDataset(cells, 32, seed=0), 20, batch_size=24)
     jax.tree.map(np.testing.assert_array_equal, batch, same.batch(same.data, jnp.int32(5)))
 
-    # As training takes them: resumed at step 3, a scan goes on as the unbroken one.
+    # As in training: a scan that resumes at step 3 equals the unbroken one.
     @jax.jit
     def run(data, steps):
         return jax.lax.scan(lambda _, step: (None, pool.batch(data, step)), None, steps)[1]

@@ -1,4 +1,4 @@
-"""Killed at any moment, also during a save, a run goes on to the same end: five of the benchmark's hundred."""
+"""A run that is killed, also during a save, resumes to the same end: five of the benchmark's hundred runs."""
 
 from __future__ import annotations
 

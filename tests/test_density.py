@@ -1,4 +1,4 @@
-"""The experiment on held-out densities: the change of variables of its data, its units, and a small run."""
+"""The experiment on held-out densities: its change of variables, its units, and a small run."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ def test_one_gaussian_in_z_is_the_gaussian_of_the_training_data(data):
     np.testing.assert_allclose(np.cov(z.T), np.eye(z.shape[1]), atol=1e-3)
     dim = z.shape[1]
     nats = -(np.mean(-0.5 * np.sum(z**2, axis=1)) - 0.5 * dim * np.log(2 * np.pi) + found.log_volume)
-    # The entropy of N(m, C) with the covariance of x: of standardised columns that of their correlations.
+    # The entropy of N(m, C); C is the covariance of x, which for standardised columns is their correlation.
     if data == "wine":
         from sklearn.datasets import load_wine
 
@@ -49,7 +49,7 @@ def test_one_gaussian_in_z_is_the_gaussian_of_the_training_data(data):
         covariance = np.cov(np.asarray(x, np.float64).T)
     # The mean of |z|^2 is that of a covariance that divides by N - 1.
     entropy = 0.5 * (dim * np.log(2 * np.pi * np.e) + np.linalg.slogdet(covariance)[1] - dim / len(z))
-    # Other noise of the dequantisation moves 64 nearly independent variances by a percent each.
+    # Another dequantisation noise changes each of 64 nearly independent variances by about a percent.
     np.testing.assert_allclose(nats, entropy, atol=0.02 if data == "wine" else 0.5)
 
 
@@ -67,7 +67,7 @@ def test_the_summary_is_in_nats_of_x_and_in_bits():
     events = len(data.held_out) // data.noises
     log_density = np.full(len(data.held_out), -80.0)
     valid = np.ones(len(log_density), bool)
-    # An event counts where all of its dequantisations do.
+    # An event is valid if all of its dequantised copies are.
     valid[0] = False
     found = density.summary(log_density, valid, log_density + 0.25, data)
     assert found["nats"] == pytest.approx(80.0 - data.log_volume) and found["error"] == pytest.approx(0.0, abs=1e-12)
@@ -76,7 +76,7 @@ def test_the_summary_is_in_nats_of_x_and_in_bits():
 
 
 def test_the_classics_are_densities_and_choose_by_the_validation_data():
-    """Of normal data in the plane: near the exact density."""
+    """On normal data in the plane they are near the exact density."""
     keys = jax.random.split(jax.random.key(1), 3)
     train, validation, held_out = (jax.random.normal(k, (n, 2)) for k, n in zip(keys, (2000, 500, 300), strict=True))
     data = density.Data(None, train, validation, held_out, 1, 0.0, 0)
@@ -114,6 +114,6 @@ def test_a_quick_run_writes_its_table_and_figure(tmp_path):
     assert done.returncode == 0, done.stderr
     assert all((tmp_path / name).stat().st_size > 0 for name in ("table.md", "density.png"))
     table = json.loads((tmp_path / "results.json").read_text())["table"]
-    # Hardly trained, every flow is the Gaussian still, whichever way its density is taken.
+    # After almost no training every flow is still the Gaussian, for every estimator of its density.
     for name in ("flow matching", "flow matching, one probe", "maximum likelihood", "1 jump", "head, 1 jump"):
         assert table[name]["valid"] == 1.0 and abs(table[name]["nats"] - table["gaussian"]["nats"]) < 0.2

@@ -1,4 +1,4 @@
-"""Residual grids and comparisons: zero for an exact map, worked out by hand for a perturbed one."""
+"""Residual grids and comparisons: zero for an exact map, known in closed form for a perturbed one."""
 
 import functools
 import json
@@ -88,7 +88,7 @@ def test_residuals_of_a_perturbed_map_are_those_worked_out_by_hand():
         got = getattr(grid, name)
         np.testing.assert_array_equal(np.isnan(got), gap < 0)
         np.testing.assert_allclose(got[gap >= 0], np.abs(values)[gap >= 0], rtol=1e-7, atol=1e-13)
-    # The diagonal is right, and the tangent says so.
+    # The diagonal is exact, so the tangent residual is zero.
     assert np.all(grid.tangent < 1e-12)
 
 
@@ -129,7 +129,7 @@ def test_report_and_grid_hold_what_the_domain_defines(domain, names):
     grid = diagnostics.residual_grid(gaussian(domain), PATH, *pairs(), s, t)
     expected = {"eulerian": [[0, 1], [0, 1], [0, 1]], "semigroup": [[0, 1], [0, 0], [1, 1]]}
     for name in ("eulerian", "lagrangian", "semigroup"):
-        # On the dyadic grid 0 to 3/4 is no power of two and 0.3 no point.
+        # On the dyadic grid, 3/4 is not a power of two and 0.3 is not a point.
         wanted = expected[name] if name in names else np.zeros((3, 2))
         np.testing.assert_array_equal(np.isfinite(getattr(grid, name)), wanted, err_msg=name)
 
@@ -146,7 +146,7 @@ def test_report_and_grid_hold_what_the_domain_defines(domain, names):
         (types.FROM_NOISE, 0.2, 0.7, set()),
         (types.FROM_NOISE, 0.7, 0.0, set()),
         (types.dyadic(3), 0.25, 0.5, {"semigroup"}),
-        # The midpoint of the smallest cell is no point of the grid.
+        # The midpoint of the smallest cell is not a point of the grid.
         (types.dyadic(3), 0.25, 0.375, set()),
     ],
 )

@@ -1,4 +1,4 @@
-"""Every experiment runs from its command line, writes what it promises, resumes, and refuses mistakes in words."""
+"""Every experiment runs from its command line, writes its files, resumes, and explains mistakes."""
 
 import importlib
 import json
@@ -62,7 +62,7 @@ ROWS = (
     "lsd, taught",
     "progressive_distillation",
 )
-# Compiling the others would take minutes, and their methods are compiled in tests/objectives.
+# Compiling the other rows would take minutes; tests/objectives compiles their methods.
 TRACE = """
 import pathlib, sys, jax
 from experiments import catalogue

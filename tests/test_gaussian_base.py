@@ -1,4 +1,4 @@
-"""Every formula that reads the mean and deviation of a normal base, against closed forms with neither at its default."""
+"""Formulas that read the mean and deviation of a normal base, against closed forms; neither is at its default."""
 
 from __future__ import annotations
 
@@ -162,7 +162,7 @@ def test_the_batchs_velocity_is_the_conditional_mean_given_the_point(base, t):
 
 
 def blank_row(path, t, x0, x1, data, law):
-    """A row as an estimate of the batch's velocity sees it."""
+    """A Row with the fields that the estimate of the batch's velocity reads."""
     rest = dict.fromkeys(("cond", "key", "gamma", "step", "own", "frozen", "ema", "teacher", "estimate"))
     t, x = jnp.asarray(t), path.interpolate(t, x0, x1)
     return Row(s=t, t=t, x0=x0, x1=x1, x=x, data=data, interpolant=path, base=law, **rest)
@@ -174,7 +174,7 @@ COUNT = 12_000
 
 
 def off(samples, law):
-    """How far mean, variance, third central moment and the covariance are off, in units of four standard errors."""
+    """Errors of the mean, variance, third central moment and covariance, in units of four standard errors."""
     weights, means = np.exp(np.asarray(law.log_weights)), np.asarray(law.means)
     covs = np.einsum("kia,ka,kja->kij", *(np.asarray(value) for value in (law.bases, law.variances, law.bases)))
     mean = weights @ means

@@ -54,7 +54,7 @@ def test_the_formula(kind, scale):
 @pytest.mark.parametrize("kind", GUIDES)
 @pytest.mark.parametrize("interval", [guidance.ALWAYS, (0.2, 0.8)])
 def test_at_scale_one_it_is_the_strong_one_to_the_bit(kind, interval):
-    """Known to be 1, nothing else is evaluated; traced, the correction is zero."""
+    """If the scale is known to be 1, nothing else is evaluated; if it is traced, the correction is zero."""
     guided, params, strong, _ = make(kind, 1, interval=interval)
     np.testing.assert_array_equal(guided(params, 0.35, X, 1), strong(0.35, X))
 
@@ -79,7 +79,7 @@ def test_outside_the_interval_it_is_the_strong_one(kind):
         for i, time in enumerate(times):
             expected = always(params, time, X, 1) if 0.2 <= time <= 0.8 else strong(time, X)
             np.testing.assert_allclose(got[i], expected, rtol=rtol)
-    # Whole numbers are times as well.
+    # Whole numbers are accepted as times.
     np.testing.assert_allclose(guided(params, 1, X, 1), strong(1.0, X), rtol=1e-12)
 
 
@@ -127,7 +127,7 @@ def test_nothing_is_evaluated_twice(kind, interval, passes):
     assert len(calls) == passes and len(ran) == passes
     f(0.1, jnp.ones((1, 2)))
     jax.effects_barrier()
-    # Where t is shared by the batch, the weak one is skipped outside the interval.
+    # If the batch shares t, the weak velocity is not evaluated outside the interval.
     assert len(ran) == passes + (1 if interval != guidance.ALWAYS else passes)
 
 

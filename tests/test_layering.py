@@ -1,4 +1,4 @@
-"""Imports point one way: every module of jflow may import from the rooms above its own, and from no other.
+"""Imports go one way: a module of jflow may import from the rooms above its own in ``ROOMS``, and from no other.
 
 The imports are read from the source, so that those inside functions count as well.
 """
@@ -117,7 +117,7 @@ def _absolute(node: ast.ImportFrom, module: str, is_package: bool) -> str:
 
 
 def private(use: Use) -> bool:
-    """Whether the name is no promise of the package that it belongs to."""
+    """Whether the name is private to the package that it belongs to."""
     package, _, rest = use.name.partition(".")
     # The one documented name of the standard library that begins with an underscore.
     if package in ("jflow", "__future__", *OUTSIDE) or use.name == "os._exit":
@@ -128,7 +128,7 @@ def private(use: Use) -> bool:
 
 
 def violations(source: str, module: str, is_package: bool = False) -> list[str]:
-    """What the source of the jflow module ``module`` imports against the rules, as ``line: reason``."""
+    """The imports of the jflow module ``module`` that break the rules, as ``line: reason``."""
     room = "" if module == "jflow" else module.split(".")[1]
     if room and room not in ROOMS:
         return [f"1: {room} has no place in ROOMS"]

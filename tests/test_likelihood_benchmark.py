@@ -1,4 +1,4 @@
-"""The benchmark of log-densities: its counts, its refusals, and where the package is installed, the agreement."""
+"""The benchmark of log-densities: its counts, its refusals, and the agreement of both packages if the other is installed."""
 
 from __future__ import annotations
 
@@ -63,7 +63,7 @@ def test_results_are_not_replaced_unasked(tmp_path):
 
 
 def test_without_torch_the_command_says_what_to_install(tmp_path):
-    # Found first, whether torch is installed or not.
+    # This mistake is reported first, whether torch is installed or not.
     (tmp_path / "torch.py").write_text("raise ImportError('no torch here')")
     root = Path(__file__).resolve().parents[1]
     paths = os.pathsep.join([str(tmp_path), str(root / "src"), os.environ.get("PYTHONPATH", "")])

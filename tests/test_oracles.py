@@ -21,7 +21,7 @@ LINE = ([0.5, 0.3, 0.2], [[-1.3], [0.4], [2.1]], [[0.2], [0.05], [0.4]])
 
 # Residuals that are rounding, or the tolerance of the solve times what differentiation makes of it.
 TOLERANCE = {"gaussian": 1e-8, "quantile": 1e-7, "mixture": 1e-6}
-# The closed form goes through every path; the others share its coefficients and are dear to compile.
+# The closed form is tested on every path; the others share its coefficients and are slow to compile.
 CASES = [("gaussian", path) for path in interpolants.INTERPOLANTS]
 CASES += [("quantile", path) for path in ("linear", "trigonometric", "variance_exploding")]
 CASES += [("mixture", path) for path in ("linear", "cosine", "variance_preserving")]

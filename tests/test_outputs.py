@@ -1,4 +1,4 @@
-"""What plain functions return, wherever they become a Velocity or a FlowMap: cast leaf by leaf, or refused by name."""
+"""Outputs of plain functions that become a Velocity or a FlowMap: cast leaf by leaf, or refused by name."""
 
 import jax
 import jax.numpy as jnp
@@ -25,7 +25,7 @@ def diagonal(velocity):
     return lambda x: velocity(None, 0.4, x)
 
 
-# name -> what becomes of a function x -> output, called at x
+# name -> the result of a function x -> output at x, through each wrapper
 MAKERS = {
     "flow_map, v": lambda f: lambda x: parameterizations.flow_map(of_two(f), V).mean_velocity(None, 0.2, 0.6, x),
     "flow_map, x": lambda f: (

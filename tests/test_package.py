@@ -1,4 +1,4 @@
-"""The package as a user meets it: names, docstrings, version, time of import; and the strict session."""
+"""The public package: names, docstrings, version, time of import; and the strict settings of the tests."""
 
 from __future__ import annotations
 
@@ -19,12 +19,12 @@ import pytest
 import jflow
 
 ROOT = Path(__file__).resolve().parents[1]
-# Helpers of the library's own modules: importable, and no part of what users are promised.
+# Modules for the library's own use: importable, but not part of the public interface.
 HELPERS = {"autodiff", "checks", "named", "parts", "trees"}
 
 
 def in_new_process(code: str) -> str:
-    """What the code prints in an interpreter of its own that sees the same jflow."""
+    """The output of the code in a new interpreter with the same jflow."""
     paths = [str(Path(jflow.__file__).parents[1]), os.environ.get("PYTHONPATH", "")]
     env = {**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, paths))}
     run = subprocess.run([sys.executable, "-c", code], env=env, capture_output=True, text=True, timeout=300)
@@ -71,7 +71,7 @@ def test_type_checkers_see_the_annotations():
 
 
 def test_import_is_light():
-    """At most one second over ``import jax``. Noise only adds: the fastest of up to five processes counts."""
+    """At most one second more than ``import jax``. Noise only adds time, so the fastest of up to five processes counts."""
     code = """
 import json, sys, time
 start = time.perf_counter()

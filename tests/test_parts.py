@@ -1,4 +1,4 @@
-"""Parameters made of parts: the part reaches the function, the whole is what derivatives are of, and others are refused."""
+"""Parameters made of parts: functions get their part, derivatives are of the whole, and other types are refused."""
 
 from typing import NamedTuple
 

@@ -1,4 +1,4 @@
-"""The README's example is what a newcomer pastes: it runs, in at most twenty lines, and the map it trains is right."""
+"""The README's example runs as it is, in at most twenty lines, and trains an accurate map."""
 
 import os
 import pathlib

@@ -1,4 +1,4 @@
-"""The benchmark of the reductions' bias: what must vanish vanishes, and the rest agrees with MeanFlow's own residual."""
+"""The benchmark of the reductions' bias: biases that must be zero are zero, and the residual is MeanFlow's own."""
 
 import jax
 import jax.numpy as jnp
@@ -59,7 +59,7 @@ def test_against_monte_carlo_of_the_library_residual():
         found = identities.eulerian(v, jnp.asarray(S), jnp.asarray(T), jnp.asarray([x]), velocity)
         return found.prediction - found.target
 
-    # The residual is affine in the velocity: two values are all of them.
+    # The residual is affine in the velocity, so two values determine it.
     zero, one = difference(jnp.zeros(1)), difference(jnp.ones(1))
     residuals = (zero[None] + (one - zero)[None] * (x1 - x0))[:, 0]
     law = law_at(x)

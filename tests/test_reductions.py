@@ -1,4 +1,4 @@
-"""Reductions against their formulas, and what of each is under the stop-gradient."""
+"""Reductions against their formulas, and their stop-gradients."""
 
 import jax
 import jax.numpy as jnp
@@ -169,3 +169,71 @@ def test_bad_input(make):
             reductions.scaled(factor, reductions.squared)
     with pytest.raises(TypeError, match="factor: expected"):
         reductions.scaled("2", reductions.squared)
+
+
+@pytest.mark.parametrize("dtype", [jnp.float16, jnp.bfloat16, jnp.float32])
+@pytest.mark.parametrize("c", [1e-30, 1e-3])
+@pytest.mark.parametrize("size", [0.0, 1e-3, 1e4])
+def test_small_numbers_stay_finite(c, size, dtype):
+    """In value and gradient, at D = 0 and far from it, in every dtype of the residual."""
+    d = jnp.asarray([size, 0.0], dtype)
+    for make in (reductions.normalised, reductions.clipped, reductions.pseudo_huber, reductions.adaptive):
+        reduction = make(c=c)
+        value, slope = jax.value_and_grad(lambda d: reduction(None, 0.0, 1.0, d))(d)  # noqa: B023
+        assert np.isfinite(value) and np.isfinite(np.asarray(slope, np.float32)).all(), make
+
+
+@pytest.mark.parametrize("size", [0.0, 1e-9, 0.3, 1.0, 1e6, 1e15])
+def test_cauchy_far_out_and_near(size):
+    d = jnp.float32(size)
+    for c in (1e-10, 0.03, 1.0, 1e4):
+        value, slope = jax.value_and_grad(lambda d: reductions.cauchy(c)(None, 0.0, 1.0, d))(d)  # noqa: B023
+        square, wide = np.float64(d) ** 2, np.float64(np.float32(c)) ** 2
+        np.testing.assert_allclose(value, 0.5 * wide * np.log1p(square / wide), rtol=2e-6)
+        np.testing.assert_allclose(slope, np.float64(d) / (1.0 + square / wide), rtol=2e-6, atol=2e-35)
+
+
+@pytest.mark.parametrize(
+    ("make", "message"),
+    [
+        (lambda: reductions.cauchy(1e-30), "^c: expected a number whose power 2 float32 can hold"),
+        (lambda: reductions.adaptive(p=2.0, c=1e-30), "^c: expected a number whose power 2 float32 can hold"),
+        (lambda: reductions.adaptive(c=1e-45), "^c: expected a number whose power 1 float32 can hold"),
+        (lambda: reductions.normalised(1e-45), "^c: expected a number whose power 1 float32 can hold"),
+    ],
+)
+def test_numbers_that_the_dtype_cannot_hold_are_refused(make, message):
+    with pytest.raises(ValueError, match=message):
+        make()(None, 0.0, 1.0, jnp.ones(2, jnp.bfloat16))
+    if "cauchy" in message:
+        make()(None, 0.0, 1.0, jnp.ones(2, jnp.float64))
+
+
+def test_an_event_without_entries_has_no_mean():
+    with pytest.raises(ValueError, match=r"^difference: expected an event with entries"):
+        reductions.per_entry()(None, 0.0, 1.0, jnp.ones((0, 3)))
+    assert reductions.per_entry()(None, 0.0, 1.0, (jnp.ones((0, 3)), jnp.full(2, 3.0))) == pytest.approx(9.0)
+
+
+@pytest.mark.parametrize(
+    ("make", "name"),
+    [
+        (lambda: reductions.per_entry(0.1), "then"),
+        (lambda: reductions.normalised(then=1), "then"),
+        (lambda: reductions.clipped(then=reductions.adaptive), "then"),
+        (lambda: reductions.clamped(then="squared"), "then"),
+        (lambda: reductions.shaped(0.5), "shape"),
+        (lambda: reductions.weighted(0.3), "weight"),
+        (lambda: reductions.scaled(2.0, 3.0), "of"),
+        (lambda: reductions.scaled(reductions.squared, 2.0), "factor"),
+        (lambda: reductions.learned(3.0), "log_weight"),
+        (lambda: reductions.learned(lambda params: 0.0), "log_weight"),
+        (lambda: reductions.learned(lambda params, s, t: 0.0, of=reductions.cauchy), "of"),
+        (lambda: reductions.learned_cauchy("w"), "log_weight"),
+        (lambda: reductions.check("reduction", reductions.adaptive), "reduction"),
+        (lambda: reductions.check("reduction", 2.0), "reduction"),
+    ],
+)
+def test_what_is_not_a_reduction_is_refused_by_name(make, name):
+    with pytest.raises(TypeError, match=f"^{name}: expected"):
+        make()

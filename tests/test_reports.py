@@ -1,4 +1,4 @@
-"""Reports: what a number becomes over rows, steps, chunks and devices; on the device and on the host."""
+"""Reports: averages over rows, steps, chunks and devices; on the device and on the host."""
 
 import itertools
 from typing import Any, NamedTuple
@@ -11,7 +11,7 @@ import pytest
 from jflow import reports
 
 RNG = np.random.default_rng(0)
-# Of twelve steps: the stacked report, and what it comes to, written out.
+# name -> the stacked report of twelve steps, and its value written out.
 A, B = RNG.normal(size=12), RNG.integers(1, 9, size=12).astype(float)
 BINS, COUNTS = RNG.normal(size=(12, 4)), RNG.integers(0, 3, size=(12, 4)) * np.array([1.0, 1.0, 0.0, 1.0])
 EVENTS, TRUTH = RNG.integers(0, 5, size=12), np.array([True] * 7 + [False] + [True] * 4)
@@ -65,7 +65,7 @@ def test_a_neutral_report_changes_nothing(name):
     neutral = first.neutral()
     assert jax.tree.map(jnp.shape, neutral) == jax.tree.map(jnp.shape, first)
     assert jax.tree.map(lambda leaf: leaf.dtype, neutral) == jax.tree.map(lambda leaf: leaf.dtype, first)
-    # Of a shape alone, too, as ``sequence`` asks for it.
+    # Also for a report of shapes only, as ``sequence`` needs it.
     shaped = jax.eval_shape(lambda: first).neutral()
     jax.tree.map(np.testing.assert_array_equal, shaped, neutral)
     for place in (0, 3, len(jax.tree.leaves(stacked)[0])):
@@ -127,7 +127,7 @@ def test_means_by_bins():
 
 
 def test_a_bare_number_becomes_its_mean_over_steps():
-    """Under a name of any spelling: the names mean nothing."""
+    """For any name: names have no meaning."""
 
     @jax.jit
     def of(step):
@@ -153,7 +153,7 @@ def test_a_bare_number_becomes_its_mean_over_steps():
 
 
 class Geometric(NamedTuple):
-    """Made up: a geometric mean, which is none of the library's kinds."""
+    """A geometric mean, a kind of report that the library does not have."""
 
     logs: Any
     count: Any

@@ -62,7 +62,7 @@ def test_info_says_where_the_map_jumped_and_what_noise_was_added():
 
 @pytest.mark.parametrize("name", SAMPLERS)
 def test_states_are_pytrees_for_a_batch_of_particles_at_traced_times(name):
-    """As steering needs them: resampled between two steps; each particle may be at a time of its own."""
+    """Steering needs this: it resamples between two steps, and each particle may be at its own time."""
     sampler, n = SAMPLERS[name], 5
     x0 = jax.random.normal(jax.random.key(4), (n, 2))
     labels = jnp.arange(n)
@@ -183,7 +183,7 @@ class Walk(NamedTuple):
 
 
 class Drift:
-    """A sampler of one's own, with a state of its own, that consumes the key as it comes."""
+    """A sampler of one's own, which has a state and consumes the key that it gets."""
 
     def init(self, x0, t, cond=None):
         return Walk(x0, jnp.int32(0))
@@ -221,7 +221,7 @@ def test_draws_are_the_same_whatever_the_block_and_the_devices(name):
         found = samplers.draw(sampler, key, n, GRID, like=LIKE, block=block, mesh=mesh)
         np.testing.assert_allclose(found, whole, rtol=1e-12)
     np.testing.assert_allclose(samplers.draw(sampler, key, 5, GRID, like=LIKE), whole[:5], rtol=1e-12)
-    # By hand.
+    # The same steps by hand.
     base_key, sampler_key = jax.random.split(jax.random.fold_in(key, 36))
     x0 = getattr(sampler, "base", bases.STANDARD_NORMAL).sample(base_key, LIKE)
     np.testing.assert_allclose(samplers.run(sampler, sampler_key, x0, GRID), whole[36], rtol=1e-12)

@@ -1,4 +1,4 @@
-"""Layouts: the same numbers on any mesh, and solves that do not wait for one another."""
+"""Layouts: the same numbers on any mesh, and independent solves on each device."""
 
 from __future__ import annotations
 
@@ -89,7 +89,7 @@ def test_loss_gradient_and_average_do_not_depend_on_the_layout(method, mesh, pla
 
 
 def test_a_run_goes_on_on_fewer_devices(tmp_path, plain):
-    """What eight devices saved is restored to the last bit, and the losses that follow agree to rounding."""
+    """A state saved by eight devices is restored bit for bit, and the following losses agree to rounding."""
     state, chunk, data = run_of("flow_matching", None)
     expected = []
     for _ in range(4):
@@ -115,7 +115,7 @@ def test_a_run_goes_on_on_fewer_devices(tmp_path, plain):
 
 @pytest.mark.parametrize(("method", "fsdp"), [("lsd", 1), ("lsd", 2), ("flow_matching", 1)])
 def test_devices_share_the_work(method, fsdp):
-    """The numbers would agree as well if each of eight devices did everything."""
+    """Counts FLOPs, because the numbers would also agree if each of eight devices did everything."""
     dataset = ArrayDataset(Batch(ROWS), 1024)
     step = make_step(METHODS[method], optax.sgd(1e-2))
     state = init_state(init_params(jax.random.key(0), width=128), optax.sgd(1e-2), jax.random.key(1))
@@ -166,7 +166,7 @@ def test_no_row_leaves_its_device(name):
 
 
 def test_the_batch_velocity_collects_the_data():
-    """The same count sees it where it happens."""
+    """The count finds a collection where there is one."""
     batch = objectives.velocity_estimates.batch
     assert collectives(objectives.lsd(FLOW_MAP, PATH, blocks=8, velocity=batch))["all-gather"] > 0
 
@@ -267,7 +267,7 @@ def test_gradients_through_rows_on_their_own():
 
 @pytest.mark.parametrize("method", METHODS)
 def test_objectives_run_under_pmap(method):
-    """As in code built on it: a key per device, gradients averaged over the axis."""
+    """As code under pmap does it: a key per device, gradients averaged over the axis."""
     objective, params = METHODS[method], init_params(jax.random.key(0))
     batch = Batch(jnp.asarray(ROWS[:64]).reshape(8, 8, 3))
     keys, again = (jax.random.split(jax.random.key(1), 8) for _ in range(2))

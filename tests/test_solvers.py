@@ -165,7 +165,7 @@ def test_error_is_controlled_sample_by_sample_under_vmap():
         assert int(stats.nfe[i]) == int(alone_stats.nfe)
     assert len(set(np.asarray(stats.nfe).tolist())) > 1
     errors = np.abs(v / exact_mean(p, s, t, batch) - 1.0)
-    # The tolerance is met, and is what the steps are chosen for: a finer solve would have cost more.
+    # The tolerance is met, and not by far: a finer solve would have cost more.
     assert np.max(errors) < 2e-5 and np.max(errors) > 1e-9
 
 
@@ -490,7 +490,7 @@ def test_without_noise_the_sde_is_the_ode_and_each_key_gives_its_own_path():
     first, again, second = noisy(key), noisy(key), noisy(other)
     np.testing.assert_array_equal(first["a"], again["a"])
     assert np.all(first["a"] != second["a"])
-    # Every coordinate has noise of its own: equal starts end apart.
+    # Every coordinate has its own noise, so equal starts have different ends.
     assert abs(float(first["a"][0]) - float(first["b"])) > 0.05
 
 

@@ -1,8 +1,8 @@
-"""Forward-mode differentiation, with an error that names the alternatives where a kernel has a reverse rule alone.
+"""Forward-mode differentiation, with an error that names the alternatives if a kernel has only a reverse rule.
 
 Fused attention (cuDNN, every Pallas kernel shipped with jax) defines its gradient with ``jax.custom_vjp``, which
-``jax.jvp`` cannot differentiate. jax says so only when the program is compiled or run, outside of the function that asked
-for the derivative, so the derivative is traced here and its operations are looked at.
+``jax.jvp`` cannot differentiate. jax raises only when the program is compiled or run, outside of the function that asked
+for the derivative. The functions here therefore trace the derivative and look for the missing rule.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ import jax.numpy as jnp
 
 Out = TypeVar("Out")
 PyTree = Any
-# What jax traces in place of the missing forward rule of a jax.custom_vjp function.
+# The operation that jax traces in place of the missing forward rule of a jax.custom_vjp function.
 MISSING_RULE = "custom_lin"
 # Parts of the messages with which jax, equinox and diffrax refuse forward mode.
 REFUSALS = ("custom_vjp", "custom_lin", "forward-mode", "JVP", "Differentiation rule for")
@@ -31,7 +31,7 @@ MESSAGE = (
 
 
 def jvp(function: Callable[..., Out], primals: tuple, tangents: tuple) -> tuple[Out, Out]:
-    """The value of ``function`` and its directional derivative, as ``jax.jvp``.
+    """Computes the value of ``function`` and its directional derivative, as ``jax.jvp``.
 
     Args:
       function: of the primals; pytrees of arrays in and out.
@@ -52,7 +52,7 @@ def jvp(function: Callable[..., Out], primals: tuple, tangents: tuple) -> tuple[
 
 
 def linearize(function: Callable[..., Out], *primals: PyTree) -> tuple[Out, Callable[..., Out]]:
-    """The value of ``function`` and its derivative as a linear function of a tangent, as ``jax.linearize``.
+    """Computes the value of ``function`` and its derivative as a linear function of a tangent, as ``jax.linearize``.
 
     Raises:
       TypeError: for a function without forward-mode derivative, naming what to use instead.

@@ -3,11 +3,28 @@ r"""Bases: the law of x0, at time 0, as an object that samples and knows its log
     sample(key, like, shape=())   points shaped like the event ``like``, with leading axes ``shape``
     log_density(x)                log rho_0(x) of one event, in nats
     score(x)                      grad log rho_0(x) of one event
+    name                          its name in error messages
 
 Every function that needs a base takes one as ``base=``, ``STANDARD_NORMAL`` by default. Jumps, solves, couplings, objectives
 and densities accept any object with these members. Formulas that hold for independent normal entries only (conversions to
 and from the score, the SDE, re-noising, the batch's velocity, oracles) read the mean and standard deviation of a ``Normal``
 and refuse every other base by name (``gaussian``).
+
+A base of your own is a class with these members. This one is for events of a single array:
+
+    class Laplace:
+        name = "laplace"
+
+        def sample(self, key, like, shape=()):
+            return jax.random.laplace(key, (*shape, *like.shape), like.dtype)
+
+        def log_density(self, x):
+            return -jnp.sum(jnp.abs(x)) - x.size * jnp.log(2.0)
+
+        def score(self, x):
+            return -jnp.sign(x)
+
+    objective = objectives.lsd(flow_map, interpolants.linear(), base=Laplace())
 """
 
 from __future__ import annotations
@@ -29,16 +46,16 @@ _HALF_LOG_TAU = 0.5 * float(np.log(2.0 * np.pi))
 class Base(Protocol):
     """The law of x0: any object with these four members.
 
-    For ``jax.jit`` arguments that hold a base, it is a pytree (``Normal`` is one).
+    To pass a base to a ``jax.jit`` function as an argument, register its class as a pytree, as ``Normal`` is.
     """
 
     @property
     def name(self) -> str:
-        """What error messages call it."""
+        """The name in error messages."""
         ...
 
     def sample(self, key: Key, like: Event, shape: tuple[int, ...] = ()) -> Event:
-        """Independent points.
+        """Draws independent points.
 
         Args:
           key: a PRNG key.
@@ -106,7 +123,7 @@ class Normal:
 
     @property
     def name(self) -> str:
-        """What error messages call it."""
+        """The name in error messages."""
         return "normal"
 
     def moments(self, like: Event) -> tuple[Event, Event]:
@@ -130,7 +147,7 @@ class Normal:
 
         def draw(key: Key, leaf: Any, mean: Array, std: Array) -> Array:
             z = jax.random.normal(key, (*shape, *leaf.shape), mean.dtype)
-            # Explicitly: a session that refuses rank promotion refuses [n, d] + [d].
+            # Broadcast explicitly, because jax may be set to refuse rank promotion, [n, d] + [d].
             mean, std = jnp.broadcast_to(mean, z.shape), jnp.broadcast_to(std, z.shape)
             return (mean + std * z).astype(leaf.dtype)
 

@@ -1,4 +1,4 @@
-r"""Converters at the door: networks that follow another paper's signs and time direction, as ours.
+r"""Converters for networks that follow the signs and time direction of other papers.
 
     theirs                                          to ours
     MeanFlow, improved and pixel MeanFlow, alpha-Flow (source t', target r')   s = 1 - t', t = 1 - r', v = -u
@@ -26,9 +26,9 @@ from jflow.types import FORWARD, TO_DATA, Cond, Domain, Event, FlowMap, Key, Par
 
 
 def from_reversed_time(mean_velocity: Callable[..., Event], domain: Domain = FORWARD) -> FlowMap:
-    """A FlowMap of ``u(params, source, target, x, cond, *, key)`` whose time is 0 at the data and 1 at the noise.
+    """Converts ``u(params, source, target, x, cond, *, key)``, whose time is 0 at the data and 1 at the noise, to a FlowMap.
 
-    v_{s,t}(x) = -u(1 - s, 1 - t, x): MeanFlow's (t', r') and terminal velocity matching's (t', s') are (source, target).
+    v_{s,t}(x) = -u(1 - s, 1 - t, x). (source, target) is MeanFlow's (t', r') and terminal velocity matching's (t', s').
     ``domain`` is in our times.
     """
 
@@ -40,7 +40,7 @@ def from_reversed_time(mean_velocity: Callable[..., Event], domain: Domain = FOR
 
 
 def velocity_from_reversed_time(velocity: Callable[..., Event]) -> Velocity:
-    """A Velocity of ``u(params, t', x, cond, *, key)`` with t' = 0 at the data: b_t(x) = -u(1 - t, x)."""
+    """Converts ``u(params, t', x, cond, *, key)`` with t' = 0 at the data to a Velocity: b_t(x) = -u(1 - t, x)."""
 
     def ours(params: Params, t: Time, x: Event, cond: Cond = None, *, key: Key | None = None) -> Event:
         theirs = velocity(params, 1.0 - jnp.asarray(t), x, cond, key=key)
@@ -50,7 +50,7 @@ def velocity_from_reversed_time(velocity: Callable[..., Event]) -> Velocity:
 
 
 def from_scm(network: Callable[..., Event]) -> FlowMap:
-    """A FlowMap of sCM's ``F(params, tau, x, cond, *, key)``, for data of unit scale, tau = pi (1 - t)/2 (2410.11081).
+    """Converts sCM's ``F(params, tau, x, cond, *, key)`` for data of unit scale, tau = pi (1 - t)/2 (2410.11081), to a FlowMap.
 
     X_{s,1}(x) = cos(tau) x - sin(tau) F and b_t = -(pi/2) F, on the trigonometric path; its domain is t = 1.
     """
@@ -64,10 +64,10 @@ def from_scm(network: Callable[..., Event]) -> FlowMap:
 
 
 def velocity_from_edm(denoiser: Callable[..., Event], interpolant: Interpolant) -> Velocity:
-    """A Velocity of EDM's denoiser ``D(params, sigma, x, cond, *, key)`` on any of our paths (2206.00364).
+    """Converts EDM's denoiser ``D(params, sigma, x, cond, *, key)`` to a Velocity on any of our paths (2206.00364).
 
-    With sigma = alpha_t/beta_t, D(x/beta_t, sigma) predicts the data. Where beta_t = 0 the path has no finite sigma:
-    beta_t is clamped from below to 1e-6.
+    With sigma = alpha_t/beta_t, D(x/beta_t, sigma) predicts the data. If beta_t = 0 there is no finite sigma; therefore
+    beta_t is clamped to at least 1e-6.
     """
 
     def ours(params: Params, t: Time, x: Event, cond: Cond = None, *, key: Key | None = None) -> Event:

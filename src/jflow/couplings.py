@@ -1,6 +1,6 @@
 r"""Couplings: the joint law pi of base points x0 and data x1, whose marginals are the base and the data.
 
-    independent   x0 ~ base, whatever x1 is: ``Independent(base)``, and ``independent`` for N(0, I)
+    independent   x0 ~ base, independent of x1: ``Independent(base)``, and ``independent`` for N(0, I)
     sinkhorn      entropic optimal transport between the B rows of a batch, on the device; needs ott-jax
     assignment    exact optimal transport between the B rows of a batch, on the host
     reflow        x1 = X_{0,1}(x0), the pairs of a map (2209.03003)
@@ -12,11 +12,11 @@ Minibatch optimal transport (2302.00482, 2304.14772) draws B points of each law 
 
     min over permutations p of  (1/B) sum_i |x1_i - x0_p(i)|^2.
 
-Its law of a pair is the mean of such pairings over all minibatches. The marginals are exact, since each minibatch keeps its
-points; the law itself is not the optimal plan of base and data: its cost is higher, and falls to the optimum only as B grows.
+The law of a pair is the mean of such pairings over all minibatches. Its marginals are exact, since each minibatch keeps its
+points. It is not the optimal plan of base and data: its cost is higher, and falls to the optimum only as B grows.
 
-With conditioning, x0 must have the base's law *given cond*: generation starts there, whatever the cond. Pairing rows of
-different labels breaks that, and the permutations are therefore confined to rows of equal labels.
+With conditioning, x0 must have the base's law *given cond*, because generation draws x0 from the base for every cond. Pairing
+rows of different labels breaks this, so only rows of equal labels are permuted.
 """
 
 from __future__ import annotations
@@ -36,13 +36,13 @@ from jflow.types import Array, Batch, BoundFlowMap, Cond, Event, Key, PyTree
 # (key, x1, cond=None) -> x0, on a batch: leaves [B, ...], x0 shaped and typed like x1.
 Coupling = Callable[[Key, Event, Cond], Event]
 
-# Sinkhorn stops once the marginal of x0 is off by this much in sum; rounding the plan makes up for the rest.
+# Sinkhorn stops once the error of the marginal of x0 sums to this; rounding the plan removes the rest.
 _MARGINAL_ERROR = 1e-3
 
 
 @dataclasses.dataclass(frozen=True)
 class Independent:
-    """The independent coupling of a base: called with ``(key, x1, cond=None)``, it draws x0 whatever x1 and cond are.
+    """The independent coupling of a base: called with ``(key, x1, cond=None)``, it draws x0 independently of both.
 
     Attributes:
       base: the law of x0.
@@ -71,31 +71,33 @@ independent = Independent()
 def sinkhorn(
     epsilon: float = 0.05, iterations: int = 2000, labels: bool = True, *, base: bases.Base = bases.STANDARD_NORMAL
 ) -> Coupling:
-    r"""Entropic optimal transport within a batch, by ott-jax: under ``jit``, without a host callback.
+    r"""Entropic optimal transport within a batch, by ott-jax: works under ``jit``, without a host callback.
 
-    With x0_j ~ base, j = 1..B, and C_ij = |x1_i - x0_j|^2 over its mean (of all B^2 pairs), both less their means over the
-    batch, which changes no plan and makes epsilon independent of where the data lie, the plan
+    Draws x0_j ~ base, j = 1..B. The cost C_ij is |x1_i - x0_j|^2, of points whose mean over the batch is subtracted, divided
+    by its mean over all B^2 pairs. Subtracting the means changes no plan and makes epsilon independent of where the data
+    lie. The plan is
 
-        P = argmin  sum_ij P_ij C_ij + epsilon sum_ij P_ij log P_ij,    row and column sums 1/B,
+        P = argmin  sum_ij P_ij C_ij + epsilon sum_ij P_ij log P_ij,    row and column sums 1/B.
 
-    and each x1_i gets one x0_j, drawn with probability B P_ij: an x0 may serve twice, another not at all. What the
-    iterations leave of the column sums' error is removed by rounding P onto its marginals (1705.09634, Algorithm 2), so
-    that each x0_j is used once in expectation, and x0 ~ base holds for any epsilon and any number of iterations; too
-    few only cost more. As epsilon -> 0 the pairs tend to those of ``assignment``, as epsilon -> infinity to independence.
+    Each x1_i gets one x0_j, drawn with probability B P_ij, so an x0 may be used twice and another not at all. The iterations
+    leave an error in the column sums; rounding P onto its marginals (1705.09634, Algorithm 2) removes it. Each x0_j is then
+    used once in expectation, and x0 ~ base holds for any epsilon and any number of iterations. With too few iterations only
+    the transport cost is higher. The pairs tend to those of ``assignment`` as epsilon -> 0, to independence as epsilon ->
+    infinity.
 
     Args:
-      epsilon: strength of the entropy, in units of the batch's mean squared distance, centred; the iterations that are
-        needed grow about as 1/epsilon.
-      iterations: the most iterations, in tens; each reads the B x B costs.
-      labels: where cond is given, pair rows of equal cond alone (a finite cost keeps the others apart, and what it lets
-        through is dropped). False ignores cond, and x0 given cond then no longer has the base's law.
+      epsilon: strength of the entropy, in units of the mean cost; the number of iterations needed grows about as
+        1/epsilon.
+      iterations: the largest number of iterations, in steps of ten; each reads the B x B costs.
+      labels: if cond is given, pair only rows of equal cond (a finite cost keeps the others apart, and the mass that it
+        lets through is dropped). False ignores cond; x0 given cond then no longer has the base's law.
       base: the law of x0.
 
     Returns:
       ``(key, x1, cond=None) -> x0``; cond's leaves are whole numbers or booleans ``[B, ...]``, x0 is shaped like x1.
 
     Raises:
-      ImportError: when ott-jax is missing.
+      ImportError: if ott-jax is not installed.
       ValueError, TypeError: for numbers out of range or of the wrong type; at a call, for leading axes that differ, x1
         that is not floating-point, or cond that is (with ``labels``).
     """
@@ -152,8 +154,9 @@ class Assignment(NamedTuple):
 def assignment(x0: Event, x1: Event, labels: PyTree = None) -> Assignment:
     """The permutation of x0 with the least mean squared distance to x1, by scipy's ``linear_sum_assignment``.
 
-    For the input pipeline: numpy in, numpy out, in float64, and not under ``jit``. About B^3: 256 rows take some
-    10 ms, 1024 rows about a second. ``datasets.coupled`` brings the pairs into training.
+    It belongs to the input pipeline: it takes and returns numpy arrays, computes in float64 and does not work under
+    ``jit``. The time grows about as B^3: 256 rows take some 10 ms, 1024 rows about a second. ``datasets.coupled`` brings
+    the pairs into training.
 
     Args:
       x0: base points, leaves ``[B, ...]``.
@@ -165,7 +168,7 @@ def assignment(x0: Event, x1: Event, labels: PyTree = None) -> Assignment:
       Assignment. Its cost is never above that of the pairs that came in, up to rounding.
 
     Raises:
-      ImportError: when scipy is missing.
+      ImportError: if scipy is not installed.
       ValueError: for structures or shapes that differ, or points that are not finite.
       TypeError: for points that are not floating-point, labels that are, or traced arrays.
     """
@@ -199,27 +202,28 @@ def reflow(
     *,
     base: bases.Base = bases.STANDARD_NORMAL,
 ) -> Batch:
-    """Pairs of a map (2209.03003): z ~ base and x1 = X_{0,1}(z), for ``ArrayDataset`` to train on.
+    """Makes pairs by a map (2209.03003): z ~ base and x1 = X_{0,1}(z), for ``ArrayDataset`` to train on.
 
-    The map is a solve of any velocity, ``solvers.solve(...).bind(params)``, or a learned map. x0 keeps its law; x1 has
-    that of the map, errors included, not that of the data. Jitted, in blocks of ``chunk`` samples.
+    The map is a solve of any velocity, ``solvers.solve(...).bind(params)``, or a learned map. x0 has the base's
+    law. x1 has the law of the map's samples, with its errors, and not that of the data. The map is jitted and runs on blocks
+    of ``chunk`` samples.
 
     Args:
       bound: the map with its parameters, called without a key.
-      key: of the base points.
+      key: a PRNG key, for the base points.
       like: one event, without a batch axis: arrays, or ``jax.ShapeDtypeStruct``.
       n: the number of pairs.
       cond: conditioning, leaves ``[n, ...]``, or None.
-      chunk: samples that are mapped at once.
+      chunk: number of samples that are mapped at once.
       base: the law of z.
 
     Returns:
       Batch(x1, x0 = z, cond), leaves ``[n, ...]``.
 
     Raises:
-      ValueError: when (0, 1) lies outside the map's domain, or for a cond of other length; TypeError for ``like`` that is
-        not floating-point; either for numbers out of range or of the wrong type.
-      RuntimeError: when pairs are not finite: a solve did not reach its end, or the map diverges.
+      ValueError: if (0, 1) is outside the map's domain, for a cond of another length, or for numbers out of range.
+      TypeError: if ``like`` is not floating-point, or for numbers of the wrong type.
+      RuntimeError: if pairs are not finite, because a solve did not reach its end or the map diverges.
     """
     checks.integer("n", n, low=1)
     checks.integer("chunk", chunk, low=1)
@@ -269,12 +273,12 @@ def _plan(x0: Array, x1: Array, same: Array, epsilon: float, iterations: int) ->
     cost = cost / jnp.where(mean > 0.0, mean, 1.0)
     # Potentials are bounded by the largest cost: across labels there is less than e^-100 of the mass.
     apart = 2.0 * jnp.max(cost) + 100.0 * epsilon
-    # Ott relies on the promotions that a strict session refuses.
+    # Ott relies on promotions that jax may be set to refuse.
     with jax.numpy_rank_promotion("allow"), jax.numpy_dtype_promotion("standard"):
         geometry = Geometry(cost_matrix=jnp.where(same, cost, cost + apart), epsilon=epsilon)
         solver = Sinkhorn(threshold=_MARGINAL_ERROR, max_iterations=iterations)
         solved = solver(LinearProblem(geometry))
-    # The other potential only makes the rows sum to 1/B.
+    # The other potential is not needed: it only makes the rows sum to 1/B.
     potential = solved.g.astype(cost.dtype)[None, :]
     plan = jax.nn.softmax(jnp.where(same, (potential - cost) / epsilon, -jnp.inf), axis=1) / x1.shape[0]
     return _round(plan, same)

@@ -5,8 +5,9 @@ r"""Diagnostics of flow maps: identity residuals, and comparison with a referenc
     compare             K jumps of several maps against one jump of a reference
 
 Residuals are those of the mean velocity (``jflow.identities``), and every RMS is over samples and entries of
-x, in the units of a velocity. With the map's own diagonal as the velocity the identities say only that the
-map is *a* flow (X = id passes); a reference's velocity, and the tangent residual against it, say which.
+x, in the units of a velocity. With the map's own diagonal as the velocity, the identities only test whether the
+map is some flow: X = id passes. A reference's velocity, and the tangent residual against it, test whether it is the
+right one.
 """
 
 from __future__ import annotations
@@ -53,7 +54,7 @@ class ResidualGrid(NamedTuple):
 
 
 def defined(domain: Domain, identity: str, s: float, t: float, gamma: float = 0.5) -> bool:
-    """Whether a residual at (s, t) asks of the map only what its domain holds.
+    """Whether the map's domain holds all that a residual at (s, t) needs.
 
     The pair itself must be inside. Derivatives need neighbours: on a dyadic grid there are none, and a fixed
     target time has none in t. The semigroup residual needs both of its legs.
@@ -116,7 +117,7 @@ def _entries(x: Event) -> int:
 
 
 def _each(function: Callable[..., T], arguments: tuple[PyTree, ...], batch_size: int | None) -> T:
-    """The one-sample function over the leading axis, all at once or in batches."""
+    """Maps a function of one sample over the leading axis, all at once or in batches."""
     if batch_size is None:
         return jax.vmap(lambda a: function(*a))(arguments)
     return jax.lax.map(lambda a: function(*a), arguments, batch_size=batch_size)
@@ -200,10 +201,10 @@ def residual_grid(
     cond: Cond = None,
     batch_size: int | None = None,
 ) -> ResidualGrid:
-    """RMS residuals of a map at every (s, t), at points I_s of pairs (x0, x1) that serve every (s, t) alike.
+    """Computes the RMS residuals of a map at every (s, t), at points I_s of the same pairs (x0, x1).
 
     Args:
-      bound: the flow map with its parameters. Its jumps in the residuals are x + (t-s) v, without override.
+      bound: the flow map with its parameters. The residuals take its jumps as x + (t-s) v, without an override.
       interpolant: the path that makes I_s of the pairs.
       x0: base points, ``[N, ...]`` (a pytree of such).
       x1: data points, shaped like x0.
@@ -283,12 +284,12 @@ def consistency_report(
     cond: Cond = None,
     batch_size: int | None = None,
 ) -> dict[str, float]:
-    """RMS residuals over samples, each at a pair (s, t) of its own: a few numbers to log while a map learns.
+    """Computes RMS residuals over samples, each at its own pair (s, t): a few numbers to log while a map learns.
 
     Args:
       bound: as in ``residual_grid``.
       interpolant: as in ``residual_grid``.
-      key: of the times.
+      key: a PRNG key, for the times.
       x0: base points, ``[N, ...]``.
       x1: data points, shaped like x0.
       reference: as in ``residual_grid``.
@@ -356,7 +357,7 @@ class Comparison(NamedTuple):
     median: np.ndarray
 
     def rows(self) -> list[dict[str, str | int | float]]:
-        """The table as rows (map, grid, jumps, rmse, median), without pairs that no domain holds."""
+        """The table as rows (map, grid, jumps, rmse, median), without grids that the map's domain does not hold."""
         return [
             {
                 "map": name,
@@ -390,7 +391,7 @@ def compare(
     cond: Cond = None,
     batch_size: int | None = None,
 ) -> Comparison:
-    """Errors of several maps' jumps (learned, solved, exact) against a reference's one jump from the same x0.
+    """Computes the errors of several maps' jumps (learned, solved, exact) against a reference's one jump from the same x0.
 
     Args:
       maps: bound flow maps by name.
@@ -404,8 +405,8 @@ def compare(
       The Comparison.
 
     Raises:
-      ValueError: for no maps, no grids, a grid without two times in [0, 1], no samples, or a reference whose domain
-        does not hold the jump from a grid's first time to its last.
+      ValueError: if there are no maps, grids or samples, for a grid without two times in [0, 1], or for a reference whose
+        domain does not hold the jump from a grid's first time to its last.
       TypeError: for x0 that is not floating-point.
     """
     x0, _, cond = _check_samples(x0, x0, cond, batch_size)

@@ -26,6 +26,7 @@ the exact map is zero for every sample, or its target is the regression of flow 
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 
 import jax
@@ -36,6 +37,17 @@ from jflow.named import named
 from jflow.types import Array, Event, Params, Time
 
 Reduction = Callable[[Params, Time, Time, Event], Array]
+_LOG_WEIGHT = "(params, s, t) -> log-weight, a scalar"
+_LOSS = "(params, s, t, difference) -> loss, such as reductions.squared"
+
+
+def check(name: str, reduction: Reduction) -> None:
+    """Refuses anything but a reduction: a number, or a function that makes one in its place.
+
+    Raises:
+      TypeError: naming the argument, and what was expected.
+    """
+    checks.accepts(name, reduction, _LOSS, 4, model=False)
 
 
 def squared(params: Params, s: Time, t: Time, difference: Event) -> Array:
@@ -45,7 +57,12 @@ def squared(params: Params, s: Time, t: Time, difference: Event) -> Array:
 
 
 def weighted(weight: Callable[[Array], Array]) -> Reduction:
-    """sg(weight(|D|^2)) |D|^2: the family of which ``adaptive`` is a member."""
+    """sg(weight(|D|^2)) |D|^2: the family of which ``adaptive`` is a member.
+
+    Raises:
+      TypeError: for a weight that is not a function of one argument.
+    """
+    checks.accepts("weight", weight, "|D|^2 -> weight", 1, model=False)
 
     def reduction(params: Params, s: Time, t: Time, difference: Event) -> Array:
         del params, s, t
@@ -59,18 +76,29 @@ def adaptive(p: float = 1.0, c: float = 0.01) -> Reduction:
     """|D|^2 / sg(|D|^2 + c)^p.
 
     Raises:
-      ValueError: when p is negative or c not positive; TypeError when they are not numbers.
+      ValueError: if p is negative or c not positive; when called, if c^p or its inverse is not a normal number of the
+        dtype of |D|^2. TypeError if they are not numbers.
     """
     checks.number("p", p, low=0.0)
     checks.number("c", c, low=0.0, open_low=True)
-    return named("adaptive", weighted(lambda square: (square + c) ** -p), p=p, c=c)
+
+    def weight(square: Array) -> Array:
+        _representable("c", c, p, square.dtype)
+        return (square + c) ** -p
+
+    return named("adaptive", weighted(weight), p=p, c=c)
 
 
 def shaped(shape: Callable[[Event], Event], then: Reduction = squared) -> Reduction:
     """``then`` of D + sg(shape(D) - D): the value is that of shape(D), the derivative that of D.
 
     With ``then`` squared, half the gradient is shape(D) times that of the prediction.
+
+    Raises:
+      TypeError: for a shape that is not a function of one argument, or anything but a reduction.
     """
+    checks.accepts("shape", shape, "D -> another D", 1, model=False)
+    check("then", then)
 
     def reduction(params: Params, s: Time, t: Time, difference: Event) -> Array:
         moved = jax.lax.stop_gradient(trees.sub(shape(difference), difference))
@@ -83,18 +111,25 @@ def normalised(c: float = 0.1, then: Reduction = squared) -> Reduction:
     """``then`` of D/(|D| + c), with the derivative of D.
 
     Raises:
-      ValueError: when c is not positive; TypeError when it is not a number.
+      ValueError: if c is not positive; when called, if c or its inverse is not a normal number of the dtype of |D|.
+      TypeError: if it is not a number, or for anything but a reduction.
     """
     checks.number("c", c, low=0.0, open_low=True)
-    shape = shaped(lambda d: trees.scale(1.0 / (jnp.sqrt(trees.sq_norm(d)) + c), d), then)
-    return named("normalised", shape, c=c, then=then)
+
+    def shape(d: Event) -> Event:
+        norm = jnp.sqrt(trees.sq_norm(d)) + c
+        _representable("c", c, 1.0, norm.dtype)
+        # Divided in the wide dtype: the inverse of a small norm overflows in 16 bits.
+        return jax.tree.map(lambda leaf: (leaf.astype(norm.dtype) / norm).astype(leaf.dtype), d)
+
+    return named("normalised", shaped(shape, then), c=c, then=then)
 
 
 def clipped(c: float = 1.0, then: Reduction = squared) -> Reduction:
     """``then`` of D min(1, c/|D|), with the derivative of D.
 
     Raises:
-      ValueError: when c is not positive; TypeError when it is not a number.
+      ValueError: if c is not positive; TypeError if it is not a number, or for anything but a reduction.
     """
     checks.number("c", c, low=0.0, open_low=True)
     shape = shaped(lambda d: trees.scale(c / jnp.maximum(jnp.sqrt(trees.sq_norm(d)), c), d), then)
@@ -105,7 +140,7 @@ def clamped(c: float = 1.0, then: Reduction = squared) -> Reduction:
     """``then`` of D with every entry cut off at +-c, with the derivative of D.
 
     Raises:
-      ValueError: when c is not positive; TypeError when it is not a number.
+      ValueError: if c is not positive; TypeError if it is not a number, or for anything but a reduction.
     """
     checks.number("c", c, low=0.0, open_low=True)
     shape = shaped(lambda d: jax.tree.map(lambda leaf: jnp.clip(leaf, -c, c), d), then)
@@ -117,10 +152,17 @@ def per_entry(then: Reduction = squared) -> Reduction:
 
     Published losses are often means over pixels and channels. A cut-off of entries goes outside:
     ``clamped(1.0, then=per_entry(adaptive(0.5, 1e-3)))``.
+
+    Raises:
+      TypeError: for anything but a reduction. ValueError when called, for an event without entries.
     """
+    check("then", then)
 
     def reduction(params: Params, s: Time, t: Time, difference: Event) -> Array:
-        return then(params, s, t, trees.scale(trees.size(difference) ** -0.5, difference))
+        size = trees.size(difference)
+        if size == 0:
+            raise ValueError("difference: expected an event with entries to take their mean, got none")
+        return then(params, s, t, trees.scale(size**-0.5, difference))
 
     return named("per_entry", reduction, then=then)
 
@@ -129,9 +171,10 @@ def scaled(factor: float, of: Reduction) -> Reduction:
     """``factor`` times a reduction.
 
     Raises:
-      ValueError: when the factor is not positive and finite; TypeError when it is not a number.
+      ValueError: if the factor is not positive and finite; TypeError if it is not a number, or for anything but a reduction.
     """
     checks.number("factor", factor, low=0.0, open_low=True)
+    check("of", of)
 
     def reduction(params: Params, s: Time, t: Time, difference: Event) -> Array:
         return factor * of(params, s, t, difference)
@@ -148,7 +191,7 @@ def pseudo_huber(c: float = 0.03, *, times_root_size: bool = False) -> Reduction
         improved consistency training (2310.14189).
 
     Raises:
-      ValueError: when c is negative; TypeError when it is not a number.
+      ValueError: if c is negative; TypeError if it is not a number.
     """
     checks.number("c", c, low=0.0)
 
@@ -168,13 +211,20 @@ def cauchy(c: float = 1.0) -> Reduction:
     """(c^2/2) log(1 + |D|^2/c^2).
 
     Raises:
-      ValueError: when c is not positive; TypeError when it is not a number.
+      ValueError: if c is not positive; when called, if c^2 is not a normal number of the dtype of |D|^2.
+      TypeError: if it is not a number.
     """
     checks.number("c", c, low=0.0, open_low=True)
 
     def reduction(params: Params, s: Time, t: Time, difference: Event) -> Array:
         del params, s, t
-        return 0.5 * c * c * jnp.log1p(trees.sq_norm(difference) / (c * c))
+        square = trees.sq_norm(difference)
+        _representable("c", c, 2.0, square.dtype)
+        # log(1 + r) = log(1 + 1/r) + log(r), which cannot overflow; where it is not taken, its argument is one.
+        large = square > c * c
+        outside = jnp.where(large, square, 1.0)
+        log = jnp.log1p(jnp.where(large, c * c / outside, square / (c * c)))
+        return 0.5 * c * c * (log + jnp.where(large, jnp.log(outside) - 2.0 * math.log(c), 0.0))
 
     return named("cauchy", reduction, c=c)
 
@@ -183,7 +233,12 @@ def learned(log_weight: Callable[[Params, Time, Time], Array], of: Reduction = s
     """e^{-w} of(D) + w with w = log_weight(params, s, t), a scalar trained along; at its optimum e^w = E[of(D)].
 
     Divide w by the event's size beforehand if |D|^2 should count per dimension.
+
+    Raises:
+      TypeError: for a log_weight that is not a function of three arguments, or anything but a reduction.
     """
+    checks.accepts("log_weight", log_weight, _LOG_WEIGHT, 3, model=False)
+    check("of", of)
 
     def reduction(params: Params, s: Time, t: Time, difference: Event) -> Array:
         w = log_weight(params, s, t)
@@ -194,7 +249,12 @@ def learned(log_weight: Callable[[Params, Time, Time], Array], of: Reduction = s
 
 
 def learned_cauchy(log_weight: Callable[[Params, Time, Time], Array]) -> Reduction:
-    """log(1 + e^{-w} |D|^2) + w/2 with w = log_weight(params, s, t): a Cauchy density's, of scale e^{w/2} trained along."""
+    """log(1 + e^{-w} |D|^2) + w/2 with w = log_weight(params, s, t): a Cauchy density's, of scale e^{w/2} trained along.
+
+    Raises:
+      TypeError: for a log_weight that is not a function of three arguments.
+    """
+    checks.accepts("log_weight", log_weight, _LOG_WEIGHT, 3, model=False)
 
     def reduction(params: Params, s: Time, t: Time, difference: Event) -> Array:
         w = log_weight(params, s, t)
@@ -202,6 +262,16 @@ def learned_cauchy(log_weight: Callable[[Params, Time, Time], Array]) -> Reducti
         return jnp.log1p(jnp.exp(-w) * trees.sq_norm(difference)) + 0.5 * w
 
     return named("learned_cauchy", reduction, log_weight=log_weight)
+
+
+def _representable(name: str, value: float, power: float, dtype: jnp.dtype) -> None:
+    """Refuses a positive value if value^power or its inverse is not a normal number of the dtype."""
+    least, most = float(jnp.finfo(dtype).tiny), float(jnp.finfo(dtype).max)
+    exponent = power * math.log(value)
+    if not (math.log(least) <= exponent <= math.log(most) and -exponent <= math.log(most)) or value < least:
+        raise ValueError(
+            f"{name}: expected a number whose power {power:g} {dtype} can hold, and its inverse, got {value!r}"
+        )
 
 
 REDUCTIONS: dict[str, Callable[[], Reduction]] = {

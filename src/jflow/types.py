@@ -356,7 +356,7 @@ class Batch(NamedTuple):
 BatchLike: TypeAlias = Batch | Array | np.ndarray | dict[str, Any]
 
 
-def as_batch(batch: BatchLike) -> Batch:
+def as_batch(batch: BatchLike, name: str = "batch") -> Batch:
     """A Batch as it is; an array as its data; a dictionary with the keys x1, x0 and cond, of which x1 or x0 is there.
 
     Raises:
@@ -369,11 +369,11 @@ def as_batch(batch: BatchLike) -> Batch:
         batch = Batch(batch.get("x1"), batch.get("x0"), batch.get("cond"))
     if isinstance(batch, Batch):
         for field, tree in zip(Batch._fields, batch, strict=True):
-            checks.fits(f"batch.{field}", tree)
+            checks.fits(f"{name}.{field}", tree)
         return batch
     keys = f" with the keys {sorted(map(str, batch))}" if isinstance(batch, dict) else ""
     raise TypeError(
-        "batch: expected a Batch(x1=..., x0=..., cond=...), an array of data, or a dictionary with the keys x1, x0 and "
+        f"{name}: expected a Batch(x1=..., x0=..., cond=...), an array of data, or a dictionary with the keys x1, x0 and "
         f"cond, got {type(batch).__name__}{keys}"
     )
 

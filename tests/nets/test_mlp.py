@@ -1,4 +1,4 @@
-"""Every net of the registry through one suite; then what is the perceptron's own."""
+"""One suite for every network of the registry, then tests of the perceptron alone."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ EDGES = jnp.asarray([(0.0, 0.0), (1.0, 1.0), (0.0, 1.0), (1.0, 0.0), (0.4, 0.4),
 
 
 def random_params(net, *args):
-    """Random parameters everywhere, for the initialisers are slow to compile."""
+    """Random parameters everywhere, because the initialisers are slow to compile."""
     rng = np.random.RandomState(0)
     like = jax.eval_shape(net.init, jax.random.key(0), *args)["params"]
     return jax.tree.map(

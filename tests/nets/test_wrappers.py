@@ -93,7 +93,7 @@ def test_agrees_with_the_direct_call(kind):
     np.testing.assert_allclose(apply(params, S[0], T[0], X[0]), expected, rtol=1e-6)
     f = jax.jit(apply)
     np.testing.assert_allclose(f(params, S[0], T[0], X[0]), expected, rtol=1e-5)
-    # It depends on the parameters that it is given, not on those that it was made with.
+    # The network uses the parameters of the call, not those that it was made with.
     zero = jax.tree.map(jnp.zeros_like, params)
     np.testing.assert_allclose(f(zero, S[0], T[0], X[0]), 0.25 if kind == "nnx" else 0.0)
 
@@ -323,7 +323,7 @@ class Spectral(nnx.Module):
 
 
 class Counts(nnx.Module):
-    """State that is neither batch statistics nor switched by any mode."""
+    """A layer with a state that is not a batch statistic and that no mode switches off."""
 
     def __init__(self, kind):
         self.kind = kind

@@ -1,4 +1,4 @@
-"""The properties that every row of the catalogue has, as functions of a row: a new method gets them for nothing.
+"""Properties of every row of the catalogue, as functions of a row, so that a new method is tested without new code.
 
 The target is a mixture in one dimension, whose map is known by its quantiles. Expectations over the pairs are Gauss-Hermite
 quadratures, so that a gradient that should vanish does so to rounding and not to a standard error. The student is

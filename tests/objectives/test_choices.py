@@ -164,6 +164,19 @@ def of(residual):
         (lambda: objectives.lsd(FORWARD, LINEAR, coupling=couplings.Independent), TypeError, "^coupling: .* the class"),
         (lambda: objectives.lsd(FORWARD, LINEAR, base=bases.Normal), TypeError, "^base: expected"),
         (lambda: objectives.flow_matching(network, LINEAR), TypeError, "^flow_map: expected a function"),
+        (
+            lambda: objectives.lsd(FORWARD, LINEAR, reduction=reductions.adaptive),
+            TypeError,
+            "^reduction: expected a func",
+        ),
+        (lambda: objectives.lsd(FORWARD, LINEAR, times=times.uniform), TypeError, "^times: expected a function"),
+        (lambda: objectives.lsd(FORWARD, LINEAR, coupling=lambda key, x1: x1), TypeError, "^coupling: expected a func"),
+        (lambda: objectives.sequence([objectives.lsd(FORWARD, LINEAR)]), TypeError, "^stages: expected pairs"),
+        (lambda: objectives.sequence(objectives.lsd(FORWARD, LINEAR)), TypeError, "^stages: expected a sequence"),
+        (lambda: objectives.sequence([(0, FORWARD)]), TypeError, "^stages: expected a function"),
+        (lambda: objectives.weighted_sum(FORWARD), TypeError, "^objective: expected a function"),
+        (lambda: objectives.weighted_sum(len, more=(3, 1.0)), TypeError, "^(objective|more): expected a function"),
+        (lambda: objectives.init(3, jax.random.key(0), PARAMS), TypeError, "^objective: expected a function"),
     ],
 )
 def test_what_an_objective_is_made_of_is_checked(make, error, message):
@@ -180,6 +193,11 @@ def test_what_an_objective_is_made_of_is_checked(make, error, message):
         (lambda o, k, x: o(PARAMS, 0, x), TypeError, "^key: expected a PRNG key"),
         (lambda o, k, x: o(PARAMS, k, types.Batch(x, cond=np.full(8, 1e40), x0=x)), ValueError, r"^batch\.cond.*fit"),
         (lambda o, k, x: of(lambda row: row.x)(PARAMS, k, x), TypeError, r"^term\.residual: expected it to return"),
+        (
+            lambda o, k, x: dataclasses.replace(o, reduction=lambda p, s, t, d: d**2)(PARAMS, k, x),
+            ValueError,
+            r"^what reduction returns: expected an array of shape \(\), got \(2,\)",
+        ),
     ],
 )
 def test_what_a_call_is_given_is_checked(call, error, message):

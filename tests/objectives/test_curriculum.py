@@ -46,7 +46,7 @@ def test_schedules_of_optax_under_strict_promotion(schedule, expected):
         value = curriculum.value_at(schedule, step)
         assert jnp.issubdtype(value.dtype, jnp.floating)
         np.testing.assert_allclose(value, expected(np.array(21)), rtol=1e-6)
-    # The lenience ends with the call.
+    # The relaxed promotion ends with the call.
     with pytest.raises(Exception, match="promotion"):
         jnp.int32(1) + jnp.float32(1.0)
 

@@ -1,13 +1,15 @@
 """Terms on groups: the squared energy distance, unbiased in value and gradient, on any number of devices."""
 
+import dataclasses
 import functools
+import textwrap
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from jflow import interpolants, objectives, oracles, sharding, times, types
+from jflow import bases, couplings, interpolants, objectives, oracles, sharding, times, types
 from jflow.objectives.distributions import squared_energy_distance
 
 clone = jax.random.clone
@@ -178,7 +180,7 @@ def test_the_loss_of_a_group_is_made_of_its_samples(key):
     batch, params = batch_of(2), params_of()
     losses, aux = jax.jit(objective)(params, clone(key), batch)
     jax.effects_barrier()
-    assert set(aux.metrics) == {"mine/loss", "mine/loss_by_t", "mine/loss_by_gap"}
+    assert set(aux.metrics) == {"mine/loss", "mine/loss_by_t", "mine/loss_by_gap", "mine/mixed_groups"}
     assert len(seen["groups"]) == 2
     for group in seen["groups"]:
         s, t, x0, x1 = (group[name] for name in ("s", "t", "x0", "x1"))
@@ -189,14 +191,69 @@ def test_the_loss_of_a_group_is_made_of_its_samples(key):
         np.testing.assert_allclose(losses[4 * place], jnp.sum(jumped - group["y"]), rtol=1e-9)
 
 
-def test_groups_of_mixed_conditions_are_refused_or_nan(key):
+def test_a_group_of_two_conditions_is_refused(key):
     batch = batch_of(4)
     mixed = batch._replace(cond=batch.cond.at[9].add(1))
-    with pytest.raises(ValueError, match=r"^batch\.cond: expected one condition in each group.*in 1 of 4 groups"):
+    message = r"^batch\.cond: groups of 4 samples share one condition; .*in 1 of 4 groups \(datasets\.grouped makes"
+    with pytest.raises(ValueError, match=message):
         OBJECTIVE(params_of(), clone(key), mixed)
-    loss, _ = jax.jit(OBJECTIVE)(params_of(), clone(key), mixed)
-    np.testing.assert_array_equal(np.isnan(loss), np.repeat([False, False, True, False], 4))
-    assert np.isfinite(jax.jit(OBJECTIVE)(params_of(), clone(key), batch)[0]).all()
+    # Under a gradient the batch is still concrete.
+    with pytest.raises(ValueError, match=message):
+        jax.grad(lambda p: OBJECTIVE(p, clone(key), mixed)[0].mean())(params_of())
+
+
+def test_a_traced_group_of_two_conditions_has_neither_loss_nor_gradient(key):
+    batch = batch_of(4)
+    mixed = batch._replace(cond=batch.cond.at[9].add(1))
+
+    @jax.jit
+    def run(params, batch):
+        def mean(params):
+            losses, aux = OBJECTIVE(params, clone(key), batch)
+            return losses.mean(), (losses, aux)
+
+        return jax.grad(mean, has_aux=True)(params)
+
+    # The gradient of the batch is NaN, so that the other groups do not train without it.
+    for given, places in ((mixed, [False, False, True, False]), (batch, [False] * 4)):
+        slope, (loss, aux) = run(params_of(), given)
+        np.testing.assert_array_equal(np.isnan(loss), np.repeat(places, 4))
+        assert all(np.isnan(leaf).all() == any(places) for leaf in jax.tree.leaves(slope))
+        assert int(aux.metrics["energy/mixed_groups"].value()) == sum(places)
+    assert "energy/mixed_groups" not in jax.eval_shape(OBJECTIVE, params_of(), key, batch.x1)[1].metrics
+
+
+def test_the_base_is_that_of_the_pairs(key):
+    """The loss made of x0 alone is the base's sample; base and coupling follow one another, as in every objective."""
+    wide = bases.Normal(5.0, 0.01)
+    make = functools.partial(objectives.GroupObjective, "mine", MAP, PATH, lambda g: jnp.mean(g.x0), 4)
+    x1 = jnp.zeros((8, 1))
+    for chosen in (
+        {"base": wide},
+        {"coupling": couplings.Independent(wide)},
+        {"base": wide, "coupling": couplings.independent},
+    ):
+        objective = make(**chosen)
+        assert objective.base == wide and objective.coupling == couplings.Independent(wide)
+        np.testing.assert_allclose(objective(jnp.zeros(2), clone(key), x1)[0], 5.0, atol=0.1)
+    plain = make()
+    assert plain.base is bases.STANDARD_NORMAL and plain.coupling == couplings.independent
+    # A default gives way, a choice does not.
+    assert dataclasses.replace(plain, base=wide).coupling == couplings.Independent(wide)
+    assert dataclasses.replace(make(base=wide), coupling=couplings.Independent(wide)).base == wide
+    with pytest.raises(ValueError, match=r"^base: expected that of the coupling"):
+        dataclasses.replace(make(base=wide), coupling=couplings.Independent(bases.Normal(1.0)))
+    with pytest.raises(TypeError, match=r"^base: expected a base"):
+        objectives.energy_distance(MAP, PATH, size=4, base=bases.Normal)
+    assert "base=Normal(mean=5.0" in repr(objectives.energy_distance(MAP, PATH, size=4, base=wide))
+
+
+def test_the_example_runs():
+    lines = objectives.energy_distance.__doc__.split("arranges.")[1].split("    Args:")[0]
+    found = {}
+    exec(textwrap.dedent(lines), found)
+    assert found["loss"].shape == (8,) and np.isfinite(found["loss"]).all()
+    assert int(found["aux"].metrics["energy/mixed_groups"].value()) == 0
 
 
 def test_equal_samples_give_finite_gradients(key):
@@ -236,6 +293,9 @@ def test_groups_combine_with_other_objectives(key):
         (lambda k: objectives.energy_distance(MAP, PATH, size=1), ValueError, "^size"),
         (lambda k: objectives.energy_distance(MAP, PATH, size=2.0), TypeError, "^size"),
         (lambda k: OBJECTIVE(params_of(), k, types.Batch(jnp.ones((6, 3)))), ValueError, "^batch: expected a multiple"),
+        (lambda k: OBJECTIVE(params_of(), types.Context(), batch_of(2), k), TypeError, "^context: expected a Context"),
+        (lambda k: OBJECTIVE(params_of(), types.Context(), batch_of(2)), TypeError, "^key: expected a PRNG key"),
+        (lambda k: objectives.energy_distance(MAP, PATH, size=4, pairs=0.5), TypeError, "^pairs: expected a function"),
         (lambda k: OBJECTIVE(params_of(), k, types.Batch(jnp.ones((8, 3), int))), TypeError, r"^batch\.x1"),
         (lambda k: OBJECTIVE(params_of(), k, types.Batch(jnp.ones((8, 3)), jnp.ones((8, 2)))), ValueError, r"^batch\.x0"),
         (lambda k: OBJECTIVE(params_of(), k, types.Batch(None, jnp.ones((8, 3)))), ValueError, r"^batch\.x1"),

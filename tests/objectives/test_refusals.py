@@ -258,7 +258,7 @@ def teacher_model(params, t, x, cond=None, *, key=None):
     return params[0] * x + t
 
 
-# Another value than any method's default, for each choice.
+# For each choice, a value that is not the default of any method.
 OTHER = {
     "diagonal": 0.5,
     "times": times.constant(0.37),

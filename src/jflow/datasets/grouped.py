@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from jflow import checks
-from jflow.types import Array, Batch, PyTree
+from jflow.types import Array, Batch, BatchLike, PyTree, as_batch
 
 
 @dataclasses.dataclass(frozen=True)
@@ -48,7 +48,7 @@ class GroupedDataset:
 
 
 def grouped(
-    data: Batch, batch_size: int, size: int, seed: int = 0, *, labels: Array | np.ndarray | None = None
+    data: BatchLike, batch_size: int, size: int, seed: int = 0, *, labels: Array | np.ndarray | None = None
 ) -> GroupedDataset:
     """A dataset whose batches consist of groups of ``size`` consecutive rows of one label.
 
@@ -66,6 +66,7 @@ def grouped(
       ValueError: for leading axes that differ, labels of another shape, no labels, or a batch that the groups do not divide.
       TypeError: for labels that are not whole numbers, or numbers of the wrong type.
     """
+    data = as_batch(data, "data")
     rows = checks.rows("data", data)
     checks.integer("size", size, low=1)
     checks.integer("batch_size", batch_size, low=1)

@@ -1,6 +1,6 @@
-"""Networks of one sample: (s, t, x, cond) in, something shaped like x out; and wrappers for anyone else's.
+"""Networks of one sample, (s, t, x, cond) in and something shaped like x out; and wrappers for networks of any origin.
 
-``NETS`` maps names to constructors of flax.linen modules that take the fields of each as keywords.
+``NETS`` maps names to constructors of flax.linen modules, which take the fields of the module as keywords.
 """
 
 from __future__ import annotations

@@ -4,14 +4,13 @@ Sinusoidal features of a scalar t at frequencies f_k, in cycles per unit of t:
 
     phi(t) = [sin(2 pi f_1 t), ..., sin(2 pi f_K t), cos(2 pi f_1 t), ..., cos(2 pi f_K t)]
 
-A flow map's network is trained through its derivatives d/ds and d/dt, and |d phi_k / dt| = 2 pi f_k:
-frequencies are kept moderate here, for a high one blows up the tangent and with it the variance of the target
-(sCM, 2410.11081, who go from a Fourier scale of 16 to one of 0.02). Features of x have the same price in the
-spatial derivative.
+A flow map's network is trained through its derivatives d/ds and d/dt, and |d phi_k / dt| = 2 pi f_k. The default
+frequencies are therefore moderate: a high one makes the tangent large, and with it the variance of the target
+(sCM, 2410.11081, lowers its Fourier scale from 16 to 0.02). Features of x enlarge the spatial derivative in the
+same way.
 
-All features are computed in float32, or in float64 if the input is float64, never lower: in bfloat16 two
-times nearer than 1/256 would be one. They are analytic in their input, so that every derivative is finite
-everywhere.
+All features are computed in float32, or in float64 if the input is float64. In bfloat16, two times less than 1/256
+apart would be equal. The features are analytic in their input, so every derivative is finite everywhere.
 """
 
 from __future__ import annotations
@@ -29,7 +28,7 @@ def at_least_float32(name: str, value: Array | float) -> Array:
     """The value in float64 if it is float64, else in float32; whole numbers become the default float.
 
     Raises:
-      TypeError: when the value, called ``name`` in the message, is neither real nor whole.
+      TypeError: if the value, called ``name`` in the message, is not a real or whole number.
     """
     value = jnp.asarray(value)
     if jnp.issubdtype(value.dtype, jnp.integer):
@@ -42,8 +41,8 @@ def times(s: Array | float, t: Array | float) -> tuple[Array, Array]:
     """Both times in float32, or in float64 if either is.
 
     Raises:
-      ValueError: when a time has axes.
-      TypeError: when a time is neither real nor whole.
+      ValueError: if a time has axes.
+      TypeError: if a time is not a real or whole number.
     """
     checks.scalar("s", s)
     checks.scalar("t", t)
@@ -59,7 +58,7 @@ def sinusoidal(t: Array | float, features: int, *, lowest: float = 0.125, highes
 
     Args:
       t: a scalar.
-      features: their number, even.
+      features: the number of features, even.
       lowest: the lowest frequency, in cycles per unit of t; at 1/8 the sine is monotone over [-1, 1].
       highest: the highest, in the same unit; |d phi / dt| is at most 2 pi times it.
 
@@ -67,7 +66,7 @@ def sinusoidal(t: Array | float, features: int, *, lowest: float = 0.125, highes
       ``[features]``, first the sines, then the cosines, in float32 (float64 if t is).
 
     Raises:
-      ValueError: when t is no scalar, ``features`` is odd or a frequency is not positive.
+      ValueError: if t is not a scalar, ``features`` is odd or a frequency is not positive.
     """
     checks.scalar("t", t)
     checks.number("lowest", lowest, low=0.0, open_low=True)
@@ -80,15 +79,15 @@ def fourier(t: Array | float, features: int, *, scale: float = 0.5, seed: int = 
 
     Args:
       t: a scalar.
-      features: their number, even.
+      features: the number of features, even.
       scale: the standard deviation of the frequencies, in cycles per unit of t.
-      seed: which frequencies. They are constants of the network, not parameters.
+      seed: seed of the frequencies, which are constants of the network and not parameters.
 
     Returns:
       ``[features]``, first the sines, then the cosines, in float32 (float64 if t is).
 
     Raises:
-      ValueError: when t is no scalar, ``features`` is odd or the scale is not positive.
+      ValueError: if t is not a scalar, ``features`` is odd or the scale is not positive.
     """
     checks.scalar("t", t)
     return _waves(at_least_float32("t", t), _normal(seed, (_half(features),), scale))
@@ -105,7 +104,7 @@ def octaves(x: Array, count: int) -> Array:
       ``[d (1 + 2 K)]``: x, then the sines of all octaves, then the cosines; float32 (float64 if x is).
 
     Raises:
-      ValueError: when x is no vector or ``count`` is not positive.
+      ValueError: if x is not a vector or ``count`` is not positive.
     """
     checks.shape("x", x, (None,))
     checks.integer("count", count, low=1)
@@ -122,18 +121,18 @@ def random_fourier(x: Array, features: int, *, scale: float = 0.5, seed: int = 0
       x: ``[d]``.
       features: the number of sines and cosines, even.
       scale: the standard deviation of the frequencies, in cycles per unit of x.
-      seed: which frequencies. They are constants of the network, not parameters.
+      seed: seed of the frequencies, which are constants of the network and not parameters.
 
     Returns:
       ``[d + features]``: x, then the sines, then the cosines; float32 (float64 if x is).
 
     Raises:
-      ValueError: when x is no vector, ``features`` is odd or the scale is not positive.
+      ValueError: if x is not a vector, ``features`` is odd or the scale is not positive.
     """
     checks.shape("x", x, (None,))
     x = at_least_float32("x", x)
     frequencies = jnp.asarray(_normal(seed, (_half(features), x.shape[0]), scale), x.dtype)
-    # A sum, for a matmul would be rounded to tf32 on GPUs.
+    # A sum, because GPUs would round a matmul to tf32.
     phases = 2 * np.pi * jnp.sum(frequencies * x[None, :], axis=1)
     return jnp.concatenate([x, jnp.sin(phases), jnp.cos(phases)])
 
@@ -147,12 +146,12 @@ def label(table: Array, index: Array | int, *, name: str = "label") -> Array:
       name: how error messages call the label.
 
     Returns:
-      ``[features]``, in the dtype of the table. A traced label cannot be refused: outside 0 to n - 1 its row is NaN, so
-      that it is never taken for another class.
+      ``[features]``, in the dtype of the table. A traced label outside 0 to n - 1 cannot be refused; its row is
+      NaN, so that it is never taken for another class.
 
     Raises:
-      ValueError: when the label has axes, or is concrete and outside 0 to n - 1.
-      TypeError: when the label is not an integer (a bool is not).
+      ValueError: if the label has axes, or is concrete and outside 0 to n - 1.
+      TypeError: if the label is not an integer; a bool is not one.
     """
     checks.shape("table", table, (None, None))
     checks.scalar(name, index)
@@ -183,6 +182,6 @@ def _half(features: int) -> int:
 
 
 def _normal(seed: int, shape: tuple[int, ...], scale: float) -> np.ndarray:
-    """Constants of a network: numpy has frozen RandomState's stream, jax's depends on its configuration."""
+    """Constants of a network. They are numpy's, whose RandomState stream is frozen; jax's depends on its configuration."""
     checks.number("scale", scale, low=0.0, open_low=True)
     return scale * np.random.RandomState(checks.integer("seed", seed)).standard_normal(shape)

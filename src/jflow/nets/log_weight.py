@@ -17,12 +17,12 @@ from jflow.types import Array, FlowMap, Params, Time
 class LogWeight(nn.Module):
     """w(s, t) = W_out silu(W e + b) + b_out with e = [phi(s), phi(t - s)], a scalar (2312.02696, for two times).
 
-    For ``reductions.learned``, whose loss e^{-w} |D|^2 + w it balances over the times. W_out and b_out start at zero, so
-    that w = 0 and training starts with the loss itself.
+    It balances the loss of ``reductions.learned``, e^{-w} |D|^2 + w, over the times. W_out and b_out start at zero: then
+    w = 0, and training starts with the plain loss |D|^2.
 
     Attributes:
       features: width of the hidden layer.
-      time_features: how many sines and cosines of each time, even.
+      time_features: number of sines and cosines of each time, even.
       max_frequency: their highest frequency, in cycles per unit of time.
       param_dtype: dtype of the parameters.
     """
@@ -50,7 +50,7 @@ class LogWeight(nn.Module):
           A scalar in float32, or in float64 if either time is.
 
         Raises:
-          ValueError: when a time has axes, or ``time_features`` is odd.
+          ValueError: if a time has axes, or ``time_features`` is odd.
         """
         s, t = embeddings.times(s, t)
         e = [embeddings.sinusoidal(u, self.time_features, highest=self.max_frequency) for u in (s, t - s)]
@@ -64,8 +64,8 @@ class Weighted(NamedTuple):
     """The parameters of a map and of the log weight that is trained with it.
 
     Attributes:
-      map: those of the map; what is left of the pair after training.
-      log_weight: those of the log weight.
+      map: the parameters of the map; keep these after training.
+      log_weight: the parameters of the log weight.
     """
 
     map: Params
@@ -73,13 +73,13 @@ class Weighted(NamedTuple):
 
 
 def with_log_weight(flow_map: FlowMap, module: LogWeight) -> tuple[FlowMap, Callable[[Weighted, Time, Time], Array]]:
-    """The map and the log weight as functions of one pair of parameters, to be trained together.
+    """Makes the map and the log weight functions of one pair of parameters, so that they are trained together.
 
         flow, log_weight = nets.with_log_weight(flow_map, module)
         objective = objectives.lsd(flow, path, reduction=reductions.learned(log_weight))
         params = nets.Weighted(map_params, module.init(key, 0.0, 0.0)["params"])
 
-    A teacher's or an average's parameters are then such a pair as well.
+    The parameters of a teacher or an average are then such a pair too.
 
     Args:
       flow_map: the map.

@@ -37,23 +37,23 @@ class MLP(nn.Module):
         g_i(h)  = act( (1 + a_i(c)) norm(h) + d_i(c) )                 with ``conditioning='film'``
         g_i(h)  = act( norm(h) ),  p(x) = [p(x), e]                    with ``conditioning='concat'``
 
-    where p(x) are features of x, e = [phi(s), phi(t - s), label, other conditions] and c = act(W_c e + b_c) a
-    trunk of width ``trunk``, kept small, for a vmapped network has a trunk per sample: the matmuls of
-    features x features dominate. The pair (s, t - s) is MeanFlow's (2505.13447): the gap, on which the map
-    depends most simply, does not have to be found as a difference of features.
+    Here p(x) are features of x, e = [phi(s), phi(t - s), label, other conditions], and c = act(W_c e + b_c) is a trunk
+    of width ``trunk``. A vmapped network has a trunk for each sample, so the trunk is narrow, and the matmuls of
+    features x features dominate the cost. The pair (s, t - s) is MeanFlow's (2505.13447): the map depends most simply on
+    the gap, which the network then need not compute as a difference of features.
 
-    W_out and b_out start at zero, so in the v-formulation a flow map starts as the identity. The first
-    gradient is then zero in all other parameters, and after one step it is so in none.
+    W_out and b_out start at zero, so a flow map in the v-formulation starts as the identity. The first gradient is then
+    zero in all other parameters; after one step none is zero.
 
-    Decoupled, the first layers see the source time alone and the last ones, from i > depth - decoupled on, the target
-    time alone (2510.24474): c = c(s, s) there and c(t, t) here, in place of c(s, t). The parameters are those of any other
-    ``decoupled``, 0 among them, and on the diagonal so is the network: a velocity trained with s = t loads unchanged, and
-    is the map's diagonal. The derivative in t passes the last layers only.
+    With ``decoupled`` above 0 (2510.24474), the last ``decoupled`` layers see the target time alone, c(t, t) in place of
+    c(s, t), and the other layers the source time alone, c(s, s). The parameters do not depend on ``decoupled``, and on
+    the diagonal neither does the network. A velocity trained with s = t therefore loads unchanged, and is the map's
+    diagonal. The derivative in t passes through the last layers only.
 
-    Integer leaves of ``cond`` are class labels, at most one scalar, from 0 to ``num_classes - 1``;
-    ``num_classes`` is the null label, which a missing condition (``cond=None``) means too. Outside this range
-    a concrete label is refused and a traced one gives NaN. Floating-point leaves (a guidance scale, an
-    observation) are flattened and concatenated; they are ``cond_features`` numbers together.
+    An integer leaf of ``cond`` is a class label, a scalar from 0 to ``num_classes - 1``; there is at most one.
+    ``num_classes`` is the null label, and so is a missing condition (``cond=None``). Outside this range a concrete label
+    is refused and a traced one gives NaN. Floating-point leaves (a guidance scale, an observation) are flattened and
+    concatenated to ``cond_features`` numbers.
 
     Parameters are kept in ``param_dtype`` and used in ``dtype`` (None: the dtype of x). The embeddings and
     the trunk are computed in float32, or from float64 times in float64. The result has the dtype of x.
@@ -64,18 +64,18 @@ class MLP(nn.Module):
       activation: 'gelu' (tanh form) or 'silu'.
       conditioning: 'film' (scale and shift at every layer) or 'concat' (at the input).
       times: 'sinusoidal' (features of s and of t - s) or 'raw' (s and t themselves).
-      time_features: how many features of each, even.
+      time_features: number of features of each time, even.
       max_frequency: their highest frequency, in cycles per unit of time; the derivatives in s and t, which
         are trained, grow with it.
       trunk: width of the trunk.
-      decoupled: how many of the hidden layers, the last ones, see t; 0 for all to see both times. Less than depth, and
-        with ``conditioning='film'``.
+      decoupled: number of last hidden layers that see t alone, less than depth; 0: all layers see both times. Needs
+        ``conditioning='film'``.
       points: features of x: 'raw' (x itself), 'octaves' or 'fourier', both with x itself.
-      point_frequencies: how many octaves, or how many random frequencies.
-      point_damping: how much octave k is damped at source time s, by exp(-(damping pi 2^k (1 - s))^2 / 2): what the noise
-        in x, of scale 1 - s, would wash out anyway; 0 for not at all.
+      point_frequencies: number of octaves, or of random frequencies.
+      point_damping: octave k is multiplied by exp(-(damping pi 2^k (1 - s))^2 / 2) at source time s. This removes what the
+        noise in x, of scale 1 - s, hides anyway. 0 for no damping.
       point_scale: the standard deviation of the random frequencies, in cycles per unit of x.
-      residual: whether the hidden layers but the first add to their input.
+      residual: whether each hidden layer but the first adds its output to its input.
       norm: None, 'rms' or 'layer': normalisation of h before every activation, without parameters of its own.
       num_classes: number of labels, 0 for none.
       cond_features: size of the floating-point condition.
@@ -129,7 +129,7 @@ class MLP(nn.Module):
         checks.choice("times", self.times, TIMES)
         checks.choice("points", self.points, POINTS)
         checks.choice("norm", self.norm, NORMS)
-        # The first layer is always the source's: else nothing but the point would know of s.
+        # The first layer always sees s; otherwise only x would carry it.
         checks.integer("decoupled", self.decoupled, high=self.depth - 1)
         if self.decoupled and self.conditioning != "film":
             raise ValueError(f"decoupled: expected 0 with conditioning={self.conditioning!r}, got {self.decoupled}")
@@ -149,9 +149,9 @@ class MLP(nn.Module):
           Shaped and typed like x.
 
         Raises:
-          ValueError: when s or t has axes, or the condition does not match ``num_classes`` and
+          ValueError: if s or t has axes, or the condition does not match ``num_classes`` and
             ``cond_features``.
-          TypeError: when x is no floating-point array.
+          TypeError: if x is not a floating-point array.
         """
         x = _event(x)
         dtype = jnp.dtype(self.dtype or x.dtype)
@@ -160,7 +160,7 @@ class MLP(nn.Module):
         conditions = self._conditions(cond, s.dtype)
         h = self._points(s, x.reshape(-1))
         if self.conditioning == "concat":
-            # In the embeddings' precision: the times must not be rounded to the compute dtype first.
+            # In the embeddings' precision, because the times must not be rounded to the compute dtype first.
             h = jnp.concatenate([h.astype(s.dtype), *self._embed(s, t), *conditions])
             h = self._dense("input", self.features, s.dtype)(h).astype(dtype)
             modulation = [None] * self.depth
@@ -239,11 +239,11 @@ def _event(x: Event) -> Array:
 
 
 def _split(cond: Cond, num_classes: int, cond_features: int) -> tuple[Array | int, list[Array]]:
-    """The label (the null label when there is none) and the floating-point leaves of a condition."""
+    """The label (the null label if there is none) and the floating-point leaves of a condition."""
     checks.fits("cond", cond)
     values = jax.tree.leaves(cond)
     leaves = [jnp.asarray(value) for value in values]
-    # The label stays as it came: under jit an array made of a concrete one would be traced, and could not be checked.
+    # The label is not converted: under jit, an array made from a concrete label would be traced and could not be checked.
     labels = [value for value, leaf in zip(values, leaves, strict=True) if jnp.issubdtype(leaf.dtype, jnp.integer)]
     other = [leaf for leaf in leaves if not jnp.issubdtype(leaf.dtype, jnp.integer)]
     checks.floating("cond", other)

@@ -1,4 +1,4 @@
-"""How a network takes (s, t, x, cond), said in a string, and the function of one sample made by it (see ``nets.wrappers``)."""
+"""Signatures: strings that say how a network takes (s, t, x, cond), for ``nets.wrappers``."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from jflow.types import Cond, Event, Key, Params, PyTree, Time, Velocity
 
 DEFAULT = "s t x cond"
 NAMES = ("s", "t", "x", "cond")
-# The usual signatures, of which a type checker tells whether a network or a velocity is made. Any other is as good.
+# The usual signatures. From these a type checker knows whether a Network or a Velocity is made; others work as well.
 TwoTimes = Literal[
     "s t x cond",
     "s t x",
@@ -33,8 +33,8 @@ OneTime = Literal["t x cond", "t x", "t x y=cond", "x t cond", "x t", "x t y=con
 class Network(Protocol):
     """A network of two times: (s, t, x) in, something shaped like x out, in the dtypes of x.
 
-    What its output means (mean velocity, data, noise) is said by the parameterization that makes a FlowMap of it
-    (``parameterizations.flow_map``).
+    The parameterization that makes a FlowMap of it (``parameterizations.flow_map``) says what its output means: mean
+    velocity, data or noise.
     """
 
     def __call__(
@@ -45,13 +45,13 @@ class Network(Protocol):
 
 
 class Call(NamedTuple):
-    """A signature, read: names passed by position, and keyword -> name."""
+    """A parsed signature: the names passed by position, and those passed by keyword, as keyword -> name."""
 
     positional: tuple[str, ...]
     keywords: dict[str, str]
 
     def fill(self, values: Mapping[str, Any]) -> tuple[tuple, dict[str, Any]]:
-        """(args, kwargs) of a call with these values; ``cond=None`` is left out where it is last or a keyword."""
+        """(args, kwargs) of a call with these values; ``cond=None`` is left out if it is last or a keyword."""
         positional = self.positional
         if values["cond"] is None and positional[-1:] == ("cond",):
             positional = positional[:-1]
@@ -60,7 +60,7 @@ class Call(NamedTuple):
 
 
 def read(signature: str) -> Call:
-    """The Call that a string such as "x t y=cond" describes.
+    """Parses a string such as "x t y=cond".
 
     Raises:
       ValueError: for a string that cannot be read, an unknown name or a missing one.
@@ -85,7 +85,7 @@ def read(signature: str) -> Call:
 def wrap(
     run: Callable[[Params, tuple, dict, Any], PyTree], takes: inspect.Signature, signature: str, batched: bool
 ) -> Network | Velocity:
-    """The function of one sample around ``run(params, args, kwargs, key)``, with its checks.
+    """Wraps ``run(params, args, kwargs, key)`` as a function of one sample that checks its arguments and its output.
 
     Returns:
       A ``Network`` of two times for a signature with ``s``, else a ``Velocity``.

@@ -1,18 +1,18 @@
-r"""From anyone's network to the function of one sample that the library takes.
+r"""Wrappers: any network as the function of one sample that the library takes.
 
     apply(params, s, t, x, cond=None, *, key=None) -> shaped like x     a ``Network`` of two times
     velocity(params, t, x, cond=None, *, key=None) -> shaped like x     a ``jflow.types.Velocity``
 
 A network becomes a FlowMap through ``parameterizations.flow_map``, a Velocity through ``solvers.solve``.
 
-Which is made, and how the network is called, is said by ``signature``: its arguments, in its own order.
+``signature`` lists the network's arguments in its own order. It says which of the two is made and how the network is called:
 
     "s t x cond"    net(s, t, x, cond)      two times, so ``apply``; the default
     "x t s y=cond"  net(x, t, s, y=cond)    any order, and keywords
     "x t"           net(x, t)               one time, so a velocity
 
-``cond=None`` is not passed on where it comes last or by keyword, so a network without that argument needs no
-other signature. Another convention (time reversed, a gap instead of s) is a lambda for ``from_function``. For
+``cond=None`` is not passed on if it comes last or by keyword, so a network without that argument needs no
+other signature. For another convention (time reversed, a gap instead of s) pass a lambda to ``from_function``. For
 MeanFlow's u(z, r, t), whose time 0 is the data:
 
     from_function(lambda params, s, t, x: -u(params, x, 1 - t, 1 - s))
@@ -26,7 +26,7 @@ changes (running averages, the vectors of spectral normalisation, caches) are re
 them; random streams, whose counters a call moves, are not state. Freeze such layers, or keep what changes in the
 state of an objective.
 
-Dropout: ``key`` is passed at the call, and None means none. An argument ``deterministic``, ``inference``,
+Dropout: pass ``key`` at the call; without a key there is no dropout. An argument ``deterministic``, ``inference``,
 ``train``, ``training`` or ``is_training`` of the network is set accordingly.
 """
 
@@ -99,12 +99,12 @@ def from_linen(
     rngs: Sequence[str] = ("dropout",),
     constants: Mapping[str, PyTree] | None = None,
 ) -> Network | Velocity:
-    """A flax.linen module as a network of two times, or as a Velocity; its params are ``module.init(...)['params']``.
+    """Wraps a flax.linen module as a network of two times, or as a Velocity; its params are ``module.init(...)['params']``.
 
     Args:
       module: the module.
-      signature: how its ``__call__`` takes (s, t, x, cond); with ``s`` a ``Network`` of two
-        times is made, without it a ``Velocity``. See the module above.
+      signature: how its ``__call__`` takes (s, t, x, cond); a signature with ``s`` gives a ``Network``,
+        one without ``s`` a ``Velocity``. See the module docstring.
       batched: whether it takes a batch.
       rngs: the random streams that it draws from; ``key`` is split among them.
       constants: its other variable collections, which are neither trained nor changed: ``{"batch_stats": ...}`` of a
@@ -162,7 +162,7 @@ def from_nnx(module: nnx.Module, *, signature: str, batched: bool = ...) -> tupl
 def from_nnx(
     module: nnx.Module, *, signature: str = signatures.DEFAULT, batched: bool = False
 ) -> tuple[Network | Velocity, Params]:
-    """A flax.nnx module as a network of two times, or as a Velocity; and its parameters as nested dicts with string keys.
+    """Wraps a flax.nnx module as a network of two times, or as a Velocity; its params are nested dicts with string keys.
 
     The parameters are the variables of type ``nnx.Param``; all others stay as they are. Without a key the
     module runs with ``deterministic=True``, with one with ``deterministic=False`` and its random streams reseeded
@@ -172,13 +172,13 @@ def from_nnx(
 
     Args:
       module: the module; it is left untouched.
-      signature: how its ``__call__`` takes (s, t, x, cond); with ``s`` a ``Network`` of two
-        times is made, without it a ``Velocity``. See the module above.
+      signature: how its ``__call__`` takes (s, t, x, cond); a signature with ``s`` gives a ``Network``,
+        one without ``s`` a ``Velocity``. See the module docstring.
       batched: whether it takes a batch.
 
     Returns:
       (network or velocity, params), as of ``from_linen``. When called it raises TypeError for a variable that the call
-      changes or creates, but for parameters, random streams and intermediates.
+      changes or creates, except parameters, random streams and intermediates.
 
     Raises:
       ValueError: for a signature that cannot be read.
@@ -196,7 +196,7 @@ def from_nnx(
     tags = sorted({v.tag for v in jax.tree.leaves(rest, is_leaf=_is(nnx.RngKey)) if isinstance(v, nnx.RngKey)})
 
     def call(params: Any, args: tuple, kwargs: dict, key: Any) -> tuple[PyTree, dict[str, jax.Array]]:
-        """The output, and what the variables other than parameters hold that are not the same arrays as before."""
+        """The output, and the variables other than parameters that hold new arrays after the call."""
         # Mapping the states copies their variables into the present trace, where they may be changed.
         copy = nnx.merge(graph, jax.tree.map(lambda leaf: leaf, params), jax.tree.map(lambda leaf: leaf, rest))
         copy.eval() if key is None else copy.train()
@@ -214,7 +214,7 @@ def from_nnx(
     stored = _variables(module)
 
     def unchanged(names: frozenset[str], args: tuple, kwargs: dict, key: Any) -> bool:
-        """Whether these variables hold the same values after a call: scans and remat return them as other arrays."""
+        """Whether these variables hold the same values after a call. Scans and remat return equal values in new arrays."""
         if not names <= stored.keys():
             return False
         with jax.ensure_compile_time_eval():
@@ -255,15 +255,15 @@ def from_equinox(
 def from_equinox(
     module: Callable[..., PyTree], *, signature: str = signatures.DEFAULT, batched: bool = False
 ) -> tuple[Network | Velocity, Params]:
-    """An equinox module as a network of two times, or as a Velocity; and its floating-point arrays as the parameters.
+    """Wraps an equinox module as a network of two times, or as a Velocity; its params are its floating-point arrays.
 
     The parameters have the module's own structure (``eqx.partition``). Without a key the module runs in
     inference mode; with one, in training mode, and the key goes to its argument ``key``.
 
     Args:
       module: the module.
-      signature: how its ``__call__`` takes (s, t, x, cond); with ``s`` a ``Network`` of two
-        times is made, without it a ``Velocity``. See the module above.
+      signature: how its ``__call__`` takes (s, t, x, cond); a signature with ``s`` gives a ``Network``,
+        one without ``s`` a ``Velocity``. See the module docstring.
       batched: whether it takes a batch.
 
     Returns:
@@ -272,7 +272,8 @@ def from_equinox(
     Raises:
       ValueError: for a signature that cannot be read.
       TypeError: for a layer that mixes samples, or keeps state between calls (``eqx.nn.SpectralNorm``, anything with an
-        ``eqx.nn.StateIndex`` or an ``eqx.nn.State``). Frozen, such a module is one for ``from_function``:
+        ``eqx.nn.StateIndex`` or an ``eqx.nn.State``).
+        Freeze such a module and pass it to ``from_function`` as
         ``lambda params, s, t, x: eqx.nn.inference_mode(eqx.combine(params, static))(s, t, x, state)[0]``.
     """
     import equinox as eqx
@@ -304,13 +305,13 @@ def from_function(function: Callable[..., PyTree], *, signature: str, batched: b
 def from_function(
     function: Callable[..., PyTree], *, signature: str = signatures.DEFAULT, batched: bool = False
 ) -> Network | Velocity:
-    """A function of params and the signature's arguments as a network of two times, or as a Velocity.
+    """Wraps a function of params and the signature's arguments as a network of two times, or as a Velocity.
 
     Args:
       function: ``function(params, s, t, x)`` with the default signature, or with ``cond`` after x. If it has
         an argument ``key``, it gets the key.
-      signature: how it takes (s, t, x, cond) after params; with ``s`` a ``Network`` of two
-        times is made, without it a ``Velocity``. See the module above.
+      signature: how it takes (s, t, x, cond) after params; a signature with ``s`` gives a ``Network``,
+        one without ``s`` a ``Velocity``. See the module docstring.
       batched: whether it takes a batch.
 
     Returns:
@@ -331,17 +332,17 @@ def from_function(
 
 
 def check_independent(function: Callable[..., PyTree], *batch: PyTree, rtol: float = 1e-5) -> None:
-    """Refuses a function of a batch that mixes samples: changes all rows but the first and looks at that.
+    """Checks that a function of a batch does not mix samples: with all other rows changed, the first output must stay.
 
     Args:
       function: takes ``*batch`` and returns arrays with the same leading axis. Close over the parameters;
         they must not be those of a zero-initialised output layer.
       *batch: concrete pytrees of arrays ``[B, ...]``, B of 2 at least; integer leaves are left as they are.
-      rtol: how far the first row may move, relative to the largest output.
+      rtol: how far the first output may move, relative to the largest output.
 
     Raises:
-      ValueError: when the first row moves, when the others do not (then nothing was tried), or for fewer than
-        two rows.
+      ValueError: if the first output moves, if the others do not (the check then says nothing), or for fewer than two
+        rows.
     """
     for leaf in jax.tree.leaves(batch):
         if np.ndim(leaf) == 0 or np.shape(leaf)[0] < 2:
@@ -413,5 +414,5 @@ def _example(leaf: Any) -> Any:
 
 
 def _string_keys(tree: Any) -> Any:
-    """Checkpoints keep dicts with string keys only; nnx gives lists whole numbers."""
+    """Replaces the whole numbers that nnx uses as keys for lists; checkpoints keep dicts with string keys only."""
     return {str(k): _string_keys(v) for k, v in tree.items()} if isinstance(tree, Mapping) else tree

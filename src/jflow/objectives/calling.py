@@ -6,11 +6,21 @@ from collections.abc import Mapping
 
 import jax.numpy as jnp
 
-from jflow.types import Array, Aux, Batch, Context, Key, ObjectiveFn, Params, PyTree
+from jflow import checks
+from jflow.types import Array, Aux, Batch, Context, Key, ObjectiveFn, Params, PyTree, as_context
+
+# The signature of an objective, for messages.
+CALL = "(params, key, batch, context) -> (loss [B], aux)"
 
 
 def init(objective: ObjectiveFn, key: Key, params: Params) -> PyTree:
-    """The state of an objective before the first step: what its ``init(key, params)`` makes, ``()`` if it has none."""
+    """The state of an objective before the first step: what its ``init(key, params)`` makes, ``()`` if it has none.
+
+    Raises:
+      TypeError: for an objective that is not a function, or a key that is not a PRNG key.
+    """
+    checks.accepts("objective", objective, CALL, 4, model=False)
+    checks.key("key", key)
     make = getattr(objective, "init", None)
     return () if make is None else make(key, params)
 
@@ -19,8 +29,11 @@ def call(objective: ObjectiveFn, params: Params, key: Key, batch: Batch, context
     """What an objective returns, checked; a mapping of metrics in place of an Aux leaves the state as it was.
 
     Raises:
-      TypeError: for anything but a loss and an Aux or a mapping; ValueError for a loss that is not of rank one.
+      TypeError: for anything but a loss and an Aux or a mapping, or a key that is not a PRNG key.
+      ValueError: for a loss that is not of rank one.
     """
+    checks.key("key", key)
+    context = as_context(context)
     found = objective(params, key, batch, context)
     if not (isinstance(found, tuple) and len(found) == 2 and isinstance(found[1], (Aux, Mapping))):
         raise TypeError(

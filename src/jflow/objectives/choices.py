@@ -13,7 +13,7 @@ from jflow.named import described, shown
 from jflow.objectives import velocity_estimates
 from jflow.objectives.curriculum import Schedule
 from jflow.objectives.row import Estimate, Term
-from jflow.types import Domain, FlowMap, Velocity
+from jflow.types import Domain, FlowMap, Velocity, as_velocity
 
 if TYPE_CHECKING:
     from jflow.objectives.objective import Objective
@@ -33,20 +33,11 @@ DEFAULTS: dict[str, Any] = {
 }
 
 
-# What the choices that are functions take and return, for messages.
+# What these choices take and return, and how many arguments they take.
 _SIGNATURES = {
-    "times": "(key, n) -> times, a law of jflow.times",
-    "pairs": "(key, n) -> (s, t), a law of pairs of jflow.times",
-    "gammas": "(key, n) -> times, a law of jflow.times",
-    "reduction": "(params, s, t, difference) -> loss, such as reductions.squared",
-    "diagonal_reduction": "(params, s, t, difference) -> loss, such as reductions.squared",
-    "velocity": "row -> velocity, such as velocity_estimates.pair",
-    "coupling": "(key, x1, cond) -> x0, such as couplings.independent",
-    "teacher": "(params, t, x, cond=None, *, key=None) -> b_t(x), or a FlowMap",
+    "velocity": ("row -> velocity, such as velocity_estimates.pair", 1),
+    "coupling": ("(key, x1, cond) -> x0, such as couplings.independent", 3),
 }
-
-# What else a choice may be.
-_OTHER = {"reduction": (), "diagonal_reduction": (), "velocity": (), "coupling": (), "teacher": FlowMap}
 
 
 class RowChoices(TypedDict, total=False):
@@ -110,10 +101,14 @@ def check(objective: Objective) -> None:
         bases.check(objective.base)
     if objective.term is None and objective.diagonal not in (None, 1.0):
         raise ValueError(f"diagonal: expected 1 for a method without off-diagonal rows, got {objective.diagonal}")
-    for name, signature in _SIGNATURES.items():
-        value, other = getattr(objective, name), _OTHER.get(name, laws.ByStep)
-        if value is not None and not isinstance(value, other):
-            checks.function(name, value, signature)
+    for name in ("reduction", "diagonal_reduction"):
+        if getattr(objective, name) is not None:
+            reductions.check(name, getattr(objective, name))
+    for name, (signature, count) in _SIGNATURES.items():
+        if getattr(objective, name) is not None:
+            checks.accepts(name, getattr(objective, name), signature, count, model=False)
+    if objective.teacher is not None:
+        as_velocity("teacher", objective.teacher)
     for name, why in unread(objective).items():
         if getattr(objective, name) is not None:
             raise ValueError(

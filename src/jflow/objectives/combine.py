@@ -11,11 +11,9 @@ import jax
 import jax.numpy as jnp
 
 from jflow import checks, trees
-from jflow.objectives.calling import call, init
+from jflow.objectives.calling import CALL, call, init
 from jflow.reports import Report, as_reports
-from jflow.types import Array, Aux, Batch, Context, Key, ObjectiveFn, Params, PyTree
-
-_CALL = "(params, key, batch, context) -> (loss [B], aux)"
+from jflow.types import Array, Aux, Batch, Context, Key, ObjectiveFn, Params, PyTree, as_context
 
 
 @dataclasses.dataclass(frozen=True)
@@ -36,7 +34,7 @@ class Stages:
 
     def __call__(self, params: Params, key: Key, batch: Batch, context: Context | None = None) -> tuple[Array, Aux]:
         """The loss of each row, and the metrics of all stages; those of a stage not in force are empty."""
-        context = Context() if context is None else context
+        context = as_context(context)
         states = _states(self.objectives, key, params, context)
         operands = (params, key, batch, context._replace(state=states))
         calls = [_stage(objective, place) for place, objective in enumerate(self.objectives)]
@@ -67,11 +65,16 @@ def sequence(stages: Sequence[tuple[int, ObjectiveFn]]) -> ObjectiveFn:
       ValueError: when there is no stage, the first does not start at step 0, or the starts do not increase.
       TypeError: when a start is not a whole number, or a stage is not a function.
     """
+    if not isinstance(stages, Sequence) or isinstance(stages, str):
+        raise TypeError(f"stages: expected a sequence of (first step, objective), got {type(stages).__name__}")
+    for stage in stages:
+        if not isinstance(stage, tuple) or len(stage) != 2:
+            raise TypeError(f"stages: expected pairs (first step, objective), got {type(stage).__name__}")
     starts = [checks.integer("stages: first step", start) for start, _ in stages]
     if not starts or starts[0] != 0 or any(b <= a for a, b in itertools.pairwise(starts)):
         raise ValueError(f"stages: expected first steps that increase from 0, got {starts}")
     for _, objective in stages:
-        checks.function("stages", objective, _CALL)
+        checks.accepts("stages", objective, CALL, 4, model=False)
     if len(stages) == 1:
         return stages[0][1]
     return Stages(tuple(starts), tuple(objective for _, objective in stages))
@@ -97,7 +100,7 @@ class WeightedSum:
 
     def __call__(self, params: Params, key: Key, batch: Batch, context: Context | None = None) -> tuple[Array, Aux]:
         """The weighted sum of the losses of each row, and the metrics of all terms."""
-        context = Context() if context is None else context
+        context = as_context(context)
         states = _states(self.objectives, key, params, context)
         keys = jax.random.split(key, len(self.objectives))
         loss, next_states, metrics = None, [], {}
@@ -125,11 +128,11 @@ def weighted_sum(objective: ObjectiveFn, **more: tuple[ObjectiveFn, float]) -> O
       ValueError: for a weight that is negative or not finite.
       TypeError: when it is not a number, for an objective that is not a function, or one without a weight.
     """
-    checks.function("objective", objective, _CALL)
+    checks.accepts("objective", objective, CALL, 4, model=False)
     for name, pair in more.items():
         if not isinstance(pair, tuple) or len(pair) != 2:
             raise TypeError(f"{name}: expected a pair (objective, weight), got {type(pair).__name__}")
-        checks.function(name, pair[0], _CALL)
+        checks.accepts(name, pair[0], CALL, 4, model=False)
     weights = [checks.number(name, weight, low=0.0) for name, (_, weight) in more.items()]
     return WeightedSum(("", *more), (1.0, *weights), (objective, *(other for other, _ in more.values())))
 

@@ -1,6 +1,6 @@
-r"""Losses on distributions of samples: no teacher, no derivative, and no pair of the batch that must match another.
+r"""Losses on distributions of samples, which need no teacher and no derivative.
 
-x = X_{s,t}(I_s) with law q is compared with y = I_t with law p over groups of M samples (``objectives.group``).
+The law of x = X_{s,t}(I_s) is compared with that of y = I_t, over groups of M samples (``objectives.group``).
 """
 
 from __future__ import annotations
@@ -19,18 +19,44 @@ from jflow.types import Array, Event, FlowMap
 def energy_distance(
     flow_map: FlowMap, interpolant: Interpolant, *, size: int, **choices: Unpack[GroupChoices]
 ) -> GroupObjective:
-    r"""2 E|x - y| - E|x - x'| - E|y - y'|: the squared energy distance between X_{s,t}(I_s) and I_t (Székely & Rizzo 2013).
+    r"""The squared energy distance between the laws of x = X_{s,t}(I_s) and y = I_t (Székely & Rizzo 2013),
 
-    Unbiased for any M >= 2: all three means leave out i = j, the first since x_i and y_i come from the same pair. It is zero
-    in expectation exactly where the two laws are equal, and a value may be negative. Cost: 3 passes a sample, and M^2
-    distances a group.
+        2 E|x - y| - E|x - x'| - E|y - y'|.
+
+    The estimate is unbiased for any M >= 2: all three means leave out i = j, the first because x_i and y_i come from the
+    same pair. Its expectation is zero if and only if the two laws are equal; a single value may be negative. Cost: 3 passes
+    per sample, and M^2 distances per group.
+
+    Example: one jump from noise to two classes. The rows of a group must share a class, as ``datasets.grouped`` arranges.
+
+        import jax, jax.numpy as jnp
+        from jflow import datasets, interpolants, objectives, times, types
+
+        def mean_velocity(params, s, t, x, cond=None, *, key=None):
+            return params[cond] - x
+
+        data = types.Batch(x1=jnp.array([[1.0], [1.2], [-1.0], [-1.3]]), cond=jnp.array([0, 0, 1, 1]))
+        dataset = datasets.grouped(data, batch_size=8, size=4)
+        objective = objectives.energy_distance(
+            types.FlowMap(mean_velocity),
+            interpolants.linear(),
+            size=4,
+            pairs=times.independent(times.constant(0.0), times.constant(1.0)),
+        )
+        batch = dataset.batch(dataset.data, jnp.int32(0))
+        loss, aux = objective(jnp.zeros((2, 1)), jax.random.key(0), batch)
 
     Args:
       flow_map: the map that is trained.
       interpolant: the path.
-      size: M, the samples of a group, at least 2.
-      **choices: ``pairs`` and ``coupling``, as in ``GroupObjective``. One jump from noise is
-        ``pairs=times.independent(times.constant(0.0), times.constant(1.0))``.
+      size: M, the number of samples in a group, at least 2.
+      **choices: ``pairs``, ``base`` and ``coupling``, as in ``GroupObjective``.
+
+    Returns:
+      The objective.
+
+    Raises:
+      ValueError, TypeError: as ``GroupObjective`` says.
     """
 
     def loss(group: Group) -> Array:

@@ -1,31 +1,47 @@
-"""Terms on groups: a loss that sees M samples at a time, all at one pair of times (s, t) and under one condition.
+"""Losses on groups: each sees M samples, all at one pair of times (s, t) and under one condition.
 
-The rows of a batch are cut, in their order, into groups of M consecutive rows, which lie on one device. The loss of a group is
-given to each of its rows, so that the mean over the rows is the mean over the groups, and the objective combines with any
-other (``weighted_sum``). ``datasets.grouped`` draws batches whose groups share a class.
+A group is M consecutive rows of the batch. All of them lie on one device. Each row gets the loss of its group, so the mean
+over the rows is the mean over the groups, and the objective combines with any other (``weighted_sum``). With conditions,
+the rows of a group must share one: ``datasets.grouped`` makes such batches.
 """
 
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable
-from typing import NamedTuple, TypedDict
+from collections.abc import Callable, Mapping
+from typing import Any, NamedTuple, TypedDict
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jflow import checks, couplings, reports, sharding, trees
+from jflow import bases, checks, couplings, interpolants, reports, sharding, trees
 from jflow import times as laws
 from jflow.interpolants import Interpolant
 from jflow.named import described, shown
 from jflow.objectives.objective import BINS
 from jflow.objectives.row import Leg
-from jflow.types import Array, Aux, BatchLike, Cond, Context, Event, FlowMap, Key, Params, PyTree, as_batch
+from jflow.types import (
+    Array,
+    Aux,
+    BatchLike,
+    Cond,
+    Context,
+    Event,
+    FlowMap,
+    Key,
+    Params,
+    PyTree,
+    as_batch,
+    as_context,
+)
+
+# A choice that was not made: ``__post_init__`` puts its default there.
+_UNSET: Any = None
 
 
 class Group(NamedTuple):
-    """M samples at one pair of times, and everything that their loss may be made of.
+    """M samples at one pair of times: what a loss of a group is computed from.
 
     Attributes:
       s, t: source and target time, scalars.
@@ -33,9 +49,10 @@ class Group(NamedTuple):
       x: the points I_s, ``[M, ...]``.
       y: the points I_t of the same pairs, ``[M, ...]``.
       cond: the conditions, ``[M, ...]``, all equal, or None.
-      key: for random numbers of the group's own.
+      key: a PRNG key for the loss itself; no other group has it.
       step: the optimizer's step, an int32 scalar.
-      own: the map being trained, a leg whose cond and key are those of all samples, ``[M, ...]``; see ``jumps``.
+      own: the map being trained, as a ``Leg`` that holds the conditions and keys of all samples, ``[M, ...]``; ``jumps``
+        evaluates it for each sample.
     """
 
     s: Array
@@ -59,7 +76,7 @@ class Group(NamedTuple):
 
 
 class Drawn(NamedTuple):
-    """What is drawn for groups, ``[G, ...]`` or ``[G, M, ...]`` each; see ``Group``."""
+    """The draws of G groups: s, t and key are ``[G]``, the others ``[G, M, ...]``; see ``Group``."""
 
     s: Array
     t: Array
@@ -75,27 +92,33 @@ GroupLoss = Callable[[Group], Array]
 
 
 class GroupChoices(TypedDict, total=False):
-    """The choices of every loss on groups; see ``GroupObjective`` for what they are."""
+    """The choices of every loss on groups; ``GroupObjective`` documents them."""
 
     pairs: laws.PairLaw | laws.ByStep[laws.PairLaw]
+    base: bases.Base
     coupling: couplings.Coupling
 
 
 @dataclasses.dataclass(frozen=True)
 class GroupObjective:
-    """A loss on groups and the choices around it, called as every objective.
+    """A loss on groups and the choices around it; call it as ``objective(params, key, batch, context) -> (loss [B], aux)``.
 
     Attributes:
       name: the label of its metrics.
       flow_map: the map that is trained.
       interpolant: the path.
-      loss: of one group.
-      size: M, the samples of a group; a batch holds a multiple of it, and so does each device's share.
-      pairs: the law of (s, t), drawn once for a group.
-      coupling: ``(key, x1, cond) -> x0`` where the batch holds no x0.
+      loss: ``Group -> loss``, a scalar.
+      size: M, the number of samples in a group, at least 2; it must divide the number of rows of every batch.
+      pairs: the law of (s, t), drawn once for each group.
+      base: the law of x0; that of the coupling if it is ``couplings.Independent``, else the standard normal by default.
+      coupling: ``(key, x1, cond) -> x0`` where the batch holds no x0; ``couplings.Independent(base)`` by default.
+      filled: the choices that were not made, and the defaults that took their places. ``dataclasses.replace`` carries it
+        over, so that ``replace(objective, base=other)`` does not take a default for a choice.
 
     Raises:
-      ValueError: for a size below 2, or a law that draws times outside the map's domain; TypeError for other types.
+      ValueError: for a size below 2, a law that draws times outside the map's domain, or a base that is not that of the
+        coupling.
+      TypeError: for arguments of another type.
     """
 
     name: str
@@ -104,20 +127,47 @@ class GroupObjective:
     loss: GroupLoss
     size: int
     pairs: laws.PairLaw | laws.ByStep[laws.PairLaw] = dataclasses.field(default_factory=laws.triangle)
-    coupling: couplings.Coupling = couplings.independent
+    base: bases.Base = _UNSET
+    coupling: couplings.Coupling = _UNSET
+    filled: Mapping[str, Any] = dataclasses.field(default_factory=dict, compare=False)
 
     def __post_init__(self) -> None:
         if not isinstance(self.flow_map, FlowMap):
             raise TypeError(f"flow_map: expected a FlowMap, got {described(self.flow_map)}")
-        if not isinstance(self.interpolant, Interpolant):
-            raise TypeError(f"interpolant: expected an Interpolant, got {described(self.interpolant)}")
-        for name in ("loss", "coupling"):
-            checks.function(name, getattr(self, name), "as GroupObjective documents it")
+        interpolants.check(self.interpolant)
+        checks.function("loss", self.loss, "Group -> loss, a scalar")
         checks.integer("size", self.size, low=2)
+        if not isinstance(self.pairs, laws.ByStep):
+            checks.function("pairs", self.pairs, "(key, n) -> (s, t), a law of pairs of jflow.times")
         laws.check_pairs("pairs", laws.at_step(self.pairs, 0), self.flow_map.domain)
+        self._choose_base()
+
+    def _choose_base(self) -> None:
+        """Fills in base and coupling, each from the other, and refuses two that differ."""
+        base, coupling = (
+            None if name in self.filled and getattr(self, name) is self.filled[name] else getattr(self, name)
+            for name in ("base", "coupling")
+        )
+        if base is not None:
+            bases.check(base)
+        if coupling is not None:
+            checks.function("coupling", coupling, "(key, x1, cond) -> x0, such as couplings.independent")
+        filled = {}
+        if base is None:
+            base = coupling.base if isinstance(coupling, couplings.Independent) else bases.STANDARD_NORMAL
+            filled["base"] = base
+        # The independent coupling by name is that of the base which was chosen.
+        if coupling is None or (coupling is couplings.independent and base != coupling.base):
+            coupling = couplings.Independent(base)
+            filled["coupling"] = coupling
+        if isinstance(coupling, couplings.Independent) and coupling.base != base:
+            raise ValueError(f"base: expected that of the coupling, {coupling.base!r}, got {base!r}")
+        for name, value in (("base", base), ("coupling", coupling), ("filled", filled)):
+            object.__setattr__(self, name, value)
 
     def __repr__(self) -> str:
-        choices = {"path": self.interpolant.name, "size": self.size, "pairs": self.pairs, "coupling": self.coupling}
+        names = ("size", "pairs", "base", "coupling")
+        choices = {"path": self.interpolant.name, **{name: getattr(self, name) for name in names}}
         return f"{self.name}({', '.join(f'{name}={shown(value)}' for name, value in choices.items())})"
 
     def init(self, key: Key, params: Params) -> PyTree:
@@ -126,27 +176,34 @@ class GroupObjective:
         return ()
 
     def __call__(self, params: Params, key: Key, batch: BatchLike, context: Context | None = None) -> tuple[Array, Aux]:
-        """The loss of each row, which is that of its group, and the metrics NAME/loss, NAME/loss_by_t, NAME/loss_by_gap.
+        """The loss of each row, and reports.
 
         Args:
           params: the map's parameters.
           key: a PRNG key; split once, every use named.
-          batch: data, ``[B, ...]``; floating point.
+          batch: data, ``[B, ...]``; floating point. The rows of a group have equal conditions.
           context: the step (``Context()`` by default).
 
+        Returns:
+          (loss [B], aux): each row has the loss of its group. The metrics are ``NAME/loss``, its mean; ``NAME/loss_by_t``
+          and ``NAME/loss_by_gap``, means by 8 equal bins of t and of t - s; and, for a batch with conditions,
+          ``NAME/mixed_groups``, the number of groups with more than one condition. ``jit`` hides the conditions from Python,
+          so such a group cannot be refused there: its loss is NaN, and the gradient of the batch too.
+
         Raises:
-          ValueError: for a batch without data, or one that the group's size does not divide, or a group whose conditions
-            differ. Traced conditions cannot be looked at: the loss of such a group is then NaN.
-          TypeError: for data that is not floating point.
+          ValueError: for a batch without data, a number of rows that ``size`` does not divide, an x0 that does not match
+            x1, or, outside ``jit``, a group with more than one condition.
+          TypeError: for data that is not floating point, or an argument of another type.
         """
-        context = Context() if context is None else context
+        context = as_context(context)
+        checks.key("key", key)
         batch = as_batch(batch)
         if batch.x1 is None:
             raise ValueError(f"batch.x1: expected data for {self.name}, got None")
         checks.floating("batch.x1", batch.x1)
         rows = checks.rows("batch", (batch.x1, batch.x0, batch.cond))
         if rows % self.size:
-            raise ValueError(f"batch: expected a multiple of the group's {self.size} rows, got {rows}")
+            raise ValueError(f"batch: expected a multiple of size = {self.size} rows, got {rows}")
         groups = rows // self.size
         coupling_key, pair_key, network_key, group_key = jax.random.split(key, 4)
         x0 = self.coupling(coupling_key, batch.x1, batch.cond) if batch.x0 is None else batch.x0
@@ -159,9 +216,14 @@ class GroupObjective:
         )
         drawn = Drawn(s, t, x0, x1, cond, network_keys, jax.random.split(group_key, groups))
         (losses,) = sharding.each_device(self._evaluate, (params, context.step), drawn)
-        losses = jnp.where(_agree(drawn.cond, groups), losses.astype(dtype), jnp.nan)
+        losses, metrics = losses.astype(dtype), {}
+        if jax.tree.leaves(cond):
+            mixed = _mixed(cond, groups, self.size)
+            # A product: ``where`` would let the gradient of such a group through as zero, and the others would train.
+            losses = losses * jnp.where(mixed, jnp.nan, 1.0).astype(dtype)
+            metrics[f"{self.name}/mixed_groups"] = reports.Total(jnp.sum(mixed, dtype=jnp.int32))
         said = jax.lax.stop_gradient(losses)
-        metrics = {
+        metrics |= {
             f"{self.name}/loss": reports.mean(said),
             f"{self.name}/loss_by_t": reports.binned(said, t, BINS),
             f"{self.name}/loss_by_gap": reports.binned(said, jnp.abs(t - s), BINS),
@@ -193,16 +255,19 @@ class GroupObjective:
         return [jax.vmap(one)(drawn)]
 
 
-def _agree(cond: Cond, groups: int) -> Array:
-    """Whether the conditions of each group are equal, ``[G]``; concrete ones that are not are refused."""
-    agree = jnp.ones((groups,), bool)
+def _mixed(cond: Cond, groups: int, size: int) -> Array:
+    """Which groups have more than one condition, ``[G]``.
+
+    Raises:
+      ValueError: if the conditions are concrete and a group has more than one.
+    """
+    mixed = jnp.zeros((groups,), bool)
     for leaf in jax.tree.leaves(cond):
-        same = (leaf == leaf[:, :1]).reshape(groups, -1)
-        agree = agree & jnp.all(same, axis=1)
-    value = checks.concrete(agree)
-    if value is not None and not value.all():
+        mixed = mixed | jnp.any((leaf != leaf[:, :1]).reshape(groups, -1), axis=1)
+    value = checks.concrete(mixed)
+    if value is not None and value.any():
         raise ValueError(
-            f"batch.cond: expected one condition in each group of consecutive rows, got several in {np.sum(~value)} of "
-            f"{groups} groups (datasets.grouped draws such batches)"
+            f"batch.cond: groups of {size} samples share one condition; expected one in each group of consecutive rows, "
+            f"got several in {np.sum(value)} of {groups} groups (datasets.grouped makes such batches)"
         )
-    return agree
+    return mixed

@@ -294,7 +294,9 @@ class Objective:
         """The tangent residual of a diagonal row, reduced."""
         residual = tangent(lambda _, t, x: row.own.velocity(t, x), row.t, row.x, row.conditional)
         difference = residual.difference
-        return Found(self.diagonal_reduction(params, row.t, row.t, difference), trees.sq_norm(difference), None)
+        loss = self.diagonal_reduction(params, row.t, row.t, difference)
+        checks.shape("what diagonal_reduction returns", loss, ())
+        return Found(loss, trees.sq_norm(difference), None)
 
     def _off(self, params: Params, row: Row) -> Found:
         """The method's residual of an off-diagonal row, reduced."""
@@ -307,6 +309,7 @@ class Objective:
             )
         difference = residual.difference
         loss = self.reduction(params, row.s, row.t, difference)
+        checks.shape("what reduction returns", loss, ())
         if not isinstance(residual.weight, float) or residual.weight != 1.0:
             loss = loss * jax.lax.stop_gradient(jnp.asarray(residual.weight).astype(loss.dtype))
         size = None if residual.tangent is None else trees.sq_norm(residual.tangent)

@@ -257,7 +257,7 @@ def _check_arguments(state: Any, chunk: Any, data: Any, run: Any, evaluation: An
 def _begun(state: TrainState, total_steps: int) -> int:
     """The number of steps that the state has taken."""
     if isinstance(state.step, jax.Array) and state.step.is_deleted():
-        raise ValueError("state: its arrays were donated to an earlier call; make it anew with init_state")
+        raise ValueError("state: its arrays are gone, donated to an earlier call; make it anew with init_state")
     step = int(state.step)
     if step > total_steps:
         raise ValueError(f"total_steps: expected at least the {step} steps that the state has taken, got {total_steps}")
