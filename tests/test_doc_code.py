@@ -17,9 +17,8 @@ DOCS = pathlib.Path(__file__).resolve().parents[1] / "docs"
 PAGES = {"running.md": 4, "likelihood.md": 1}
 SMALLER = {
     "total_steps=4000": "total_steps=4",
-    '"log_every": 100, "checkpoint_every": 1000, "snapshot_every": 100': (
-        '"log_every": 2, "checkpoint_every": 4, "snapshot_every": 2'
-    ),
+    "log_every=100": "log_every=2",
+    "checkpoint_every=1000, snapshot_every=100": "checkpoint_every=4, snapshot_every=2",
     # One device, because compiling for it is quicker.
     "sharding.mesh(fsdp=4)": "sharding.mesh(1, jax.devices()[:1])",
     "batch_size=512": "batch_size=16",

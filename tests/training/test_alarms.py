@@ -171,7 +171,7 @@ def test_the_loop_shows_and_keeps_it_and_resumed_runs_say_the_same(problem, tmp_
 def test_it_is_shown_above_the_bar(problem, tmp_path, capsys, monkeypatch):
     monkeypatch.setenv("FORCE_COLOR", "1")
     monkeypatch.setenv("COLUMNS", "400")
-    run(problem, tmp_path, 56)
+    run(problem, tmp_path, 56, hooks=[Progress()])
     shown = capsys.readouterr().out
     assert "warning: steps 49-56: the tangent 'fit/tangent_norm' exploded" in shown and "worst at t in [" in shown
 

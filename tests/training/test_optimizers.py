@@ -296,8 +296,9 @@ def run(optimizer, out, steps, *, broken=(), **kwargs):
     """``fit`` in chunks of 4 steps, with rows and checkpoints every 4."""
     chunk = make_chunk(make_step(objective, optimizer, ema=(0.9,)), batches(broken))
     state = init_state(params(), optimizer, jax.random.key(1), ema=(0.9,))
-    loop = {"log_every": 4, "hooks": (), **{name: kwargs.pop(name) for name in ("forgive", "hooks") if name in kwargs}}
-    directory = None if out is None else RunDirectory(out, checkpoint_every=4, **kwargs)
+    loop = {"log_every": 4, "hooks": ()}
+    loop |= {name: kwargs.pop(name) for name in (*loop, "chunk_steps", "forgive") if name in kwargs}
+    directory = None if out is None else RunDirectory(out, **{"checkpoint_every": 4, **kwargs})
     return fit(state, chunk, data(), total_steps=steps, run=directory, **loop)
 
 
