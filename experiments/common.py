@@ -37,6 +37,8 @@ from jflow.types import FORWARD, BoundFlowMap, Domain, FlowMap, Key
 
 JUMPS = (1, 2, 4, 8, 16)
 AVERAGE = "ema"
+# The function that rebuilds the model of a checkpoint from its config, for `python -m jflow.sample` and `jflow.comparison`.
+MAKE = "experiments.loading:make"
 QUICK = {"steps": 40, "log_every": 20, "warmup": 10, "batch": 64, "features": 32, "depth": 2, "samples": 300}
 # What may differ between a run and the one that resumes it, and does not belong to the model.
 NOT_KEPT = ("out", "quick", "resume", "overwrite", "samples", "machine", "watch")
@@ -380,7 +382,7 @@ def train(
             **looks,
             snapshot_every=watch.snapshots or None,
             out_dir=config.out,
-            config=config.kept(),
+            config=config.kept() | {"make": MAKE, "average": AVERAGE},
             resume={"no": False, "yes": True, "auto": "auto"}[config.resume],
             overwrite=config.overwrite,
             stall_seconds=config.machine.stall_seconds,

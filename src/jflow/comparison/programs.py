@@ -35,6 +35,7 @@ class Program(NamedTuple):
 
     @classmethod
     def of(cls, entry: Entry, way: Way, x0: Event, cond: Cond, batch: int) -> Program:
+        """Compiles a row of an entry; ``cond`` is that of the entries that have none of their own."""
         cond = jax.tree.map(jnp.asarray, cond if entry.cond is None else entry.cond)
 
         def block(params: Params, key: Key | None, rows: jax.Array, x0: Event, cond: Cond) -> tuple[Event, Any]:

@@ -19,43 +19,51 @@ from jflow.types import FlowMap, Key
 FILES = ("results.json", "table.md", "comparison.png")
 
 
-def of_subject(
-    subject: Subject,
-    key: Key,
-    *,
-    steps: Sequence[int],
-    solvers: Sequence[str],
-    tolerances: Sequence[float],
-    samples: int,
-    **choices: Any,
-) -> Comparison:
-    """The table of a Subject: jumps of a FlowMap, the solvers on its velocity, and the Subject's own entries.
+def entries_of(
+    subject: Subject, *, steps: Sequence[int], solvers: Sequence[str], tolerances: Sequence[float]
+) -> list[Entry]:
+    """The jumps of a Subject's FlowMap, the solvers on its velocity, and its own further entries.
 
     Args:
       subject: what is compared.
-      key: of the noise, the conditioning and the data.
       steps: numbers of jumps, and of steps of the solvers without an error estimate.
       solvers, tolerances: as in ``solved``.
-      samples: how many samples errors and distances are measured on.
-      **choices: distances, batch, repeats of ``compare``.
 
     Raises:
-      As ``compare`` and ``solved``.
+      As ``Entry`` and ``solved``.
+    """
+    entries = []
+    if isinstance(subject.model, FlowMap):
+        entries.append(Entry("map", subject.model, subject.params, steps=steps, key=subject.key))
+    entries += solved(
+        subject.model, subject.params, solvers=solvers, steps=steps, tolerances=tolerances, key=subject.key
+    )
+    return [*entries, *subject.entries]
+
+
+def compare_subject(
+    subject: Subject, entries: Sequence[Entry], key: Key, *, samples: int, **choices: Any
+) -> Comparison:
+    """``compare`` on noise, conditioning and data that a Subject draws.
+
+    Args:
+      subject: what the entries are compared on.
+      entries: the rows of the table.
+      key: of the noise, the conditioning and the data.
+      samples: how many samples errors and distances are measured on.
+      **choices: distances, batch and repeats of ``compare``.
+
+    Raises:
+      As ``compare``.
     """
     n = checks.integer("samples", samples, low=1)
     noise_key, cond_key, data_key = jax.random.split(key, 3)
-    drawn = {"cond": subject.cond and subject.cond(cond_key, n), "key": subject.key}
-    entries = []
-    if isinstance(subject.model, FlowMap):
-        entries.append(Entry("map", subject.model, subject.params, steps=steps, **drawn))
-    entries += solved(subject.model, subject.params, solvers=solvers, steps=steps, tolerances=tolerances, **drawn)
-    data = None if subject.data is None else subject.data(data_key, n)
     return compare(
-        [*entries, *subject.entries],
+        entries,
         subject.noise(noise_key, n),
-        cond=drawn["cond"],
+        cond=None if subject.cond is None else subject.cond(cond_key, n),
         reference=subject.reference,
-        data=data,
+        data=None if subject.data is None else subject.data(data_key, n),
         features=subject.features,
         scale=subject.scale,
         **choices,
@@ -99,12 +107,11 @@ def report(
     checks.integer("seed", seed)
     if out is not None and not overwrite and (there := [name for name in FILES if (out / name).exists()]):
         raise ValueError(f"out: expected a directory without {there[0]}, got {out}; pass --overwrite to replace it")
-    table = of_subject(
-        find(source, make=make, average=average),
+    subject = find(source, make=make, average=average)
+    table = compare_subject(
+        subject,
+        entries_of(subject, steps=steps, solvers=solvers, tolerances=tolerances),
         jax.random.key(seed),
-        steps=steps,
-        solvers=solvers,
-        tolerances=tolerances,
         samples=samples,
         batch=batch,
         repeats=repeats,
@@ -120,14 +127,10 @@ def report(
 
 def write(table: Comparison, out: pathlib.Path) -> None:
     """Writes table.md, results.json and comparison.png."""
-    from matplotlib.figure import Figure
-
-    figure = Figure(figsize=(11, 4.2), layout="constrained")
-    table.plot(figure.subplots(1, 2, sharey=True))
     out.mkdir(parents=True, exist_ok=True)
     (out / "results.json").write_text(table.to_json() + "\n")
     (out / "table.md").write_text(table.markdown() + "\n")
-    figure.savefig(out / "comparison.png", dpi=130)
+    table.save_figure(out / "comparison.png")
 
 
 def main(argv: Sequence[str] | None = None) -> None:

@@ -5,12 +5,14 @@ from __future__ import annotations
 import dataclasses
 import json
 import math
+import os
 from collections.abc import Mapping, Sequence
 from typing import Any
 
 from jflow.comparison.distances import Distance
 
 FORMAT = 1
+SIZE = (11.0, 4.2)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -145,7 +147,8 @@ class Comparison:
           ValueError: for another number of axes than two.
         """
         if axes is None:
-            axes = _new_axes()
+            figure = _matplotlib("pyplot").figure(figsize=SIZE, layout="constrained")
+            axes = list(figure.subplots(1, 2, sharey=True))
         if len(axes) != 2:
             raise ValueError(f"axes: expected two axes, for NFE and time, got {len(axes)}")
         for axis, column, label in (
@@ -168,6 +171,12 @@ class Comparison:
         axes[0].set(ylabel="RMSE against the reference")
         axes[1].legend()
         return axes[0].figure
+
+    def save_figure(self, path: str | os.PathLike[str]) -> None:
+        """Writes the figure of ``plot`` to a file; errors as ``plot``."""
+        figure = _matplotlib("figure").Figure(figsize=SIZE, layout="constrained")
+        self.plot(figure.subplots(1, 2, sharey=True))
+        figure.savefig(path, dpi=130)
 
     def to_json(self) -> str:
         """The comparison as JSON; ``from_json`` reads it. null stands for what is unknown or not finite."""
@@ -217,9 +226,10 @@ def _cell(value: Any) -> str:
     return f"{value:.3g}" if isinstance(value, float) else str(value)
 
 
-def _new_axes() -> Sequence[Any]:
+def _matplotlib(module: str) -> Any:
     try:
-        import matplotlib.pyplot as plt
+        import matplotlib.figure
+        import matplotlib.pyplot
     except ImportError as error:
         raise ImportError("plot needs Matplotlib, which is missing: pip install 'jflow[experiments]'") from error
-    return plt.subplots(1, 2, figsize=(11, 4.2), layout="constrained", sharey=True)[1]
+    return getattr(matplotlib, module)
