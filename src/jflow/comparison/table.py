@@ -166,7 +166,9 @@ class Comparison:
                     linewidth=1.0 if solver else 2.5,
                     label=entry,
                 )
-            axis.set(xlabel=label, xscale="log", yscale="log")
+            # A logarithmic axis warns where it has nothing to show.
+            scale = "log" if any(row.rmse > 0.0 for row in self.rows) else "linear"
+            axis.set(xlabel=label, xscale="log", yscale=scale)
             axis.grid(alpha=0.3)
         axes[0].set(ylabel="RMSE against the reference")
         axes[1].legend()
