@@ -153,6 +153,18 @@ def test_distances_are_over_the_features_of_samples_in_units_of_the_data():
     assert comparison.Comparison.from_json(table.to_json()) == table
 
 
+def test_events_may_be_pytrees_of_several_dtypes():
+    def velocity(params, t, x, cond=None, *, key=None):
+        return {"a": jnp.full_like(x["a"], 2.0), "b": jnp.full_like(x["b"], -1.0)}
+
+    x0 = {"a": np.zeros((5, 3)), "b": np.zeros((5, 2, 2), np.float32)}
+    table = comparison.compare(Entry("two", velocity, solver="euler", steps=(1,)), x0, reference=x0, repeats=1)
+    (row,) = table.rows
+    assert row.rmse == pytest.approx(((3 * 4 + 4 * 1) / 7) ** 0.5) and row.rmse_error == 0.0
+    # The energy distance of two points: twice the distance between them.
+    assert row.distances["energy"].value == pytest.approx(2 * (3 * 4 + 4) ** 0.5)
+
+
 @pytest.mark.parametrize("name", sorted(comparison.DISTANCES))
 def test_every_named_distance_grows_with_a_shift(name):
     x, y = noise(), np.asarray(noise())[::-1] + 0.5

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import sys
 
 import jax
 import jax.numpy as jnp
@@ -123,7 +124,7 @@ def test_a_picture_of_a_velocity_s_samples_is_drawn(tmp_path):
         (shell.main, ["tiny_subject:wrong"], "expected a function that returns comparison.Subject, got int 3"),
         (shell.main, ["no_such_run"], "no_such_run: no such directory"),
         (shell.main, ["tiny_subject:make", "--solvers", "magic"], "solvers: expected one of 'euler'"),
-        (shell.main, ["tiny_subject:make", "--average", "slow"], "make, average: expected none beside a function"),
+        (shell.main, ["tiny_subject:make", "--average", "slow"], "make, average: expected None beside a function"),
         (shell.main, ["tiny_subject:make", "--samples", "0"], "samples: expected a whole number"),
         (sample.main, ["tiny_subject:make", "--out", "x.gif"], "out: suffix: expected one of '.png'"),
         (sample.main, ["tiny_subject:make", "--out", "x.npy", "--jumps", "0"], "jumps: expected a whole number"),
@@ -141,6 +142,17 @@ def test_mistakes_end_in_a_message(main, arguments, message, capsys):
         main(arguments)
     said = capsys.readouterr().err
     assert ended.value.code == 2 and message in said and "Traceback" not in said
+
+
+@pytest.mark.parametrize("missing", ["tyro", "matplotlib.figure"])
+def test_a_missing_package_is_named_with_the_extra_that_brings_it(missing, tmp_path, monkeypatch, capsys):
+    monkeypatch.setitem(sys.modules, missing, None)
+    with pytest.raises(SystemExit):
+        shell.main(["tiny_subject:make", *FAST, "--out", str(tmp_path)])
+    said = capsys.readouterr().err
+    assert missing.partition(".")[0] in said.lower() and "pip install 'jflow[experiments]'" in said
+    # The measurement is not lost.
+    assert (tmp_path / "results.json").exists() == (missing != "tyro")
 
 
 def test_a_run_whose_config_names_no_function(a_run):

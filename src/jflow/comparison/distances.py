@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jflow import checks, metrics
+from jflow import checks, metrics, trees
 from jflow.types import Array, Event
 
 # (x, y) -> the distance of two sets of features, [n, d] and [m, d].
@@ -62,7 +62,8 @@ def chosen(distances: Sequence[str] | Mapping[str, DistanceFn]) -> dict[str, Dis
 
 def flatten(samples: Event) -> Array:
     """The features by default: all leaves of a sample in one row, ``[N, d]``."""
-    leaves = [jnp.reshape(leaf, (leaf.shape[0], -1)) for leaf in jax.tree.leaves(samples)]
+    dtype = trees.at_least_float32(samples)
+    leaves = [jnp.reshape(leaf, (leaf.shape[0], -1)).astype(dtype) for leaf in jax.tree.leaves(samples)]
     return jnp.concatenate(leaves, axis=1)
 
 

@@ -150,7 +150,7 @@ def run_cli(function: Callable[..., None], argv: Sequence[str] | None, program: 
         _refuse("the command line needs tyro, which is missing: pip install 'jflow[experiments]'")
     try:
         tyro.cli(function, args=None if argv is None else list(argv), prog=program)
-    except (ValueError, TypeError, OSError) as error:
+    except (ValueError, TypeError, OSError, ImportError) as error:
         _refuse(str(error))
 
 

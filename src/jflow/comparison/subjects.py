@@ -132,5 +132,5 @@ def find(source: str, *, make: str | None = None, average: str | None = None) ->
     if ":" not in source or pathlib.Path(source).is_dir():
         return from_run(source, make=make, average=average)
     if make is not None or average is not None:
-        raise ValueError("make, average: expected none beside a function, for they are of a run's directory")
+        raise ValueError("make, average: expected None beside a function, because they apply to a run's directory")
     return load(source)
