@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import platform
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -13,7 +13,7 @@ import numpy as np
 
 from jflow import checks, solvers, trees
 from jflow.comparison import distances as distances_
-from jflow.comparison.distances import DistanceFn, Features
+from jflow.comparison.distances import Distance, DistanceFn, Features
 from jflow.comparison.entries import Entry
 from jflow.comparison.programs import Program, flops, interleaved_seconds
 from jflow.comparison.table import Comparison, Row
@@ -48,12 +48,13 @@ def compare(
       cond: conditioning of each sample, leaves ``[N, ...]``, of the entries that have none of their own.
       reference: what errors are measured against. An entry of one row, such as an exact map in one jump; or end points
         shaped like x0; by default a solve of the first entry's velocity by Dopri8 at tolerance 1e-5 (1e-8 in float64).
-      data: samples ``[M, ...]`` that the distances are taken to, in units of the data; by default the reference's end points.
+      data: samples ``[M, ...]`` that the distances are taken to, in units of the data; by default the reference's end points,
+        which share x0 with the samples, so that a standard error, meant for independent sets, is too large.
       features: ``samples [N, ...] -> [N, d]``, where distances are measured; by default the entries of x.
       distances: names in ``DISTANCES``, or functions ``(x, y) -> Estimate or scalar`` of features by name.
       scale: units of the data per unit of x. It multiplies the errors, and the samples before ``features``.
       batch: the samples of a block, and of a timed call; at most N.
-      repeats: timed calls of each row.
+      repeats: timed calls of each row, after one that is not timed.
 
     Returns:
       The Comparison.
@@ -81,38 +82,23 @@ def compare(
     for entry in entries:
         _check_cond(entry, cond, n)
 
-    def featured(ends: Event) -> Array:
-        return to_features(trees.scale(scale, jax.tree.map(jnp.asarray, ends)))
-
     truth, said = _truth(reference, entries[0], x0, cond, batch)
-    compared = featured(truth) if data is None else to_features(jax.tree.map(jnp.asarray, data))
-    floor = distances_.measured(functions, featured(truth), compared) if data is not None else {}
+    true_samples = trees.scale(scale, truth)
+
+    def features_of(samples: Event) -> Array:
+        return to_features(jax.tree.map(jnp.asarray, samples))
+
+    compared = features_of(true_samples if data is None else data) if functions else None
+
+    def distances_of(samples: Event) -> dict[str, Distance]:
+        return {} if compared is None else distances_.measured(functions, features_of(samples), compared)
+
+    floor = {} if data is None else distances_of(true_samples)
     rows, programs = [], {}
     for entry in entries:
         for way in entry.ways():
-            program = Program.of(entry, way, x0, cond, batch)
-            ends, nfe = program.run_all()
-            errors, failed = _errors(ends, truth, scale)
-            found = distances_.measured(functions, featured(ends), compared)
-            programs[way.name] = program
-            calls = nfe if way.units is None else way.units
-            each = flops(way.unit, program.sample())
-            rows.append(
-                Row(
-                    name=way.name,
-                    entry=entry.name,
-                    kind=way.kind,
-                    nfe=nfe,
-                    flops=None if each is None or calls is None else each * calls,
-                    **_summary(errors),
-                    distances=found,
-                    failed=failed,
-                    compile_seconds=program.seconds,
-                    seconds=np.nan,
-                    seconds_low=np.nan,
-                    seconds_high=np.nan,
-                )
-            )
+            programs[way.name] = program = Program.of(entry, way, x0, cond, batch)
+            rows.append(_row(entry.name, program, truth, scale, distances_of))
     times = interleaved_seconds(programs, repeats)
     rows = [dataclasses.replace(row, **_per_sample(times[row.name], batch)) for row in rows]
     return Comparison(
@@ -145,6 +131,30 @@ def _truth(reference: Entry | Event | None, first: Entry, x0: Event, cond: Cond,
     if not all(np.isfinite(np.asarray(leaf, np.float64)).all() for leaf in jax.tree.leaves(truth)):
         raise ValueError(f"reference: expected finite end points, got NaN or infinity from {ways[0].name}")
     return truth, ways[0].name
+
+
+def _row(
+    entry: str, program: Program, truth: Event, scale: float, distances_of: Callable[[Event], dict[str, Distance]]
+) -> Row:
+    """The row of a program, without its times."""
+    ends, nfe = program.run_all()
+    errors, failed = _errors(ends, truth, scale)
+    way = program.way
+    calls, each = nfe if way.units is None else way.units, flops(way.unit, program.sample())
+    return Row(
+        name=way.name,
+        entry=entry,
+        kind=way.kind,
+        nfe=nfe,
+        flops=None if each is None or calls is None else each * calls,
+        **_summary(errors),
+        distances=distances_of(trees.scale(scale, ends)),
+        failed=failed,
+        compile_seconds=program.seconds,
+        seconds=np.nan,
+        seconds_low=np.nan,
+        seconds_high=np.nan,
+    )
 
 
 def _check_entries(entries: list[Entry]) -> None:

@@ -94,12 +94,12 @@ def flops(unit: Callable[..., Any], arguments: tuple[Any, ...]) -> float | None:
 
 
 def interleaved_seconds(programs: Mapping[str, Program], repeats: int) -> dict[str, np.ndarray]:
-    """Seconds of calls of each, interleaved: all programs once, then all again."""
+    """Seconds of calls of each, interleaved: all programs once, then all again. The first round is not counted."""
     seconds: dict[str, list[float]] = {name: [] for name in programs}
     arguments = {name: jax.block_until_ready(program.arguments(0)) for name, program in programs.items()}
-    for _ in range(repeats):
+    for _ in range(repeats + 1):
         for name, program in programs.items():
             began = time.perf_counter()
             jax.block_until_ready(program.compiled(*arguments[name]))
             seconds[name].append(time.perf_counter() - began)
-    return {name: np.asarray(values) for name, values in seconds.items()}
+    return {name: np.asarray(values[1:]) for name, values in seconds.items()}
