@@ -37,6 +37,8 @@ from jflow.types import FORWARD, BoundFlowMap, Domain, FlowMap, Key
 
 JUMPS = (1, 2, 4, 8, 16)
 AVERAGE = "ema"
+# The function that rebuilds the model of a checkpoint from its config, for `python -m jflow.sample` and `jflow.comparison`.
+MAKE = "experiments.loading:make"
 QUICK = {"steps": 40, "log_every": 20, "warmup": 10, "batch": 64, "features": 32, "depth": 2, "samples": 300}
 # Options that may differ when a run is resumed; they do not belong to the model.
 NOT_KEPT = ("out", "quick", "resume", "overwrite", "samples", "machine", "watch")
@@ -375,7 +377,7 @@ def train(
         overwrite=config.overwrite,
         keep_best=0 if score is None else 1,
         best=None if score is None else "score",
-        config=config.kept(),
+        config=config.kept() | {"make": MAKE, "average": AVERAGE},
     )
     began = time.perf_counter()
     state = training.fit(

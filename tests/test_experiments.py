@@ -7,11 +7,12 @@ import pathlib
 import subprocess
 import sys
 
+import jax
 import numpy as np
 import pytest
 
-from experiments import common
-from jflow import objectives
+from experiments import common, loading
+from jflow import comparison, objectives, sample, training
 
 ROOT = pathlib.Path(__file__).resolve().parents[1]
 FILES = {
@@ -51,6 +52,30 @@ def test_quick_run(name, out):
         table = json.loads((out / name / "solver_vs_map" / "results.json").read_text())["table"]
         assert table["map, 1 jump"]["nfe"] == 1 and table["euler, 8 steps"]["nfe"] == 8
         assert table["euler, 100 steps"]["rmse"] < 0.1 * table["euler, 1 step"]["rmse"]
+
+
+def test_samples_are_drawn_from_a_run_without_code(out):
+    """After the quick run of the mixture."""
+    sample.main([str(out / "mixture"), "--jumps", "2", "--n", "3", "--out", str(out / "drawn.npy")])
+    drawn = np.load(out / "drawn.npy")
+    assert drawn.shape == (3, 2) and drawn.dtype == np.float32 and np.isfinite(drawn).all()
+    subject = comparison.from_run(out / "mixture")
+    average, _ = training.restore_params(out / "mixture", common.AVERAGE)
+    assert jax.tree.all(jax.tree.map(np.array_equal, subject.params, average))
+
+
+@pytest.mark.parametrize(
+    ("config", "message"),
+    [
+        ({"experiment": "nothing"}, "No module named"),
+        ({"experiment": "catalogue"}, "no attribute 'problem'"),
+        ({"experiment": "bias"}, "dim"),
+        ({"experiment": "mixture", "colour": "red"}, "colour"),
+    ],
+)
+def test_a_config_of_no_experiment_with_one_model_is_refused(config, message):
+    with pytest.raises(ValueError, match=rf"config: expected that of an experiment of this version.*{message}"):
+        loading.make(config)
 
 
 # One of each kind of row: pairs of the data, of a solve, of optimal transport; a teacher, one that changes; a start from it.

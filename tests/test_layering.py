@@ -45,6 +45,8 @@ ROOMS = (
     "datasets",
     "metrics",
     "diagnostics",
+    "comparison",
+    "sample",
 )
 # Slow to import or not installed everywhere: only inside the functions that need them.
 HEAVY = set("diffrax equinox flax grain lineax optimistix orbax ott tensorboardX tyro wandb".split())

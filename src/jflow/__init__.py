@@ -29,12 +29,36 @@ from jflow.parameterizations import flow_map
 from jflow.types import Aux, Batch, BoundFlowMap, Context, Domain, FlowMap, Velocity
 
 if TYPE_CHECKING:
-    from jflow import datasets, diagnostics, likelihood, metrics, nets, oracles, samplers, solvers, training
+    from jflow import (
+        comparison,
+        datasets,
+        diagnostics,
+        likelihood,
+        metrics,
+        nets,
+        oracles,
+        sample,
+        samplers,
+        solvers,
+        training,
+    )
 
 __version__ = "0.2.0"
 
 # Loaded at first use: they bring flax, diffrax, orbax or the like.
-_LAZY = ("datasets", "diagnostics", "likelihood", "metrics", "nets", "oracles", "samplers", "solvers", "training")
+_LAZY = (
+    "comparison",
+    "datasets",
+    "diagnostics",
+    "likelihood",
+    "metrics",
+    "nets",
+    "oracles",
+    "sample",
+    "samplers",
+    "solvers",
+    "training",
+)
 
 __all__ = [
     "Aux",
@@ -46,6 +70,7 @@ __all__ = [
     "Objective",
     "Velocity",
     "bases",
+    "comparison",
     "conventions",
     "couplings",
     "datasets",
@@ -62,6 +87,7 @@ __all__ = [
     "parameterizations",
     "reductions",
     "reports",
+    "sample",
     "samplers",
     "sharding",
     "solvers",

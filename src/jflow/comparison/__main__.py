@@ -1,0 +1,6 @@
+"""``python -m jflow.comparison``: see ``jflow.comparison.shell``."""
+
+from jflow.comparison.shell import main
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,105 @@
+"""The compiled program of a row, its FLOPs, and the time of many programs by turns."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Mapping
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from jflow.comparison.entries import Entry, Way
+from jflow.types import Cond, Event, Key, Params
+
+
+class Program(NamedTuple):
+    """A row's compiled block: ``compiled(params, key, rows, x0, cond) -> (x1, nfe or None)``.
+
+    Attributes:
+      compiled: of blocks of one size.
+      seconds: that tracing and compiling took.
+      way, params, key, x0, cond: what it runs; x0 and cond of all samples.
+      batch: the size of a block.
+    """
+
+    compiled: Callable[..., tuple[Event, Any]]
+    seconds: float
+    way: Way
+    params: Params
+    key: Key | None
+    x0: Event
+    cond: Cond
+    batch: int
+
+    @classmethod
+    def of(cls, entry: Entry, way: Way, x0: Event, cond: Cond, batch: int) -> Program:
+        """Compiles a row of an entry; ``cond`` is that of the entries that have none of their own."""
+        cond = jax.tree.map(jnp.asarray, cond if entry.cond is None else entry.cond)
+
+        def block(params: Params, key: Key | None, rows: jax.Array, x0: Event, cond: Cond) -> tuple[Event, Any]:
+            def one(row: jax.Array, x0: Event, cond: Cond) -> tuple[Event, Any]:
+                return way.run(params, None if key is None else jax.random.fold_in(key, row), x0, cond)
+
+            return jax.vmap(one)(rows, x0, cond)
+
+        program = cls(lambda *_: (None, None), 0.0, way, entry.params, entry.key, x0, cond, batch)
+        arguments = program.arguments(0)
+        began = time.perf_counter()
+        compiled = jax.jit(block).lower(*arguments).compile()
+        return program._replace(compiled=compiled, seconds=time.perf_counter() - began)
+
+    def arguments(self, first: int) -> tuple[Any, ...]:
+        """Those of the block that begins at sample ``first``; the last block is filled up with the last sample."""
+        rows = np.minimum(np.arange(first, first + self.batch), self.total() - 1).astype(np.uint32)
+        x0, cond = jax.tree.map(lambda leaf: leaf[rows], (self.x0, self.cond))
+        return self.params, self.key, jnp.asarray(rows), x0, cond
+
+    def total(self) -> int:
+        """The number of samples."""
+        return jax.tree.leaves(self.x0)[0].shape[0]
+
+    def sample(self) -> tuple[Any, ...]:
+        """(params, key, x0, cond) of the first sample."""
+        x0, cond = jax.tree.map(lambda leaf: leaf[0], (self.x0, self.cond))
+        return self.params, None if self.key is None else jax.random.fold_in(self.key, 0), x0, cond
+
+    def run_all(self) -> tuple[Event, float | None]:
+        """The end points of all samples, on the host, and the mean number of calls of the model."""
+        ends, counts = [], []
+        for first in range(0, self.total(), self.batch):
+            end, nfe = jax.device_get(self.compiled(*self.arguments(first)))
+            kept = self.total() - first
+            ends.append(jax.tree.map(lambda leaf, kept=kept: leaf[:kept], end))
+            counts += [] if nfe is None else [nfe[:kept]]
+        x1 = jax.tree.map(lambda *leaves: np.concatenate(leaves), *ends)
+        if self.way.calls is not None:
+            return x1, float(self.way.calls(*self.sample()))
+        return x1, float(np.mean(np.concatenate(counts))) if counts else None
+
+
+def flops(unit: Callable[..., Any], arguments: tuple[Any, ...]) -> float | None:
+    """FLOPs of one sample's program as XLA counts them before it optimises; None where it cannot.
+
+    XLA counts the body of a loop once, so a program with a loop in it has no count.
+    """
+    lowered = jax.jit(unit).lower(*arguments)
+    try:
+        cost = lowered.cost_analysis()
+    except NotImplementedError:
+        return None
+    flops = float((cost or {}).get("flops", 0.0))
+    return flops if flops > 0.0 and "stablehlo.while" not in lowered.as_text() else None
+
+
+def interleaved_seconds(programs: Mapping[str, Program], repeats: int) -> dict[str, np.ndarray]:
+    """Seconds of calls of each, interleaved: all programs once, then all again. The first round is not counted."""
+    seconds: dict[str, list[float]] = {name: [] for name in programs}
+    arguments = {name: jax.block_until_ready(program.arguments(0)) for name, program in programs.items()}
+    for _ in range(repeats + 1):
+        for name, program in programs.items():
+            began = time.perf_counter()
+            jax.block_until_ready(program.compiled(*arguments[name]))
+            seconds[name].append(time.perf_counter() - began)
+    return {name: np.asarray(values[1:]) for name, values in seconds.items()}
