@@ -12,6 +12,7 @@ import jax
 import numpy as np
 
 from jflow import sharding, training
+from jflow.sample import picture
 from jflow.training import distributed, image_grids
 
 
@@ -78,20 +79,6 @@ class Watching:
         if self.profile is not None:
             found.append(training.Profile(out / "profile", *self.profile))
         return found
-
-
-def picture(samples: np.ndarray) -> np.ndarray:
-    """Images side by side, or the density of points of the plane in [-2, 2]^2; uint8 [H, W, 3].
-
-    Raises:
-      ValueError: for samples that are neither.
-    """
-    if samples.ndim == 4:
-        return image_grids.tile(samples)
-    if samples.shape[1:] != (2,):
-        raise ValueError(f"samples: expected images [N, H, W, C] or points [N, 2], got {samples.shape}")
-    counts = np.histogram2d(samples[:, 1], samples[:, 0], bins=64, range=[(-2.0, 2.0)] * 2)[0][::-1]
-    return image_grids.tile(2.0 * counts[None, :, :, None] / max(counts.max(), 1.0) - 1.0)
 
 
 def grid_writer(

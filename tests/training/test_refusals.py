@@ -12,8 +12,9 @@ import optax
 import pytest
 
 from experiments import catalogue, common, mixture
-from experiments.running import Machine, Watching, picture
+from experiments.running import Machine, Watching
 from jflow import datasets, sharding
+from jflow.sample import picture
 from jflow.training import (
     Checkpoints,
     CountFlops,

@@ -13,7 +13,7 @@ from jflow import checks, metrics, trees
 from jflow.types import Array, Event
 
 # (x, y) -> the distance of two sets of features, [n, d] and [m, d].
-DistanceFn = Callable[[Array, Array], metrics.Estimate | Array]
+DistanceFn = Callable[[Array, Array], metrics.Estimate | Array | np.ndarray]
 # Samples [N, ...] (a pytree of such) -> [N, d].
 Features = Callable[[Event], Array]
 
