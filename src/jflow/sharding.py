@@ -101,7 +101,9 @@ def init(make: Callable[..., Tree], mesh: Mesh, *args: PyTree) -> Tree:
 
 
 def place(tree: Tree, shardings: PyTree) -> Tree:
-    """Copies of arrays, the same on every process, laid out so: ``shardings`` is one, or a pytree like ``tree``.
+    """Copies arrays to the devices, with one sharding for all of them or a pytree of shardings like ``tree``.
+
+    Every process passes the same values.
 
     Raises:
       ValueError: when the structures differ, or a value does not fit the dtype that jax gives it (``checks.fits``).

@@ -206,7 +206,10 @@ def write_oriented(path, levels, orientation, **options):
 @pytest.mark.parametrize("ending", ENDINGS[:6])
 @pytest.mark.parametrize("orientation", TURNS)
 def test_images_are_turned_upright(tmp_path, ending, orientation):
-    """All eight orientations (and one that is none), with sizes taken afterwards; blocks of 16 survive in JPEG files."""
+    """A reader applies the orientation tag before it takes the size; a tag that is not one of the eight is ignored.
+
+    The picture is made of blocks of 16 pixels, which JPEG compression preserves.
+    """
     stored = np.repeat(np.repeat(LEVELS[0], 16, axis=0), 16, axis=1)
     exact = ending.lower() not in ("jpg", "jpeg")
     options = {"lossless": True} if ending == "webp" else {} if exact else {"quality": 100, "subsampling": 0}
