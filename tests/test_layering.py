@@ -45,6 +45,7 @@ ROOMS = (
     "datasets",
     "metrics",
     "diagnostics",
+    "plots",
 )
 # Slow to import or not installed everywhere: only inside the functions that need them.
 HEAVY = set("diffrax equinox flax grain lineax optimistix orbax ott tensorboardX tyro wandb".split())

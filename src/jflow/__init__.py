@@ -29,12 +29,23 @@ from jflow.parameterizations import flow_map
 from jflow.types import Aux, Batch, BoundFlowMap, Context, Domain, FlowMap, Velocity
 
 if TYPE_CHECKING:
-    from jflow import datasets, diagnostics, likelihood, metrics, nets, oracles, samplers, solvers, training
+    from jflow import datasets, diagnostics, likelihood, metrics, nets, oracles, plots, samplers, solvers, training
 
 __version__ = "0.2.0"
 
 # Loaded at first use: they bring flax, diffrax, orbax or the like.
-_LAZY = ("datasets", "diagnostics", "likelihood", "metrics", "nets", "oracles", "samplers", "solvers", "training")
+_LAZY = (
+    "datasets",
+    "diagnostics",
+    "likelihood",
+    "metrics",
+    "nets",
+    "oracles",
+    "plots",
+    "samplers",
+    "solvers",
+    "training",
+)
 
 __all__ = [
     "Aux",
@@ -60,6 +71,7 @@ __all__ = [
     "objectives",
     "oracles",
     "parameterizations",
+    "plots",
     "reductions",
     "reports",
     "samplers",
