@@ -86,11 +86,10 @@ def _figure(config: Config, drawn: dict[int, np.ndarray], exact: np.ndarray) -> 
     shown = {"exact": exact, **{f"{jumps} jump{'s' if jumps > 1 else ''}": x for jumps, x in drawn.items()}}
     figure, axes = plots.panels(1, len(shown), size=(3.1, 3.2), sharey=True)
     for axis, (title, points) in zip(axes[0], shown.items(), strict=True):
-        box = (-1.1, 1.1, -1.1, 1.1)
-        plots.samples_in_plane(points, extent=box, bins=128, vmax=1.0, colorbar=False, ax=axis)
+        box, last = (-1.1, 1.1, -1.1, 1.1), axis is axes[0, -1]
+        plots.samples_in_plane(points, extent=box, bins=128, vmax=1.0, colorbar=last, ax=axis)
         axis.set(title=title)
         axis.label_outer()
-    figure.colorbar(axes[0, 0].images[0], ax=axes, label="density of the samples")
     figure.savefig(config.out / "checkerboard.png", dpi=120)
 
 

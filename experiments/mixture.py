@@ -116,13 +116,13 @@ def _figure(config: Config, table: dict, drawn: dict, exact: np.ndarray) -> None
     axes[0, 0].set_xticks(list(table), map(str, table))
     axes[0, 0].set_xticks([], minor=True)
     shown = {"exact": exact, "one jump": drawn[1], "four jumps": drawn[4]}
+    vmax = None
     for axis, (title, points) in zip(axes[0, 1:], shown.items(), strict=True):
-        plots.samples_in_plane(points, extent=(-3.0, 3.0, -3.0, 3.0), colorbar=False, ax=axis)
+        box, last = (-3.0, 3.0, -3.0, 3.0), axis is axes[0, -1]
+        plots.samples_in_plane(points, extent=box, vmax=vmax, colorbar=last, ax=axis)
         axis.set(title=title)
-    # The colours of all are those of the exact samples.
-    for axis in axes[0, 2:]:
-        axis.images[0].set_clim(axes[0, 1].images[0].get_clim())
-    figure.colorbar(axes[0, 1].images[0], ax=axes[0, 1:], label="density of the samples")
+        # All have the colours of the exact samples.
+        vmax = axis.images[0].get_clim()[1]
     figure.savefig(config.out / "mixture.png", dpi=120)
 
 

@@ -12,6 +12,7 @@ from jflow import checks
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
+    from matplotlib.cm import ScalarMappable
     from matplotlib.figure import Figure
 
 Extent = tuple[float, float, float, float]
@@ -39,7 +40,7 @@ def panels(
     checks.integer("rows", rows, low=1)
     checks.integer("columns", columns, low=1)
     width, height = (checks.number("size", side, low=0.0, open_low=True) for side in size)
-    figure = make(figsize=(columns * width, rows * height), layout="constrained")
+    figure = make(figsize=(columns * width, rows * height), layout="compressed")
     return figure, figure.subplots(rows, columns, squeeze=False, **subplots)
 
 
@@ -77,6 +78,16 @@ def figure_of(ax: Axes) -> Figure:
     """The whole figure that an axis is part of."""
     # The inner one may be a sub-figure.
     return ax.figure.figure  # pyright: ignore[reportReturnType]
+
+
+def colour_bar(ax: Axes, colours: ScalarMappable, label: str) -> None:
+    """A colour bar at the right of the axis, as high as the axis is drawn."""
+    ax.figure.colorbar(colours, cax=ax.inset_axes((1.03, 0.0, 0.045, 1.0)), label=label)
+
+
+def label_plane(ax: Axes) -> None:
+    """The names of the two entries of a point, which have the same scale."""
+    ax.set(xlabel="x[0]", ylabel="x[1]", aspect="equal")
 
 
 def points_in_plane(name: str, samples: ArrayLike) -> np.ndarray:

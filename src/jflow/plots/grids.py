@@ -10,7 +10,7 @@ from numpy.typing import ArrayLike
 
 from jflow import checks
 from jflow.diagnostics import IDENTITIES, ResidualGrid
-from jflow.plots.axes import axis_or_new, figure_of, panels
+from jflow.plots.axes import axis_or_new, colour_bar, figure_of, panels
 from jflow.training import image_grids
 
 if TYPE_CHECKING:
@@ -153,7 +153,7 @@ def residuals(
         image = axis.pcolormesh(_edges(grid.s[s]), _edges(grid.t[t]), shown[np.ix_(s, t)].T, norm=norm, cmap=cmap)
         axis.set(ylabel="target time t", facecolor="lightgrey", aspect="equal")
         if name == maps[-1]:
-            axis.figure.colorbar(image, ax=axis, label="RMS residual, in units of a velocity")
+            colour_bar(axis, image, "RMS residual, in units of a velocity")
     return figure_of(axes[0])
 
 

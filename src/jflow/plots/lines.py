@@ -34,7 +34,8 @@ def learning_curve(
     Args:
       source: a ``metrics.jsonl``, the directory of a run that holds one, or its rows.
       names: the metrics; those of training and of evaluation are separate lines.
-      smooth: number of rows whose mean is drawn, a row and those before it; the values themselves are then drawn faintly.
+      smooth: number of rows of the training whose mean is drawn at their middle; the values themselves are then drawn
+        faintly. The values of evaluations are drawn as they are, with markers.
       yscale: scale of the vertical axis, "linear" or "log".
       ax: the axis to draw on; None for a new figure.
 
@@ -53,18 +54,20 @@ def learning_curve(
     rows = list(source)
     lines = {label: line for name in names for label, line in _lines_of(rows, name).items()}
     ax = axis_or_new(ax)
-    for index, (label, (steps, values)) in enumerate(lines.items()):
-        if smooth > 1:
-            ax.plot(steps, values, color=f"C{index}", linewidth=0.8, alpha=0.3)
-        ax.plot(steps, _trailing_mean(values, smooth), color=f"C{index}", label=label)
+    for index, (label, (kind, steps, values)) in enumerate(lines.items()):
+        trained, colour = kind == "train", f"C{index}"
+        if trained and smooth > 1:
+            ax.plot(steps, values, color=colour, linewidth=0.8, alpha=0.3)
+        shown = _running_mean(values, smooth) if trained else values
+        ax.plot(steps, shown, "-" if trained else ".-", color=colour, label=label)
     ax.set(xlabel="step", yscale=yscale, ylabel=next(iter(lines)) if len(lines) == 1 else "")
     if len(lines) > 1:
         ax.legend()
     return figure_of(ax)
 
 
-def _lines_of(rows: Sequence[Row], name: str) -> dict[str, tuple[np.ndarray, np.ndarray]]:
-    """The steps and values of a metric by label, one line for each kind of row."""
+def _lines_of(rows: Sequence[Row], name: str) -> dict[str, tuple[str, np.ndarray, np.ndarray]]:
+    """The kind, the steps and the values of a metric by label, one line for each kind of row."""
     holders = [row for row in rows if name in row]
     if not holders:
         known = sorted({key for row in rows for key in row} - {"kind", "step"})
@@ -79,13 +82,15 @@ def _lines_of(rows: Sequence[Row], name: str) -> dict[str, tuple[np.ndarray, np.
                     f"names: expected metrics that are numbers; {name!r} of step {row['step']} is {row[name]!r}"
                 )
         values = np.array([np.nan if row[name] is None else row[name] for row in mine], np.float64)
-        lines[name if len(kinds) == 1 else f"{name}, {kind}"] = np.array([row["step"] for row in mine]), values
+        steps = np.array([row["step"] for row in mine])
+        lines[name if len(kinds) == 1 else f"{name}, {kind}"] = kind, steps, values
     return lines
 
 
-def _trailing_mean(values: np.ndarray, count: int) -> np.ndarray:
-    """The mean of the finite ones among each value and the ``count - 1`` before it; NaN where the value is."""
-    windows = np.lib.stride_tricks.sliding_window_view(np.pad(values, (count - 1, 0), constant_values=np.nan), count)
+def _running_mean(values: np.ndarray, count: int) -> np.ndarray:
+    """The mean of the finite ones among ``count`` values around each, fewer at the ends; NaN where the value is."""
+    padded = np.pad(values, ((count - 1) // 2, count // 2), constant_values=np.nan)
+    windows = np.lib.stride_tricks.sliding_window_view(padded, count)
     finite = np.isfinite(windows)
     means = np.where(finite, windows, 0.0).sum(axis=1) / np.maximum(finite.sum(axis=1), 1)
     return np.where(np.isfinite(values), means, np.nan)

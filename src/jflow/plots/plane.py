@@ -11,7 +11,7 @@ import numpy as np
 from numpy.typing import ArrayLike
 
 from jflow import checks, trees
-from jflow.plots.axes import axis_or_new, extent_of, figure_of, points_in_plane
+from jflow.plots.axes import axis_or_new, colour_bar, extent_of, figure_of, label_plane, points_in_plane
 from jflow.types import Array
 
 if TYPE_CHECKING:
@@ -55,9 +55,9 @@ def samples_in_plane(
     density = counts / (max(len(points), 1) * (x[1] - x[0]) * (y[1] - y[0]))
     vmin = 0.0 if vmin is None else vmin
     image = ax.imshow(density.T, origin="lower", extent=box, cmap=cmap, vmin=vmin, vmax=vmax, interpolation="nearest")
-    ax.set(aspect="equal")
+    label_plane(ax)
     if colorbar:
-        ax.figure.colorbar(image, ax=ax, label="density of the samples")
+        colour_bar(ax, image, "density of the samples")
     return figure_of(ax)
 
 
@@ -102,10 +102,11 @@ def density_and_samples(
     checks.shape("log_density(x) for a batch of x", values, (resolution**2,))
     density = np.exp(np.asarray(values, np.float64)).reshape(resolution, resolution)
     image = ax.imshow(density, origin="lower", extent=box, cmap="Blues", vmin=0.0, interpolation="bilinear")
-    ax.plot(points[:, 0], points[:, 1], ".", color="C3", markersize=3, alpha=0.6, label="samples")
-    ax.set(xlim=(left, right), ylim=(bottom, top), aspect="equal")
+    ax.plot(points[:, 0], points[:, 1], ".", color="C3", markersize=3, alpha=0.6)
+    ax.set(xlim=(left, right), ylim=(bottom, top))
+    label_plane(ax)
     if colorbar:
-        ax.figure.colorbar(image, ax=ax, label="density")
+        colour_bar(ax, image, "density")
     return figure_of(ax)
 
 
@@ -113,6 +114,8 @@ def paths(
     times: ArrayLike, states: ArrayLike, *, cmap: str = "viridis", colorbar: bool = True, ax: Axes | None = None
 ) -> Figure:
     """Samples through time: lines against t for states of one number, lines in the plane coloured by t for states of two.
+
+    In the plane a dot marks the first state and a square the last.
 
     Args:
       times: [T], at least two.
@@ -147,19 +150,18 @@ def paths(
     lines.set_array(np.tile(0.5 * (t[:-1] + t[1:]), len(values)))
     lines.set_clim(float(t.min()), float(t.max()))
     ax.add_collection(lines)
-    for index, marker, label in ((0, "o", f"t = {t[0]:g}"), (-1, "s", f"t = {t[-1]:g}")):
-        ax.scatter(
-            *values[:, index].T,
-            c=np.full(len(values), t[index]),
-            cmap=cmap,
-            marker=marker,
+    for index, marker in ((0, "o"), (-1, "s")):
+        ends = ax.scatter(
+            values[:, index, 0],
+            values[:, index, 1],
             s=10,
-            label=label,
-            vmin=float(t.min()),
-            vmax=float(t.max()),
+            marker=marker,
             zorder=3,
+            cmap=cmap,
+            c=np.full(len(values), t[index]),
         )
-    ax.set(xlabel="x[0]", ylabel="x[1]", aspect="equal")
+        ends.set_clim(lines.get_clim())
+    label_plane(ax)
     if colorbar:
-        ax.figure.colorbar(lines, ax=ax, label="time t")
+        colour_bar(ax, lines, "time t")
     return figure_of(ax)
