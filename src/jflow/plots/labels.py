@@ -48,7 +48,7 @@ def labelled_scatter(
       y: [N], finite.
       labels: one for each point. A point outside the axis has no label.
       yerr: [N], halves of the error bars.
-      groups: the group of each point: a marker, a colour and an entry of the legend each.
+      groups: the group of each point. Each group has a marker, a colour and an entry of the legend, above the axis.
       fontsize: size of the labels, in points.
       ax: the axis to draw on; None for a new figure.
 
@@ -77,8 +77,9 @@ def labelled_scatter(
             elinewidth=1.0,
             label=group or None,
         )
-    if groups is not None:
-        ax.legend()
+    if groups is not None and len(groups):
+        # Above the axis, where nothing lies.
+        ax.legend(loc="lower right", bbox_to_anchor=(1.0, 1.0), ncols=len(set(groups)), frameon=False)
     texts = [
         ax.annotate(
             str(label),
@@ -127,7 +128,7 @@ class Boxes(NamedTuple):
       markers: around the points.
       others: the error bars and the legend.
       labels: the labels that have their places.
-      lines: small ones along the lines from labels to points.
+      lines: from points to labels, no boxes but (x, y, x, y) of both ends.
     """
 
     markers: np.ndarray
@@ -158,12 +159,12 @@ def _place(ax: Axes, renderer: Any, texts: Sequence[Annotation], points: np.ndar
         size = 0.5 * np.array(_size(text, renderer)) + ROOM * pixels
         centre, far = _free(point, size, reach, frame, boxes)
         box = np.concatenate([centre - size, centre + size])
-        line = _along(point, box, reach) if far else np.zeros((0, 4))
+        line = _line(point, box[None], reach)[: int(far)]
         boxes = boxes._replace(
             labels=np.concatenate([boxes.labels, box[None]]), lines=np.concatenate([boxes.lines, line])
         )
-        # A change asks for another drawing, which must change nothing.
-        offset = tuple(((centre - point) / pixels).tolist())
+        # A change asks for another drawing, which must change nothing; the layout differs by rounding.
+        offset = tuple(np.round((centre - point) / pixels, 2).tolist())
         if text.get_position() != offset:
             text.set_position(offset)
         if text.arrow_patch is not None and text.arrow_patch.get_visible() != far:
@@ -185,25 +186,25 @@ def _free(
 
     A place costs the number of its ring, and what it covers; rings are tried until they cost more than the best place.
     """
-    things = np.concatenate([boxes.markers, boxes.others, boxes.lines])
+    things = np.concatenate([boxes.markers, boxes.others])
     outside = np.hypot(*(frame[2:] - frame[:2])) / size[1]
     best, least, far = point, np.inf, False
     for ring in itertools.count():
         if ring >= least:
-            return best, far
+            break
         centres = _ring(point, size, reach + 0.5 * ring * size[1])
         places = np.concatenate([centres - size, centres + size], axis=-1)
-        costs = ring + COVERS * _overlap(places, things) + outside * ~_inside(places, frame)
+        costs = ring + COVERS * (_overlap(places, things) | _through(boxes.lines, places).any(axis=0))
+        costs += outside * ~_inside(places, frame)
+        if ring > 1:
+            lines = _line(point, places, reach)
+            crossed = (_through(lines, boxes.labels), _through(lines, boxes.markers), _crossing(lines, boxes.lines))
+            costs += sum(price * each.any(axis=1) for price, each in zip(CROSSES, crossed, strict=True))
         costs[_overlap(places, boxes.labels)] = np.inf
-        for index in np.argsort(costs, kind="stable"):
-            cost = float(costs[index])
-            if cost < least and ring > 1:
-                line = _along(point, places[index], reach)
-                crossed = (_overlap(line, each).any() for each in (boxes.labels, boxes.markers, boxes.lines))
-                cost += sum(CROSSES[i] for i, each in enumerate(crossed) if each)
-            if cost < least:
-                best, least, far = centres[index], cost, ring > 1
-    raise AssertionError("the rings have no end")
+        index = int(np.argmin(costs))
+        if costs[index] < least:
+            best, least, far = centres[index], costs[index], ring > 1
+    return best, far
 
 
 def _ring(point: np.ndarray, size: np.ndarray, away: float) -> np.ndarray:
@@ -214,13 +215,33 @@ def _ring(point: np.ndarray, size: np.ndarray, away: float) -> np.ndarray:
     return point + directions * away + size * np.clip(1.5 * directions, -1.0, 1.0)
 
 
-def _along(point: np.ndarray, box: np.ndarray, reach: float) -> np.ndarray:
-    """Small boxes along the line from a point to a label, between the marker and the label."""
-    way = np.clip(point, box[:2], box[2:]) - point
-    length = float(np.hypot(*way))
-    shares = np.arange(2.0 * reach, length, 2.0) / max(length, 1.0)
-    dots = point + shares[:, None] * way
-    return np.concatenate([dots - 0.5, dots + 0.5], axis=-1)
+def _line(point: np.ndarray, places: np.ndarray, reach: float) -> np.ndarray:
+    """The lines from the edge of a marker to the nearest points of labels, as (x, y, x, y) of both ends, ``[n, 4]``."""
+    ends = np.clip(point, places[:, :2], places[:, 2:])
+    lengths = np.hypot(*(ends - point).T)[:, None]
+    starts = point + (ends - point) * np.minimum(1.0, 2.0 * reach / np.maximum(lengths, 1e-9))
+    return np.concatenate([starts, ends], axis=-1)
+
+
+def _through(lines: np.ndarray, boxes: np.ndarray) -> np.ndarray:
+    """Which lines pass through which boxes, ``[lines, boxes]``."""
+    starts, ways = lines[:, None, :2], (lines[:, 2:] - lines[:, :2])[:, None]
+    # The shares of the way at which the line enters and leaves the slab of each coordinate.
+    ways = np.where(np.abs(ways) < 1e-9, 1e-9, ways)
+    low, high = (boxes[None, :, :2] - starts) / ways, (boxes[None, :, 2:] - starts) / ways
+    enters, leaves = np.minimum(low, high).max(axis=-1), np.maximum(low, high).min(axis=-1)
+    return np.maximum(enters, 0.0) < np.minimum(leaves, 1.0)
+
+
+def _crossing(lines: np.ndarray, others: np.ndarray) -> np.ndarray:
+    """Which lines cross which others, ``[lines, others]``: each has its ends on both sides of the other."""
+
+    def side(points: np.ndarray, a: np.ndarray, b: np.ndarray) -> np.ndarray:
+        way, to = b - a, points - a
+        return np.sign(way[..., 0] * to[..., 1] - way[..., 1] * to[..., 0])
+
+    a, b, c, d = lines[:, None, :2], lines[:, None, 2:], others[None, :, :2], others[None, :, 2:]
+    return (side(c, a, b) * side(d, a, b) < 0) & (side(a, c, d) * side(b, c, d) < 0)
 
 
 def _inside(boxes: np.ndarray, frame: np.ndarray) -> np.ndarray:
