@@ -41,7 +41,7 @@ docs: $(VENV)/.installed-docs
 	$(BIN)/python -m sphinx -W --keep-going -b html docs docs/_build/html
 
 # All but flow-matching, which one benchmark needs: its torch is by default a CUDA build of several GB, of many packages.
-CONSTRAINED := experiments test docs ott grain tensorboard dev
+CONSTRAINED := experiments plots test docs ott grain tensorboard dev
 
 # No hashes: pip refuses them beside a project that is installed from a directory, constrained or not.
 constraints: $(VENV)/.made

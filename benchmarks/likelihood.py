@@ -37,7 +37,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from experiments import common
-from jflow import likelihood
+from jflow import likelihood, plots
 from jflow.types import Array, Cond, Event, Key, Params, Time
 
 GOAL = 1.5
@@ -285,17 +285,19 @@ def run(config: Config) -> None:
 
 
 def _figure(config: Config, rows: list[dict[str, Any]]) -> None:
-    from matplotlib.figure import Figure
-
-    figure = Figure(figsize=(6, 4.2), layout="constrained")
-    axis = figure.subplots()
-    lines = itertools.product(zip(config.methods, "os", strict=False), enumerate(DIVERGENCES))
-    for (method, marker), (colour, divergence) in lines:
-        line = [(row["d"], row["ratio"]) for row in rows if (row["method"], row["divergence"]) == (method, divergence)]
-        axis.semilogx(*zip(*line, strict=True), f"C{colour}{marker}-", base=2, label=f"{divergence}, {method}")
+    lines, formats = {}, {}
+    cases = itertools.product(zip(config.methods, "os", strict=False), enumerate(DIVERGENCES))
+    for (method, marker), (colour, divergence) in cases:
+        mine = [row for row in rows if (row["method"], row["divergence"]) == (method, divergence)]
+        label = f"{divergence}, {method}"
+        lines[label] = [row["d"] for row in mine], [row["ratio"] for row in mine]
+        formats[label] = f"C{colour}{marker}-"
+    figure, axes = plots.panels(size=(6.0, 4.2))
+    axis = axes[0, 0]
+    plots.curves(lines, formats=formats, ax=axis)
+    axis.set_xscale("log", base=2)
     axis.axhline(GOAL, color="gray", linewidth=1, linestyle=":")
     axis.set(ylim=(0.0, None), xlabel="entries of an event, d", ylabel="time of flow_matching over that of jflow")
-    axis.legend()
     figure.savefig(config.out / "likelihood.png", dpi=130)
 
 

@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 
 from experiments import common
+from jflow import plots
 
 EXACT = "exact samples"
 
@@ -104,69 +105,53 @@ def _said(value: float) -> str:
 
 def bias_figure(path: pathlib.Path, dim: int, found: dict[str, Any]) -> None:
     """Divergence, biases and effective sample sizes by the number of jumps, without weights and with them."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
-
-    panels = {
+    shown = {
         ("kl",): "KL(q | rho), nats",
         ("mean_z",): "bias of the mean, in standard errors",
         ("cov_z",): "bias of the covariance, in standard errors",
-        ("weighted", "ess"): "effective sample size / N",
-        ("weighted", "mean_z"): "the mean, weighted",
-        ("weighted", "cov_z"): "the covariance, weighted",
+        ("weighted", "ess"): "effective sample size / N, weighted",
+        ("weighted", "mean_z"): "the mean, weighted, in standard errors",
+        ("weighted", "cov_z"): "the covariance, weighted, in standard errors",
     }
     jumps = [int(k) for k in next(iter(found["rows"].values()))[0]["samples"] if k != "solve"]
     last = max(jumps)
-    figure, axes = plt.subplots(2, 3, figsize=(15, 8), layout="constrained")
-    for axis, (at, title) in zip(axes.flat, panels.items(), strict=True):
-        for name, rows in found["rows"].items():
-            values = [average(rows, "samples", str(k), *at) for k in jumps]
-            known = [(k, v) for k, v in zip(jumps, values, strict=True) if np.isfinite(v)]
-            (line,) = axis.plot(*zip(*known, strict=True), "o-", label=name) if known else axis.plot([], label=name)
-            solve = average(rows, "samples", "solve", *at)
-            if np.isfinite(solve):
-                axis.plot([2 * last], [solve], "D", color=line.get_color())
-        logarithmic = at[-1] != "ess"
-        axis.set(title=title, xscale="log", yscale="log" if logarithmic else "linear")
+    figure, axes = plots.panels(2, 3, size=(5.0, 4.0))
+    for axis, (at, title) in zip(axes.flat, shown.items(), strict=True):
+        lines = {
+            name: (jumps, [average(rows, "samples", str(k), *at) for k in jumps])
+            for name, rows in found["rows"].items()
+        }
+        plots.curves(lines, legend=False, ax=axis)
+        for index, rows in enumerate(found["rows"].values()):
+            axis.plot([2 * last], [average(rows, "samples", "solve", *at)], "D", color=f"C{index}")
+        axis.set(title=title, xscale="log", yscale="linear" if at[-1] == "ess" else "log")
         axis.set_xticks([*jumps, 2 * last], [*map(str, jumps), "solve"])
-        axis.minorticks_off()
+        axis.set_xticks([], minor=True)
         if at[-1].endswith("_z"):
             axis.axhline(1.0, color="grey", linestyle=":")
     axes[0, 0].legend(fontsize=8)
-    axes[1, 0].set(xlabel="jumps")
+    for axis in axes[1]:
+        axis.set(xlabel="jumps")
     figure.suptitle(f"{dim} dimensions")
     figure.savefig(path, dpi=110)
-    plt.close(figure)
 
 
 def scatter(path: pathlib.Path, title: str, jumps: Sequence[int], kept: dict[str, np.ndarray]) -> None:
     """Estimates against the truth, sample by sample: the determinants above, the head below, the solve at the right."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
-
     truth = kept["truth"]
     grid = [[f"{what}, {k}" for k in jumps] + [last] for what, last in DRAWN]
-    columns = len(jumps) + 1
-    figure, axes = plt.subplots(2, columns, figsize=(3.4 * columns, 7), layout="constrained", sharex=True, sharey=True)
+    figure, axes = plots.panels(2, len(jumps) + 1, size=(3.4, 3.5), sharex=True, sharey=True)
     low, high = np.quantile(truth, [0.001, 1.0])
     room = 0.08 * (high - low)
     for axis, estimate in zip(axes.flat, [key for line in grid for key in line], strict=True):
         error = kept[estimate] - truth
-        axis.plot([low, high], [low, high], color="black", linewidth=0.8)
-        axis.plot(truth, kept[estimate], ".", markersize=2, alpha=0.5)
+        plots.against(truth, kept[estimate], ax=axis)
         axis.set(xlim=(low - room, high + room), ylim=(low - room, high + room))
+        axis.set(xlabel="exact log-density, nats", ylabel="estimate, nats")
+        axis.label_outer()
         axis.set_title(f"{estimate}: median error {np.nanmedian(np.abs(error)):.3f}", fontsize=9)
-    for axis in axes[:, 0]:
-        axis.set(ylabel="estimate, nats")
-    for axis in axes[1]:
-        axis.set(xlabel="exact log-density, nats")
     figure.suptitle(f"{title}: log-density at {len(truth):,} data points")
     figure.savefig(path, dpi=110)
-    plt.close(figure)
 
 
 # The lines of the scatter figure, with what closes each.

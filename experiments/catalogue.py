@@ -34,6 +34,7 @@ from jflow import (
     metrics,
     objectives,
     oracles,
+    plots,
     samplers,
     solvers,
     times,
@@ -522,26 +523,17 @@ def run(config: Config) -> None:
 
 
 def _figure(config: Config, found: dict[str, Any]) -> None:
-    import matplotlib
-
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
-
-    figure, axis = plt.subplots(figsize=(11, 7), layout="constrained")
-    for name, row in found.items():
-        if "rmse_1" not in row or "flops" not in row:
-            continue
-        marker = "s" if row["taught"] else "o"
-        axis.errorbar(row["flops"], row["rmse_1"], yerr=row["rmse_1_spread"], fmt=marker, capsize=2)
-        axis.annotate(name, (row["flops"], row["rmse_1"]), xytext=(4, 3), textcoords="offset points", fontsize=7)
-    axis.set(
+    shown = {name: row for name, row in found.items() if "rmse_1" in row and "flops" in row}
+    figure, axes = plots.panels(size=(11.0, 7.0))
+    axes[0, 0].set(
         yscale="log",
         xlabel="FLOPs of a step over flow matching's",
         ylabel="RMSE of one jump against the exact map (of the row's own pairs and path)",
-        title="circles: from data alone; squares: with a teacher",
     )
+    flops, errors, spreads = ([row[key] for row in shown.values()] for key in ("flops", "rmse_1", "rmse_1_spread"))
+    groups = ["with a teacher" if row["taught"] else "from data alone" for row in shown.values()]
+    plots.labelled_scatter(flops, errors, list(shown), yerr=spreads, groups=groups, ax=axes[0, 0])
     figure.savefig(config.out / "catalogue.png", dpi=120)
-    plt.close(figure)
 
 
 if __name__ == "__main__":

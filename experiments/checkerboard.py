@@ -18,7 +18,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from experiments import common
-from jflow import datasets, metrics
+from jflow import datasets, metrics, plots
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -84,27 +84,14 @@ def run(config: Config) -> None:
 
 
 def _figure(config: Config, drawn: dict[int, np.ndarray], exact: np.ndarray) -> None:
-    import matplotlib
-
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
-
-    panels = {"exact": exact, **{f"{jumps} jump{'s' if jumps > 1 else ''}": x for jumps, x in drawn.items()}}
-    figure, axes = plt.subplots(1, len(panels), figsize=(3 * len(panels), 3.2), layout="constrained")
-    for axis, (title, points) in zip(axes, panels.items(), strict=True):
-        axis.hist2d(
-            points[:, 0],
-            points[:, 1],
-            bins=128,
-            range=[[-1.1, 1.1]] * 2,
-            cmap="magma",
-            density=True,
-            vmin=0.0,
-            vmax=1.0,
-        )
-        axis.set(title=title, aspect="equal", xticks=[], yticks=[])
+    shown = {"exact": exact, **{f"{jumps} jump{'s' if jumps > 1 else ''}": x for jumps, x in drawn.items()}}
+    figure, axes = plots.panels(1, len(shown), size=(3.1, 3.2), sharey=True)
+    for axis, (title, points) in zip(axes[0], shown.items(), strict=True):
+        box, last = (-1.1, 1.1, -1.1, 1.1), axis is axes[0, -1]
+        plots.samples_in_plane(points, extent=box, bins=128, vmax=1.0, colorbar=last, ax=axis)
+        axis.set(title=title)
+        axis.label_outer()
     figure.savefig(config.out / "checkerboard.png", dpi=120)
-    plt.close(figure)
 
 
 if __name__ == "__main__":

@@ -36,7 +36,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from experiments import common, densities
-from jflow import bases, datasets, likelihood, objectives
+from jflow import bases, datasets, likelihood, objectives, plots
 from jflow.types import BoundFlowMap
 
 LEVELS = 17
@@ -372,34 +372,19 @@ def run(config: Config) -> None:
 
 
 def _figure(config: Config, table: dict[str, Any], found: dict[str, tuple[np.ndarray, np.ndarray]]) -> None:
-    import matplotlib
-
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
-
-    figure, axes = plt.subplots(1, 3, figsize=(17, 5), layout="constrained")
-    names = list(table)
-    axes[0].errorbar(
-        [table[n]["nats"] for n in names],
-        range(len(names)),
-        xerr=[table[n]["error"] for n in names],
-        fmt="o",
-        capsize=3,
-    )
-    axes[0].set_yticks(range(len(names)), names)
-    axes[0].invert_yaxis()
-    axes[0].set(xlabel="nats per held-out event (lower is better)", title=config.data)
+    figure, axes = plots.panels(1, 3, size=(5.6, 5.0))
+    left, *others = axes[0]
+    nats, errors = ([row[key] for row in table.values()] for key in ("nats", "error"))
+    left.errorbar(nats, range(len(table)), xerr=errors, fmt="o", capsize=3)
+    left.set_yticks(range(len(table)), list(table))
+    left.invert_yaxis()
+    left.set(xlabel="nats per held-out event (lower is better)", title=config.data)
     solve = found["flow matching"][0]
-    for axis, prefix in ((axes[1], ""), (axes[2], "head, ")):
-        for k in config.jumps[::2]:
-            name = prefix + _named(k)
-            estimate, valid = found[name]
-            axis.plot(solve[valid], estimate[valid], ".", markersize=3, alpha=0.5, label=name)
-        axis.axline((solve.mean(), solve.mean()), slope=1, color="black", linewidth=0.8)
+    for axis, prefix in zip(others, ("", "head, "), strict=True):
+        names = [prefix + _named(k) for k in config.jumps[::2]]
+        plots.against(solve, {name: np.where(found[name][1], found[name][0], np.nan) for name in names}, ax=axis)
         axis.set(xlabel="log rho(z) by flow matching's solve, nats", ylabel="estimate, nats")
-        axis.legend()
     figure.savefig(config.out / "density.png", dpi=110)
-    plt.close(figure)
 
 
 if __name__ == "__main__":

@@ -19,7 +19,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from experiments import common
-from jflow import datasets, metrics, solvers
+from jflow import datasets, metrics, plots, solvers
 from jflow.types import Batch
 
 
@@ -107,29 +107,26 @@ def run(config: Config) -> None:
 
 
 def _figure(config: Config, drawn: dict[int, np.ndarray], solved: np.ndarray, labels: np.ndarray) -> None:
-    import matplotlib
-
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
-
     real = datasets.digits().held_out
-    panels = {
+    shown = {
         "real, held out": (real.x1, real.cond),
         "one jump": (drawn[1], labels),
         "four jumps": (drawn[4], labels),
         "100 Euler steps": (solved, labels),
     }
     columns = 8
-    figure, axes = plt.subplots(1, len(panels), figsize=(3.2 * len(panels), 4.2), layout="constrained")
-    for axis, (title, (images, classes)) in zip(axes, panels.items(), strict=True):
-        canvas = np.full((10 * 9, columns * 9), 0.5)
+    figure, axes = plots.panels(1, len(shown), size=(3.2, 4.2))
+    for axis, (title, (images, classes)) in zip(axes[0], shown.items(), strict=True):
+        # One row for each class; the paper is white (-1) where a class has fewer digits.
+        grid = np.full((10, columns, 8, 8), -1.0)
         for row in range(10):
-            for column, index in enumerate(np.flatnonzero(classes == row)[:columns]):
-                canvas[row * 9 : row * 9 + 8, column * 9 : column * 9 + 8] = images[index, :, :, 0]
-        axis.imshow(canvas, cmap="gray_r", vmin=-1, vmax=1)
-        axis.set(title=title, xticks=[], yticks=[])
+            found = images[np.flatnonzero(classes == row)[:columns], :, :, 0]
+            grid[row, : len(found)] = found
+        plots.image_grid(grid.reshape(-1, 8, 8), columns=columns, vmin=1.0, vmax=-1.0, ax=axis)
+        axis.set(title=title)
+        axis.set_yticks(9 * np.arange(10) + 3.5, map(str, range(10)))
+    axes[0, 0].set(ylabel="class")
     figure.savefig(config.out / "digits.png", dpi=130)
-    plt.close(figure)
 
 
 if __name__ == "__main__":

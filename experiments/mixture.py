@@ -17,7 +17,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from experiments import common
-from jflow import datasets, diagnostics, interpolants, metrics, oracles, solvers
+from jflow import datasets, diagnostics, interpolants, metrics, oracles, plots, solvers
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -104,29 +104,26 @@ def run(config: Config) -> None:
 
 
 def _figure(config: Config, table: dict, drawn: dict, exact: np.ndarray) -> None:
-    import matplotlib
-
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
-
-    figure, axes = plt.subplots(1, 4, figsize=(16, 4), layout="constrained")
-    for name, style in (("map", "o-"), ("euler", "s--")):
-        axes[0].loglog(list(table), [row[f"{name}_rmse"] for row in table.values()], style, label=f"{name}, RMSE")
-        axes[0].loglog(
-            list(table), [row[f"{name}_median"] for row in table.values()], style, alpha=0.4, label=f"{name}, median"
-        )
-    axes[0].set(xlabel="jumps, or Euler steps", ylabel="error against the exact map")
-    axes[0].legend()
-    box = [[-3, 3], [-3, 3]]
-    for axis, points, title in (
-        (axes[1], exact, "exact"),
-        (axes[2], drawn[1], "one jump"),
-        (axes[3], drawn[4], "four jumps"),
-    ):
-        axis.hist2d(points[:, 0], points[:, 1], bins=120, range=box, cmap="magma")
-        axis.set(title=title, aspect="equal")
+    figure, axes = plots.panels(1, 4, size=(4.0, 3.8))
+    lines = {
+        f"{name}, {label}": (list(table), [row[f"{name}_{what}"] for row in table.values()])
+        for what, label in (("rmse", "RMSE"), ("median", "median"))
+        for name in ("map", "euler")
+    }
+    formats = {"map, RMSE": "C0o-", "euler, RMSE": "C1s-", "map, median": "C0o:", "euler, median": "C1s:"}
+    plots.curves(lines, formats=formats, ax=axes[0, 0])
+    axes[0, 0].set(xscale="log", yscale="log", xlabel="jumps, or Euler steps", ylabel="error against the exact map")
+    axes[0, 0].set_xticks(list(table), map(str, table))
+    axes[0, 0].set_xticks([], minor=True)
+    shown = {"exact": exact, "one jump": drawn[1], "four jumps": drawn[4]}
+    vmax = None
+    for axis, (title, points) in zip(axes[0, 1:], shown.items(), strict=True):
+        box, last = (-3.0, 3.0, -3.0, 3.0), axis is axes[0, -1]
+        plots.samples_in_plane(points, extent=box, vmax=vmax, colorbar=last, ax=axis)
+        axis.set(title=title)
+        # All have the colours of the exact samples.
+        vmax = axis.images[0].get_clim()[1]
     figure.savefig(config.out / "mixture.png", dpi=120)
-    plt.close(figure)
 
 
 if __name__ == "__main__":

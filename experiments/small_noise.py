@@ -57,7 +57,7 @@ import numpy as np
 
 from experiments import common
 from experiments.mixture import target
-from jflow import interpolants, likelihood, oracles
+from jflow import interpolants, likelihood, oracles, plots
 
 # (g, x, z, size) -> an estimate of div g(x) from one draw of the noise.
 Estimate = Callable[[Callable[[jax.Array], jax.Array], jax.Array, jax.Array, jax.Array], jax.Array]
@@ -233,22 +233,14 @@ def run(config: Config) -> None:
 
 
 def _figure(config: Config, found: dict[str, Table]) -> None:
-    import matplotlib
-
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
-
-    figure, axes = plt.subplots(1, 2, figsize=(11, 4), layout="constrained")
+    figure, axes = plots.panels(1, 2, size=(5.5, 4.0))
     labels = {"noise": "size s of the noise", "step": f"step h, at eps = {config.noise:g}"}
-    for axis, (name, rows) in zip(axes, found.items(), strict=True):
-        for column in next(iter(rows.values())):
-            if column != "hutchinson_bias":
-                style = "o-" if column.endswith("bias") else "s--"
-                axis.loglog(list(rows), [row[column] for row in rows.values()], style, label=column.replace("_", " "))
-        axis.set(xlabel=labels[name], ylabel="root mean square over points")
-        axis.legend()
+    for axis, (name, rows) in zip(axes[0], found.items(), strict=True):
+        columns = [column for column in next(iter(rows.values())) if column != "hutchinson_bias"]
+        lines = {c.replace("_", " "): (list(rows), [row[c] for row in rows.values()]) for c in columns}
+        plots.curves(lines, formats={c: "o-" if c.endswith("bias") else "s--" for c in lines}, ax=axis)
+        axis.set(xscale="log", yscale="log", xlabel=labels[name], ylabel="root mean square over points")
     figure.savefig(config.out / "small_noise.png", dpi=120)
-    plt.close(figure)
 
 
 if __name__ == "__main__":

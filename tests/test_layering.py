@@ -45,6 +45,7 @@ ROOMS = (
     "datasets",
     "metrics",
     "diagnostics",
+    "plots",
     "comparison",
     "sample",
 )

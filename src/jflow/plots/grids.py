@@ -1,0 +1,165 @@
+"""Grids: images side by side, and residuals over pairs of times."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
+
+import numpy as np
+from numpy.typing import ArrayLike
+
+from jflow import checks
+from jflow.diagnostics import IDENTITIES, ResidualGrid
+from jflow.plots.axes import axis_or_new, colour_bar, figure_of, panels
+from jflow.training import image_grids
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
+
+# The height of a label's band over that of an image.
+BAND = 0.25
+
+
+def image_grid(
+    images: ArrayLike,
+    *,
+    columns: int | None = None,
+    labels: Sequence[object] | None = None,
+    vmin: float = -1.0,
+    vmax: float = 1.0,
+    gap: int = 1,
+    ax: Axes | None = None,
+) -> Figure:
+    """Images side by side, row after row, each with its label above it.
+
+    Args:
+      images: [N, H, W, C] with C = 1 (grey) or 3 (red, green, blue), or [N, H, W], floating point.
+      columns: images per row; by default as many as make the grid about square.
+      labels: one for each image; a label that is wider than its image is made smaller.
+      vmin, vmax: the values of black and of white (of no and of full colour); vmin > vmax shows the negative.
+      gap: pixels between images.
+      ax: the axis to draw on; None for a new figure.
+
+    Returns:
+      The figure.
+
+    Raises:
+      ValueError: for another shape, values that are not finite, vmin = vmax, or another number of labels.
+      TypeError: for images that are not floating point.
+    """
+    checks.floating("images", images)
+    pixels = np.asarray(images, np.float64)
+    pixels = pixels[..., None] if pixels.ndim == 3 else pixels
+    low, high = checks.number("vmin", vmin), checks.number("vmax", vmax)
+    if low == high:
+        raise ValueError(f"vmin, vmax: expected two different numbers, got {vmin} twice")
+    checks.shape("images", pixels, (None, None, None, None))
+    scaled = (2.0 * pixels - low - high) / (high - low)
+    count, height, width, _ = pixels.shape
+    if labels is not None and len(labels) != count:
+        raise ValueError(f"labels: expected one for each of the {count} images, got {len(labels)}")
+    # A white band above each image.
+    band = 0 if labels is None else int(np.ceil(BAND * height))
+    canvas = image_grids.tile(np.pad(scaled, ((0, 0), (band, 0), (0, 0), (0, 0)), constant_values=1.0), columns, gap)
+    rows, across = (
+        -(-length // side) for length, side in zip(canvas.shape, (height + band + gap, width + gap), strict=False)
+    )
+    inch = min(0.8, 9.0 / max(rows, across))
+    ax = axis_or_new(ax, (inch * across, inch * rows * (height + band) / width))
+    ax.imshow(canvas, interpolation="nearest")
+    ax.set(xticks=[], yticks=[])
+    for index, label in enumerate(labels or ()):
+        row, column = divmod(index, across)
+        # Pixels are centred on whole numbers.
+        left, top = column * (width + gap) - 0.5, row * (height + band + gap) - 0.5
+        _write(ax, str(label), left, top, width, band)
+    return figure_of(ax)
+
+
+def _write(ax: Axes, text: str, left: float, top: float, width: float, height: float) -> None:
+    """Text as an outline that fills a rectangle at most, in the units of the data, so that it grows with the image."""
+    from matplotlib.patches import PathPatch
+    from matplotlib.textpath import TextPath
+    from matplotlib.transforms import Affine2D
+
+    if not text.strip():
+        return
+    path = TextPath((0.0, 0.0), text, size=1.0)
+    box = path.get_extents()
+    # One height of the line for all labels, those without descenders too.
+    scale = min(0.75 * height, 0.96 * width / box.width)
+    place = Affine2D().translate(-0.5 * (box.x0 + box.x1), -0.3).scale(scale, -scale)
+    place = place.translate(left + 0.5 * width, top + 0.5 * height)
+    ax.add_patch(PathPatch(place.transform_path(path), facecolor="black", linewidth=0.0))
+
+
+def residuals(
+    grid: ResidualGrid,
+    names: str | Sequence[str] | None = None,
+    *,
+    vmin: float | None = None,
+    vmax: float | None = None,
+    cmap: str = "viridis",
+    ax: Axes | Sequence[Axes] | None = None,
+) -> Figure:
+    """RMS residuals over the source time s and the target time t, on a logarithmic colour scale shared by all panels.
+
+    Where the map's domain does not define a residual the panel is grey. The tangent residual is a line over s.
+
+    Args:
+      grid: of ``diagnostics.residual_grid``.
+      names: of "tangent", "eulerian", "lagrangian", "semigroup"; by default all that have a finite value.
+      vmin, vmax: residuals of the first and last colour; by default the smallest positive and the largest.
+      cmap: the colour map.
+      ax: the axis to draw on, for several names one each; None for a new figure.
+
+    Returns:
+      The figure.
+
+    Raises:
+      ValueError: for an unknown name, no finite residual, or another number of axes than of names.
+    """
+    if names is None:
+        names = [name for name in IDENTITIES if np.isfinite(getattr(grid, name)).any()]
+    names = (names,) if isinstance(names, str) else tuple(names)
+    for name in names:
+        checks.choice("names", name, IDENTITIES)
+    maps = [name for name in names if name != "tangent"]
+    values = np.concatenate([np.ravel(getattr(grid, name)) for name in names]) if names else np.zeros(0)
+    if not np.isfinite(values).any():
+        raise ValueError(f"grid: expected a finite residual of {', '.join(names or IDENTITIES)}, got NaN alone")
+    if ax is None:
+        axes: Sequence[Axes] = list(panels(1, len(names), size=(4.2, 3.6))[1][0])
+    else:
+        axes = [axis_or_new(each) for each in (ax if isinstance(ax, (Sequence, np.ndarray)) else [ax])]
+    if len(axes) != len(names):
+        raise ValueError(f"ax: expected one axis for each of {', '.join(names)}, got {len(axes)}")
+    from matplotlib.colors import LogNorm
+
+    colours = np.concatenate([np.ravel(getattr(grid, name)) for name in maps]) if maps else values
+    positive = colours[np.isfinite(colours) & (colours > 0)]
+    low, high = (positive.min(), positive.max()) if positive.size else (0.1, 1.0)
+    norm = LogNorm(low if vmin is None else vmin, high if vmax is None else vmax, clip=True)
+    for name, axis in zip(names, axes, strict=True):
+        axis.set(title=name, xlabel="source time s")
+        if name == "tangent":
+            axis.plot(grid.s, grid.tangent, "o-")
+            axis.set(ylabel="RMS residual, in units of a velocity")
+            continue
+        # A residual of zero has no logarithm, and gets the first colour; only what is undefined stays grey.
+        shown = np.maximum(getattr(grid, name), norm.vmin or 0.0)
+        s, t = np.argsort(grid.s), np.argsort(grid.t)
+        image = axis.pcolormesh(_edges(grid.s[s]), _edges(grid.t[t]), shown[np.ix_(s, t)].T, norm=norm, cmap=cmap)
+        axis.set(ylabel="target time t", facecolor="lightgrey", aspect="equal")
+        if name == maps[-1]:
+            colour_bar(axis, image, "RMS residual, in units of a velocity")
+    return figure_of(axes[0])
+
+
+def _edges(centres: np.ndarray) -> np.ndarray:
+    """The edges of the cells around these points: the middles between them, and the same distances at the ends."""
+    if centres.size == 1:
+        return centres + np.array([-0.05, 0.05])
+    middles = 0.5 * (centres[1:] + centres[:-1])
+    return np.concatenate([[2 * centres[0] - middles[0]], middles, [2 * centres[-1] - middles[-1]]])
