@@ -110,8 +110,8 @@ def bias_figure(path: pathlib.Path, dim: int, found: dict[str, Any]) -> None:
         ("mean_z",): "bias of the mean, in standard errors",
         ("cov_z",): "bias of the covariance, in standard errors",
         ("weighted", "ess"): "effective sample size / N, weighted",
-        ("weighted", "mean_z"): "the mean, weighted, in standard errors",
-        ("weighted", "cov_z"): "the covariance, weighted, in standard errors",
+        ("weighted", "mean_z"): "bias of the weighted mean, in standard errors",
+        ("weighted", "cov_z"): "bias of the weighted covariance, in standard errors",
     }
     jumps = [int(k) for k in next(iter(found["rows"].values()))[0]["samples"] if k != "solve"]
     last = max(jumps)
@@ -125,6 +125,7 @@ def bias_figure(path: pathlib.Path, dim: int, found: dict[str, Any]) -> None:
         for index, rows in enumerate(found["rows"].values()):
             axis.plot([2 * last], [average(rows, "samples", "solve", *at)], "D", color=f"C{index}")
         axis.set(title=title, xscale="log", yscale="linear" if at[-1] == "ess" else "log")
+        axis.set(xlim=(0.85 * min(jumps), 2.35 * last))
         axis.set_xticks([*jumps, 2 * last], [*map(str, jumps), "solve"])
         axis.set_xticks([], minor=True)
         if at[-1].endswith("_z"):

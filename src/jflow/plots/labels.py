@@ -142,6 +142,8 @@ def _place(ax: Axes, renderer: Any, texts: Sequence[Annotation], points: np.ndar
     pixels = renderer.points_to_pixels(1.0)
     low, centres, high = (ax.transData.transform(points + np.outer(bars, [0.0, side])) for side in (-1.0, 0.0, 1.0))
     reach = 0.5 * MARKER * pixels
+    # An axis may be inverted.
+    low, high = np.minimum(low, high), np.maximum(low, high)
     others = np.concatenate([low - 0.5 * pixels, high + 0.5 * pixels], axis=-1)[bars > 0]
     if (legend := ax.get_legend()) is not None:
         others = np.concatenate([others, [legend.get_window_extent(renderer).extents]])
@@ -149,7 +151,7 @@ def _place(ax: Axes, renderer: Any, texts: Sequence[Annotation], points: np.ndar
     markers = np.concatenate([centres - reach, centres + reach], axis=-1)
     shown = _inside(np.concatenate([centres, centres], axis=-1), frame)
     boxes = Boxes(markers[shown], others, np.zeros((0, 4)), np.zeros((0, 4)))
-    # From above down, so that the order of the rows does not matter.
+    # From above down, so that the order of the points matters only for those at one place.
     for index in np.lexsort((centres[:, 0], -centres[:, 1])):
         text, point = texts[index], centres[index]
         if text.get_visible() != shown[index]:

@@ -128,7 +128,7 @@ def curves(
         kept = np.isfinite(x) & np.isfinite(y)
         bar = None if error is None else error[kept]
         ax.errorbar(x[kept], y[kept], bar, fmt=formats.get(label, "o-"), capsize=3, label=label)
-    if legend:
+    if legend and series:
         ax.legend()
     return figure_of(ax)
 
@@ -167,6 +167,6 @@ def against(exact: ArrayLike, estimates: ArrayLike | Mapping[str, ArrayLike], *,
     middle = float(finite.mean()) if finite.size else 0.0
     ax.axline((middle, middle), slope=1.0, color="black", linewidth=0.8)
     ax.set(xlabel="exact value", ylabel="estimate")
-    if isinstance(estimates, Mapping):
+    if isinstance(estimates, Mapping) and estimates:
         ax.legend(markerscale=3)
     return figure_of(ax)

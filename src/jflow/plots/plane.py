@@ -119,8 +119,8 @@ def paths(
 
     Args:
       times: [T], at least two.
-      states: [N, T], [N, T, 1] or [N, T, 2]: N samples at these times, as ``jax.vmap`` of ``samplers.run_path`` or of
-        ``solvers.trajectory`` returns them.
+      states: [N, T], [N, T, 1] or [N, T, 2]: N samples at these times, such as the result of ``jax.vmap`` over
+        ``solvers.trajectory``, or the states of one over ``samplers.run_path``.
       cmap: the colour map of t, for states in the plane.
       colorbar: whether to draw its colour bar.
       ax: the axis to draw on; None for a new figure.
