@@ -206,7 +206,10 @@ def write_oriented(path, levels, orientation, **options):
 @pytest.mark.parametrize("ending", ENDINGS[:6])
 @pytest.mark.parametrize("orientation", TURNS)
 def test_images_are_turned_upright(tmp_path, ending, orientation):
-    """All eight orientations (and one that is none), with sizes taken afterwards; blocks of 16 survive in JPEG files."""
+    """The reader applies each of the eight orientations, and ignores a ninth value; the size is that of the turned image.
+
+    The pixels are in blocks of 16, which JPEG's compression keeps.
+    """
     stored = np.repeat(np.repeat(LEVELS[0], 16, axis=0), 16, axis=1)
     exact = ending.lower() not in ("jpg", "jpeg")
     options = {"lossless": True} if ending == "webp" else {} if exact else {"quality": 100, "subsampling": 0}

@@ -33,7 +33,11 @@ class Stages:
         return _init_all(self.objectives, key, params)
 
     def __call__(self, params: Params, key: Key, batch: Batch, context: Context | None = None) -> tuple[Array, Aux]:
-        """The loss of each row, and the metrics of all stages; those of a stage not in force are empty."""
+        """The loss of each row, and the metrics of all stages; those of a stage that is not in force count nothing.
+
+        A report per row becomes its mean over the rows: ``aux.metrics["diagonal_rows"]`` is the share of diagonal rows in
+        the stage in force, not a mask of the rows.
+        """
         context = as_context(context)
         states = _states(self.objectives, key, params, context)
         operands = (params, key, batch, context._replace(state=states))
@@ -99,7 +103,11 @@ class WeightedSum:
         return _init_all(self.objectives, key, params)
 
     def __call__(self, params: Params, key: Key, batch: Batch, context: Context | None = None) -> tuple[Array, Aux]:
-        """The weighted sum of the losses of each row, and the metrics of all terms."""
+        """The weighted sum of the losses of each row, and the metrics of all terms.
+
+        Each term splits the batch with a key of its own: ``aux.metrics["diagonal_rows"]`` is the mask of the first term, and
+        ``aux.metrics["NAME_diagonal_rows"]`` that of the term NAME.
+        """
         context = as_context(context)
         states = _states(self.objectives, key, params, context)
         keys = jax.random.split(key, len(self.objectives))
@@ -115,11 +123,11 @@ class WeightedSum:
 
 
 def weighted_sum(objective: ObjectiveFn, **more: tuple[ObjectiveFn, float]) -> ObjectiveFn:
-    """The sum of objectives of the same params and batch: joint training, ``weighted_sum(lsd, head=(head, 0.1))``.
+    """The weighted sum of objectives of the same params and batch: ``weighted_sum(lsd, head=(head, 0.1))``.
 
     Args:
-      objective: the first, of weight one; its metrics keep their names.
-      **more: under a name, an objective and the weight of its loss; NAME_ is put before its metrics.
+      objective: the first term, of weight one; its metrics keep their names.
+      **more: the other terms by name, each a pair (objective, weight); its metrics are called NAME_metric.
 
     Returns:
       The objective.
