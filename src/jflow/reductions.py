@@ -1,6 +1,6 @@
 r"""Reductions: from one sample's residual D = prediction - target to its loss, a scalar.
 
-Every reduction has the signature ``(params, s, t, difference) -> loss``; only the learned ones look at the first three.
+Every reduction has the signature ``(params, s, t, difference) -> loss``; only the learned ones read the first three.
 |D|^2 is the sum over all leaves and axes of the event. With sg the stop-gradient:
 
     squared            |D|^2
@@ -10,14 +10,15 @@ Every reduction has the signature ``(params, s, t, difference) -> loss``; only t
     learned            e^{-w} |D|^2 + w, w = w(s, t)                 (2312.02696)
     learned Cauchy     log(1 + e^{-w} |D|^2) + w/2                   (2510.24474)
 
-|D|^2 becomes a mean over entries with ``per_entry``. Three more put another value in the place of D, keep its derivative,
-and go on with any of the above (``then``):
+``per_entry`` makes |D|^2 a mean over entries. Three more replace the value of D, keep its derivative, and apply any of the
+above (``then``):
 
     normalised         D/(|D| + c): the tangent normalisation of 2410.11081 and 2506.14603
     clipped            D min(1, c/|D|)
     clamped            every entry of D cut off at +-c               (2507.03738)
 
-A warm-up of the tangent is a choice of the method's derivative (``identities.scaled``), since it concerns one term of D.
+A warm-up of the tangent is not a reduction, because it scales one term of D: it is a choice of the method's derivative
+(``identities.scaled``).
 
 Where the target holds a velocity from the pair (MeanFlow) only a weight that does not depend on D keeps the exact map
 stationary: all but ``squared`` and ``learned`` bias it wherever x1 given x is skewed. In the other methods the residual of

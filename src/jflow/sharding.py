@@ -40,7 +40,7 @@ def mesh(fsdp: int = 1, devices: Sequence[Device] | None = None) -> Mesh:
       devices: by default all, of all processes.
 
     Raises:
-      ValueError: when ``fsdp`` does not divide the number of devices; TypeError when it is no whole number.
+      ValueError: when ``fsdp`` does not divide the number of devices; TypeError if it is not a whole number.
     """
     devices = jax.devices() if devices is None else list(devices)
     checks.integer("fsdp", fsdp, low=1)

@@ -18,11 +18,11 @@ from jflow.types import Array, Aux, Batch, Context, Key, ObjectiveFn, Params, Py
 
 @dataclasses.dataclass(frozen=True)
 class Stages:
-    """The objective of the stage in force; made by ``sequence``, and called as every other.
+    """The objective of the stage in force; ``sequence`` makes it.
 
     Attributes:
       starts: the first step of each stage.
-      objectives: the stages; the state is the tuple of theirs, or ``()`` where none has one.
+      objectives: the stages; the state is the tuple of their states, or ``()`` if none has a state.
     """
 
     starts: tuple[int, ...]
@@ -66,8 +66,8 @@ def sequence(stages: Sequence[tuple[int, ObjectiveFn]]) -> ObjectiveFn:
     costs what flow matching costs. The metrics of the other stages count nothing.
 
     Raises:
-      ValueError: when there is no stage, the first does not start at step 0, or the starts do not increase.
-      TypeError: when a start is not a whole number, or a stage is not a function.
+      ValueError: if there is no stage, the first does not start at step 0, or the starts do not increase.
+      TypeError: if a stage is not a pair of a whole number and a function.
     """
     if not isinstance(stages, Sequence) or isinstance(stages, str):
         raise TypeError(f"stages: expected a sequence of (first step, objective), got {type(stages).__name__}")
@@ -86,12 +86,12 @@ def sequence(stages: Sequence[tuple[int, ObjectiveFn]]) -> ObjectiveFn:
 
 @dataclasses.dataclass(frozen=True)
 class WeightedSum:
-    """The sum of the losses of several objectives; made by ``weighted_sum``, and called as every other.
+    """The sum of the losses of several objectives; ``weighted_sum`` makes it.
 
     Attributes:
-      names: put before the metrics of each; "" leaves them as they are.
-      weights: of the losses.
-      objectives: the terms; the state is the tuple of theirs, or ``()`` where none has one.
+      names: the prefixes of the terms' metrics; "" leaves the names as they are.
+      weights: the weights of the losses.
+      objectives: the terms; the state is the tuple of their states, or ``()`` if none has a state.
     """
 
     names: tuple[str, ...]
@@ -134,7 +134,7 @@ def weighted_sum(objective: ObjectiveFn, **more: tuple[ObjectiveFn, float]) -> O
 
     Raises:
       ValueError: for a weight that is negative or not finite.
-      TypeError: when it is not a number, for an objective that is not a function, or one without a weight.
+      TypeError: for an objective that is not a function, or a term that is not a pair (objective, number).
     """
     checks.accepts("objective", objective, CALL, 4, model=False)
     for name, pair in more.items():

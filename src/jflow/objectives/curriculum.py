@@ -39,7 +39,7 @@ def halving(first: int, every: int) -> Callable[[Array], Array]:
     ``halvings(first, every)`` are the steps at which it changes.
 
     Raises:
-      ValueError: when first or ``every`` is not positive; TypeError when they are no whole numbers.
+      ValueError: if ``first`` or ``every`` is not positive; TypeError if they are not whole numbers.
     """
     checks.integer("first", first, low=1)
     checks.integer("every", every, low=1)
