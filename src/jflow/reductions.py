@@ -17,8 +17,8 @@ above (``then``):
     clipped            D min(1, c/|D|)
     clamped            every entry of D cut off at +-c               (2507.03738)
 
-A warm-up of the tangent is not a reduction but a choice of the method's derivative (``identities.scaled``), because it
-scales one term of D.
+A warm-up of the tangent is not a reduction, because it scales one term of D: it is a choice of the method's derivative
+(``identities.scaled``).
 
 Where the target holds a velocity from the pair (MeanFlow) only a weight that does not depend on D keeps the exact map
 stationary: all but ``squared`` and ``learned`` bias it wherever x1 given x is skewed. In the other methods the residual of

@@ -1,14 +1,14 @@
-r"""How arrays lie on devices: a mesh with two axes, batches over both, states whole or in parts, solves each on their own.
+r"""Layouts of arrays on devices: batches spread over a mesh, states whole or in parts, solves on each device alone.
 
     mesh = sharding.mesh(fsdp=4)                        # of 8 devices: data 2 x fsdp 4
     state = sharding.init(make_state, mesh, key)        # parameters in four parts, nothing whole on any device
     chunk = make_chunk(step, dataset.batch, batch_sharding=sharding.rows(mesh), state_sharding=sharding.parts(state, mesh))
 
 A batch is spread over all devices, whatever the shape of the mesh. With ``fsdp=1`` every device holds the whole state (data
-parallel); with ``fsdp=n`` every array of the state that is large enough lies in n parts, which the compiler collects where
-a layer needs them (fully sharded). Random numbers do not depend on the layout: losses agree to rounding on any.
+parallel). With ``fsdp=n`` every large array of the state is split into n parts, which the compiler collects where a layer
+needs them (fully sharded). Random numbers do not depend on the layout, so losses of different layouts agree to rounding.
 
-Of several processes (``training.distributed``) each calls these functions with the same arguments.
+With several processes (``training.distributed``), each calls these functions with the same arguments.
 """
 
 from __future__ import annotations
@@ -40,7 +40,7 @@ def mesh(fsdp: int = 1, devices: Sequence[Device] | None = None) -> Mesh:
       devices: by default all, of all processes.
 
     Raises:
-      ValueError: when ``fsdp`` does not divide the number of devices; TypeError when it is no whole number.
+      ValueError: when ``fsdp`` does not divide the number of devices; TypeError if it is not a whole number.
     """
     devices = jax.devices() if devices is None else list(devices)
     checks.integer("fsdp", fsdp, low=1)
@@ -62,15 +62,15 @@ def rows(mesh: Mesh) -> NamedSharding:
 
 
 def parts(tree: PyTree, mesh: Mesh, smallest: int = SMALLEST) -> PyTree:
-    """The shardings of a state: each array in parts along its longest axis that the ``fsdp`` axis divides.
+    """The shardings of a state: splits each array along its longest axis that the ``fsdp`` axis divides.
 
-    Arrays with fewer than ``smallest`` elements, and those without such an axis, are whole on every device, as are
-    all with ``fsdp=1``. The rule looks at shapes alone, so an average lies as its parameter does.
+    Arrays with fewer than ``smallest`` elements, and those without such an axis, are whole on every device; with ``fsdp=1``
+    all are. The rule depends on shapes alone, so an average has the layout of its parameter.
 
     Args:
       tree: arrays or ``jax.ShapeDtypeStruct``.
       mesh: from ``mesh``.
-      smallest: elements.
+      smallest: the least number of elements of an array that is split.
 
     Returns:
       A pytree of NamedSharding like ``tree``.
@@ -90,10 +90,10 @@ def parts(tree: PyTree, mesh: Mesh, smallest: int = SMALLEST) -> PyTree:
 
 
 def init(make: Callable[..., Tree], mesh: Mesh, *args: PyTree) -> Tree:
-    """``make(*args)``, compiled so that every device makes its parts alone: for states that no device could hold whole.
+    """Computes ``make(*args)`` so that every device makes only its own parts: for states too large for one device.
 
     Args:
-      make: traceable; ``init_state`` within it is.
+      make: a function that jax can trace; ``init_state`` can be traced.
       mesh: from ``mesh``.
       args: arrays.
     """
@@ -101,9 +101,14 @@ def init(make: Callable[..., Tree], mesh: Mesh, *args: PyTree) -> Tree:
 
 
 def place(tree: Tree, shardings: PyTree) -> Tree:
-    """Copies arrays to the devices, with one sharding for all of them or a pytree of shardings like ``tree``.
+    """Copies arrays to devices with the given shardings.
 
-    Every process passes the same values.
+    Args:
+      tree: host or jax arrays; every process passes the same values.
+      shardings: one NamedSharding for all arrays, or a pytree of them with the structure of ``tree``.
+
+    Returns:
+      The copies, which share no memory with ``tree``.
 
     Raises:
       ValueError: when the structures differ, or a value does not fit the dtype that jax gives it (``checks.fits``).
@@ -118,12 +123,12 @@ def place(tree: Tree, shardings: PyTree) -> Tree:
 
 
 def split(tree: Tree, mesh: Mesh, *, name: str = "tree") -> Tree:
-    """Rows of host arrays spread over all devices, with rows of zeros at the end where their number is not divisible.
+    """Spreads the rows of host arrays over all devices; pads with rows of zeros if their number is not divisible.
 
-    Each process reads the rows of its own devices only: of a memory-mapped array it loads only those.
+    Each process reads only the rows of its own devices, so it loads only those of a memory-mapped array.
 
     Args:
-      tree: numpy arrays, or their like, [N, ...].
+      tree: numpy or memory-mapped arrays, [N, ...].
       mesh: from ``mesh``.
       name: how error messages call the arrays.
 
@@ -157,7 +162,7 @@ def split(tree: Tree, mesh: Mesh, *, name: str = "tree") -> Tree:
 
 
 def local(tree: PyTree) -> PyTree:
-    """Copies that are whole on this process, as numpy arrays (typed keys as jax arrays); all processes must call it."""
+    """Copies whole arrays to this process, as numpy arrays (typed keys as jax arrays). All processes must call it."""
 
     def on_host(data: jax.Array) -> np.ndarray:
         if not (data.is_fully_addressable or data.is_fully_replicated):
@@ -178,16 +183,16 @@ def local(tree: PyTree) -> PyTree:
 def vmap(
     function: Callable[..., Tree], mesh: Mesh, in_axes: int | Sequence[int | None] | None = 0
 ) -> Callable[..., Tree]:
-    """``jax.vmap(function, in_axes)``, each device alone with its share of the rows.
+    """``jax.vmap(function, in_axes)`` in which each device evaluates its own rows independently.
 
-    For Diffrax's adaptive solves: a plain vmap of sharded rows makes one loop of them all, whose devices wait for one
-    another at every step to ask whether anybody goes on. Here each runs as many steps as its own rows need.
+    It serves Diffrax's adaptive solves. A plain vmap of sharded rows runs one loop for all of them, and the devices
+    synchronise at every step to decide whether to stop. Here each device takes only the steps that its own rows need.
 
     Args:
-      function: of one row.
+      function: a function of one row.
       mesh: from ``mesh``.
-      in_axes: 0 for arguments whose leading axis counts rows, a multiple of the number of devices; None for those that
-        all rows share, such as parameters, which every device then holds whole. One for all, or one per argument.
+      in_axes: 0 for arguments whose leading axis counts rows, a multiple of the number of devices; None for arguments that
+        all rows share, such as parameters, which every device then holds whole. One value for all arguments, or one each.
         Traced arrays must be arguments, not closed over.
 
     Raises:
@@ -213,11 +218,11 @@ def vmap(
 
 
 def each_device(function: Callable[..., PyTree], shared: PyTree, *rows: PyTree) -> list[PyTree]:
-    """``function(shared, *rows)``, each device with its share of the rows, on the mesh of the training step.
+    """Calls ``function(shared, *rows)`` so that each device of the training step's mesh evaluates its share of the rows.
 
-    Where every device has the whole parameters it works alone, so that the gradients of all terms are summed there first,
-    and over devices once. Where they lie in parts, the compiler is told how the rows lie, and collects what it needs.
-    Outside such a step it is the plain call.
+    If every device holds the whole parameters, it works alone: it sums the gradients of all terms first, and the devices
+    exchange one sum. If the parameters are split, the compiler gets the layout of the rows and collects the parts it needs.
+    Outside a training step this is the plain call.
 
     Args:
       function: ``(shared, *rows) -> [part, ...]``, one part for each of ``rows``, with the same leading axis.
@@ -243,7 +248,7 @@ def each_device(function: Callable[..., PyTree], shared: PyTree, *rows: PyTree) 
 
 
 def _pad(rows: PyTree, more: int) -> PyTree:
-    """The rows, with the first one repeated ``more`` times at the end (zeros for keys); what comes of those is dropped."""
+    """Appends ``more`` copies of the first row (zeros for keys); the caller drops their results."""
 
     def leaf_rows(leaf: jax.Array) -> jax.Array:
         # Other keys, because jax's key-reuse check rejects a key that is used twice.

@@ -206,9 +206,9 @@ def write_oriented(path, levels, orientation, **options):
 @pytest.mark.parametrize("ending", ENDINGS[:6])
 @pytest.mark.parametrize("orientation", TURNS)
 def test_images_are_turned_upright(tmp_path, ending, orientation):
-    """A reader applies the orientation tag before it takes the size; a tag that is not one of the eight is ignored.
+    """The reader applies each of the eight orientations, and ignores a ninth value; the size is that of the turned image.
 
-    The picture is made of blocks of 16 pixels, which JPEG compression preserves.
+    The pixels are in blocks of 16, which JPEG's compression keeps.
     """
     stored = np.repeat(np.repeat(LEVELS[0], 16, axis=0), 16, axis=1)
     exact = ending.lower() not in ("jpg", "jpeg")

@@ -280,3 +280,38 @@ def test_refusals(problem):
     scalar = make_step(lambda params, *_: (jnp.sum(params["out"]["bias"]), {}), problem.optimizer, ema=(0.9, 0.99))
     with pytest.raises(ValueError, match=r"loss of shape \[B\]"):
         scalar(problem.state(), batch)
+
+
+@pytest.mark.parametrize(
+    ("call", "message"),
+    [
+        (lambda p, batch: p.step(batch, p.state()), "^state: expected a TrainState, .*got Batch: a step takes"),
+        (lambda p, batch: p.step(Context(), batch), "^state: expected a TrainState, .*got Context"),
+        (lambda p, batch: make_chunk(p.dataset.batch, p.step)(p.state(), p.dataset.data, 1), "^state: expected a TrainState"),
+        (
+            lambda p, batch: make_chunk(lambda a, b: batch, lambda a, b: batch)(p.state(), p.dataset.data, 1),
+            "^step: expected a function .*it returned Batch; make_chunk takes",
+        ),
+        (lambda p, batch: make_chunk(p.optimizer.update, p.dataset), "^batch_fn: expected a function"),
+        (lambda p, batch: make_chunk(3, p.dataset.batch), "^step: expected a function"),
+        (lambda p, batch: make_chunk(p.chunk, p.dataset.batch), "^step: expected a function .*got one of"),
+        (lambda p, batch: make_chunk(p.step, lambda data: batch), "^batch_fn: expected a function .*got one of"),
+    ],
+)  # fmt: skip
+def test_swapped_arguments_are_refused_by_name(problem, call, message):
+    with pytest.raises(TypeError, match=message):
+        call(problem, problem.dataset.data)
+
+
+def test_decay_outside_multi_steps_makes_every_step_an_update(problem):
+    """As documented: inside it the decay is part of the update, after it a change of its own."""
+    batch = jax.jit(problem.dataset.batch)(problem.dataset.data, jnp.int32(0))
+    decay = optax.add_decayed_weights(-1e-2)
+    inside = optax.MultiSteps(optax.chain(optax.sgd(1e-2), decay), 2)
+    outside = optax.chain(optax.MultiSteps(optax.sgd(1e-2), 2).gradient_transformation(), decay)
+    for optimizer, updates in ((inside, 1), (outside, 2)):
+        step = jax.jit(make_step(lambda p, k, b, c: (jnp.square(b.x1 @ p["w"]), {}), optimizer))
+        state = init_state({"w": jnp.ones((3,), jnp.float32)}, optimizer, jax.random.key(0))
+        for _ in range(2):
+            state, _ = step(state, batch)
+        assert int(state.updates) == updates

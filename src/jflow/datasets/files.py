@@ -75,7 +75,7 @@ def npz(path: Path, x1: str = "x1", cond: str | None = None) -> Rows:
 
     Raises:
       FileNotFoundError: when there is no such file.
-      ValueError: when it is no .npz file, lacks a name, or holds arrays of objects, of no rows, or of different numbers.
+      ValueError: if it is not an .npz file, lacks a name, or holds arrays of objects, of no rows, or of different numbers.
     """
     path = existing("npz", path, "an .npz file, as numpy.savez writes it", folder=False)
     try:
@@ -104,8 +104,8 @@ def array_folder(directory: Path) -> Rows:
 
     Raises:
       FileNotFoundError: when there is no such folder.
-      ValueError: naming the file, when there is none, one is an .npz file (or ends in .NPY) or cannot be read, one lacks
-        the conditioning that another has, or shapes, dtypes or numbers of rows differ.
+      ValueError: naming the file, if the folder has no files, one is an .npz file (or ends in .NPY) or cannot be read, one
+        lacks the conditioning that another has, or shapes, dtypes or numbers of rows differ.
     """
     directory = existing("array_folder", directory, "a folder of .npy files", folder=True)
     names = [name for name in listed(directory) if name.lower().endswith((".npy", ".npz"))]

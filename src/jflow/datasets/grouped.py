@@ -59,7 +59,7 @@ def grouped(
       data: rows ``[N, ...]``; copied to the device.
       batch_size: B, rows per batch, a multiple of ``size``.
       size: M, rows per group.
-      seed: of the draws; any whole number from 0.
+      seed: the seed of the draws, a whole number of at least 0.
       labels: whole numbers ``[N]``; by default ``data.cond``.
 
     Raises:

@@ -1,4 +1,4 @@
-"""Calls any objective: its state before the first step, and what it returns, checked."""
+"""Calls any objective: makes its state before the first step, and checks what it returns."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ CALL = "(params, key, batch, context) -> (loss [B], aux)"
 
 
 def init(objective: ObjectiveFn, key: Key, params: Params) -> PyTree:
-    """The state of an objective before the first step: what its ``init(key, params)`` makes, ``()`` if it has none.
+    """The state of an objective before the first step: the result of its ``init(key, params)``, or ``()`` if it has none.
 
     Raises:
       TypeError: for an objective that is not a function, or a key that is not a PRNG key.
@@ -26,7 +26,9 @@ def init(objective: ObjectiveFn, key: Key, params: Params) -> PyTree:
 
 
 def call(objective: ObjectiveFn, params: Params, key: Key, batch: Batch, context: Context) -> tuple[Array, Aux]:
-    """What an objective returns, checked; a mapping of metrics in place of an Aux leaves the state as it was.
+    """The loss and the Aux of an objective, checked.
+
+    An objective may return a mapping of metrics in place of an Aux; its state then stays as it was.
 
     Raises:
       TypeError: for anything but a loss and an Aux or a mapping, or a key that is not a PRNG key.

@@ -18,11 +18,11 @@ from jflow.types import Array, Aux, Batch, Context, Key, ObjectiveFn, Params, Py
 
 @dataclasses.dataclass(frozen=True)
 class Stages:
-    """The objective of the stage in force; made by ``sequence``, and called as every other.
+    """The objective of the stage in force; ``sequence`` makes it.
 
     Attributes:
       starts: the first step of each stage.
-      objectives: the stages; the state is the tuple of theirs, or ``()`` where none has one.
+      objectives: the stages; the state is the tuple of their states, or ``()`` if none has a state.
     """
 
     starts: tuple[int, ...]
@@ -33,7 +33,11 @@ class Stages:
         return _init_all(self.objectives, key, params)
 
     def __call__(self, params: Params, key: Key, batch: Batch, context: Context | None = None) -> tuple[Array, Aux]:
-        """The loss of each row, and the metrics of all stages; those of a stage not in force are empty."""
+        """The loss of each row, and the metrics of all stages; those of a stage that is not in force count nothing.
+
+        A report per row becomes its mean over the rows: ``aux.metrics["diagonal_rows"]`` is the share of diagonal rows in
+        the stage in force, not a mask of the rows.
+        """
         context = as_context(context)
         states = _states(self.objectives, key, params, context)
         operands = (params, key, batch, context._replace(state=states))
@@ -62,8 +66,8 @@ def sequence(stages: Sequence[tuple[int, ObjectiveFn]]) -> ObjectiveFn:
     costs what flow matching costs. The metrics of the other stages count nothing.
 
     Raises:
-      ValueError: when there is no stage, the first does not start at step 0, or the starts do not increase.
-      TypeError: when a start is not a whole number, or a stage is not a function.
+      ValueError: if there is no stage, the first does not start at step 0, or the starts do not increase.
+      TypeError: if a stage is not a pair of a whole number and a function.
     """
     if not isinstance(stages, Sequence) or isinstance(stages, str):
         raise TypeError(f"stages: expected a sequence of (first step, objective), got {type(stages).__name__}")
@@ -82,12 +86,12 @@ def sequence(stages: Sequence[tuple[int, ObjectiveFn]]) -> ObjectiveFn:
 
 @dataclasses.dataclass(frozen=True)
 class WeightedSum:
-    """The sum of the losses of several objectives; made by ``weighted_sum``, and called as every other.
+    """The sum of the losses of several objectives; ``weighted_sum`` makes it.
 
     Attributes:
-      names: put before the metrics of each; "" leaves them as they are.
-      weights: of the losses.
-      objectives: the terms; the state is the tuple of theirs, or ``()`` where none has one.
+      names: the prefixes of the terms' metrics; "" leaves the names as they are.
+      weights: the weights of the losses.
+      objectives: the terms; the state is the tuple of their states, or ``()`` if none has a state.
     """
 
     names: tuple[str, ...]
@@ -99,7 +103,11 @@ class WeightedSum:
         return _init_all(self.objectives, key, params)
 
     def __call__(self, params: Params, key: Key, batch: Batch, context: Context | None = None) -> tuple[Array, Aux]:
-        """The weighted sum of the losses of each row, and the metrics of all terms."""
+        """The weighted sum of the losses of each row, and the metrics of all terms.
+
+        Each term splits the batch with a key of its own: ``aux.metrics["diagonal_rows"]`` is the mask of the first term, and
+        ``aux.metrics["NAME_diagonal_rows"]`` that of the term NAME.
+        """
         context = as_context(context)
         states = _states(self.objectives, key, params, context)
         keys = jax.random.split(key, len(self.objectives))
@@ -115,18 +123,18 @@ class WeightedSum:
 
 
 def weighted_sum(objective: ObjectiveFn, **more: tuple[ObjectiveFn, float]) -> ObjectiveFn:
-    """The sum of objectives of the same params and batch: joint training, ``weighted_sum(lsd, head=(head, 0.1))``.
+    """The weighted sum of objectives of the same params and batch: ``weighted_sum(lsd, head=(head, 0.1))``.
 
     Args:
-      objective: the first, of weight one; its metrics keep their names.
-      **more: under a name, an objective and the weight of its loss; NAME_ is put before its metrics.
+      objective: the first term, of weight one; its metrics keep their names.
+      **more: the other terms by name, each a pair (objective, weight); its metrics are called NAME_metric.
 
     Returns:
       The objective.
 
     Raises:
       ValueError: for a weight that is negative or not finite.
-      TypeError: when it is not a number, for an objective that is not a function, or one without a weight.
+      TypeError: for an objective that is not a function, or a term that is not a pair (objective, number).
     """
     checks.accepts("objective", objective, CALL, 4, model=False)
     for name, pair in more.items():

@@ -1,13 +1,13 @@
 r"""Curricula: choices that change with the step.
 
-A schedule is a number, or a function ``step -> value`` such as optax's; the ones below are those of the catalogue that optax
-lacks. With optax,
+A schedule is a number, or a function ``step -> value`` such as optax's. This module has the schedules of the catalogue that
+optax lacks. With optax,
 
     linear_schedule(0.0, 0.99, 10_000)                                      a tangent warm-up
     exponential_decay(1.0, 1000, 0.5, staircase=True, end_value=0.01)       a share that halves every 1000 steps, down to .01
     exponential_decay(10, every, 2.0, staircase=True, end_value=1280)       numbers of cells that double, 2310.14189
 
-A law of times that changes is a ``times.ByStep``, and an objective that changes altogether a ``sequence``.
+``times.ByStep`` changes a law of times with the step, ``objectives.sequence`` the whole objective.
 """
 
 from __future__ import annotations
@@ -39,7 +39,7 @@ def halving(first: int, every: int) -> Callable[[Array], Array]:
     ``halvings(first, every)`` are the steps at which it changes.
 
     Raises:
-      ValueError: when first or ``every`` is not positive; TypeError when they are no whole numbers.
+      ValueError: if ``first`` or ``every`` is not positive; TypeError if they are not whole numbers.
     """
     checks.integer("first", first, low=1)
     checks.integer("every", every, low=1)

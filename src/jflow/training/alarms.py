@@ -126,12 +126,12 @@ class Watch:
             self._start_with(names)
 
     def expect(self, metrics: Mapping[str, Report]) -> None:
-        """Says what the metrics of the rows are, before the first row; later calls change nothing."""
+        """Sets the watched names from the metrics of a row, before the first row; later calls have no effect."""
         if not any(self._names):
             self._start_with(watched(metrics))
 
     def _start_with(self, names: Watched) -> None:
-        """Looks at the rows before, once, now that it is known what to look at."""
+        """Applies the rules to the earlier rows, which were kept until the watched names were known."""
         self._names, kept, self._kept = names, self._kept, []
         for row in kept:
             if row.get("kind") == "train":

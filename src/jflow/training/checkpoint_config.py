@@ -28,7 +28,7 @@ def as_json(name: str, value: Any) -> Any:
 
 
 def difference(before: Any, now: Any, name: str = "") -> dict[str, tuple[Any, Any]]:
-    """The entries in which two JSON values differ, by dotted name: (before, now), "(absent)" where there is none."""
+    """The entries in which two JSON values differ, by dotted name: (before, now), with "(absent)" for a missing one."""
     if isinstance(before, dict) and isinstance(now, dict):
         found: dict[str, tuple[Any, Any]] = {}
         for key in [*before, *(key for key in now if key not in before)]:
@@ -58,7 +58,7 @@ def compare(before: Any, now: Any, ignore: Collection[str]) -> None:
 
 
 def compare_notes(before: Any, now: Any) -> None:
-    """Logs a warning for every note that is not the checkpoint's."""
+    """Logs a warning for every note that differs from the checkpoint's."""
     for name, (old, new) in difference(before, now).items():
         _log.warning("%s was %s, now %s: the run continues, but not bit for bit", name, old, new)
 

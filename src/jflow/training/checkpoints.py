@@ -150,7 +150,7 @@ class Checkpoints:
           (state, position): as they were saved.
 
         Raises:
-          FileNotFoundError: when there is none, or none that is whole.
+          FileNotFoundError: if there is no checkpoint, or every one is damaged.
           TypeError: when ``ignore`` is one string.
           ValueError: when the config differs, with the difference; when the template does, naming the leaves.
         """
@@ -334,7 +334,7 @@ def _read_meta(manager: Any, step: int, alone: bool = False) -> dict[str, Any]:
 def _read_arrays(
     manager: Any, step: int, records: checkpoint_arrays.Records, layouts: Mapping[str, Any], alone: bool = False
 ) -> checkpoint_arrays.Arrays:
-    """The verified arrays of these records, each in its layout, or as a numpy array where there is none."""
+    """The verified arrays of these records, each in its layout, or as a numpy array if it has no layout."""
     import orbax.checkpoint as ocp
 
     empty = {name for name, record in records.items() if 0 in record["shape"]}

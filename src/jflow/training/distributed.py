@@ -60,11 +60,11 @@ def processes(
     heartbeat_seconds: int = 30,
     start_seconds: int = 300,
 ) -> Iterator[None]:
-    """``jax.distributed`` for the body of a with statement; to be entered before jax is asked for its devices.
+    """``jax.distributed`` for the body of a with statement. Enter it before any call that asks jax for its devices.
 
-    Without arguments jax looks for a TPU pod, SLURM, Open MPI or Kubernetes, and where there is none this is one process
-    as ever. When another process dies, jax aborts this one within ``heartbeat_seconds`` or so; here it then ends with a
-    message and ``EXIT_PEER_LOST``. When the body raises, the process ends soon, instead of waiting for the others to.
+    Without arguments jax looks for a TPU pod, SLURM, Open MPI or Kubernetes; if it finds none, the run has one process. If
+    another process dies, jax aborts this one within about ``heartbeat_seconds``, and it ends with a message and
+    ``EXIT_PEER_LOST``. If the body raises, the process ends soon and does not wait for the others.
 
     Args:
       coordinator: HOST:PORT of the process with index 0; with ``count`` and ``index``, or not at all.
@@ -279,6 +279,6 @@ def _leave(error: BaseException, code: list[int]) -> None:
 
 
 def _say(message: str) -> None:
-    # Not by print, whose lock another thread may hold for ever.
+    # Another thread may hold the lock of print and never release it.
     with contextlib.suppress(OSError):
         os.write(2, f"jflow: {message}\n".encode())

@@ -33,7 +33,7 @@ def constant(decay: float) -> Schedule:
     """w_n = 1 - decay.
 
     Raises:
-      ValueError: when the decay is outside [0, 1]; TypeError when it is no number.
+      ValueError: when the decay is outside [0, 1]; TypeError if it is not a number.
     """
     weight = 1.0 - checks.number("decay", decay, low=0.0, high=1.0)
     return lambda n: jnp.full(jnp.shape(n), weight, jnp.float32)
@@ -43,7 +43,7 @@ def warmup(decay: float) -> Schedule:
     """w_n = 1 - min(decay, (1 + n)/(10 + n)) = max(1 - decay, 9/(10 + n)): short-sighted at first.
 
     Raises:
-      ValueError: when the decay is outside [0, 1]; TypeError when it is no number.
+      ValueError: when the decay is outside [0, 1]; TypeError if it is not a number.
     """
     weight = 1.0 - checks.number("decay", decay, low=0.0, high=1.0)
     return lambda n: jnp.maximum(jnp.float32(weight), 9.0 / (10.0 + jnp.asarray(n).astype(jnp.float32)))
@@ -53,7 +53,7 @@ def unbiased(decay: float) -> Schedule:
     """w_n = (1 - decay)/(1 - decay^{n+1}): Adam's bias correction; the start is a plain mean, and p_0 is forgotten.
 
     Raises:
-      ValueError: when the decay is outside (0, 1); TypeError when it is no number.
+      ValueError: when the decay is outside (0, 1); TypeError if it is not a number.
     """
     decay = checks.number("decay", decay, low=0.0, high=1.0)
     if decay in (0.0, 1.0):
@@ -74,7 +74,7 @@ def power(gamma: float) -> Schedule:
     average reaches back over about the last 6 % of the steps, however many they are (2312.02696).
 
     Raises:
-      ValueError: when gamma is negative; TypeError when it is no number.
+      ValueError: when gamma is negative; TypeError if it is not a number.
     """
     exponent = checks.number("gamma", gamma, low=0.0) + 1.0
 
@@ -146,7 +146,7 @@ def decay_of_half_life(half_life: float, batch_size: int) -> float:
       batch_size: samples per step.
 
     Raises:
-      ValueError: when either is not positive; TypeError when it is no number.
+      ValueError: when either is not positive; TypeError if it is not a number.
     """
     checks.integer("batch_size", batch_size, low=1)
     return 0.5 ** (batch_size / checks.number("half_life", half_life, low=0.0, open_low=True))

@@ -59,7 +59,7 @@ def width_of_gamma(gamma: float) -> float:
     """The relative width sqrt((g + 1)/((g + 2)^2 (g + 3))) of the profile of ``ema.power(g)``: 0.05 for g = 16.97.
 
     Raises:
-      ValueError: when gamma is negative; TypeError when it is no number.
+      ValueError: when gamma is negative; TypeError if it is not a number.
     """
     gamma = checks.number("gamma", gamma, low=0.0)
     return math.sqrt((gamma + 1.0) / (gamma + 3.0)) / (gamma + 2.0)
@@ -74,7 +74,7 @@ def gamma_of_width(width: float) -> float:
       width: in (0, sqrt(1/12)]; the widest profile, with g = 0, is the plain mean.
 
     Raises:
-      ValueError: when it is outside; TypeError when it is no number.
+      ValueError: when it is outside; TypeError if it is not a number.
     """
     inverse = checks.number("width", width, low=0.0, high=WIDEST, open_low=True) ** -2
     return max(0.0, float(np.roots([1.0, 7.0, 16.0 - inverse, 12.0 - inverse]).real.max()))

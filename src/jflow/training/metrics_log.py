@@ -60,7 +60,7 @@ def read(path: str | os.PathLike[str]) -> list[dict[str, Any]]:
 
     Raises:
       FileNotFoundError: when there is no such file.
-      ValueError: for a line, other than a torn last one, that is no JSON.
+      ValueError: for a line, other than a torn last one, that is not JSON.
     """
     rows = []
     lines = pathlib.Path(path).read_text(encoding="utf-8").split("\n")

@@ -42,10 +42,11 @@ def check_optimizer(optimizer: Optimizer) -> None:
 
 
 def with_extra_args(optimizer: Optimizer) -> optax.GradientTransformationExtraArgs:
-    """The optimizer with an ``update`` that takes extra arguments, and ignores them where the optimizer has no use for them.
+    """The optimizer with an ``update`` that accepts extra arguments, and ignores them if the optimizer does not use them.
 
-    ``optax.with_extra_args_support``, but an ``update`` that does take ``**extra_args`` gets them, whatever its class is:
-    ``optax.MultiSteps``, and its ``gradient_transformation()``, hand them to the optimizer that they wrap.
+    Unlike ``optax.with_extra_args_support`` it looks at the signature of ``update``, not at the class of the optimizer.
+    ``optax.MultiSteps`` and its ``gradient_transformation()`` thus receive the extra arguments, and pass them on to the
+    optimizer that they wrap.
     """
     if _takes_keywords(optimizer.update):
         return optax.GradientTransformationExtraArgs(optimizer.init, optimizer.update)
@@ -55,8 +56,8 @@ def with_extra_args(optimizer: Optimizer) -> optax.GradientTransformationExtraAr
 def has_updated(before: PyTree, after: PyTree, changed: Array) -> Array:
     """Whether the optimizer has made an update between two of its states: a scalar bool.
 
-    It has where the parameters have changed. Where they have not (the learning rate is zero, or rounding has eaten the
-    update) the states decide, at any depth of them:
+    It has if the parameters have changed. If they have not (the learning rate is zero, or the update is below rounding), the
+    states decide, at any depth of nesting:
 
         MultiSteps                          an update was made if ``gradient_step`` has moved
         apply_if_finite                     if the last gradient was finite
@@ -64,6 +65,10 @@ def has_updated(before: PyTree, after: PyTree, changed: Array) -> Array:
         none of these                       every call makes an update
 
     With several of them all must agree.
+
+    A transformation that moves the parameters by itself, such as ``optax.add_decayed_weights``, must be inside
+    ``optax.MultiSteps``. Chained after it, the transformation changes the parameters at every call, so every call counts as
+    an update: averages, curricula and ``teacher_updates`` then move at every step.
 
     Args:
       before: the optimizer's state before the call.

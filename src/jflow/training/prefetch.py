@@ -91,7 +91,7 @@ class Feed:
         they have been used: up to ``ahead`` + 2 chunks in all.
 
     Raises:
-      ValueError: for ``ahead`` below 1; TypeError when it is no whole number, ``sharding`` no NamedSharding, or a method
+      ValueError: for ``ahead`` below 1; TypeError if it is not a whole number, ``sharding`` is not a NamedSharding, or a method
         of the iterator is missing.
     """
 
@@ -258,10 +258,10 @@ def _fill(
             for first, chunk in _chunks(shelf, iterator, spans, total_steps):
                 position = _encode(iterator.get_state())
                 shelf.put(Stacked(place(np.asarray(first, np.int32)), jax.tree.map(place, chunk)), position)
-                # Nothing but the devices shall hold it while the thread waits.
+                # Free the host's copy before the thread waits.
                 del chunk
     except BaseException as error:
-        # Whatever it is, the thread that takes must learn of it, or it waits for ever.
+        # Propagate every error; otherwise the consumer deadlocks.
         shelf.fail(error)
 
 

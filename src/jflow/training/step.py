@@ -41,10 +41,12 @@ def make_step(
 
     Batches and keys go by ``state.step``. Averages, ``context.step`` (curricula, laws of times) and ``teacher_updates`` go
     by ``state.updates``, the number of updates that the optimizer has made: with ``optax.MultiSteps(optimizer, 4)`` they
-    move at every fourth step (``training.optimizers.has_updated`` says which wrappers are known).
+    move at every fourth step (``training.optimizers.has_updated`` says which wrappers are known). Put transformations such as
+    weight decay inside ``MultiSteps``: chained after it they change the parameters at every step, and every step then counts
+    as an update.
 
-    The optimizer is given what any of optax may ask for: ``value``, the loss; ``grad``; and ``value_fn``, the loss at
-    other parameters with the same key, batch and context, for line searches.
+    The step passes the optimizer the extra arguments of optax's optimizers: ``value``, the loss; ``grad``; and ``value_fn``,
+    the loss at other parameters with the same key, batch and context, for line searches.
 
     Args:
       objective: ``(params, key, batch, context) -> (loss [B], aux)``. Its Context holds the number of updates, one average
@@ -74,7 +76,7 @@ def make_step(
         that is not a whole number. The step raises, while tracing, ValueError when the state's averages are others than
         ``ema``, its teacher is to be updated and not like the parameters, the loss is not of rank one, or the
         objective's state is missing or changes its structure, shapes or dtypes; TypeError when ``teacher_updates`` returns
-        no scalar bool, or the objective anything but a loss and an Aux.
+        no scalar bool, the objective anything but a loss and an Aux, or the state is not a TrainState.
     """
     checks.function("objective", objective, "(params, key, batch, context) -> (loss, aux)")
     check_optimizer(optimizer)
@@ -87,6 +89,11 @@ def make_step(
         raise ValueError(f"context_ema: expected one of {', '.join(map(repr, schedules))}, got {context_ema!r}")
 
     def step(state: TrainState, batch: Batch) -> tuple[TrainState, Metrics]:
+        if not isinstance(state, TrainState):
+            raise TypeError(
+                f"state: expected a TrainState, from init_state, got {type(state).__name__}: a step takes (state, batch), "
+                "and make_chunk takes (step, batch_fn)"
+            )
         if set(state.ema) != set(schedules):
             raise ValueError(f"state.ema: expected the averages {sorted(schedules)}, got {sorted(state.ema)}")
         _check_objective_state(objective, state)
@@ -165,8 +172,13 @@ def make_chunk(
 
     Returns:
       The chunk. Its metrics are those of the step, merged over its steps.
+
+    Raises:
+      TypeError: if ``step`` or ``batch_fn`` is not a function of two arguments, or ``batch_sharding`` not a NamedSharding;
+        while tracing, if the step does not return a state and metrics, as when the two functions are swapped.
     """
-    checks.function("batch_fn", batch_fn, "(data, step) -> batch, as dataset.batch")
+    checks.accepts("step", step, "(state, batch) -> (state, metrics), from make_step", 2, model=False)
+    checks.accepts("batch_fn", batch_fn, "(data, step) -> batch, as dataset.batch", 2, model=False)
     if batch_sharding is not None and not isinstance(batch_sharding, NamedSharding):
         raise TypeError(f"batch_sharding: expected a NamedSharding, got {type(batch_sharding).__name__}")
     if state_sharding is None and batch_sharding is not None:
@@ -177,11 +189,18 @@ def make_chunk(
             batch = batch_fn(data, state.step)
             if batch_sharding is not None:
                 batch = jax.lax.with_sharding_constraint(batch, batch_sharding)
-            state, metrics = step(state, batch)
-            # A pass over all parameters is felt at small batches: once a chunk is enough for what hardly changes.
+            found = step(state, batch)
+            # A Batch and a TrainState are tuples too.
+            if type(found) is not tuple or len(found) != 2 or not isinstance(found[0], TrainState):
+                raise TypeError(
+                    "step: expected a function (state, batch) -> (state, metrics), from make_step, it returned "
+                    f"{type(found).__name__}; make_chunk takes (step, batch_fn)"
+                )
+            state, metrics = found
+            # The norm needs a pass over all parameters, which costs time at small batches: take it once per chunk.
             return state, {name: value for name, value in metrics.items() if name != "param_norm"}
 
-        # An objective finds the mesh there, to let each device do its own rows.
+        # Objectives read this mesh, so that each device evaluates its own rows.
         with (
             contextlib.nullcontext()
             if batch_sharding is None
