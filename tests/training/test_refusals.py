@@ -1036,7 +1036,7 @@ CASES = {
     "samples in three dimensions": (
         lambda d, p: picture(ROWS),
         ValueError,
-        r"^samples: expected images \[N, H, W, C\] or points \[N, 2\], got \(16, 3\)$",
+        r"^samples: expected images \[N, H, W, C\] or points \[N, 2\] for a picture, got \(16, 3\)",
     ),
     "the rate of a run too short": (
         lambda d, p: [train(p, d), throughput.steady_rate(metrics_log.read(d / "metrics.jsonl"))],
