@@ -179,6 +179,13 @@ def test_a_stage_is_what_it_is_alone(key):
     np.testing.assert_allclose(after[1].square, own.square, rtol=1e-12)
 
 
+def test_two_metrics_of_one_name_in_a_sum_are_refused(key):
+    report = lambda name: lambda params, key, batch, context: (batch.x1[:, 0], {name: 1.0})  # noqa: E731
+    whole = objectives.weighted_sum(report("head_loss"), head=(report("loss"), 1.0))
+    with pytest.raises(ValueError, match=r"^head: expected another name, .*\['head_loss'\]"):
+        jax.eval_shape(whole, None, key, types.Batch(jnp.ones((4, 2))), types.Context())
+
+
 def test_a_weighted_sum_by_hand(key):
     """Loss, gradient, states and metrics: each part with its own key and its own state."""
     parts = (objectives.lsd(MAP, PATH, diagonal=0.5), Scaled(), TwoPlayers())

@@ -117,7 +117,10 @@ class WeightedSum:
             added, aux = call(objective, params, its_key, batch, context._replace(state=state))
             loss = trees.scale(weight, added) if loss is None else trees.axpy(weight, added, loss)
             next_states.append(aux.state)
-            metrics |= {f"{name}_{entry}" if name else entry: report for entry, report in aux.metrics.items()}
+            named = {f"{name}_{entry}" if name else entry: report for entry, report in aux.metrics.items()}
+            if both := metrics.keys() & named.keys():
+                raise ValueError(f"{name}: expected another name, for two objectives would report {sorted(both)}")
+            metrics |= named
         assert loss is not None
         return loss, Aux(_whole(next_states), metrics)
 
@@ -133,7 +136,7 @@ def weighted_sum(objective: ObjectiveFn, **more: tuple[ObjectiveFn, float]) -> O
       The objective.
 
     Raises:
-      ValueError: for a weight that is negative or not finite.
+      ValueError: for a weight that is negative or not finite; when called, for two metrics of one name.
       TypeError: for an objective that is not a function, or a term that is not a pair (objective, number).
     """
     checks.accepts("objective", objective, CALL, 4, model=False)
