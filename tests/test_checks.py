@@ -1,6 +1,9 @@
-"""Values that a jax dtype cannot hold are refused; all others pass."""
+"""Checks of arguments: values that fit a dtype, numbers, functions by their arguments."""
 
 from __future__ import annotations
+
+import contextlib
+import functools
 
 import jax
 import jax.numpy as jnp
@@ -82,3 +85,37 @@ def test_memory_mapped_arrays_are_read_in_blocks(tmp_path, monkeypatch, order):
     with jax.enable_x64(False), pytest.raises(ValueError, match=r"data.cond: .* got -1099511627776"):
         checks.fits("data", Batch(x1=np.zeros(1), cond=mapped))
     assert max(sizes) == 63 and sum(sizes) == 7001
+
+
+@pytest.mark.parametrize(
+    "value", [np.float32(0.5), np.asarray(0.5), jnp.float32(0.5), jnp.asarray(0.5), np.float16(0.5)]
+)
+def test_an_array_of_one_number_is_a_number(value):
+    assert checks.number("value", value) == 0.5
+
+
+@pytest.mark.parametrize("value", [np.ones(1), jnp.ones(1), np.asarray(True), jnp.asarray(1j), "1", None])
+def test_what_is_not_a_number_is_refused(value):
+    with pytest.raises(TypeError, match=r"^value: expected a number"):
+        checks.number("value", value)
+
+
+@pytest.mark.parametrize(
+    ("function", "takes"),
+    [
+        (lambda params, s, t, x, cond=None, *, key=None: x, True),
+        (lambda params, s, t, x, cond, key=None: x, True),
+        (lambda params, s, t, x, cond, key: x, True),
+        (lambda params, s, t, x, cond, train=False, *, key=None: x, True),
+        (lambda *args, **kwargs: args[3], True),
+        (functools.partial(lambda scale, params, s, t, x, cond=None, key=None: x, 2.0), True),
+        (jax.jit(lambda params, s, t, x, cond=None, key=None: x), True),
+        (lambda params, t, x, cond=None, *, key=None: x, False),
+        (lambda params, s, t, x: x, False),
+        (lambda params, s, t, u, x, cond=None, *, key=None: x, False),
+    ],
+)
+def test_models_by_their_arguments(function, takes):
+    context = contextlib.nullcontext() if takes else pytest.raises(TypeError, match=r"^f: expected a function")
+    with context:
+        checks.accepts("f", function, "(params, s, t, x, cond=None, *, key=None)", 5)

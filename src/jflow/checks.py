@@ -37,10 +37,12 @@ def number(name: str, value: object, *, low: float = -np.inf, high: float = np.i
     """A concrete finite number in [low, high] (or in (low, high] with ``open_low``).
 
     Raises:
-      TypeError: when it is no number.
-      ValueError: when it is not finite or outside.
+      TypeError: if it is not a real number, or an array of one.
+      ValueError: if it is not finite or outside.
     """
-    if isinstance(value, (bool, np.bool_)) or not isinstance(value, (int, float, np.number)):
+    if isinstance(value, (np.ndarray, jax.Array)) and np.ndim(value) == 0 and (found := concrete(value)) is not None:
+        value = found[()]
+    if isinstance(value, (bool, np.bool_)) or not isinstance(value, (int, float, np.integer, np.floating)):
         raise TypeError(f"{name}: expected a number, got {type(value).__name__} {value!r}")
     inside = np.isfinite(value) and (value > low if open_low else value >= low) and value <= high
     if not inside:
@@ -115,9 +117,10 @@ def accepts(name: str, value: Any, what: str, positional: int, *, model: bool = 
     except (TypeError, ValueError):
         return
     places = (inspect.Parameter.POSITIONAL_ONLY, inspect.Parameter.POSITIONAL_OR_KEYWORD)
-    parameters = [each for each in signature.parameters.values() if each.kind in places]
-    # If cond must be given, and another argument follows it, it is x: the function takes one time more.
-    shifted = model and len(parameters) > positional and parameters[positional - 1].default is inspect.Parameter.empty
+    parameters = [each for each in signature.parameters.values() if each.kind in places and each.name != "key"]
+    # If the last argument must be given, is not called cond, and another follows it, it is x: the function takes one time more.
+    last = parameters[positional - 1] if len(parameters) > positional else None
+    shifted = model and last is not None and last.default is inspect.Parameter.empty and last.name != "cond"
     try:
         signature.bind(*[None] * positional, **({"key": None} if model else {}))
     except TypeError:

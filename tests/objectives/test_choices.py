@@ -39,6 +39,11 @@ FORWARD, BOTH, TO_DATA, FROM_NOISE, DYADIC = (
         ({"base": WIDE}, {"base": WIDER}, {"coupling": couplings.Independent(WIDER)}),
         ({"coupling": couplings.Independent(WIDE)}, {"coupling": couplings.Independent(WIDER)}, {"base": WIDER}),
         ({}, {"flow_map": BOTH}, {"domain": types.BOTH}),
+        (
+            {"coupling": couplings.independent, "base": WIDE},
+            {"base": WIDER, "coupling": couplings.Independent(WIDER)},
+            {},
+        ),
         ({"domain": types.FORWARD}, {"flow_map": BOTH}, {"domain": types.FORWARD}),
         ({}, {"diagonal": 0.0}, {"times": None, "diagonal_reduction": None}),
         ({}, {"diagonal": 1.0}, {"pairs": None, "reduction": None}),
@@ -107,6 +112,17 @@ def test_what_is_not_read_beside_other_choices_is_refused(choice, method, choice
     constructor(FORWARD, LINEAR, **choices)
     with pytest.raises(ValueError, match=rf"^{choice}: expected no choice of it for {method}"):
         constructor(FORWARD, LINEAR, **choices, **{choice: values[choice]})
+
+
+def test_what_was_not_chosen_is_no_choice():
+    """None, and the default of the method's own keyword."""
+    for method, choices in (("lsd", {"warmup": None}), ("mean_flow", {"warmup": None}), ("esd", {"leg": "own"})):
+        assert getattr(objectives, method)(FORWARD, LINEAR, diagonal=1.0, **choices).diagonal == 1.0
+
+
+def test_an_independent_coupling_by_name_follows_the_base():
+    objective = objectives.lsd(FORWARD, LINEAR, coupling=couplings.independent, base=WIDE)
+    assert dataclasses.replace(objective, base=WIDER).coupling == couplings.Independent(WIDER)
 
 
 # --- Domains ---------------------------------------------------------------------------------------------------------

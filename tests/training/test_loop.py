@@ -391,7 +391,7 @@ def test_hooks_are_called_at_their_events(problem, tmp_path):
     hook, score = Recorded(), Evaluation(lambda state: {"score": 1.0}, 16)
     run(problem, tmp_path, 16, hooks=[hook], evaluation=score, checkpoint_every=16)
     assert hook.seen == [
-        "enter", ("before", 0, 4), ("start", 0, 16, 0), ("after", 4), ("before", 4, 4), ("after", 8),
+        "enter", ("start", 0, 16, 0), ("before", 0, 4), ("after", 4), ("before", 4, 4), ("after", 8),
         # The row of an interval is read while the next chunk runs.
         ("before", 8, 4), ("after", 12), ("train", 8, 7.0), ("before", 12, 4), ("after", 16), ("train", 16, 7.0), "pause",
         ("eval", 16, None), "exit",
@@ -399,9 +399,10 @@ def test_hooks_are_called_at_their_events(problem, tmp_path):
     assert [row.get("mine") for row in read(tmp_path / "metrics.jsonl")] == [7.0, 7.0, None]
     hook = Recorded()
     run(problem, tmp_path, 24, hooks=[hook], resume=True, checkpoint_every=16)
-    assert hook.seen[2] == ("start", 16, 24, 16)
-    # A hook leaves after an error, too.
+    assert hook.seen[1] == ("start", 16, 24, 16)
+    # A hook leaves after an error, too, and cannot hide it.
     hook = Recorded()
+    hook.__class__ = type("Hides", (Recorded,), {"__exit__": lambda self, *error: self.seen.append("exit") or True})
     with pytest.raises(ZeroDivisionError):
         run(problem, None, 16, hooks=[hook, lambda row: 1 / 0])
     assert hook.seen[-1] == "exit"

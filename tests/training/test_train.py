@@ -74,6 +74,25 @@ def test_a_directory_keeps_metrics_and_checkpoints_and_resumes(problem, tmp_path
     assert_same(call(problem, out_dir=keep), whole)
 
 
+def test_the_parameters_of_an_equinox_module_are_no_function(problem):
+    eqx = pytest.importorskip("equinox")
+    arrays, static = eqx.partition(eqx.nn.Linear(3, 2, dtype=jnp.float32, key=jax.random.key(0)), eqx.is_inexact_array)
+
+    def objective(params, key, batch, context):
+        return jnp.sum((jax.vmap(eqx.combine(params, static))(batch.x1) - batch.cond) ** 2, axis=1), {}
+
+    mesh = sharding.mesh(devices=jax.devices()[:1])
+    state = train(objective, optax.sgd(0.1), arrays, problem.dataset, steps=2, mesh=mesh, hooks=())
+    assert isinstance(state.averaged(), eqx.nn.Linear) and np.any(state.params.weight != arrays.weight)
+
+
+def test_rows_come_at_a_divisor_of_what_else_is_due(problem, tmp_path):
+    run = RunDirectory(tmp_path, checkpoint_every=10, snapshot_every=4)
+    call(problem, steps=20, log_every=None, out_dir=run, evaluate=Evaluation(lambda state: {}, 6), ema=(0.9,))
+    assert [row["step"] for row in read(tmp_path / "metrics.jsonl") if row["kind"] == "train"] == list(range(2, 21, 2))
+    restore_params(tmp_path / "averages", "0.9", step=16)
+
+
 class Rows:
     """The same rows again and again, from the host."""
 

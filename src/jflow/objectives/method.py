@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import inspect
 from collections.abc import Callable, Mapping
 from typing import Any, TypeVar, cast
 
@@ -101,10 +102,16 @@ def method(**row: Any) -> Callable[[Constructor], Constructor]:
                 f"method: the catalogue has a method {name!r} already, of {_place(earlier.constructor)[0]}"
             )
 
+        defaults = {name: each.default for name, each in inspect.signature(constructor).parameters.items()}
+
         @functools.wraps(constructor)
         def checked(*args: Any, **choices: Any) -> Objective:
             objective = constructor(*args, **choices)
-            unread = [choice for choice in choices if choice not in _COMMON]
+            unread = [
+                choice
+                for choice, value in choices.items()
+                if choice not in _COMMON and value is not None and value is not defaults.get(choice)
+            ]
             if unread and objective.diagonal == 1.0 and objective.term is not None:
                 raise ValueError(
                     f"{unread[0]}: expected no choice of it for {name} with diagonal=1, which has no off-diagonal rows; "

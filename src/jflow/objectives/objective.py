@@ -159,8 +159,9 @@ class Objective:
                 self._set(name, value)
         self._set("filled", filled)
         if self.coupling is couplings.independent and self.base is not bases.STANDARD_NORMAL:
-            # The independent coupling by name, of the base that was chosen.
-            self._set("coupling", couplings.Independent(self.base))
+            # The independent coupling by name, of the base that was chosen; it follows the base.
+            filled["coupling"] = couplings.Independent(self.base)
+            self._set("coupling", filled["coupling"])
         choices.check_base(self)
         choices.check_times(self)
 

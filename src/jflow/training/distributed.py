@@ -169,8 +169,8 @@ class Notice:
 class Watchdog(Hook):
     """Ends the process if a chunk takes too long: a step that waits for a lost device never ends.
 
-    For runs of several processes. It watches from the dispatch of a chunk to the next event of the run, compilation included,
-    and ends the process with exit code ``EXIT_STALLED`` and a message.
+    For runs of several processes. It watches from the beginning of a chunk, and of the run, to the next event, compilation
+    included, and ends the process with exit code ``EXIT_STALLED`` and a message.
 
     Args:
       seconds: the longest time for a chunk.
@@ -188,7 +188,7 @@ class Watchdog(Hook):
         self._thread: threading.Thread | None = None
 
     def __enter__(self) -> Self:
-        self._over, self._deadline = False, float("inf")
+        self._over, self._doing, self._deadline = False, "the first data", time.monotonic() + self._seconds
         self._thread = threading.Thread(target=self._watch, name="jflow watchdog", daemon=True)
         self._thread.start()
         return self

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import functools
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Literal
 
@@ -111,9 +112,10 @@ def fit(
     """Trains until the state has taken ``total_steps`` steps. ``training.train`` is shorter for the common case.
 
     A run that is stopped and resumed is bit for bit the unbroken one (on the same devices, versions and flags): state, order
-    of the data, and rows except for their times. Resumed on other devices, or another number of processes, it starts from
-    the same bits, and the losses agree to rounding. Of several processes each makes the same call, with a state and data laid
-    out over the devices of all (``jflow.sharding``); the first one writes rows.
+    of the data, and rows except for their times. A run that was asked to stop between two rows has one row more. Resumed on
+    other devices, or another number of processes, it starts from the same bits, and the losses agree to rounding. Of several
+    processes each makes the same call, with a state and data laid out over the devices of all (``jflow.sharding``); the first
+    one writes rows.
 
     With checkpoints, SIGTERM, or the notice that a machine of a pod is about to be taken away, ends the current chunk, saves
     the state, and raises PreemptedError.
@@ -175,13 +177,17 @@ def fit(
             stack.enter_context(feed)
             feed.start(step, opened.position, plan.length, total_steps)
         for hook in hooks:
-            stack.enter_context(hook)
+            hook.__enter__()
+            stack.push(functools.partial(_leave, hook))
         recorder = Recorder(opened, hooks, forgive)
 
         def save() -> None:
             # Called for a planned checkpoint or after a notice; neither exists without checkpoints.
             assert run is not None and opened.checkpoints is not None
             score = None if run.best is None else recorder.score(step, run.best)
+            # Two saves at once would meet at the same barriers of Orbax.
+            if opened.snapshots is not None:
+                opened.snapshots.wait()
             opened.checkpoints.save(state, position=None if feed is None else feed.position, score=score)
 
         first, saved = step, step if opened.resumed else -1
@@ -199,13 +205,14 @@ def fit(
                 opened.checkpoints.wait()
                 raise PreemptedError(step)
             length = plan.length(step)
-            for hook in hooks:
-                hook.before_chunk(step, length)
-            if feed is not None:
-                data = feed.take()
             if step == first:
+                data = data if feed is None else feed.take()
                 for hook in hooks:
                     hook.start(Started(step, total_steps, chunk, state, data))
+            for hook in hooks:
+                hook.before_chunk(step, length)
+            if feed is not None and step != first:
+                data = feed.take()
             state, metrics = chunk(state, data, length)
             interval.append((step, step + length, metrics))
             step += length
@@ -230,11 +237,18 @@ def fit(
                 recorder.eval(step, evaluation.function(state))
             snapshots = opened.snapshots
             if snapshots is not None and plan.falls("snapshot", step) and step not in snapshots.steps():
+                if opened.checkpoints is not None:
+                    opened.checkpoints.wait()
                 snapshots.save(Averages(state.step, state.ema))
             if plan.falls("checkpoint", step):
                 save()
                 saved = step
     return state
+
+
+def _leave(hook: Hook, *error: Any) -> None:
+    """Leaves a hook; whatever it returns, an error goes on."""
+    hook.__exit__(*error)
 
 
 def _check_arguments(state: Any, chunk: Any, data: Any, run: Any, evaluation: Any) -> None:

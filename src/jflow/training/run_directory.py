@@ -114,8 +114,10 @@ class RunDirectory:
                 snapshots.drop_after(int(state.step))
             if first_process():
                 log = stack.enter_context(MetricsLog(out / "metrics.jsonl", kept))
-                if resumed:
-                    watch = Watch(rows=read(log.path))
+            if resumed:
+                # Every process has the same alarms, for a hook may act on them.
+                barrier("dropped the later rows")
+                watch = Watch(rows=read(out / "metrics.jsonl"))
             yield Opened(state, position, resumed, checkpoints, snapshots, log, watch)
 
     def _prepare(self) -> pathlib.Path:

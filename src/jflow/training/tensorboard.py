@@ -62,8 +62,10 @@ class TensorBoard(Hook):
             if value.ndim == 0:
                 self._writer.add_scalar(tag, float(value), row["step"])
             elif value.ndim == 1:
+                # A bin without rows is NaN, of which tensorboardX warns each time.
                 for place, entry in enumerate(value):
-                    self._writer.add_scalar(f"{tag}/{place}", float(entry), row["step"])
+                    if np.isfinite(entry):
+                        self._writer.add_scalar(f"{tag}/{place}", float(entry), row["step"])
 
     def images(self, step: int, name: str, images: ArrayLike) -> None:
         """Writes images [N, H, W, C] in [-1, 1] as one grid (``image_grids.tile``) of that name.

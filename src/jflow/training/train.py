@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 from collections.abc import Callable, Sequence
 from typing import Any, Protocol
@@ -69,10 +70,11 @@ def train(
         rows of a batch.
       ema: decays of the averages, or names with schedules of ``training.ema``; ``()`` for none.
       teacher: frozen parameters of a teacher, or None.
-      out_dir: a directory for metrics and five checkpoints over the run; or a ``RunDirectory``, for other choices and to
-        resume. None to write nothing.
+      out_dir: a directory for metrics, and for checkpoints at each fifth of the run, of which the newest three are kept; or
+        a ``RunDirectory``, for other choices and to resume. None to write nothing.
       evaluate: what is measured during training, and how often.
-      log_every: steps per row of metrics, and per dispatch; by default 100, or a fifth of the steps if that is less.
+      log_every: steps per row of metrics, and per dispatch; by default at most 100 and a fifth of the steps, and a divisor of
+        the numbers of steps in ``out_dir`` and ``evaluate``.
       forgive: as in ``fit``.
       hooks: as in ``fit``: a progress bar by default.
 
@@ -93,7 +95,14 @@ def train(
         )
     if mesh is not None and not isinstance(mesh, Mesh):
         raise TypeError(f"mesh: expected a jax.sharding.Mesh, from sharding.mesh, got {type(mesh).__name__}")
-    log_every = max(1, min(100, steps // 5)) if log_every is None else checks.integer("log_every", log_every, low=1)
+    # The parameters of equinox are a module, which can be called, too; but it is a pytree, and a function is a leaf.
+    is_maker = callable(params) and jax.tree_util.all_leaves([params])
+    if log_every is None:
+        given = () if not isinstance(out_dir, RunDirectory) else (out_dir.checkpoint_every, out_dir.snapshot_every)
+        every = [n for n in (*given, getattr(evaluate, "every", None)) if isinstance(n, int)]
+        most, common = max(1, min(100, steps // 5)), math.gcd(*every)
+        log_every = max(n for n in range(1, most + 1) if common % n == 0)
+    checks.integer("log_every", log_every, low=1)
     checkpoint_every = log_every * max(1, steps // (5 * log_every))
     run = (
         out_dir
@@ -106,7 +115,7 @@ def train(
     init_key, train_key = jax.random.split(jax.random.key(seed))
 
     def make_state(init_key: Key, train_key: Key, teacher: Params) -> TrainState:
-        made = params(init_key) if callable(params) else params
+        made = params(init_key) if is_maker else params
         return init_state(made, optimizer, train_key, ema=ema, teacher=teacher, objective=objective)
 
     batch_fn: Any = prefetch.batch if isinstance(dataset, prefetch.Feed) else dataset.batch
