@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gc
+import importlib.metadata
 import os
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -10,10 +11,17 @@ from typing import Any
 
 # Jax reads these when it is first imported, so they are set before; the subprocesses of tests inherit them.
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
-# Compilation takes most of the time, because the programs are small and run once or twice.
-os.environ["XLA_FLAGS"] = (
-    f"{os.environ.get('XLA_FLAGS', '')} --xla_force_host_platform_device_count=8 --xla_backend_optimization_level=0"
-).strip()
+# Compilation takes most of the time, because the programs are small and run once or twice. These flags halve it.
+FLAGS = [
+    "--xla_force_host_platform_device_count=8",
+    "--xla_backend_optimization_level=0",
+    "--xla_llvm_disable_expensive_passes=true",
+    "--xla_cpu_parallel_codegen_split_count=1",
+]
+if importlib.metadata.version("jaxlib").startswith("0.10."):
+    # The older code generator for fusions compiles faster. Later versions lack it, and abort at a flag they do not know.
+    FLAGS.append("--xla_cpu_use_fusion_emitters=false")
+os.environ["XLA_FLAGS"] = " ".join([os.environ.get("XLA_FLAGS", ""), *FLAGS]).strip()
 os.environ.setdefault("MPLBACKEND", "Agg")
 
 import jax
