@@ -8,11 +8,12 @@ BIN := $(VENV)/bin
 PIP_INSTALL := $(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt
 INPUTS := pyproject.toml constraints.txt
 
-.PHONY: help run test lint format types docs constraints clean
+.PHONY: help run test test-slow lint format types docs constraints clean
 
 help:
 	@echo "make run          train and sample the digits experiment into runs/digits"
-	@echo "make test         run the tests"
+	@echo "make test         run the quick tests: everything but what trains, kills or starts processes"
+	@echo "make test-slow    run the other tests"
 	@echo "make lint         ruff, as continuous integration runs it"
 	@echo "make format       ruff's formatter"
 	@echo "make types        pyright"
@@ -24,8 +25,13 @@ run: $(VENV)/.installed-experiments
 	$(BIN)/python -m experiments.digits --out runs/digits $(ARGS)
 
 # Two processes, whole files each: within a file tests share what they compile.
+PYTEST := $(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder
+
 test: $(VENV)/.installed-test
-	$(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder $(ARGS)
+	$(PYTEST) -m "not slow" $(ARGS)
+
+test-slow: $(VENV)/.installed-test
+	$(PYTEST) -m slow $(ARGS)
 
 lint: $(VENV)/.installed-ruff
 	$(BIN)/ruff check .
@@ -52,7 +58,7 @@ constraints: $(VENV)/.made
 	mv $(VENV)/constraints constraints.txt
 
 clean:
-	rm -rf $(VENV) .pytest_cache .ruff_cache .hypothesis docs/_build build dist
+	rm -rf $(VENV) $(VENV)-newest .pytest_cache .ruff_cache .hypothesis docs/_build build dist
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +
 
 # A stamp is written last, so that an interrupted installation starts again.
