@@ -47,8 +47,24 @@ jax.config.update("jax_persistent_cache_min_entry_size_bytes", -1)
 LONG = ("test_experiments", "test_crash_resume", "test_processes", "test_bias", "test_density", "test_small_noise")
 
 
+@pytest.hookimpl(tryfirst=True)  # before pytest selects by -m
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Puts the longest files first; pytest-xdist keeps this order with --no-loadscope-reorder."""
+    """Marks the cases beside the representatives as slow, and puts the longest files first.
+
+    pytest-xdist keeps this order with --no-loadscope-reorder.
+    """
+    named: dict[str, set[str]] = {}
+    for item in items:
+        if (marker := item.get_closest_marker("representatives")) is None:
+            continue
+        case = item.name.partition("[")[2].removesuffix("]")
+        if case in marker.args:
+            named.setdefault(item.nodeid.partition("[")[0], set()).add(case)
+        else:
+            item.add_marker(pytest.mark.slow)
+            named.setdefault(item.nodeid.partition("[")[0], set())
+    for test, found in named.items():
+        assert found, f"{test}: its representatives are none of its cases"
     items.sort(key=lambda item: LONG.index(item.path.stem) if item.path.stem in LONG else len(LONG))
 
 
