@@ -150,7 +150,7 @@ def test_mistakes_end_in_a_message(arguments, message, monkeypatch, capsys):
     module = importlib.import_module(arguments[0])
     monkeypatch.setattr(sys, "argv", arguments)
     with pytest.raises(SystemExit) as ended:
-        shared_run.main(module.Config, getattr(module, "main", None) or module.run)
+        shared_run.main(module.Config, module.run if callable(module.run) else module.main)
     assert ended.value.code == 2
     said = capsys.readouterr().err
     assert message in said and "Traceback" not in said
