@@ -13,15 +13,16 @@ ott-jax is not installed. The benchmark takes less than a minute and writes tabl
 from __future__ import annotations
 
 import dataclasses
+import functools
 import pathlib
-import time
 from collections.abc import Callable
 from typing import Any
 
 import jax
 import numpy as np
 
-from experiments import common
+from experiments.shared import results, timing
+from experiments.shared.run import main
 from jflow import couplings, datasets
 
 EPSILONS = (0.2, 0.05, 0.01)
@@ -53,8 +54,7 @@ class Config:
             raise ValueError(f"--sizes: expected positive whole numbers, got {self.sizes}")
         if self.repeats < 2:
             raise ValueError(f"--repeats: expected at least 2, got {self.repeats}")
-        if (self.out / "results.json").exists() and not self.overwrite:
-            raise FileExistsError(f"--out: {self.out} holds results already; pass --overwrite or another directory")
+        results.refuse_existing(self.out, self.overwrite)
 
 
 def contenders() -> dict[str, Callable[..., Any]]:
@@ -75,30 +75,38 @@ def contenders() -> dict[str, Callable[..., Any]]:
 
 def measure(size: int, repeats: int, key: jax.Array) -> dict[str, dict[str, float]]:
     """Times and costs at one size."""
-    functions = contenders()
-    seconds: dict[str, list[float]] = {name: [] for name in functions}
+    functions, keys = contenders(), jax.random.split(key, repeats + 1)
     costs: dict[str, list[float]] = {name: [] for name in functions}
-    first: dict[str, float] = {}
-    # The first round compiles; its pairs are not counted.
-    for round_key in jax.random.split(key, repeats + 1):
-        data_key, base_key, coupling_key = jax.random.split(round_key, 3)
+
+    def minibatch(number: int) -> tuple[jax.Array, jax.Array, jax.Array]:
+        data_key, base_key, coupling_key = jax.random.split(keys[number], 3)
         x1 = datasets.checkerboard(data_key, size) / datasets.CHECKERBOARD_STD
-        x0 = jax.block_until_ready(couplings.independent(base_key, x1))
-        for name, function in functions.items():
-            began = time.perf_counter()
-            paired = jax.block_until_ready(function(coupling_key, x0, x1))
-            passed = time.perf_counter() - began
-            if name not in first:
-                first[name] = passed
-                continue
-            seconds[name].append(passed)
-            costs[name].append(float(couplings.transport_cost(paired, x1)))
+        return coupling_key, couplings.independent(base_key, x1), x1
+
+    def call(name: str, batch: tuple[jax.Array, jax.Array, jax.Array]) -> Any:
+        pairs[name] = functions[name](*batch), batch[2]
+        return pairs[name][0]
+
+    def prepare(name: str, number: int) -> Any:
+        note(name)
+        return minibatch(number)
+
+    def note(name: str) -> None:
+        if name in pairs:
+            costs[name].append(float(couplings.transport_cost(*pairs.pop(name))))
+
+    pairs: dict[str, tuple[Any, jax.Array]] = {}
+    times = timing.interleaved({name: functools.partial(call, name) for name in functions}, repeats, prepare)
+    for name in functions:
+        note(name)
+    # The first round compiles; its pairs are not counted.
+    costs = {name: values[1:] for name, values in costs.items()}
     return {
         name: {
-            "milliseconds": 1e3 * float(np.median(seconds[name])),
+            "milliseconds": 1e3 * times.median(name),
             "cost": float(np.mean(costs[name])),
             "cost_error": float(np.std(costs[name], ddof=1) / np.sqrt(repeats)),
-            "first_call_seconds": first[name],
+            "first_call_seconds": times.first[name],
         }
         for name in functions
     }
@@ -111,12 +119,9 @@ def run(config: Config) -> None:
     table = {size: measure(size, config.repeats, key) for size, key in zip(config.sizes, keys, strict=True)}
     header = ["points", "coupling", "ms per minibatch", "cost", "+-", "first call, s"]
     rows = [[size, name, *numbers.values()] for size, found in table.items() for name, numbers in found.items()]
-    text = common.markdown(header, rows)
-    config.out.mkdir(parents=True, exist_ok=True)
-    (config.out / "table.md").write_text(text + "\n")
-    common.write_json(config.out / "results.json", {"table": table, "repeats": config.repeats, **common.environment()})
-    print(text)
+    text = results.markdown(header, rows)
+    results.write(config.out, {"table": table, "repeats": config.repeats}, text)
 
 
 if __name__ == "__main__":
-    common.main(Config, run)
+    main(Config, run)

@@ -28,7 +28,6 @@ import importlib.metadata
 import itertools
 import os
 import pathlib
-import time
 from collections.abc import Callable
 from typing import Any, Literal
 
@@ -36,7 +35,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from experiments import common
+from experiments.shared import results, timing
+from experiments.shared.run import main
 from jflow import likelihood, plots
 from jflow.types import Array, Cond, Event, Key, Params, Time
 
@@ -44,8 +44,6 @@ GOAL = 1.5
 DIVERGENCES = {"exact": likelihood.exact_divergence(), "hutchinson": likelihood.hutchinson(1)}
 # Evaluations per step, by either package.
 STAGES = {"euler": 1, "midpoint": 2}
-# Wall time and processor time.
-CLOCKS = (time.perf_counter, time.process_time)
 # How far apart values may be, relative to the largest: many roundings of float32.
 ROUNDING = 1e-5
 # How many standard errors an unbiased mean may be off.
@@ -91,8 +89,7 @@ class Config:
             raise ValueError(f"--dims: expected positive whole numbers, got {self.dims}")
         if self.threads > (cores := len(os.sched_getaffinity(0))):
             raise ValueError(f"--threads: expected at most the {cores} cores of this process, got {self.threads}")
-        if (self.out / "results.json").exists() and not self.overwrite:
-            raise FileExistsError(f"--out: {self.out} holds results already; pass --overwrite or another directory")
+        results.refuse_existing(self.out, self.overwrite)
 
 
 def network(config: Config, d: int) -> list[tuple[np.ndarray, np.ndarray]]:
@@ -175,7 +172,7 @@ class Case:
         """FLOPs of an evaluation of jflow over those of a forward pass, for one sample, by XLA's cost analysis."""
 
         def flops(function: Callable[..., Any]) -> float:
-            return jax.jit(function).lower(*self.arguments).compile().cost_analysis()["flops"]
+            return timing.flops(function, *self.arguments)
 
         # XLA counts the body of the loop over steps once, and Euler's holds one evaluation.
         density = likelihood.along_ode(velocity, DIVERGENCES[self.divergence], solver="euler", steps=5)
@@ -227,28 +224,23 @@ class Case:
 
     def measure(self) -> dict[str, Any]:
         """A row of the results: agreement, cost, times and ratios."""
-        began = time.perf_counter()
-        compiled = self.ours().lower(*self.arguments).compile()
-        compile_seconds = time.perf_counter() - began
+        compiled, compile_seconds = timing.compiled(self.ours(), *self.arguments)
         differences = self.agree(compiled)
-        # Seconds by [round, package, clock]; the first round warms up.
-        spent = np.zeros((1 + self.config.repeats, 2, len(CLOCKS)))
-        for times in spent:
-            for i, call in enumerate((lambda: jax.block_until_ready(compiled(*self.arguments)), self.theirs())):
-                before = [clock() for clock in CLOCKS]
-                call()
-                times[i] = [clock() - start for clock, start in zip(CLOCKS, before, strict=True)]
-        ratios, ms = spent[1:, 1] / spent[1:, 0], 1e3 * np.median(spent[1:, :, 0], axis=0) / self.config.batch
+        theirs = self.theirs()
+        calls = {"ours": lambda _: compiled(*self.arguments), "theirs": lambda _: theirs()}
+        times = timing.interleaved(calls, self.config.repeats)
+        ratios = np.stack([times.ratios("theirs", "ours", clock) for clock in timing.CLOCKS])
+        ms = [1e3 * times.median(name) / self.config.batch for name in calls]
         return {
             **{"method": self.method, "divergence": self.divergence, "d": self.d},
             "evaluations": STAGES[self.method] * self.config.steps,
             **{"ms_per_sample": float(ms[0]), "their_ms_per_sample": float(ms[1])},
-            **{"ratio": float(np.median(ratios[:, 0])), "ratio_processor": float(np.median(ratios[:, 1]))},
+            **{"ratio": float(np.median(ratios[0])), "ratio_processor": float(np.median(ratios[1]))},
             "passes": self.passes(),
             "limit": 1.02 * (1 + self.d) if self.divergence == "exact" else 2.05,
             "difference": differences["log_density"],
             "compile_seconds": compile_seconds,
-            **{"ratios": ratios.T, "differences": differences},
+            **{"ratios": ratios, "differences": differences},
         }
 
 
@@ -271,16 +263,16 @@ def run(config: Config) -> None:
     header = ["solver", "divergence", "d", "evaluations", "jflow, ms/sample", "flow_matching, ms/sample", "ratio"]
     header += ["ratio, processor", "passes", "at most", "difference", "compile s"]
     # The first entries of a row are the table's.
-    table = common.markdown(header, [list(row.values())[: len(header)] for row in rows])
+    table = results.markdown(header, [list(row.values())[: len(header)] for row in rows])
     options = {name: value for name, value in dataclasses.asdict(config).items() if name not in ("out", "overwrite")}
-    record = {"benchmark": "likelihood", "results": rows, "goal": GOAL, "config": options, **common.environment()}
+    record = {"benchmark": "likelihood", "results": rows, "goal": GOAL, "config": options}
     record["reached"] = all(row["ratio"] >= GOAL and row["passes"] <= row["limit"] for row in rows)
-    record["versions"] |= {name: importlib.metadata.version(name) for name in ("torch", "torchdiffeq", "flow_matching")}
-    config.out.mkdir(parents=True, exist_ok=True)
-    (config.out / "table.md").write_text(table + "\n")
-    common.write_json(config.out / "results.json", record)
+    versions = results.environment()["versions"]
+    record["versions"] = versions | {
+        name: importlib.metadata.version(name) for name in ("torch", "torchdiffeq", "flow_matching")
+    }
+    results.write(config.out, record, table)
     _figure(config, rows)
-    print(table)
     print(f"goal of {GOAL}, and limits of passes: " + ("reached" if record["reached"] else "missed"))
 
 
@@ -302,4 +294,4 @@ def _figure(config: Config, rows: list[dict[str, Any]]) -> None:
 
 
 if __name__ == "__main__":
-    common.main(Config, run)
+    main(Config, run)

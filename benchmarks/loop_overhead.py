@@ -21,9 +21,7 @@ import argparse
 import json
 import pathlib
 import platform
-import statistics
 import tempfile
-import time
 from collections.abc import Callable
 from typing import Any
 
@@ -32,6 +30,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
+from experiments.shared import timing
 from jflow.datasets import ArrayDataset
 from jflow.training import RunDirectory, TrainState, fit, init_state, make_chunk, make_step
 from jflow.types import Batch, Context
@@ -116,24 +115,19 @@ def measure(batch: int, width: int, layers: int, steps: int, chunks: int, rounds
         "fit": run_fit,
         "saves": lambda state: run_fit(state, checkpoint_every=5 * steps),
     }
-    clocks = {"wall": time.perf_counter, "processor": time.process_time}
-    seconds: dict[str, dict[str, list[float]]] = {clock: {name: [] for name in variants} for clock in clocks}
-    for round_number in range(rounds + 1):
-        for name, run in variants.items():
-            state = jax.block_until_ready(init_state(params, optimizer, jax.random.key(1), ema=(0.999,)))
-            start = {clock: read() for clock, read in clocks.items()}
-            jax.block_until_ready(run(state))
-            # The first round compiles.
-            if round_number > 0:
-                for clock, read in clocks.items():
-                    seconds[clock][name].append(read() - start[clock])
 
-    def summary(seconds: dict[str, list[float]]) -> dict[str, Any]:
+    def start(name: str, number: int) -> TrainState:
+        return init_state(params, optimizer, jax.random.key(1), ema=(0.999,))
+
+    # The first round compiles.
+    times = timing.interleaved(variants, rounds, start)
+
+    def summary(clock: str) -> dict[str, Any]:
         def over(a: str, b: str) -> float:
-            return statistics.median(x / y for x, y in zip(seconds[a], seconds[b], strict=True)) - 1
+            return times.ratio(a, b, clock) - 1
 
         return {
-            "ms_per_step": {n: 1e3 * statistics.median(values) / (steps * chunks) for n, values in seconds.items()},
+            "ms_per_step": {name: 1e3 * times.median(name, clock) / (steps * chunks) for name in variants},
             "loop_overhead": over("fit", "plain"),
             "loop_and_saves_overhead": over("saves", "plain"),
             "batches_average_metrics_overhead": over("plain", "bare"),
@@ -147,7 +141,7 @@ def measure(batch: int, width: int, layers: int, steps: int, chunks: int, rounds
         "steps_per_chunk": steps,
         "chunks": chunks,
         "rounds": rounds,
-        **{clock: summary(values) for clock, values in seconds.items()},
+        **{clock: summary(clock) for clock in timing.CLOCKS},
     }
 
 

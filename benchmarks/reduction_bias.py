@@ -43,7 +43,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from experiments import common
+from experiments.shared import reduction_table, results
+from experiments.shared.reduction_table import UNBIASED
+from experiments.shared.run import main
 from jflow import interpolants, oracles, reductions
 from jflow.types import Array, Time
 
@@ -67,7 +69,6 @@ ORACLE = oracles.quantile(interpolants.linear())
 REACH = 8.5
 SCAN, HALVINGS = 32, 40
 DENSE = 4001
-UNBIASED = 1e-10
 NUMBERS = ("relative_bias", "rms_shift", "rms_velocity", "largest_shift")
 
 
@@ -97,8 +98,7 @@ class Config:
             raise ValueError(f"--points: expected at least 2, got {self.points}")
         if self.nodes < 64:
             raise ValueError(f"--nodes: expected at least 64, got {self.nodes}")
-        if (self.out / "results.json").exists() and not self.overwrite:
-            raise FileExistsError(f"--out: {self.out} holds results already; pass --overwrite or another directory")
+        results.refuse_existing(self.out, self.overwrite)
 
 
 class Residual(NamedTuple):
@@ -193,19 +193,6 @@ def measure(config: Config) -> list[dict[str, Any]]:
     ]
 
 
-def table(rows: list[dict[str, Any]]) -> str:
-    """Relative bias and largest shift of every mixture and reduction, a column for each pair of times."""
-    cells: dict[tuple[str, str], list[str]] = {}
-    for row in rows:
-        if row["reduction"] == "squared":
-            cells.setdefault((row["mixture"], "RMS of v"), []).append(f"{row['rms_velocity']:.3f}")
-        biased = row["largest_shift"] > UNBIASED
-        cell = f"{row['relative_bias']:.3f}, {row['largest_shift']:.3f}" if biased else "0"
-        cells.setdefault((row["mixture"], row["reduction"]), []).append(cell)
-    header = ["mixture", "reduction", *(f"({s:g}, {t:g})" for s, t in PAIRS)]
-    return common.markdown(header, [[*names, *found] for names, found in cells.items()])
-
-
 def run(config: Config) -> None:
     """Measures in double precision and writes everything to ``config.out``."""
     config.check()
@@ -213,14 +200,10 @@ def run(config: Config) -> None:
     if config.quick:
         config = dataclasses.replace(config, points=8, nodes=256)
     rows = measure(config)
-    text = "Relative bias and largest |m|, by (s, t).\n\n" + table(rows)
-    config.out.mkdir(parents=True, exist_ok=True)
-    (config.out / "table.md").write_text(text + "\n")
+    text = "Relative bias and largest |m|, by (s, t).\n\n" + reduction_table.table(rows)
     settings = {"points": config.points, "nodes": config.nodes, "quick": config.quick}
     mixtures = {name: dict(zip(("weights", "means", "variances"), m, strict=True)) for name, m in MIXTURES.items()}
-    values = {"rows": rows, "mixtures": mixtures, **settings, **common.environment()}
-    common.write_json(config.out / "results.json", values)
-    print(text)
+    results.write(config.out, {"rows": rows, "mixtures": mixtures, **settings}, text)
 
 
 def _biases(score: Callable[[Array], Array], config: Config, params: Any, s: Array, t: Array) -> tuple[Array, ...]:
@@ -237,4 +220,4 @@ def _mean_velocity(params: oracles.MixtureParams, s: Time, t: Time, x: Array) ->
 
 
 if __name__ == "__main__":
-    common.main(Config, run)
+    main(Config, run)

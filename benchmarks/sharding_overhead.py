@@ -22,9 +22,7 @@ import json
 import os
 import pathlib
 import re
-import statistics
 import sys
-import time
 from typing import Any, Literal
 
 import jax
@@ -32,7 +30,8 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
-from experiments import common
+from experiments.shared import results, timing
+from experiments.shared.run import main
 from jflow import interpolants, nets, objectives, parameterizations, sharding, training
 from jflow.datasets import ArrayDataset
 from jflow.types import FORWARD, Batch
@@ -40,7 +39,6 @@ from jflow.types import FORWARD, Batch
 GOAL = 1.08
 FLAG = "--xla_force_host_platform_device_count"
 COLLECTIVE = re.compile(r" (all-reduce|all-gather|all-to-all|collective-permute|reduce-scatter)(?:-start)?\(")
-CLOCKS = {"wall": time.perf_counter, "processor": time.process_time}
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -76,8 +74,7 @@ class Config:
         for name in ("batch", "size", "features", "depth", "steps", "rounds"):
             if getattr(self, name) < 1:
                 raise ValueError(f"--{name}: expected a positive whole number, got {getattr(self, name)}")
-        if (self.out / "results.json").exists() and not self.overwrite:
-            raise FileExistsError(f"--out: {self.out} holds results already; pass --overwrite or another directory")
+        results.refuse_existing(self.out, self.overwrite)
 
 
 class Run:
@@ -106,41 +103,29 @@ class Run:
         layout = sharding.parts(state, mesh)
         step = training.make_step(objective, optimizer, ema=(0.999,))
         chunk = training.make_chunk(step, dataset.batch, batch_sharding=sharding.rows(mesh), state_sharding=layout)
-        self._steps = config.steps
         self._state = sharding.place(state, layout)
         self._data = sharding.place(dataset.data, sharding.whole(mesh))
         self._chunk = chunk.lower(self._state, self._data, config.steps).compile()
         self.flops = self._chunk.cost_analysis()["flops"]
         self.collectives = dict(collections.Counter(COLLECTIVE.findall(self._chunk.as_text())))
 
-    def seconds(self) -> dict[str, float]:
-        """The time of a call, per step, by each clock."""
-        began = {name: read() for name, read in CLOCKS.items()}
+    def call(self, _: None = None) -> training.TrainState:
+        """Runs one chunk."""
         self._state, _ = self._chunk(self._state, self._data)
-        jax.block_until_ready(self._state)
-        return {name: (read() - began[name]) / self._steps for name, read in CLOCKS.items()}
+        return self._state
 
 
 def measure(config: Config, method: str) -> dict[str, Any]:
     """Milliseconds per step on one device and on two, ratios, work and collectives."""
     runs = {devices: Run(config, method, devices) for devices in (1, 2)}
-    times: dict[int, list[dict[str, float]]] = {1: [], 2: []}
-    for round_number in range(config.rounds + 1):
-        for devices, run in runs.items():
-            seconds = run.seconds()
-            # The first round warms up.
-            if round_number > 0:
-                times[devices].append(seconds)
+    times = timing.interleaved({str(devices): run.call for devices, run in runs.items()}, config.rounds)
 
-    def median(clock: str, devices: int) -> float:
-        return 1e3 * statistics.median(seconds[clock] for seconds in times[devices])
+    def per_step(clock: str, devices: int) -> float:
+        return 1e3 * times.median(str(devices), clock) / config.steps
 
     return {
-        "ms_per_step": {clock: {devices: median(clock, devices) for devices in runs} for clock in CLOCKS},
-        "ratio": {
-            clock: statistics.median(two[clock] / one[clock] for one, two in zip(times[1], times[2], strict=True))
-            for clock in CLOCKS
-        },
+        "ms_per_step": {clock: {devices: per_step(clock, devices) for devices in runs} for clock in timing.CLOCKS},
+        "ratio": {clock: times.ratio("2", "1", clock) for clock in timing.CLOCKS},
         "work": runs[2].flops / runs[1].flops,
         "collectives": runs[2].collectives,
     }
@@ -150,9 +135,9 @@ def run(config: Config) -> None:
     """Measures every objective, prints the table and a line of JSON, and writes both to ``config.out``."""
     if jax.device_count() < 2:
         raise ValueError(f"devices: expected two, got {jax.devices()}; run it as a program of its own")
-    results = {method: measure(config, method) for method in config.methods}
+    measured = {method: measure(config, method) for method in config.methods}
     header = ["objective", "one device, ms", "two devices, ms", "ratio", "ratio, processor", "work", "collectives"]
-    table = common.markdown(
+    table = results.markdown(
         header,
         [
             [
@@ -162,23 +147,19 @@ def run(config: Config) -> None:
                 found["work"],
                 found["collectives"],
             ]
-            for method, found in results.items()
+            for method, found in measured.items()
         ],
     )
-    reached = all(found["ratio"]["wall"] <= GOAL for found in results.values())
+    reached = all(found["ratio"]["wall"] <= GOAL for found in measured.values())
     options = {name: value for name, value in dataclasses.asdict(config).items() if name not in ("out", "overwrite")}
     record = {
         "benchmark": "sharding_overhead",
-        "results": results,
+        "results": measured,
         "goal": GOAL,
         "reached": reached,
         "config": options,
-        **common.environment(),
     }
-    config.out.mkdir(parents=True, exist_ok=True)
-    (config.out / "table.md").write_text(table + "\n")
-    common.write_json(config.out / "results.json", record)
-    print(table)
+    record = results.write(config.out, record, table)
     print(json.dumps(record))
     print(f"goal of {GOAL} " + ("reached" if reached else "missed"))
 
@@ -195,4 +176,4 @@ def pin() -> None:
 
 if __name__ == "__main__":
     pin()
-    common.main(Config, run)
+    main(Config, run)

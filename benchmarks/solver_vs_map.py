@@ -12,19 +12,10 @@ interleaved runs, without compilation. The benchmark writes table.md, solver_vs_
 from __future__ import annotations
 
 import dataclasses
-import json
 import pathlib
 
-import jax
-
-from experiments import common
-from jflow import comparison
-from jflow.comparison import shell
-
-STEPS = {"euler": (1, 2, 4, 8, 16, 32, 100), "heun": (1, 2, 4, 8, 16)}
-TOLERANCES = {"tsit5": (1e-1, 1e-2, 1e-3), "dopri8": (1e-1, 1e-3)}
-QUICK_STEPS = {"euler": (1, 8, 100), "heun": (4,)}
-QUICK_TOLERANCES = {"tsit5": (1e-2,), "dopri8": (1e-2,)}
+from experiments.shared import results, solver_table
+from experiments.shared.run import main
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -58,43 +49,21 @@ class Config:
         for name in ("batch", "samples", "repeats"):
             if getattr(self, name) < 1:
                 raise ValueError(f"--{name}: expected a positive whole number, got {getattr(self, name)}")
-        if (self.out / "results.json").exists() and not self.overwrite:
-            raise FileExistsError(f"--out: {self.out} holds results already; pass --overwrite or another directory")
-
-
-def entries(subject: comparison.Subject, quick: bool) -> list[comparison.Entry]:
-    """Everything that is compared; the first is the map."""
-    steps, tolerances = (QUICK_STEPS, QUICK_TOLERANCES) if quick else (STEPS, TOLERANCES)
-    model, params = subject.model, subject.params
-    return [
-        comparison.Entry("map", model, params),
-        *[comparison.Entry(name, model, params, solver=name, steps=numbers) for name, numbers in steps.items()],
-        *[comparison.Entry(name, model, params, solver=name, tolerances=tols) for name, tols in tolerances.items()],
-    ]
+        results.refuse_existing(self.out, self.overwrite)
 
 
 def run(config: Config) -> None:
     """Measures and writes everything to ``config.out``."""
-    config.check()
-    if config.quick:
-        config = dataclasses.replace(config, samples=64, batch=32, repeats=3)
-    subject = comparison.from_run(config.checkpoint, make=common.MAKE, average=common.AVERAGE)
-    table = shell.compare_subject(
-        subject,
-        entries(subject, config.quick),
-        jax.random.key(config.seed),
+    solver_table.write(
+        config.checkpoint,
+        config.out,
         samples=config.samples,
         batch=config.batch,
         repeats=config.repeats,
+        seed=config.seed,
+        quick=config.quick,
     )
-    config.out.mkdir(parents=True, exist_ok=True)
-    (config.out / "table.md").write_text(table.markdown() + "\n")
-    values = json.loads(table.to_json())
-    by_name = {row["name"]: row for row in values.pop("rows")}
-    common.write_json(config.out / "results.json", {"table": by_name, **values, **common.environment()})
-    table.save_figure(config.out / "solver_vs_map.png")
-    print(table.markdown())
 
 
 if __name__ == "__main__":
-    common.main(Config, run)
+    main(Config, run)

@@ -36,7 +36,6 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-import json
 import pathlib
 from collections.abc import Callable
 from typing import Any, Literal, NamedTuple
@@ -44,8 +43,12 @@ from typing import Any, Literal, NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 
-from experiments import bias_tables, catalogue, common, densities, mixture
+from experiments import bias_tables
+from experiments.shared import densities, drawing, mixtures, options, results, run, sweep
+from experiments.shared.model import Model, Problem, build
+from experiments.shared.options import Flat, Optimizer, Report, Size
 from jflow import datasets, interpolants, likelihood, objectives, oracles, training
 from jflow.likelihood import LogDensity
 from jflow.types import BoundFlowMap
@@ -56,29 +59,22 @@ ENTROPY = 1_000_000
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class Config(common.Training):
+class Config(options.Sweep):
     """Options of the ledger."""
 
     out: pathlib.Path = pathlib.Path("runs/bias")
     dims: tuple[int, ...] = (2, 16)
     """Dimensions of the mixtures."""
-    methods: tuple[str, ...] = ()
-    """Names of the methods to run; all if none is given."""
     seeds: int = 1
     """Number of seeds (0, 1, ...) for each method."""
-    steps: int = 6000
-    learning_rate: float = 3e-3
-    features: int = 128
-    """Width of the networks in two dimensions; above that they are twice as wide."""
-    depth: int = 4
-    residual: bool = False
-    samples: int = 8192
-    """Samples N drawn from each sampler."""
+    model: Flat[Size] = dataclasses.field(default=Size(features=128, depth=4, residual=False))
+    """In two dimensions; above that the networks are twice as wide."""
+    optimizer: Flat[Optimizer] = dataclasses.field(default=Optimizer(steps=6000, learning_rate=3e-3))
+    output: Flat[Report] = dataclasses.field(default=Report(log_every=250))
     points: int = 2048
     """Data points at which the log-densities are compared."""
     jumps: tuple[int, ...] = (1, 2, 4, 8)
     """Numbers of jumps with which each method draws."""
-    log_every: int = 250
     likelihood_steps: int = 400
     """Steps of maximum likelihood."""
     likelihood_batch: int = 128
@@ -91,23 +87,23 @@ class Config(common.Training):
     def check(self) -> None:
         """As ``Training.check``, and the names of the rows."""
         super().check()
-        common.refuse_unused(
-            self, "path", "parameterization", "velocity", "network", "decoupled", "octaves", "resume", "overwrite"
-        )
-        unknown = sorted(set(self.methods) - set(ROWS))
-        if unknown:
-            raise ValueError(f"--methods: unknown {', '.join(unknown)}; expected some of {', '.join(sorted(ROWS))}")
-        for name in ("seeds", "points", "likelihood_steps", "likelihood_batch", "head_steps"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"--{name.replace('_', '-')}: expected a positive number, got {getattr(self, name)}")
+        self.check_methods(ROWS)
+        options.positive(self, "seeds", "points", "likelihood_steps", "likelihood_batch", "head_steps")
         for name, low in (("dims", 2), ("jumps", 1)):
             values = getattr(self, name)
             if min(values, default=0) < low:
                 raise ValueError(f"--{name}: expected whole numbers from {low}, got {values}")
 
+    def row(self, out: pathlib.Path, dim: int = 2, seed: int = 0) -> options.RowTraining:
+        """The training of a row. Every method but consistency training's estimates the velocity from each pair."""
+        names = ("likelihood_steps", "likelihood_batch", "likelihood_rate", "head_steps")
+        of_sweep = {"velocity": "pair"} | {name: getattr(self, name) for name in names}
+        training = self.training(out, seed, {}, **of_sweep)
+        return options.replace(training, features=self.model.features * (1 if dim == 2 else 2))
+
     def kept(self) -> dict[str, Any]:
-        """As ``Training.kept``, without what chooses and measures rows and does not change one."""
-        return {k: v for k, v in super().kept().items() if k not in ("dims", "methods", "seeds", "points", "jumps")}
+        """The options that change a row: what its checkpoint keeps."""
+        return self.row(self.out).kept()
 
     def of_rows(self) -> dict[str, Any]:
         """What all rows of a table have alike: a row of another configuration is refused."""
@@ -119,30 +115,39 @@ class Row(NamedTuple):
     """A method of the ledger.
 
     Attributes:
-      row: of the catalogue: its method, its schedules, and whether flow matching teaches it; None for maximum likelihood.
+      method: of ``objectives.METHODS``; None for maximum likelihood.
       sampler: how it draws in K jumps.
       velocity: whether its diagonal is a velocity, so that it can be solved.
+      taught: whether it starts from flow matching's weights, and is taught by its velocity.
+      choices: ``steps -> choices`` for the method's constructor.
     """
 
-    row: str | None
+    method: str | None
     sampler: Literal["euler", "renoised", "jumps"]
     velocity: bool = True
+    taught: bool = False
+    choices: Callable[[int], dict[str, Any]] = lambda steps: {}
+
+
+def _shorter_steps(steps: int) -> dict[str, Any]:
+    """Of half of the remaining time at first, and of a tenth at last; a chain of smaller ones would not carry to s = 0."""
+    return {"fraction": optax.exponential_decay(0.5, steps, 0.1 / 0.5)}
 
 
 ROWS = {
     BASELINE: Row("flow_matching", "euler"),
-    "maximum_likelihood": Row(None, "euler"),
-    "consistency_training": Row("consistency_training", "renoised", velocity=False),
+    "maximum_likelihood": Row(None, "euler", taught=True),
+    "consistency_training": Row("consistency_training", "renoised", velocity=False, choices=_shorter_steps),
     "mean_flow": Row("mean_flow", "jumps"),
     "lsd": Row("lsd", "jumps"),
-    "lsd, distilled": Row("lsd, taught", "jumps"),
+    "lsd, distilled": Row("lsd", "jumps", taught=True),
 }
 
 
 def target(dim: int) -> oracles.MixtureParams:
-    """The plane's is ``experiments.mixture``'s; above, four components of unequal weight, place, and shape."""
+    """The plane's is that of ``experiments.mixture``; above, four components of unequal weight, place, and shape."""
     if dim == 2:
-        return mixture.target()
+        return mixtures.target()
     random = np.random.default_rng(dim)
     weights = np.array([0.4, 0.3, 0.2, 0.1])
     means = random.normal(size=(4, dim))
@@ -188,16 +193,11 @@ def exact(dim: int) -> Exact:
     )
 
 
-def wide(config: Config, dim: int) -> Config:
-    """The configuration with the width of the dimension."""
-    return dataclasses.replace(config, features=config.features * (1 if dim == 2 else 2))
-
-
-def problem(config: common.Training, dim: int) -> common.Problem:
+def problem(config: options.Training, dim: int) -> Problem:
     """The data of a dimension."""
     this = exact(dim)
-    return common.Problem(
-        dataset=datasets.SampledDataset(this.sample, config.batch, config.seed),
+    return Problem(
+        dataset=datasets.SampledDataset(this.sample, config.optimizer.batch, config.seed),
         event=(dim,),
         scale=1.0,
         reference=lambda key, n: np.asarray(this.sample(key, n)),
@@ -205,10 +205,9 @@ def problem(config: common.Training, dim: int) -> common.Problem:
 
 
 @functools.cache
-def model_of(dim: int, features: int, depth: int, residual: bool) -> common.Model:
+def model_of(dim: int, network: options.Network) -> Model:
     """One object for all rows of a dimension, so that what evaluates it is compiled once."""
-    config = Config(features=features, depth=depth, residual=residual)
-    return common.build(config, problem(config, dim))
+    return build(network, problem(options.Training(out=pathlib.Path("unused")), dim))
 
 
 # --- measures ---------------------------------------------------------------------------------------------------------
@@ -318,55 +317,53 @@ class Job:
     def __init__(self, config: Config, dim: int, name: str, seed: int) -> None:
         self.name, self.row, self.dim = name, ROWS[name], dim
         out = directory(config, dim, name, seed)
-        self.config = dataclasses.replace(wide(config, dim), out=out, seed=seed, resume="auto")
-        self.rows = config.of_rows()
+        self.sweep, self.config = config, options.replace(config.row(out, dim, seed), resume="auto")
         self.this = exact(dim)
-        self.model = model_of(dim, self.config.features, config.depth, config.residual)
+        self.model = model_of(dim, self.config.model)
         self.problem = problem(self.config, dim)
         self.teacher = None
-        if self.row.row is None or catalogue.ROWS[self.row.row].teacher:
-            self.teacher, _ = training.restore_params(directory(config, dim, BASELINE, seed) / "map", common.AVERAGE)
+        if self.row.taught:
+            self.teacher, _ = training.restore_params(directory(config, dim, BASELINE, seed) / "map", run.AVERAGE)
 
     def train(self) -> BoundFlowMap:
         """The map."""
-        config = dataclasses.replace(self.config, out=self.config.out / "map")
+        config = options.replace(self.config, out=self.config.out / "map")
         flow_map, path, problem_, start = self.model.flow_map, self.model.interpolant, self.problem, self.teacher
-        if self.row.row is None:
-            config = dataclasses.replace(
+        if self.row.method is None:
+            config = options.replace(
                 config,
-                steps=config.likelihood_steps,
-                batch=config.likelihood_batch,
-                learning_rate=config.likelihood_rate,
-                warmup=min(config.warmup, config.likelihood_steps // 10),
-                log_every=min(config.log_every, config.likelihood_steps),
+                steps=self.sweep.likelihood_steps,
+                batch=self.sweep.likelihood_batch,
+                learning_rate=self.sweep.likelihood_rate,
+                warmup=min(config.optimizer.warmup, self.sweep.likelihood_steps // 10),
+                log_every=min(config.output.log_every, self.sweep.likelihood_steps),
             )
             problem_ = problem(config, self.dim)
             divergence = likelihood.exact_divergence() if self.dim == 2 else likelihood.hutchinson()
             objective = densities.maximum_likelihood(flow_map, divergence)
         else:
-            row = catalogue.ROWS[self.row.row]
-            choices = row.choices(config)
-            if row.teacher:
+            choices = self.row.choices(config.optimizer.steps)
+            if self.row.taught:
                 choices["teacher"] = flow_map.velocity
-            objective = objectives.METHODS[row.method].constructor(flow_map, path, **choices)
-        teacher = start if self.row.row is not None else None
-        this = common.trainer(config, problem_, self.model, objective, params=start, teacher=teacher)
-        return common.train(config, problem_, self.model, this)[0]
+            objective = objectives.METHODS[self.row.method].constructor(flow_map, path, **choices)
+        teacher = start if self.row.method is not None else None
+        this = run.trainer(config, problem_, self.model, objective, params=start, teacher=teacher)
+        return run.train(config, problem_, self.model, this)[0]
 
     def with_head(self, bound: BoundFlowMap) -> BoundFlowMap:
         """The map of points with log-densities, with its trained head."""
-        config = dataclasses.replace(self.config, steps=self.config.head_steps)
+        config = options.replace(self.config, steps=self.sweep.head_steps)
         divergence = likelihood.exact_divergence() if self.dim == 2 else likelihood.hutchinson()
         return densities.train_head(config, self.problem, bound, self.model.interpolant, divergence=divergence)
 
-    def run(self) -> None:
-        """Trains and measures; writes row.json and estimates.npz."""
+    def run(self) -> dict[str, Any]:
+        """Trains and measures; writes estimates.npz and returns the row."""
         bound = self.train()
         headed = self.with_head(bound) if self.row.sampler == "jumps" else None
-        n, dim = self.config.samples, self.dim
+        n, dim = self.sweep.samples, self.dim
         noise_key, data_key, probe_key, again_key, exact_key = jax.random.split(jax.random.key(self.config.seed + 7), 5)
-        x0 = common.noise(noise_key, n, (dim,))
-        x = self.this.sample(data_key, self.config.points)
+        x0 = drawing.noise(noise_key, n, (dim,))
+        x = self.this.sample(data_key, self.sweep.points)
         truth = np.asarray(self.this.log_density(x), np.float64)
         samples, estimates, kept = {}, {}, {"truth": truth}
 
@@ -376,7 +373,7 @@ class Job:
             kept[name] = np.where(np.asarray(valid), np.asarray(log_density, np.float64), np.nan)
             estimates[name] = of_estimates(kept[name], np.asarray(valid), truth)
 
-        for jumps in self.config.jumps:
+        for jumps in self.sweep.jumps:
             there, at = self._through(bound, jumps, x0, x, again_key)
             samples[str(jumps)] = of_samples(there, self.this, exact_key)
             note(f"determinant, {jumps}", at)
@@ -388,8 +385,7 @@ class Job:
             keys = jax.random.split(probe_key, len(x))
             note("solve, one probe", densities.solved_at_data(bound, x, keys, 1))
         np.savez(self.config.out / "estimates.npz", **kept)
-        row = {"name": self.name, "dim": dim, "seed": self.config.seed, "samples": samples, "estimates": estimates}
-        common.write_json(self.config.out / "row.json", {**row, "config": self.rows})
+        return {"name": self.name, "dim": dim, "seed": self.config.seed, "samples": samples, "estimates": estimates}
 
     def _through(
         self, bound: BoundFlowMap, jumps: int, x0: jax.Array, x: jax.Array, key: jax.Array
@@ -409,13 +405,22 @@ class Job:
 
 def directory(config: Config, dim: int, name: str, seed: int) -> pathlib.Path:
     """Where a row's files are."""
-    return config.out / f"{dim}d" / name.replace(", ", "-") / str(seed)
+    return sweep.directory(config.out, f"{dim}d", name, seed)
 
 
-def order(config: Config) -> list[tuple[int, str, int]]:
+def jobs(config: Config) -> list[sweep.Job]:
     """The rows to run, the teacher first."""
     names = dict.fromkeys([BASELINE, *(config.methods or ROWS)])
-    return [(dim, name, seed) for dim in config.dims for seed in range(config.seeds) for name in names]
+    return [
+        sweep.Job(
+            f"{name}, {dim} dimensions, seed {seed}",
+            directory(config, dim, name, seed),
+            lambda dim=dim, name=name, seed=seed: Job(config, dim, name, seed).run(),
+        )
+        for dim in config.dims
+        for seed in range(config.seeds)
+        for name in names
+    ]
 
 
 def floor(config: Config, dim: int) -> dict[str, Any]:
@@ -430,21 +435,8 @@ def floor(config: Config, dim: int) -> dict[str, Any]:
 
 
 def read(config: Config, dim: int, name: str, seed: int) -> dict[str, Any] | None:
-    """A row that has been written, or None.
-
-    Raises:
-      ValueError: for one of another configuration.
-    """
-    path = directory(config, dim, name, seed) / "row.json"
-    if not path.is_file():
-        return None
-    row = json.loads(path.read_text())
-    # In the form in which JSON returns it: tuples become lists.
-    wanted = json.loads(json.dumps(config.of_rows(), default=str))
-    if row["config"] != wanted:
-        other = sorted(k for k in wanted if row["config"].get(k) != wanted[k])
-        raise ValueError(f"--out: {path} was written with another {', '.join(other)}; choose another directory")
-    return row
+    """A row that has been written, or None; ValueError for one of another configuration."""
+    return sweep.read(directory(config, dim, name, seed), config.of_rows())
 
 
 def collect(config: Config) -> dict[str, Any]:
@@ -460,29 +452,21 @@ def collect(config: Config) -> dict[str, Any]:
 
 def quick(config: Config) -> Config:
     """A small run of every row."""
-    small = common.QUICK | {"steps": 6, "log_every": 3, "warmup": 2, "samples": 128, "features": 8}
-    few = {"points": 32, "likelihood_steps": 3, "likelihood_batch": 16, "head_steps": 6, "jumps": (2,)}
-    return dataclasses.replace(config, **small, **few, seeds=1)
+    few = {"points": 32, "likelihood_steps": 3, "likelihood_batch": 16, "head_steps": 6, "jumps": (2,), "seeds": 1}
+    return options.quick(config, steps=6, log_every=3, warmup=2, samples=128, features=8, **few)
 
 
-def run(config: Config) -> None:
+def main(config: Config) -> None:
     """Runs what is missing, and writes the tables and figures of all that is there to ``config.out``.
 
     Raises:
       ValueError: with several processes.
     """
-    common.one_process()
-    if config.quick:
+    if config.output.quick:
         config = quick(config)
-    for dim, name, seed in order(config):
-        if read(config, dim, name, seed) is None:
-            print(f"--- {name}, {dim} dimensions, seed {seed}", flush=True)
-            Job(config, dim, name, seed).run()
+    sweep.run_missing(jobs(config), config.of_rows())
     found = collect(config)
-    text = bias_tables.tables(found)
-    print(text)
-    (config.out / "table.md").write_text(text + "\n")
-    common.write_json(config.out / "results.json", {"dims": found, "config": config.kept(), **common.environment()})
+    results.write(config.out, {"dims": found, "config": config.kept()}, bias_tables.tables(found))
     for dim in config.dims:
         bias_tables.bias_figure(config.out / f"bias_{dim}d.png", dim, found[str(dim)])
         for name in ROWS:
@@ -493,4 +477,4 @@ def run(config: Config) -> None:
 
 
 if __name__ == "__main__":
-    common.main(Config, run)
+    run.main(Config, main)

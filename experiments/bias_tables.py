@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 
-from experiments import common
+from experiments.shared import results, sweep
 from jflow import plots
 
 EXACT = "exact samples"
@@ -16,12 +16,7 @@ EXACT = "exact samples"
 
 def average(rows: list[dict[str, Any]], *path: str) -> float:
     """A number's mean over the seeds; NaN where there is none."""
-    values = []
-    for row in rows:
-        for key in path:
-            row = row.get(key) if isinstance(row, dict) else None
-        if row is not None and np.isfinite(row):
-            values.append(row)
+    values = [value for value in sweep.values(rows, *path) if np.isfinite(value)]
     return float(np.mean(values)) if values else float("nan")
 
 
@@ -39,7 +34,7 @@ def tables(found: dict[str, Any]) -> str:
             for name, rows in [*this["rows"].items(), (EXACT, exact_samples)]
             for jumps in rows[0]["samples"]
         ]
-        text += [f"### {dim} dimensions\n\n{entropy}", common.markdown(header, lines)]
+        text += [f"### {dim} dimensions\n\n{entropy}", results.markdown(header, lines)]
         jumps = [k for k in next(iter(this["rows"].values()))[0]["samples"] if k != "solve"]
         lines = [
             [name, estimator, *(_errors(rows, f"{estimator}, {k}") for k in jumps)]
@@ -55,7 +50,7 @@ def tables(found: dict[str, Any]) -> str:
         ]
         names = ["jumps: " + jumps[0], *jumps[1:]] if jumps else []
         said = "Errors at data, in nats: bias, median, root mean square, 95 % below; (share of points with a value)."
-        text += [said, common.markdown(["sampler", "estimator", *names], lines)]
+        text += [said, results.markdown(["sampler", "estimator", *names], lines)]
     return "\n\n".join(text)
 
 

@@ -6,17 +6,15 @@ All methods are trained with the same network, optimizer and number of samples, 
 on two CPU cores. ``--methods lsd mean_flow`` runs only these two. Rows that exist already are kept, so the command may be
 stopped and repeated, or run at the same time on different methods. The teacher of a distillation is the flow-matching row
 of the same seed, and the student starts from its weights. With ``--budget flops`` each method trains for as many FLOPs, by
-XLA's count, as the flow-matching row. ``--quick`` shows that everything works; its numbers mean nothing.
+XLA's count, as the flow-matching row. ``--quick`` shows in half a minute that
+everything works, with a few methods unless ``--methods`` names others; its numbers mean nothing.
 """
 
 from __future__ import annotations
 
 import dataclasses
 import functools
-import json
 import pathlib
-import statistics
-import time
 from collections.abc import Callable
 from typing import Any, Literal
 
@@ -25,15 +23,15 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
-from experiments import common, mixture
+from experiments.shared import drawing, mixtures, options, results, run, sweep, timing
+from experiments.shared.model import Model, build
+from experiments.shared.options import Flat, Optimizer, Report, Size
 from jflow import (
     couplings,
     datasets,
     diagnostics,
-    interpolants,
     metrics,
     objectives,
-    oracles,
     plots,
     samplers,
     solvers,
@@ -48,27 +46,26 @@ JUMPS = (1, 2, 4, 8)
 BASELINE = "flow_matching"
 ONE_JUMP = Domain("one jump, from 0 to 1", source=0.0, target=1.0)
 FIRST_CELLS = 16
+# One without and one with a teacher.
+QUICK_ROWS = ("flow_matching", "lsd", "lsd, taught")
 # Methods whose objective takes a step of Heun's method by Diffrax.
 SOLVED = ("consistency_distillation", "ctm")
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class Config(common.Training):
+class Config(options.Sweep):
     """Options of the catalogue."""
 
-    methods: tuple[str, ...] = ()
-    """Names of the rows to run; all if none is given."""
     seeds: int = 3
     """Number of seeds (0, 1, ...) for each row."""
     budget: Literal["samples", "flops"] = "samples"
     """What all methods have in common: the number of samples, or the FLOPs of the flow-matching row."""
-    steps: int = 3000
-    learning_rate: float = 3e-3
-    features: int = 128
-    depth: int = 4
-    residual: bool = False
-    samples: int = 8192
-    log_every: int = 250
+    model: Flat[Size] = dataclasses.field(default=Size(features=128, depth=4, residual=False))
+    optimizer: Flat[Optimizer] = dataclasses.field(default=Optimizer(steps=3000, learning_rate=3e-3))
+    output: Flat[Report] = dataclasses.field(default=Report(log_every=250))
+    watch: options.WatchingSamples = dataclasses.field(default=options.WatchingSamples())
+    velocity: Literal["pair", "batch"] = "pair"
+    """The estimate of the velocity of methods without a teacher, on independent pairs of noise and data."""
     compared: int = 4096
     """Noise points from which the maps are compared."""
     pool: int = 65536
@@ -79,17 +76,24 @@ class Config(common.Training):
     def check(self) -> None:
         """As ``Training.check``, and the names of the methods."""
         super().check()
-        unknown = sorted(set(self.methods) - set(ROWS))
-        if unknown:
-            raise ValueError(f"--methods: unknown {', '.join(unknown)}; expected some of {', '.join(sorted(ROWS))}")
-        if self.seeds < 1 or self.pool < self.batch or self.compared < 1 or self.timed < 0:
+        self.check_methods(ROWS)
+        if self.seeds < 1 or self.pool < self.optimizer.batch or self.compared < 1 or self.timed < 0:
             raise ValueError(
                 "--seeds, --pool, --compared, --timed: expected positive numbers, a pool of one batch at least"
             )
 
+    def row(self, out: pathlib.Path, seed: int = 0, **network: Any) -> options.RowTraining:
+        """The training of a row; ``network`` are its choices of path and parameterization."""
+        return self.training(out, seed, network, velocity=self.velocity, budget=self.budget, pool=self.pool)
+
     def kept(self) -> dict[str, Any]:
-        """As ``Training.kept``, without what chooses and measures rows and does not change one."""
-        return {k: v for k, v in super().kept().items() if k not in ("methods", "seeds", "compared", "timed")}
+        """The options that change a row: what its checkpoint keeps."""
+        return self.row(self.out).kept()
+
+    def of_rows(self) -> dict[str, Any]:
+        """What all rows of a table have alike: a row of another configuration is refused."""
+        measured = {"samples": self.samples, "compared": self.compared}
+        return {k: v for k, v in self.kept().items() if k != "seed"} | measured
 
 
 @dataclasses.dataclass(frozen=True)
@@ -102,7 +106,7 @@ class Row:
       pairs: "data" (independent noise), "reflow" (from a solve of the teacher) or "ot" (minibatch optimal transport).
       teacher: the row whose velocity is distilled, or whose solve makes the pairs.
       start: whether the student starts from the teacher's weights.
-      choices: ``config -> choices`` for the constructor; a function, because some depend on the number of steps.
+      choices: ``optimizer -> choices`` for the constructor; a function, because some depend on the number of steps.
       domain: the domain of the map.
       decoupled: number of last layers that see t alone; it does not change the parameters.
       trained: the domain in which the map is trained and measured, if it is not that of its objective.
@@ -114,13 +118,13 @@ class Row:
     pairs: str = "data"
     teacher: str = ""
     start: bool = False
-    choices: Callable[[Config], dict[str, Any]] = lambda config: {}
+    choices: Callable[[Optimizer], dict[str, Any]] = lambda optimizer: {}
     domain: Domain = FORWARD
     trained: Domain | None = None
     decoupled: int = 0
 
 
-def _fall(first: float, last: float) -> Callable[[Config], dict[str, Any]]:
+def _fall(first: float, last: float) -> Callable[[Optimizer], dict[str, Any]]:
     """A share that falls geometrically during the whole of the training."""
     return lambda config: {"fraction": optax.exponential_decay(first, config.steps, last / first)}
 
@@ -130,11 +134,11 @@ def _stairs(first: float, last: float, every: int) -> optax.Schedule:
     return optax.exponential_decay(first, max(every, 1), 2.0 if last > first else 0.5, staircase=True, end_value=last)
 
 
-def _warmup(config: Config) -> dict[str, Any]:
+def _warmup(config: Optimizer) -> dict[str, Any]:
     return {"warmup": optax.linear_schedule(0.0, 0.99, max(config.steps // 4, 1))}
 
 
-def _stage(config: Config) -> int:
+def _stage(config: Optimizer) -> int:
     return max(config.steps // FIRST_CELLS.bit_length(), 1)
 
 
@@ -197,45 +201,41 @@ class Job:
         row = ROWS[name]
         self.whole, self.name, self.row, self.seed = config, name, row, seed
         out = directory(config, name, seed)
-        steps = config.steps
+        steps = config.optimizer.steps
         if config.budget == "flops" and name != BASELINE:
             steps = max(round(steps / read(config, name, seed, "samples")["flops"]), 2)
-        self.config = dataclasses.replace(
-            config,
-            out=out,
-            seed=seed,
-            path=row.path,
-            parameterization=row.parameterization,
+        self.config = options.replace(
+            config.row(out, seed, path=row.path, parameterization=row.parameterization),
             steps=steps,
-            warmup=min(config.warmup, steps - 1),
-            log_every=min(config.log_every, steps),
+            warmup=min(config.optimizer.warmup, steps - 1),
+            log_every=min(config.output.log_every, steps),
         )
         self.method = objectives.METHODS[row.method]
         self.model = model_of(config, row)
-        self.problem = mixture.problem(self.config)
+        self.problem = mixtures.problem(row.path, self.config.optimizer.batch, seed)
         self.teacher = None
         if row.teacher:
             teacher_dir = directory(dataclasses.replace(config, budget="samples"), row.teacher, seed)
-            self.teacher, _ = training.restore_params(teacher_dir, common.AVERAGE)
+            self.teacher, _ = training.restore_params(teacher_dir, run.AVERAGE)
         self.cost = None
         if row.pairs != "data":
             self.problem = self.problem._replace(dataset=self._pairs())
 
     def _pairs(self) -> datasets.ArrayDataset:
-        config = self.config
+        pool, batch_size = self.whole.pool, self.config.optimizer.batch
         if self.row.pairs == "reflow":
             solved = solvers.solve(self.model.flow_map.velocity, "heun", steps=32).bind(self.teacher)
             key = jax.random.key(10_000 + self.seed)
-            batch = couplings.reflow(solved, key, jax.ShapeDtypeStruct(self.problem.event, jnp.float32), config.pool)
-            return datasets.ArrayDataset(batch, config.batch, self.seed)
-        pool = datasets.coupled(self.problem.dataset, config.pool // config.batch, seed=self.seed)
-        self.cost = {"transport_cost": pool.cost, "independent_cost": pool.independent_cost}
-        return pool
+            batch = couplings.reflow(solved, key, jax.ShapeDtypeStruct(self.problem.event, jnp.float32), pool)
+            return datasets.ArrayDataset(batch, batch_size, self.seed)
+        paired = datasets.coupled(self.problem.dataset, pool // batch_size, seed=self.seed)
+        self.cost = {"transport_cost": paired.cost, "independent_cost": paired.independent_cost}
+        return paired
 
     def objective(self) -> tuple[Callable[..., Any], Domain]:
         """The objective, and the domain in which the map is trained."""
         row, flow_map, path = self.row, self.model.flow_map, self.model.interpolant
-        choices = row.choices(self.config)
+        choices = row.choices(self.config.optimizer)
         if row.method == "progressive_distillation":
             return self._progressive(), ONE_JUMP
         if row.teacher and row.pairs == "data" and row.method != "ect":
@@ -243,25 +243,25 @@ class Job:
         made = self.method.constructor(flow_map, path, **choices)
         # Pairs made before the training are not independent, so the batch's velocity would be wrong for them.
         if row.pairs == "data" and not row.teacher and "velocity" in made.reads:
-            estimate = objectives.velocity_estimates.ESTIMATES[self.config.velocity]
+            estimate = objectives.velocity_estimates.ESTIMATES[self.whole.velocity]
             made = dataclasses.replace(made, velocity=estimate)
         return made, row.trained or made.domain
 
     def _progressive(self) -> Callable[..., Any]:
         """A sequence of stages: Euler steps of the velocity teach the first, and each stage teaches the next."""
-        stage = _stage(self.config)
+        stage = _stage(self.config.optimizer)
         cells = curriculum.halving(FIRST_CELLS, stage)
         make = functools.partial(self.method.constructor, self.model.flow_map, self.model.interpolant, cells=cells)
         first = make(solver="heun", teacher=self.model.flow_map.velocity)
         return objectives.sequence([(0, first), (stage, make())])
 
-    def trainer(self) -> common.Trainer:
+    def trainer(self) -> run.Trainer:
         """The training at its start."""
         updates = ()
         if self.row.method == "progressive_distillation":
-            updates = curriculum.halvings(FIRST_CELLS, _stage(self.config))
+            updates = curriculum.halvings(FIRST_CELLS, _stage(self.config.optimizer))
         objective, _ = self.objective()
-        return common.trainer(
+        return run.trainer(
             self.config,
             self.problem,
             self.model,
@@ -271,42 +271,42 @@ class Job:
             teacher_updates=updates,
         )
 
-    def run(self) -> None:
-        """Trains and measures; writes row.json."""
-        self.config.out.mkdir(parents=True, exist_ok=True)
+    def run(self) -> dict[str, Any]:
+        """Trains and measures; a training that diverges has a row without numbers."""
+        try:
+            return self._measured()
+        except training.NonFiniteError as error:
+            print(f"{self.name}: {error}", flush=True)
+            return {"name": self.name, "seed": self.seed, "table": {}, "residuals": {}, "diverged": str(error)}
+
+    def _measured(self) -> dict[str, Any]:
         held = (self.config.out / "checkpoints").is_dir() and any((self.config.out / "checkpoints").iterdir())
-        config = dataclasses.replace(self.config, resume="yes" if held else "no", overwrite=not held)
+        config = options.replace(self.config, resume="yes" if held else "no", overwrite=not held)
         this = self.trainer()
-        bound, seconds = common.train(config, self.problem, self.model, this)
-        row: dict[str, Any] = {"name": self.name, "seed": self.seed, "steps": config.steps, "training_seconds": seconds}
+        bound, seconds = run.train(config, self.problem, self.model, this)
+        row: dict[str, Any] = {
+            "name": self.name,
+            "seed": self.seed,
+            "steps": config.optimizer.steps,
+            "training_seconds": seconds,
+        }
         row |= measure(self, bound) | (self.cost or {})
-        if self.seed == 0 and config.budget == "samples" and config.timed:
+        if self.seed == 0 and self.whole.budget == "samples" and self.whole.timed:
             row |= price(self.whole, self)
         warned = [r["warning"] for r in metrics_log.read(config.out / "metrics.jsonl") if r.get("warning")]
-        row["warnings"] = len(warned)
-        common.write_json(config.out / "row.json", row)
+        return row | {"warnings": len(warned)}
 
 
 @functools.cache
-def _model(
-    path: str, parameterization: str, domain: Domain, features: int, depth: int, residual: bool, decoupled: int
-) -> common.Model:
-    config = Config(
-        out=pathlib.Path(),
-        path=path,
-        parameterization=parameterization,
-        features=features,
-        depth=depth,
-        residual=residual,
-        decoupled=decoupled,
-    )
-    return common.build(config, mixture.problem(config), domain)
+def _model(network: options.Network, domain: Domain) -> Model:
+    return build(network, mixtures.problem(network.path, 1, 0), domain)
 
 
-def model_of(config: Config, row: Row) -> common.Model:
+def model_of(config: Config, row: Row) -> Model:
     """The network of a row; one object for all that share it, so that what evaluates it is compiled once."""
-    decoupled = min(row.decoupled, config.depth - 1)
-    return _model(row.path, row.parameterization, row.domain, config.features, config.depth, config.residual, decoupled)
+    form: dict[str, Any] = {"path": row.path, "parameterization": row.parameterization}
+    size, decoupled = vars(config.model), min(row.decoupled, config.model.depth - 1)
+    return _model(options.Network(**size, **form, decoupled=decoupled), row.domain)
 
 
 @functools.cache
@@ -316,12 +316,12 @@ def _solved(flow_map: FlowMap, method: str, steps: int | None) -> FlowMap:
 
 @functools.cache
 def _exact(path: str) -> FlowMap:
-    return oracles.mixture(interpolants.INTERPOLANTS[path]()).flow_map
+    return mixtures.oracle(path).flow_map
 
 
 def measure(job: Job, bound: BoundFlowMap) -> dict[str, Any]:
     """Errors against the exact map of the row's own coupling and path, distances between samples, residuals."""
-    config, row, flow_map = job.config, job.row, job.model.flow_map
+    config, row, flow_map = job.whole, job.row, job.model.flow_map
     _, domain = job.objective()
     alone = not job.method.cost
     if alone:
@@ -329,11 +329,11 @@ def measure(job: Job, bound: BoundFlowMap) -> dict[str, Any]:
         bound = _solved(flow_map, "euler", 1).bind(bound.params)
     elif domain != flow_map.domain:
         bound = dataclasses.replace(flow_map, domain=domain).bind(bound.params)
-    exact = _exact(row.path).bind(mixture.target())
+    exact = _exact(row.path).bind(mixtures.target())
     if row.pairs != "data":
         exact = _solved(flow_map, "tsit5", None).bind(bound.params)
-    x0_key, x1_key, noise_key, times_key = jax.random.split(jax.random.key(config.seed + 2), 4)
-    x0 = common.noise(x0_key, config.compared, (2,))
+    x0_key, x1_key, noise_key, times_key = jax.random.split(jax.random.key(job.seed + 2), 4)
+    x0 = drawing.noise(x0_key, config.compared, (2,))
     x1 = jnp.asarray(job.problem.reference(x1_key, config.samples))
     errors = diagnostics.compare({"map": bound}, exact, x0, JUMPS)
     table = {entry["jumps"]: {"rmse": entry["rmse"], "median": entry["median"]} for entry in errors.rows()}
@@ -360,15 +360,11 @@ def measure(job: Job, bound: BoundFlowMap) -> dict[str, Any]:
 
 
 @functools.cache
-def _baseline(config: Config) -> tuple[common.Trainer, Any, float]:
+def _baseline(config: Config) -> tuple[run.Trainer, Any, float]:
     """The flow-matching row's training, its data and the FLOPs of a step."""
     job = Job(config, BASELINE, 0)
     trainer, dataset = job.trainer(), job.problem.dataset
-    return trainer, dataset.data, _flops(trainer.step, trainer.state, dataset.batch(dataset.data, jnp.int32(0)))
-
-
-def _flops(function: Callable[..., Any], *args: Any) -> float:
-    return jax.jit(function).lower(*args).compile().cost_analysis()["flops"]
+    return trainer, dataset.data, timing.flops(trainer.step, trainer.state, dataset.batch(dataset.data, jnp.int32(0)))
 
 
 def price(config: Config, job: Job) -> dict[str, Any]:
@@ -376,24 +372,27 @@ def price(config: Config, job: Job) -> dict[str, Any]:
     this, dataset = job.trainer(), job.problem.dataset
     other, other_data, base = _baseline(config)
     batch = dataset.batch(dataset.data, jnp.int32(0))
-    flops = _flops(this.step, this.state, batch)
+    flops = timing.flops(this.step, this.state, batch)
     if job.row.method in SOLVED:
         # XLA counts the body of Diffrax's loop over the two stages of Heun's step once.
         rows = job.objective()[0].rows(len(batch.x1))[1]
         zeros = jnp.zeros((rows,), jnp.float32)
         network = jax.vmap(job.model.flow_map.mean_velocity, (None, 0, 0, 0))
-        flops += _flops(network, this.state.params, zeros, zeros, batch.x1[:rows])
+        flops += timing.flops(network, this.state.params, zeros, zeros, batch.x1[:rows])
     priced = {"flops": flops / base}
     # A chunk donates its state, but the baseline's is needed again.
-    states, data = [this.state, jax.tree.map(jnp.copy, other.state)], [dataset.data, other_data]
-    chunks, spent = [this.chunk, other.chunk], ([], [])
-    for repeat in range(config.timed + 1):
-        for i in range(2):
-            began = time.perf_counter()
-            states[i], _ = jax.block_until_ready(chunks[i](states[i], data[i], 20))
-            if repeat:
-                spent[i].append(time.perf_counter() - began)
-    return priced | {"time": statistics.median(spent[0]) / statistics.median(spent[1])}
+    states = {"this": this.state, "baseline": jax.tree.map(jnp.copy, other.state)}
+
+    def call(name: str, chunk: Callable[..., Any], data: Any) -> Any:
+        states[name], metrics = chunk(states[name], data, 20)
+        return states[name], metrics
+
+    calls = {
+        "this": lambda _: call("this", this.chunk, dataset.data),
+        "baseline": lambda _: call("baseline", other.chunk, other_data),
+    }
+    times = timing.interleaved(calls, config.timed)
+    return priced | {"time": times.median("this") / times.median("baseline")}
 
 
 # --- The table -------------------------------------------------------------------------------------------------------
@@ -401,41 +400,41 @@ def price(config: Config, job: Job) -> dict[str, Any]:
 
 def directory(config: Config, name: str, seed: int) -> pathlib.Path:
     """Where a row's files are."""
-    return config.out / config.budget / name.replace(", ", "-").replace(" ", "_") / str(seed)
+    return sweep.directory(config.out, config.budget, name, seed)
 
 
 def read(config: Config, name: str, seed: int, budget: str | None = None) -> dict[str, Any] | None:
     """A row that has been written, or None. The costs, measured at seed 0, are those of every seed."""
     config = dataclasses.replace(config, budget=budget or config.budget)
-    path = directory(config, name, seed) / "row.json"
-    if not path.is_file():
-        return None
-    row = json.loads(path.read_text())
-    if "flops" not in row:
-        first = directory(dataclasses.replace(config, budget="samples"), name, 0) / "row.json"
-        if first.is_file():
-            row |= {key: value for key, value in json.loads(first.read_text()).items() if key in ("flops", "time")}
+    row = sweep.read(directory(config, name, seed), config.of_rows())
+    if row is not None and "flops" not in row:
+        samples = dataclasses.replace(config, budget="samples")
+        first = sweep.read(directory(samples, name, 0), samples.of_rows()) or {}
+        row |= {key: value for key, value in first.items() if key in ("flops", "time")}
     return row
 
 
-def order(config: Config) -> list[tuple[str, int]]:
+def jobs(config: Config) -> list[sweep.Job]:
     """The rows to run, teachers first."""
     chosen = list(config.methods or ROWS)
     needed = [ROWS[name].teacher for name in chosen if ROWS[name].teacher]
     names = dict.fromkeys([BASELINE, *needed, *chosen])
-    return [(name, seed) for seed in range(config.seeds) for name in names]
+    return [
+        sweep.Job(
+            f"{name}, seed {seed}",
+            directory(config, name, seed),
+            lambda name=name, seed=seed: Job(config, name, seed).run(),
+        )
+        for seed in range(config.seeds)
+        for name in names
+    ]
 
 
 def summary(rows: list[dict[str, Any]]) -> dict[str, Any]:
     """A method's rows at several seeds as means; for the error of one jump with the largest deviation from it."""
 
     def mean(*path: str) -> float | None:
-        values = []
-        for row in rows:
-            for key in path:
-                row = row.get(key) if isinstance(row, dict) else None
-            if row is not None:
-                values.append(row)
+        values = sweep.values(rows, *path)
         return float(np.mean(values)) if values else None
 
     found = {
@@ -482,43 +481,26 @@ def table(found: dict[str, Any]) -> str:
         values += [row.get(key, "-") for key in ("eulerian", "lagrangian", "semigroup", "flops", "time")]
         values += [published / 3 if published else "-", row.get("equal_flops", {}).get("rmse_1", "-")]
         lines.append([name, *values])
-    return common.markdown(header, lines)
+    return results.markdown(header, lines)
 
 
 def quick(config: Config) -> Config:
-    """A small run of every row."""
-    small = common.QUICK | {"steps": 6, "log_every": 6, "warmup": 2, "samples": 64, "features": 8}
-    return dataclasses.replace(config, **small, seeds=1, compared=64, pool=128, timed=0)
+    """A small run, of a few rows unless others are named."""
+    few = {"methods": config.methods or QUICK_ROWS, "seeds": 1, "compared": 64, "pool": 128, "timed": 0}
+    return options.quick(config, steps=6, log_every=6, warmup=2, samples=64, features=8, **few)
 
 
-def run(config: Config) -> None:
+def main(config: Config) -> None:
     """Runs what is missing, and writes the table of all that is there to ``config.out``.
 
     Raises:
       ValueError: with several processes.
     """
-    common.one_process()
-    if config.quick:
+    if config.output.quick:
         config = quick(config)
-    for name, seed in order(config):
-        if read(config, name, seed) is None:
-            print(f"--- {name}, seed {seed}", flush=True)
-            try:
-                Job(config, name, seed).run()
-            except training.NonFiniteError as error:
-                common.write_json(
-                    directory(config, name, seed) / "row.json",
-                    {"name": name, "seed": seed, "table": {}, "residuals": {}, "diverged": str(error)},
-                )
-                print(f"{name}: {error}", flush=True)
+    sweep.run_missing(jobs(config), config.of_rows())
     found = collect(config)
-    text = table(found)
-    print(text)
-    (config.out / "table.md").write_text(text + "\n")
-    common.write_json(
-        config.out / "results.json",
-        {"rows": found, "config": config.kept(), **common.environment()},
-    )
+    results.write(config.out, {"rows": found, "config": config.kept()}, table(found))
     _figure(config, found)
 
 
@@ -537,4 +519,4 @@ def _figure(config: Config, found: dict[str, Any]) -> None:
 
 
 if __name__ == "__main__":
-    common.main(Config, run)
+    run.main(Config, main)

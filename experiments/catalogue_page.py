@@ -14,8 +14,8 @@ import json
 import pathlib
 from typing import Any
 
-from benchmarks import reduction_bias
-from experiments import catalogue, common
+from experiments import catalogue
+from experiments.shared import reduction_table, results, run
 from jflow import objectives
 
 DOCS = pathlib.Path(__file__).resolve().parents[1] / "docs"
@@ -140,7 +140,7 @@ def measured(found: dict[str, Any]) -> str:
         values += [cell(row.get(key)) for key in ("eulerian", "lagrangian", "semigroup", "flops", "time")]
         values += [cell(passes / 3 if passes else None), cell(row.get("equal_flops", {}).get("rmse_1"))]
         lines.append([name, *values])
-    return common.markdown(header, lines)
+    return results.markdown(header, lines)
 
 
 def section(name: str, found: dict[str, Any]) -> str:
@@ -159,7 +159,7 @@ def section(name: str, found: dict[str, Any]) -> str:
         f"### {name}",
         f"{method.title} ({', '.join(f'[{i}](https://arxiv.org/abs/{i})' for i in method.source.split(', '))}): {method.when}.",
         f"> {formula(method.constructor)}",
-        common.markdown(
+        results.markdown(
             ["identity", "velocity", "stop-gradient", "derivative", "stationary", "passes", "needs"],
             [
                 [
@@ -195,25 +195,25 @@ def section(name: str, found: dict[str, Any]) -> str:
     return "\n\n".join(lines)
 
 
-def page(results: dict[str, Any], bias: dict[str, Any] | None) -> str:
+def page(record: dict[str, Any], bias: dict[str, Any] | None) -> str:
     """The whole page.
 
     Raises:
       KeyError: for a registered method without a measured row, or one below the mark without a reason in ``WHY``.
     """
-    found, config = results["rows"], results["config"]
-    facts = {key: results[key] for key in ("command", "commit", "date", "device")}
+    found, config = record["rows"], record["config"]
+    facts = {key: record[key] for key in ("command", "commit", "date", "device")}
     seeds = min(row["seeds"] for row in found.values())
     head = MEASURED.format(**facts, **{k: config[k] for k in ("steps", "batch", "depth", "features")}, seeds=seeds)
     parts = [INTRO, head, measured(found), FIGURE, "## Method by method"]
     parts += [section(name, found) for name in objectives.METHODS]
     parts += [NOISE]
     if bias is not None:
-        parts += [BIAS, reduction_bias.table(bias["rows"])]
+        parts += [BIAS, reduction_table.table(bias["rows"])]
     return "\n\n".join(part.strip() for part in parts) + "\n"
 
 
-def run(config: Config) -> None:
+def main(config: Config) -> None:
     """Writes the page."""
     copy = DOCS / "catalogue.json"
     if config.results is not None:
@@ -233,4 +233,4 @@ def read_page() -> str:
 
 
 if __name__ == "__main__":
-    common.main(Config, run)
+    run.main(Config, main)

@@ -11,35 +11,34 @@ their standard deviation, because the base is N(0, I).
 from __future__ import annotations
 
 import dataclasses
-from typing import Literal
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
-from experiments import common
+from experiments.shared import drawing, options, results, run
+from experiments.shared.model import Problem, build, objective_of
+from experiments.shared.options import Flat, Method, Network, Optimizer
 from jflow import datasets, metrics, plots
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class Config(common.Config):
+class Config(options.MapTraining):
     """Options of the checkerboard experiment."""
 
-    velocity: Literal["pair", "batch"] = "batch"
-    learning_rate: float = 3e-3
-    features: int = 256
-    residual: bool = False
-    octaves: int = 3
+    model: Flat[Network] = dataclasses.field(default=Network(features=256, residual=False, octaves=3))
+    optimizer: Flat[Optimizer] = dataclasses.field(default=Optimizer(learning_rate=3e-3))
+    method: Flat[Method] = dataclasses.field(default=Method(velocity="batch"))
 
 
-def problem(config: common.Config) -> common.Problem:
+def problem(config: options.MapTraining) -> Problem:
     """The data and how samples are compared."""
 
     def sample(key: jax.Array, n: int) -> jax.Array:
         return datasets.checkerboard(key, n) / datasets.CHECKERBOARD_STD
 
-    return common.Problem(
-        dataset=datasets.SampledDataset(sample, config.batch, config.seed),
+    return Problem(
+        dataset=datasets.SampledDataset(sample, config.optimizer.batch, config.seed),
         event=(2,),
         scale=datasets.CHECKERBOARD_STD,
         reference=lambda key, n: np.asarray(datasets.checkerboard(key, n)),
@@ -62,29 +61,24 @@ def scores(samples: np.ndarray, exact: np.ndarray) -> dict[str, float]:
     }
 
 
-def run(config: Config) -> None:
+def main(config: Config) -> None:
     """Trains, scores and writes everything to ``config.out``."""
-    if config.quick:
-        config = dataclasses.replace(config, **common.QUICK)
+    if config.output.quick:
+        config = options.quick(config, samples=options.QUICK_SAMPLES)
     this = problem(config)
-    model = common.build(config, this)
-    bound, seconds = common.train(config, this, model)
-    drawn = common.write_samples(config, this, bound)
+    model = build(config.model, this)
+    bound, seconds = run.train(config, this, model, run.trainer(config, this, model, objective_of(config, model)))
+    drawn = drawing.write_samples(config, this, bound)
     exact = this.reference(jax.random.key(config.seed + 3), config.samples)
     table = {str(jumps): scores(points, exact) for jumps, points in drawn.items()}
     table["exact samples"] = scores(this.reference(jax.random.key(config.seed + 4), config.samples), exact)
-    text = common.markdown(["jumps", *table["1"]], [[name, *row.values()] for name, row in table.items()])
-    print(text)
-    common.write_json(
-        config.out / "results.json",
-        {"table": table, **common.timing(config, seconds), "config": config.kept(), **common.environment()},
-    )
-    (config.out / "table.md").write_text(text + "\n")
+    values = {"table": table, **run.speed(config, seconds), "config": config.kept()}
+    results.write(config.out, values, results.labelled("jumps", table))
     _figure(config, drawn, exact)
 
 
 def _figure(config: Config, drawn: dict[int, np.ndarray], exact: np.ndarray) -> None:
-    shown = {"exact": exact, **{f"{jumps} jump{'s' if jumps > 1 else ''}": x for jumps, x in drawn.items()}}
+    shown = {"exact": exact, **{drawing.named(jumps): x for jumps, x in drawn.items()}}
     figure, axes = plots.panels(1, len(shown), size=(3.1, 3.2), sharey=True)
     for axis, (title, points) in zip(axes[0], shown.items(), strict=True):
         box, last = (-1.1, 1.1, -1.1, 1.1), axis is axes[0, -1]
@@ -95,4 +89,4 @@ def _figure(config: Config, drawn: dict[int, np.ndarray], exact: np.ndarray) -> 
 
 
 if __name__ == "__main__":
-    common.main(Config, run)
+    run.main(Config, main)

@@ -35,7 +35,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from experiments import common, densities
+from experiments.shared import densities, drawing, options, results, run, sweep
+from experiments.shared.model import Problem, build
+from experiments.shared.options import Flat, Network, Optimizer
 from jflow import bases, datasets, likelihood, objectives, plots
 from jflow.types import BoundFlowMap
 
@@ -49,20 +51,15 @@ FITTED = 4
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class Config(common.Training):
+class Config(options.Training):
     """Options of the experiment."""
 
     out: pathlib.Path
     """Directory for table.md, results.json, density.png and the trainings."""
     data: Literal["digits", "breast_cancer", "wine"] = "digits"
     """The data set."""
-    steps: int = 4000
-    batch: int = 256
-    learning_rate: float = 1e-3
-    features: int = 256
-    depth: int = 3
-    residual: bool = False
-    log_every: int = 100
+    model: Flat[Network] = dataclasses.field(default=Network(features=256, depth=3, residual=False))
+    optimizer: Flat[Optimizer] = dataclasses.field(default=Optimizer(steps=4000, batch=256, learning_rate=1e-3))
     looks: int = 20
     """How many times each training is evaluated on the validation data."""
     jitter: float = 0.05
@@ -83,20 +80,16 @@ class Config(common.Training):
     def check(self) -> None:
         """As ``Training.check``."""
         super().check()
-        for name in ("looks", "likelihood_steps", "likelihood_batch", "map_steps", "noises"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"--{name.replace('_', '-')}: expected a positive number, got {getattr(self, name)}")
-        common.refuse_unused(self, "velocity")
+        options.positive(self, "looks", "likelihood_steps", "likelihood_batch", "map_steps", "noises")
         if not self.jumps or min(self.jumps) < 1:
             raise ValueError(f"--jumps: expected positive numbers, got {self.jumps}")
         if not 0.0 <= self.jitter < float("inf"):
             raise ValueError(f"--jitter: expected a number from 0, got {self.jitter}")
-        if self.watch.grids:
-            raise ValueError(f"--watch.grids: expected 0, for there are no pictures here, got {self.watch.grids}")
 
     def kept(self) -> dict[str, Any]:
-        """As ``Training.kept``, without what measures and does not train."""
-        return {k: v for k, v in super().kept().items() if k not in ("jumps", "noises")}
+        """As ``Training.kept``, without what measures and does not train. The velocity is estimated from each pair."""
+        kept = {k: v for k, v in super().kept().items() if k not in ("jumps", "noises")}
+        return kept | {"velocity": "pair"}
 
 
 # --- data -------------------------------------------------------------------------------------------------------------
@@ -223,45 +216,51 @@ def score_of(data: Data) -> Callable[[BoundFlowMap], float]:
     return score
 
 
+def score_every(config: Config) -> int:
+    """Steps between two scores: ``looks`` of them in a training, at rows of metrics."""
+    steps, log_every = config.optimizer.steps, config.output.log_every
+    return log_every * max(1, steps // (config.looks * log_every))
+
+
 def train(config: Config, data: Data) -> Flows:
     """All trainings; the velocities are those of the lowest validation score."""
     dim = data.train.shape[1]
-    score = score_of(data)
+    score, first = score_of(data), config.optimizer
 
-    def stage(name: str, steps: int, rate: float, batch: int) -> tuple[Config, common.Problem]:
-        there = dataclasses.replace(
+    def stage(name: str, steps: int, rate: float, batch: int) -> tuple[Config, Problem]:
+        there = options.replace(
             config,
             out=config.out / name,
             # A run that was stopped has some of its stages and not others.
-            resume="auto" if config.resume == "yes" else config.resume,
+            resume="auto" if config.output.resume == "yes" else config.output.resume,
             steps=steps,
             learning_rate=rate,
             batch=batch,
-            warmup=min(config.warmup, steps // 10),
-            log_every=max(1, min(config.log_every, steps // config.looks)),
+            warmup=min(config.optimizer.warmup, steps // 10),
+            log_every=max(1, min(config.output.log_every, steps // config.looks)),
         )
         dataset = datasets.SampledDataset(data.sample, batch, config.seed)
-        return there, common.Problem(dataset, (dim,), 1.0, lambda key, n: np.asarray(data.held_out[:n]))
+        return there, Problem(dataset, (dim,), 1.0, lambda key, n: np.asarray(data.held_out[:n]))
 
-    there, problem = stage("flow_matching", config.steps, config.learning_rate, config.batch)
-    model = common.build(config, problem)
+    there, problem = stage("flow_matching", first.steps, first.learning_rate, first.batch)
+    model = build(config.model, problem)
     flow_map, path = model.flow_map, model.interpolant
-    every = there.log_every * max(1, there.steps // (config.looks * there.log_every))
-    this = common.trainer(there, problem, model, objectives.flow_matching(flow_map, path))
-    velocity, _ = common.train(there, problem, model, this, score=score, score_every=every)
+    every = score_every(there)
+    this = run.trainer(there, problem, model, objectives.flow_matching(flow_map, path))
+    velocity, _ = run.train(there, problem, model, this, score=score, score_every=every)
 
     there, problem = stage(
         "maximum_likelihood", config.likelihood_steps, config.likelihood_rate, config.likelihood_batch
     )
-    every = there.log_every * max(1, there.steps // (config.looks * there.log_every))
+    every = score_every(there)
     objective = densities.maximum_likelihood(flow_map, likelihood.hutchinson())
-    this = common.trainer(there, problem, model, objective, params=velocity.params)
-    likely, _ = common.train(there, problem, model, this, score=score, score_every=every)
+    this = run.trainer(there, problem, model, objective, params=velocity.params)
+    likely, _ = run.train(there, problem, model, this, score=score, score_every=every)
 
-    there, problem = stage("map", config.map_steps, config.learning_rate, config.batch)
+    there, problem = stage("map", config.map_steps, first.learning_rate, first.batch)
     objective = objectives.lsd(flow_map, path, teacher=flow_map.velocity)
-    this = common.trainer(there, problem, model, objective, params=velocity.params, teacher=velocity.params)
-    few_steps, _ = common.train(there, problem, model, this)
+    this = run.trainer(there, problem, model, objective, params=velocity.params, teacher=velocity.params)
+    few_steps, _ = run.train(there, problem, model, this)
     headed = densities.train_head(there, problem, few_steps, path, divergence=likelihood.hutchinson())
     return Flows(velocity, likely, few_steps, headed)
 
@@ -278,14 +277,10 @@ def flow_densities(flows: Flows, z: jax.Array, jumps: Sequence[int]) -> dict[str
     for k in jumps:
         grid = densities.grid_of(k)
         at = densities.at_data(flows.few_steps, z, grid)
-        name = _named(k)
+        name = drawing.named(k)
         found[name] = at
         found[f"head, {name}"] = at._replace(log_density=densities.head_at(flows.headed, at.x0, grid))
     return {name: (np.asarray(at.log_density, np.float64), np.asarray(at.valid)) for name, at in found.items()}
-
-
-def _named(jumps: int) -> str:
-    return f"{jumps} jump{'s' if jumps > 1 else ''}"
 
 
 # --- the table --------------------------------------------------------------------------------------------------------
@@ -311,26 +306,26 @@ def summary(log_density: np.ndarray, valid: np.ndarray, solve: np.ndarray, data:
 
 def quick(config: Config) -> Config:
     """A small run."""
-    small = common.QUICK | {"steps": 8, "log_every": 4, "warmup": 1, "features": 16, "batch": 32}
+    small = {"steps": 8, "log_every": 4, "warmup": 1, "features": 16, "batch": 32}
     few = {"looks": 2, "likelihood_steps": 4, "likelihood_batch": 16, "map_steps": 8, "noises": 1, "jumps": (1,)}
-    return dataclasses.replace(config, **small, **few)
+    return options.quick(config, **small, **few)
 
 
-def run(config: Config) -> None:
+def main(config: Config) -> None:
     """Trains, compares and writes everything to ``config.out``.
 
     Raises:
       ValueError: with several processes.
     """
-    common.one_process()
-    if config.quick:
+    sweep.one_process()
+    if config.output.quick:
         config = quick(config)
     data = load(config)
-    if config.quick:
+    if config.output.quick:
         data = data._replace(held_out=data.held_out[:16], validation=data.validation[:8])
     flows = train(config, data)
     gaussian = np.asarray(jax.vmap(bases.STANDARD_NORMAL.log_density)(data.held_out), np.float64)
-    components = COMPONENTS[:2] if config.quick else COMPONENTS
+    components = COMPONENTS[:2] if config.output.quick else COMPONENTS
     (kernels, bandwidth), (mixture, chosen) = kernel_density(data), gaussian_mixture(data, components)
     sure = np.ones(len(gaussian), bool)
     found = {
@@ -353,21 +348,15 @@ def run(config: Config) -> None:
     lines = [
         [name, *(row[key] for key in ("nats", "error", *bits, "valid", "from_solve"))] for name, row in table.items()
     ]
-    text = common.markdown(header, [[f"{v:.5g}" if isinstance(v, float) else v for v in line] for line in lines])
-    print(text)
-    (config.out / "table.md").write_text(text + "\n")
     kept = {name: np.where(valid, log_density, np.nan) for name, (log_density, valid) in found.items()}
     np.savez(config.out / "densities.npz", **kept)
-    common.write_json(
-        config.out / "results.json",
-        {
-            "table": table,
-            "chosen": {**bandwidth, **chosen},
-            "rows": {name: len(getattr(data, name)) for name in ("train", "validation", "held_out")},
-            "config": config.kept(),
-            **common.environment(),
-        },
-    )
+    values = {
+        "table": table,
+        "chosen": {**bandwidth, **chosen},
+        "rows": {name: len(getattr(data, name)) for name in ("train", "validation", "held_out")},
+        "config": config.kept(),
+    }
+    results.write(config.out, values, results.markdown(header, lines, digits=5))
     _figure(config, table, found)
 
 
@@ -381,11 +370,11 @@ def _figure(config: Config, table: dict[str, Any], found: dict[str, tuple[np.nda
     left.set(xlabel="nats per held-out event (lower is better)", title=config.data)
     solve = found["flow matching"][0]
     for axis, prefix in zip(others, ("", "head, "), strict=True):
-        names = [prefix + _named(k) for k in config.jumps[::2]]
+        names = [prefix + drawing.named(k) for k in config.jumps[::2]]
         plots.against(solve, {name: np.where(found[name][1], found[name][0], np.nan) for name in names}, ax=axis)
         axis.set(xlabel="log rho(z) by flow matching's solve, nats", ylabel="estimate, nats")
     figure.savefig(config.out / "density.png", dpi=110)
 
 
 if __name__ == "__main__":
-    common.main(Config, run)
+    run.main(Config, main)

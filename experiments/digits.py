@@ -18,17 +18,18 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from experiments import common
+from experiments.shared import drawing, options, results, run, solver_table
+from experiments.shared.model import Problem, build, objective_of
+from experiments.shared.options import Flat, Optimizer
 from jflow import datasets, metrics, plots, solvers
 from jflow.types import Batch
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class Config(common.Config):
+class Config(options.MapTraining):
     """Options of the digits experiment."""
 
-    steps: int = 5000
-    batch: int = 256
+    optimizer: Flat[Optimizer] = dataclasses.field(default=Optimizer(steps=5000, batch=256))
     samples: int = 2000
 
 
@@ -45,12 +46,14 @@ def classifier_features() -> Callable[[jax.Array], jax.Array]:
     return lambda x: jax.nn.relu(x.reshape(x.shape[0], -1) @ weights + bias[None])
 
 
-def problem(config: common.Config) -> common.Problem:
+def problem(config: options.MapTraining) -> Problem:
     """The data and how samples are compared."""
     split = datasets.digits()
     classes = jnp.asarray(split.train.cond)
-    dataset = datasets.ArrayDataset(Batch(jnp.asarray(split.train.x1), cond=classes), config.batch, config.seed)
-    return common.Problem(
+    dataset = datasets.ArrayDataset(
+        Batch(jnp.asarray(split.train.x1), cond=classes), config.optimizer.batch, config.seed
+    )
+    return Problem(
         dataset=dataset,
         event=(8, 8, 1),
         scale=1.0,
@@ -61,22 +64,20 @@ def problem(config: common.Config) -> common.Problem:
     )
 
 
-def run(config: Config) -> None:
+def main(config: Config) -> None:
     """Trains, scores, draws, benchmarks, and writes everything to ``config.out``."""
-    from benchmarks import solver_vs_map
-
-    if config.quick:
-        config = dataclasses.replace(config, **common.QUICK)
+    if config.output.quick:
+        config = options.quick(config, samples=options.QUICK_SAMPLES)
     this = problem(config)
-    model = common.build(config, this)
-    bound, seconds = common.train(config, this, model)
-    drawn = common.write_samples(config, this, bound)
+    model = build(config.model, this)
+    bound, seconds = run.train(config, this, model, run.trainer(config, this, model, objective_of(config, model)))
+    drawn = drawing.write_samples(config, this, bound)
 
     # The 100-step Euler solve of the same diagonal, from the same noise and labels.
     noise_key, _ = jax.random.split(jax.random.key(config.seed + 1))
     labels = jnp.asarray(np.load(config.out / "labels.npy"))
     euler = solvers.solve(model.flow_map.velocity, "euler", steps=100).bind(bound.params)
-    solved = common.draw(euler, noise_key, 1, config.samples, this.event, labels)
+    solved = drawing.draw(euler, noise_key, 1, config.samples, this.event, labels)
 
     held_out = this.features(jnp.asarray(this.reference(jax.random.key(0), 10**6)))
     train = datasets.digits().train.x1
@@ -86,23 +87,15 @@ def run(config: Config) -> None:
         return [float(estimate.value), float(estimate.standard_error)]
 
     table = {
-        **{f"{jumps} jump{'s' if jumps > 1 else ''}": score(x) for jumps, x in drawn.items()},
+        **{drawing.named(jumps): score(x) for jumps, x in drawn.items()},
         "100 Euler steps": score(solved),
         "real digits (floor)": score(train),
     }
-    text = common.markdown(["digits", "energy distance", "standard error"], [[k, *v] for k, v in table.items()])
-    common.write_json(
-        config.out / "results.json",
-        {"energy_distance": table, **common.timing(config, seconds), "config": config.kept(), **common.environment()},
-    )
-    (config.out / "table.md").write_text(text + "\n")
+    text = results.markdown(["digits", "energy distance", "standard error"], [[k, *v] for k, v in table.items()])
+    values = {"energy_distance": table, **run.speed(config, seconds), "config": config.kept()}
+    results.write(config.out, values, text)
     _figure(config, drawn, solved, np.asarray(labels))
-    print(text)
-    solver_vs_map.run(
-        solver_vs_map.Config(
-            checkpoint=config.out, out=config.out / "solver_vs_map", quick=config.quick, overwrite=True
-        )
-    )
+    solver_table.write(config.out, config.out / "solver_vs_map", quick=config.output.quick)
     print(f"pictures: {config.out / 'digits.png'}, {config.out / 'solver_vs_map' / 'solver_vs_map.png'}")
 
 
@@ -130,4 +123,4 @@ def _figure(config: Config, drawn: dict[int, np.ndarray], solved: np.ndarray, la
 
 
 if __name__ == "__main__":
-    common.main(Config, run)
+    run.main(Config, main)

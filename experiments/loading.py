@@ -10,7 +10,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from experiments import common
+from experiments.shared import model, options
 from jflow import comparison
 
 # Entries of a checkpoint's config that are no options of an experiment.
@@ -21,7 +21,7 @@ def make(config: Mapping[str, Any]) -> comparison.Subject:
     """The Subject of a run: its model without parameters, its labels, its data and the features of its samples.
 
     Args:
-      config: what the checkpoint keeps (``common.Training.kept``).
+      config: what the checkpoint keeps (``options.Training.kept``).
 
     Raises:
       ValueError: for a config of no experiment of this version, and for an experiment of many models.
@@ -29,12 +29,12 @@ def make(config: Mapping[str, Any]) -> comparison.Subject:
     values = {name: value for name, value in config.items() if name not in NO_OPTIONS}
     try:
         module = importlib.import_module(f"experiments.{config.get('experiment')}")
-        choices = module.Config(out=pathlib.Path("unused"), **values)
+        choices = options.make(module.Config, out=pathlib.Path("unused"), **values)
         problem = module.problem(choices)
     except (ImportError, TypeError, AttributeError) as error:
         raise ValueError(f"config: expected that of an experiment of this version with one model: {error}") from error
     return comparison.Subject(
-        common.build(choices, problem).flow_map,
+        model.build(choices.model, problem).flow_map,
         None,
         jax.ShapeDtypeStruct(problem.event, jnp.float32),
         cond=problem.labels,

@@ -10,76 +10,51 @@ tolerance. Expected: the jumps have the smaller error at every K, and one jump h
 from __future__ import annotations
 
 import dataclasses
-from typing import Literal
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
-from experiments import common
-from jflow import datasets, diagnostics, interpolants, metrics, oracles, plots, solvers
+from experiments.shared import drawing, mixtures, options, results, run
+from experiments.shared.model import Problem, build, objective_of
+from experiments.shared.options import Flat, Method, Network, Optimizer
+from jflow import diagnostics, metrics, plots, solvers
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class Config(common.Config):
+class Config(options.MapTraining):
     """Options of the mixture experiment."""
 
-    velocity: Literal["pair", "batch"] = "batch"
-    learning_rate: float = 3e-3
-    features: int = 256
-    depth: int = 4
-    residual: bool = False
+    model: Flat[Network] = dataclasses.field(default=Network(features=256, depth=4, residual=False))
+    optimizer: Flat[Optimizer] = dataclasses.field(default=Optimizer(learning_rate=3e-3))
+    method: Flat[Method] = dataclasses.field(default=Method(velocity="batch"))
     compared: int = 4096
     """Noise points from which the maps are compared."""
 
 
-def target() -> oracles.MixtureParams:
-    """Three components of unequal weight, place and shape: no symmetry."""
-    return oracles.mixture_params(
-        jnp.array([0.5, 0.3, 0.2]),
-        jnp.array([[-1.0, 0.3], [1.1, 0.9], [0.4, -1.3]]),
-        jnp.array([[[0.12, 0.05], [0.05, 0.08]], [[0.05, -0.02], [-0.02, 0.12]], [[0.2, 0.0], [0.0, 0.03]]]),
-    )
-
-
-def oracle_of(config: common.Config) -> oracles.Oracle:
-    """The exact velocity and map on the experiment's path; in float32 its solve has a tolerance of 1e-5."""
-    return oracles.mixture(interpolants.INTERPOLANTS[config.path]())
-
-
-def problem(config: common.Config) -> common.Problem:
+def problem(config: options.MapTraining) -> Problem:
     """The data and how samples are compared."""
-    oracle, params = oracle_of(config), target()
-
-    def sample(key: jax.Array, n: int) -> jax.Array:
-        return oracle.sample(params, key, n).astype(jnp.float32)
-
-    return common.Problem(
-        dataset=datasets.SampledDataset(sample, config.batch, config.seed),
-        event=(2,),
-        scale=1.0,
-        reference=lambda key, n: np.asarray(sample(key, n)),
-    )
+    return mixtures.problem(config.model.path, config.optimizer.batch, config.seed)
 
 
-def run(config: Config) -> None:
+def main(config: Config) -> None:
     """Trains, compares and writes everything to ``config.out``."""
-    if config.quick:
-        config = dataclasses.replace(config, **common.QUICK, compared=256)
+    if config.output.quick:
+        config = options.quick(config, samples=options.QUICK_SAMPLES, compared=256)
     this = problem(config)
-    model = common.build(config, this)
-    bound, seconds = common.train(config, this, model)
-    drawn = common.write_samples(config, this, bound)
+    model = build(config.model, this)
+    bound, seconds = run.train(config, this, model, run.trainer(config, this, model, objective_of(config, model)))
+    drawn = drawing.write_samples(config, this, bound)
 
     # One Euler step of the diagonal is a flow map too: K jumps of it are K Euler steps.
-    exact = oracle_of(config).flow_map.bind(target())
+    exact = mixtures.oracle(config.model.path).flow_map.bind(mixtures.target())
     euler = solvers.solve(model.flow_map.velocity, "euler", steps=1).bind(bound.params)
     x0_key, x1_key, noise_key, times_key = jax.random.split(jax.random.key(config.seed + 2), 4)
-    x0 = common.noise(x0_key, config.compared, (2,))
-    errors = diagnostics.compare({"map": bound, "euler": euler}, exact, x0, common.JUMPS)
+    x0 = drawing.noise(x0_key, config.compared, (2,))
+    errors = diagnostics.compare({"map": bound, "euler": euler}, exact, x0, drawing.JUMPS)
     reference = this.reference(x1_key, config.samples)
     table = {}
-    for jumps in common.JUMPS:
+    for jumps in drawing.JUMPS:
         found = {row["map"]: row for row in errors.rows() if row["jumps"] == jumps}
         entry = {f"{name}_{what}": found[name][what] for what in ("rmse", "median") for name in ("map", "euler")}
         distance = metrics.sliced_wasserstein(jax.random.key(0), jnp.asarray(drawn[jumps]), jnp.asarray(reference))
@@ -87,19 +62,8 @@ def run(config: Config) -> None:
     x1 = jnp.asarray(this.reference(noise_key, config.compared))
     residuals = diagnostics.consistency_report(bound, model.interpolant, times_key, x0, x1, reference=exact)
 
-    text = common.markdown(["jumps or steps", *table[1]], [[jumps, *row.values()] for jumps, row in table.items()])
-    print(text)
-    common.write_json(
-        config.out / "results.json",
-        {
-            "table": table,
-            "residuals": residuals,
-            **common.timing(config, seconds),
-            "config": config.kept(),
-            **common.environment(),
-        },
-    )
-    (config.out / "table.md").write_text(text + "\n")
+    values = {"table": table, "residuals": residuals, **run.speed(config, seconds), "config": config.kept()}
+    results.write(config.out, values, results.labelled("jumps or steps", table))
     _figure(config, table, drawn, reference)
 
 
@@ -127,4 +91,4 @@ def _figure(config: Config, table: dict, drawn: dict, exact: np.ndarray) -> None
 
 
 if __name__ == "__main__":
-    common.main(Config, run)
+    run.main(Config, main)

@@ -40,8 +40,8 @@ order N^{-1/6}, and the error is of order N^{-1/3}. The difference has Hutchinso
 small enough; it costs two evaluations of g, and Hutchinson's form a value and a derivative. The divergence thus needs no
 noise; the diffusion does.
 
-Expected slopes, which ``tests/test_small_noise.py`` checks: in s, 2 for the bias, -1 (plain) and 0 (difference) for the
-standard deviations; in h, 1 for the bias of (1), whose standard deviation tends to that of Hutchinson's form.
+Expected slopes, which ``tests/experiments/test_small_noise.py`` checks: in s, 2 for the bias, -1 (plain) and 0 (difference)
+for the standard deviations; in h, 1 for the bias of (1), whose standard deviation tends to that of Hutchinson's form.
 """
 
 from __future__ import annotations
@@ -55,9 +55,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from experiments import common
-from experiments.mixture import target
-from jflow import interpolants, likelihood, oracles, plots
+from experiments.shared import mixtures, results, run
+from jflow import likelihood, plots
 
 # (g, x, z, size) -> an estimate of div g(x) from one draw of the noise.
 Estimate = Callable[[Callable[[jax.Array], jax.Array], jax.Array, jax.Array, jax.Array], jax.Array]
@@ -101,8 +100,7 @@ class Config:
             raise ValueError(f"--noise: expected a positive number, got {self.noise}")
         if self.seed < 0:
             raise ValueError(f"--seed: expected a whole number from 0, got {self.seed}")
-        if (self.out / "results.json").exists() and not self.overwrite:
-            raise FileExistsError(f"--out: {self.out} holds results already; pass --overwrite or another directory")
+        results.refuse_existing(self.out, self.overwrite)
 
 
 def plain(g: Any, x: jax.Array, z: jax.Array, size: jax.Array) -> jax.Array:
@@ -153,7 +151,7 @@ class Setting(NamedTuple):
 
 def setting(config: Config) -> Setting:
     """The mixture's velocity at the configuration's time, and points of its law."""
-    oracle, params = oracles.mixture(interpolants.linear()), target()
+    oracle, params = mixtures.oracle("linear"), mixtures.target()
     t = jnp.asarray(config.time)
 
     def g(x: jax.Array) -> jax.Array:
@@ -205,13 +203,12 @@ def tables(config: Config) -> dict[str, Table]:
     }
 
 
-def run(config: Config) -> None:
+def main(config: Config) -> None:
     """Writes the tables, the figure and the slopes to ``config.out``."""
     if config.quick:
         config = dataclasses.replace(config, points=8, nodes=24)
     jax.config.update("jax_enable_x64", True)
     found = tables(config)
-    config.out.mkdir(parents=True, exist_ok=True)
     slopes, texts = {}, []
     for name, rows in found.items():
         sizes, columns = tuple(rows), next(iter(rows.values()))
@@ -221,15 +218,12 @@ def run(config: Config) -> None:
         slopes[name] = {column: slope(sizes, values) for column, values in kept.items()}
         body = [[size, *row.values()] for size, row in rows.items()]
         texts.append(
-            common.markdown([name, *columns], [*body, ["slope", *[slopes[name].get(c, "-") for c in columns]]])
+            results.markdown([name, *columns], [*body, ["slope", *[slopes[name].get(c, "-") for c in columns]]])
         )
-    text = "\n\n".join(texts)
-    print(text)
-    (config.out / "table.md").write_text(text + "\n")
+    settings = {**dataclasses.asdict(config), "out": str(config.out)}
+    values = {"tables": found, "slopes": slopes, "config": settings}
+    results.write(config.out, values, "\n\n".join(texts))
     _figure(config, found)
-    kept = {**dataclasses.asdict(config), "out": str(config.out)}
-    results = {"tables": found, "slopes": slopes, "config": kept, **common.environment()}
-    common.write_json(config.out / "results.json", results)
 
 
 def _figure(config: Config, found: dict[str, Table]) -> None:
@@ -244,4 +238,4 @@ def _figure(config: Config, found: dict[str, Table]) -> None:
 
 
 if __name__ == "__main__":
-    common.main(Config, run)
+    run.main(Config, main)

@@ -184,6 +184,24 @@ def test_no_private_names_outside_the_library(folder):
     assert found == []
 
 
+# Parts of one experiment: its tables, or its page.
+PARTS_OF_ONE = {"bias": {"bias_tables"}, "catalogue_page": {"catalogue"}}
+
+
+@pytest.mark.parametrize("folder", ["experiments", "benchmarks"])
+def test_experiments_and_benchmarks_import_only_what_they_share_and_the_library(folder):
+    found = []
+    for path in sorted((ROOT / folder).rglob("*.py")):
+        dotted = ".".join(path.relative_to(ROOT).with_suffix("").parts)
+        allowed = {f"experiments.{name}" for name in PARTS_OF_ONE.get(path.stem, ()) if folder == "experiments"}
+        for use in uses(path.read_text(), dotted, is_package=path.name == "__init__.py"):
+            package = use.name.partition(".")[0]
+            shared = use.name == "experiments.shared" or use.name.startswith("experiments.shared.")
+            if use.imported and package in OUTSIDE and not shared and not any(use.name == name for name in allowed):
+                found.append(f"{path.relative_to(ROOT)}:{use.line}: {use.name}")
+    assert found == []
+
+
 @pytest.mark.parametrize(
     ("source", "module", "expected"),
     [

@@ -11,8 +11,11 @@ import numpy as np
 import optax
 import pytest
 
-from experiments import catalogue, common, mixture
-from experiments.running import Machine, Watching
+from experiments import catalogue, mixture
+from experiments.shared import options as shared_options
+from experiments.shared import run as shared_run
+from experiments.shared.options import Machine
+from experiments.shared.options import WatchingSamples as Watching
 from jflow import datasets, sharding
 from jflow.sample import picture
 from jflow.training import (
@@ -210,14 +213,14 @@ def batches(source, *arguments, **options):
 
 
 def option(tmp_path, **options):
-    return mixture.Config(out=tmp_path, **options).check()
+    return shared_options.make(mixture.Config, out=tmp_path, **options).check()
 
 
 def experiment(tmp_path, **options):
     """The trainer of an experiment, on the eight devices."""
-    config = mixture.Config(out=tmp_path, **options)
+    config = shared_options.make(mixture.Config, out=tmp_path, **options)
     config.check()
-    return common.trainer(config, mixture.problem(config), None, lambda *_: None, params={"w": jnp.zeros(2)})
+    return shared_run.trainer(config, mixture.problem(config), None, lambda *_: None, params={"w": jnp.zeros(2)})
 
 
 # What is done with (a new directory, the problem), the error, and what it must say. In the order in which a user meets them:

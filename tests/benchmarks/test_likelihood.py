@@ -62,10 +62,11 @@ def test_results_are_not_replaced_unasked(tmp_path):
     bench.Config(out=tmp_path, overwrite=True).check()
 
 
+@pytest.mark.slow
 def test_without_torch_the_command_says_what_to_install(tmp_path):
     # This mistake is reported first, whether torch is installed or not.
     (tmp_path / "torch.py").write_text("raise ImportError('no torch here')")
-    root = Path(__file__).resolve().parents[1]
+    root = Path(__file__).resolve().parents[2]
     paths = os.pathsep.join([str(tmp_path), str(root / "src"), os.environ.get("PYTHONPATH", "")])
     command = [sys.executable, "-m", "benchmarks.likelihood", "--out", str(tmp_path / "out")]
     done = subprocess.run(

@@ -38,6 +38,6 @@ def test_the_squared_errors_of_a_diffusion_tend_to_hutchinsons_estimator_as_its_
 def test_a_quick_run_writes_its_tables_and_figure(tmp_path, found):
     """In this process, which has compiled the same programs for the tables above."""
     del found
-    small_noise.run(small_noise.Config(quick=True, out=tmp_path))
+    small_noise.main(small_noise.Config(quick=True, out=tmp_path))
     assert all((tmp_path / name).stat().st_size > 0 for name in ("table.md", "small_noise.png"))
     assert set(json.loads((tmp_path / "results.json").read_text())["tables"]) == {"noise", "step"}

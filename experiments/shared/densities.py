@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import functools
 from collections.abc import Callable
 from typing import Any, NamedTuple
@@ -11,7 +10,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from experiments import common
+from experiments.shared import options, run
+from experiments.shared.model import Model, Problem
 from jflow import bases, interpolants, likelihood, nets, samplers, solvers
 from jflow.likelihood import Headed, LogDensity, WithLogDensity
 from jflow.types import BoundFlowMap, Context, FlowMap
@@ -108,9 +108,9 @@ class Head(NamedTuple):
     init: Callable[[jax.Array], Any]
 
 
-def head_of(flow_map: FlowMap, config: common.Training, event: tuple[int, ...]) -> Head:
+def head_of(flow_map: FlowMap, size: options.Size, event: tuple[int, ...]) -> Head:
     """An embedded network of the configuration's size as a head; one object for all of a size, as for the maps."""
-    return _head(flow_map, config.features, config.depth, config.residual, event)
+    return _head(flow_map, size.features, size.depth, size.residual, event)
 
 
 @functools.cache
@@ -136,19 +136,20 @@ def head_objective(head: Head, path: interpolants.Interpolant, **choices: Any) -
 
 
 def train_head(
-    config: common.Training,
-    problem: common.Problem,
+    config: options.Training,
+    problem: Problem,
     bound: BoundFlowMap,
     path: interpolants.Interpolant,
     **choices: Any,
 ) -> BoundFlowMap:
     """Trains the head of a map that has been trained, to ``config.out``/head."""
-    head = head_of(bound.flow_map, config, problem.event)
-    config = dataclasses.replace(config, out=config.out / "head", warmup=min(config.warmup, config.steps // 10))
-    model = common.Model(head.flow_map, head.init, path)
+    head = head_of(bound.flow_map, config.model, problem.event)
+    warmup = min(config.optimizer.warmup, config.optimizer.steps // 10)
+    config = options.replace(config, out=config.out / "head", warmup=warmup)
+    model = Model(head.flow_map, head.init, path)
     objective = head_objective(head, path, **choices)
-    this = common.trainer(config, problem, model, objective, teacher=bound.params)
-    trained, _ = common.train(config, problem, model, this)
+    this = run.trainer(config, problem, model, objective, teacher=bound.params)
+    trained, _ = run.train(config, problem, model, this)
     return head.flow_map.bind(Headed(bound.params, trained.params))
 
 

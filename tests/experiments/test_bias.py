@@ -14,10 +14,11 @@ import numpy as np
 import pytest
 
 from experiments import bias, bias_tables
+from experiments.shared import options
 from jflow import metrics
 from jflow.likelihood import LogDensity
 
-ROOT = pathlib.Path(__file__).resolve().parents[1]
+ROOT = pathlib.Path(__file__).resolve().parents[2]
 
 
 def test_the_targets_moments_are_those_of_its_samples(assert_mean):
@@ -114,6 +115,7 @@ def run(*arguments):
     return subprocess.run(command, capture_output=True, text=True, env=environment, cwd=ROOT, timeout=600)
 
 
+@pytest.mark.slow
 def test_a_quick_run_and_the_rows_that_are_there(tmp_path):
     arguments = ("--quick", "--dims", 2, "--methods", "consistency_training", "lsd", "--out", tmp_path)
     done = run(*arguments)
@@ -130,6 +132,6 @@ def test_a_quick_run_and_the_rows_that_are_there(tmp_path):
     this = bias.quick(bias.Config(out=tmp_path, dims=(2,)))
     assert bias.read(this, 2, "lsd", 0)["samples"] == rows["lsd"][0]["samples"]
     assert bias.read(this, 2, "mean_flow", 0) is None
-    other = bias.quick(bias.Config(out=tmp_path, dims=(2,), learning_rate=0.01))
+    other = bias.quick(options.make(bias.Config, out=tmp_path, dims=(2,), learning_rate=0.01))
     with pytest.raises(ValueError, match="another learning_rate"):
         bias.read(other, 2, "lsd", 0)

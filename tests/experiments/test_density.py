@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import json
 import os
 import pathlib
@@ -14,14 +13,16 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from experiments import common, density
+from experiments import density
+from experiments.shared import options, run
+from experiments.shared.model import Problem, build
 from jflow import bases, datasets, likelihood, objectives, training
 
-ROOT = pathlib.Path(__file__).resolve().parents[1]
+ROOT = pathlib.Path(__file__).resolve().parents[2]
 
 
-def config(data, **options):
-    return density.Config(out=pathlib.Path("unused"), data=data, **options)
+def config(data, **choices):
+    return options.make(density.Config, **{"out": pathlib.Path("unused"), "data": data, **choices})
 
 
 @pytest.mark.parametrize("data", ["digits", "wine"])
@@ -87,30 +88,31 @@ def test_the_classics_are_densities_and_choose_by_the_validation_data():
     assert np.median(np.abs(kernels - exact)) < 0.15 and np.median(np.abs(mixture - exact)) < 0.1
 
 
+@pytest.mark.slow
 def test_training_with_a_score_ends_at_the_lowest_and_not_at_the_last(tmp_path):
-    this = config("wine", steps=8, log_every=4, warmup=1, features=8, depth=2, batch=16, ema=0.5)
-    this = dataclasses.replace(this, out=tmp_path)
+    this = config("wine", steps=8, log_every=4, warmup=1, features=8, depth=2, batch=16, ema=0.5, out=tmp_path)
     data = density.load(this)
-    problem = common.Problem(datasets.SampledDataset(data.sample, this.batch), (13,), 1.0, None)
-    model = common.build(this, problem)
-    made = common.trainer(this, problem, model, objectives.flow_matching(model.flow_map, model.interpolant))
+    problem = Problem(datasets.SampledDataset(data.sample, this.optimizer.batch), (13,), 1.0, None)
+    model = build(this.model, problem)
+    made = run.trainer(this, problem, model, objectives.flow_matching(model.flow_map, model.interpolant))
     scores = iter([1.0, 2.0])
-    bound, _ = common.train(this, problem, model, made, score=lambda bound: next(scores), score_every=4)
-    at = {step: training.restore_params(tmp_path, common.AVERAGE, step=step)[0] for step in (4, 8)}
+    bound, _ = run.train(this, problem, model, made, score=lambda bound: next(scores), score_every=4)
+    at = {step: training.restore_params(tmp_path, run.AVERAGE, step=step)[0] for step in (4, 8)}
     same = {step: jax.tree.map(np.array_equal, bound.params, params) for step, params in at.items()}
     assert all(jax.tree.leaves(same[4])) and not all(jax.tree.leaves(same[8]))
     with pytest.raises(ValueError, match="score, score_every: expected both"):
-        common.train(this, problem, model, made, score_every=4)
+        run.train(this, problem, model, made, score_every=4)
 
 
-def run(*arguments):
+def start(*arguments):
     environment = {**os.environ, "PYTHONPATH": str(ROOT / "src"), "XLA_FLAGS": "--xla_backend_optimization_level=0"}
     command = [sys.executable, "-m", "experiments.density", *map(str, arguments)]
     return subprocess.run(command, capture_output=True, text=True, env=environment, cwd=ROOT, timeout=600)
 
 
+@pytest.mark.slow
 def test_a_quick_run_writes_its_table_and_figure(tmp_path):
-    done = run("--quick", "--data", "wine", "--out", tmp_path)
+    done = start("--quick", "--data", "wine", "--out", tmp_path)
     assert done.returncode == 0, done.stderr
     assert all((tmp_path / name).stat().st_size > 0 for name in ("table.md", "density.png"))
     table = json.loads((tmp_path / "results.json").read_text())["table"]

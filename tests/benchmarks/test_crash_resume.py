@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import pytest
+
 from benchmarks import crash_resume
 
 
+@pytest.mark.slow
 def test_killed_runs_end_as_if_nothing_had_happened(tmp_path):
     found = crash_resume.run(5, tmp_path, steps=100, seed=3)
     assert found["differ"] == []
