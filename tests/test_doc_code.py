@@ -15,11 +15,11 @@ from jflow.training import distributed, ema, init_state
 
 DOCS = pathlib.Path(__file__).resolve().parents[1] / "docs"
 PAGES = {
-    "getting-started.md": 4,
+    "getting-started.md": 5,
     "notation.md": 1,
     "choosing-a-method.md": 1,
     "own-network.md": 5,
-    "conditioning.md": 3,
+    "conditioning.md": 4,
     "training-log.md": 1,
     "running.md": 4,
     "dtypes.md": 1,
@@ -193,7 +193,9 @@ def test_training_log_describes_every_column(run):
     last = run("training-log.md")["last"]
     page = (DOCS / "training-log.md").read_text()
     for name in last:
-        shown = re.sub(r"^lagrangian/", "METHOD/", re.sub("_by_(t|gap)$", "", name)).replace("tangent/loss", "METHOD/loss")
+        shown = re.sub(r"^lagrangian/", "METHOD/", re.sub("_by_(t|gap)$", "", name)).replace(
+            "tangent/loss", "METHOD/loss"
+        )
         assert f"`{shown}`" in page, name
 
 
