@@ -3,6 +3,7 @@
 import contextlib
 import pathlib
 import re
+import tomllib
 
 import jax
 import jax.numpy as jnp
@@ -212,3 +213,10 @@ def test_extending_examples_do_what_they_say(run):
     np.testing.assert_allclose(space["difference"], 0.0, atol=1e-6)
     assert all(np.all(np.isfinite(slope)) for slope in space["slopes"])
     np.testing.assert_allclose(space["halves"], space["jumps"], rtol=1e-6)
+
+
+def test_the_citation_names_the_version_of_the_package():
+    root = DOCS.parent
+    project = tomllib.loads((root / "pyproject.toml").read_text())["project"]
+    lines = dict(re.findall(r"^([a-z-]+): (.+)$", (root / "CITATION.cff").read_text(), re.MULTILINE))
+    assert (lines["version"], lines["license"], lines["title"]) == (project["version"], project["license"], "jflow")
