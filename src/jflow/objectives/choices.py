@@ -84,8 +84,9 @@ def base_and_coupling(
     """The base and the coupling, each by default that of the other; ``couplings.independent`` is that of the base."""
     named = coupling is couplings.independent
     if base is None:
-        inherits = isinstance(coupling, couplings.Independent) and not named
-        base = coupling.base if inherits else bases.STANDARD_NORMAL
+        base = bases.STANDARD_NORMAL
+        if isinstance(coupling, couplings.Independent) and not named:
+            base = coupling.base
     if coupling is None or (named and base != couplings.independent.base):
         coupling = couplings.Independent(base)
     return base, coupling

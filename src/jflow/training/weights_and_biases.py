@@ -84,7 +84,7 @@ class Wandb(Hook):
 
 def _init() -> Any:
     try:
-        from wandb import init
+        from wandb import init  # pyright: ignore[reportMissingImports]
     except ImportError as error:
         raise ImportError("Wandb: rows are written with wandb, which is missing: pip install 'jflow[wandb]'") from error
     return init
