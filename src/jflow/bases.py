@@ -1,5 +1,7 @@
 r"""Bases: the law of x0, at time 0, as an object that samples and knows its log-density and score.
 
+Its members::
+
     sample(key, like, shape=())   points shaped like the event ``like``, with leading axes ``shape``
     log_density(x)                log rho_0(x) of one event, in nats
     score(x)                      grad log rho_0(x) of one event
@@ -10,7 +12,7 @@ and densities accept any object with these members. Formulas that hold for indep
 and from the score, the SDE, re-noising, the batch's velocity, oracles) read the mean and standard deviation of a ``Normal``
 and refuse every other base by name (``gaussian``).
 
-A base of your own is a class with these members. This one is for events of a single array:
+A base of your own is a class with these members. This one is for events of a single array::
 
     class Laplace:
         name = "laplace"

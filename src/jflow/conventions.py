@@ -1,5 +1,7 @@
 r"""Converters for networks that follow the signs and time direction of other papers.
 
+The converters::
+
     theirs                                          to ours
     MeanFlow, improved and pixel MeanFlow, alpha-Flow (source t', target r')   s = 1 - t', t = 1 - r', v = -u
     terminal velocity matching, Align Your Flow, IMM  (source t', target s')   s = 1 - t', t = 1 - s', v = -u

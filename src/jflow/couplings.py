@@ -1,5 +1,7 @@
 r"""Couplings: the joint law pi of base points x0 and data x1, whose marginals are the base and the data.
 
+The couplings::
+
     independent   x0 ~ base, independent of x1: ``Independent(base)``, and ``independent`` for N(0, I)
     sinkhorn      entropic optimal transport between the B rows of a batch, on the device; needs ott-jax
     assignment    exact optimal transport between the B rows of a batch, on the host
@@ -8,7 +10,7 @@ r"""Couplings: the joint law pi of base points x0 and data x1, whose marginals a
 The first two are device couplings, ``(key, x1, cond=None) -> x0`` on a batch, which an objective calls within the training
 step. The last two belong to the input pipeline: they put x0 into the ``Batch``, and the objective draws none.
 
-Minibatch optimal transport (2302.00482, 2304.14772) draws B points of each law and pairs them at the least cost
+Minibatch optimal transport (2302.00482, 2304.14772) draws B points of each law and pairs them at the least cost::
 
     min over permutations p of  (1/B) sum_i |x1_i - x0_p(i)|^2.
 
@@ -75,7 +77,7 @@ def sinkhorn(
 
     Draws x0_j ~ base, j = 1..B. The cost C_ij is |x1_i - x0_j|^2, of points whose mean over the batch is subtracted, divided
     by its mean over all B^2 pairs. Subtracting the means changes no plan and makes epsilon independent of where the data
-    lie. The plan is
+    lie. The plan is::
 
         P = argmin  sum_ij P_ij C_ij + epsilon sum_ij P_ij log P_ij,    row and column sums 1/B.
 

@@ -1,5 +1,7 @@
 r"""Diagnostics of flow maps: identity residuals, and comparison with a reference.
 
+The functions::
+
     residual_grid       RMS of the tangent, Eulerian, Lagrangian and semigroup residuals on a grid of (s, t)
     consistency_report  the same, averaged over a law of (s, t): a few numbers to log
     compare             K jumps of several maps against one jump of a reference

@@ -1,5 +1,7 @@
 r"""Guidance: a velocity extrapolated from one velocity through another.
 
+The kinds of guidance::
+
     classifier-free    b_t(x | null) + w ( b_t(x | cond) - b_t(x | null) )     one model, two conditions   (2207.12598)
     autoguidance       weak_t(x) + w ( strong_t(x) - weak_t(x) )               two models, one condition   (2406.02507)
 

@@ -1,6 +1,6 @@
 r"""The identities that a flow map obeys, as (prediction, target) of one sample; the residual is their difference.
 
-For the exact map each residual is zero, whichever parts are under a stop-gradient, which changes no value:
+For the exact map each residual is zero, whichever parts are under a stop-gradient, which changes no value::
 
     tangent      v_{t,t}(x) - b_t(x)
     Eulerian     v_{s,t}(x) - c_s(x) - (t-s) ( d/ds v_{s,t}(x) + grad v_{s,t}(x) c_s(x) )
@@ -113,7 +113,7 @@ def central_difference(step: Array | float) -> Derivative:
     The identities give it the interval in which the time may move without leaving [0, 1] or crossing s = t (a map of one
     direction is not trained beyond its diagonal), so that it also works at the ends of [0, 1] in eager calls, where a FlowMap
     refuses times outside. Called by itself, without an interval, it evaluates both sides. Where h does not fit on one side, the
-    difference is one-sided,
+    difference is one-sided::
 
         ( -3 f(p) + 4 f(p + h d) - f(p + 2 h d) )/(2h)
 
@@ -329,7 +329,7 @@ def semigroup(
 ) -> Residual:
     """v_{s,t}(x) - (1-gamma) v_{s,u}(x) - gamma v_{u,t}( X_{s,u}(x) ), u = gamma s + (1-gamma) t: two jumps are one.
 
-    The residual of X is t - s times this one. Divided by 1 - gamma it is that of the map's source moved by u - s:
+    The residual of X is t - s times this one. Divided by 1 - gamma it is that of the map's source moved by u - s::
 
         (X_{s,t}(x) - X_{u,t}(x'))/(u - s),   x' = x + (u-s) first
 

@@ -4,12 +4,12 @@ Every path gives alpha and beta, their divided differences alpha[s,t] = (alpha_t
 is finite and differentiable at s = t, its values at both ends, and the times at which it is singular. Derivatives in time
 come from automatic differentiation of alpha and beta.
 
-With w_t = alpha_t beta_t' - alpha_t' beta_t and the velocity b_t(x) = E[I_t' | I_t = x], for any base:
+With w_t = alpha_t beta_t' - alpha_t' beta_t and the velocity b_t(x) = E[I_t' | I_t = x], for any base::
 
     data   E[x1 | I_t = x] = (alpha b - alpha' x) / w
     noise  E[x0 | I_t = x] = (beta' x - beta b) / w
 
-and for a base N(m, diag(s^2)) that is independent of the data, entry by entry:
+and for a base N(m, diag(s^2)) that is independent of the data, entry by entry::
 
     score  grad log rho_t(x) = -(noise - m) / (alpha s^2) = (beta b - beta' x + w m) / (alpha w s^2)
 """
@@ -135,7 +135,7 @@ def convert(
 ) -> Event:
     """Converts a prediction at (t, x) from one kind to another: velocity, score, noise or data.
 
-    Every kind is turned into the pair (noise, data) with alpha noise + beta data = x, and the pair into the target:
+    Every kind is turned into the pair (noise, data) with alpha noise + beta data = x, and the pair into the target::
 
         velocity -> noise = (beta' x - beta b)/w, data = (alpha b - alpha' x)/w     and back alpha' noise + beta' data
         score    -> noise = m - alpha s^2 score,  data = (x - alpha noise)/beta     and back -(noise - m)/(alpha s^2)

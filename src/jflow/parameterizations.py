@@ -221,6 +221,8 @@ def from_velocity(
 ) -> FlowMap:
     r"""A FlowMap that starts from a velocity. Its diagonal is exactly that velocity, before and after training.
 
+    The map::
+
         v_{s,t}(x) = b_s(x) + (t - s) net(s, t, x),     v_{t,t} = b_t
 
     The velocity is taken at the source, since x is a point of time s. By Taylor's formula the network's target is then

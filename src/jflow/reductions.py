@@ -1,7 +1,7 @@
 r"""Reductions: from one sample's residual D = prediction - target to its loss, a scalar.
 
 Every reduction has the signature ``(params, s, t, difference) -> loss``; only the learned ones read the first three.
-|D|^2 is the sum over all leaves and axes of the event. With sg the stop-gradient:
+|D|^2 is the sum over all leaves and axes of the event. With sg the stop-gradient::
 
     squared            |D|^2
     adaptive           |D|^2 / sg(|D|^2 + c)^p                       (2505.13447)
@@ -11,7 +11,7 @@ Every reduction has the signature ``(params, s, t, difference) -> loss``; only t
     learned Cauchy     log(1 + e^{-w} |D|^2) + w/2                   (2510.24474)
 
 ``per_entry`` makes |D|^2 a mean over entries. Three more replace the value of D, keep its derivative, and apply any of the
-above (``then``):
+above (``then``)::
 
     normalised         D/(|D| + c): the tangent normalisation of 2410.11081 and 2506.14603
     clipped            D min(1, c/|D|)

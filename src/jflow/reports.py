@@ -1,5 +1,7 @@
 r"""Reports: numbers for a person to look at. Each kind defines how it is averaged over rows, steps and devices.
 
+The kinds::
+
     Mean(total, count)     total/count; totals and counts add up: means over rows, also by bins
     RootMean(total, count) sqrt(total/count)
     Residual(square, by)   the mean square of a term's residual, with means by bins; watched for explosions

@@ -4,6 +4,8 @@ Time runs from t = 0, the base (noise), to t = 1, the data. ``s`` is the source 
 generation has s < t, encoding s > t. All functions work on one sample: ``s`` and ``t`` are scalars, ``x`` is a
 pytree of arrays of any event shape, and callers ``jax.vmap``.
 
+The types::
+
     Velocity:  (params, t, x, cond=None, *, key=None)     -> b_t(x)
     FlowMap:   (params, s, t, x, cond=None, *, key=None)  -> v_{s,t}(x),  the mean velocity
 """
@@ -164,6 +166,8 @@ def dyadic(levels: int) -> Domain:
 @dataclasses.dataclass(frozen=True)
 class FlowMap:
     """A flow map, given by its mean velocity.
+
+    Its functions::
 
         jump      X_{s,t}(x) = x + (t - s) v_{s,t}(x)
         velocity  b_t(x)     = v_{t,t}(x)

@@ -55,6 +55,8 @@ class Way:
 class Entry:
     """A model and how it is run: a line of the figure, with one row of the table for each number of steps or tolerance.
 
+    For example::
+
         Entry("map", flow_map, params)                                      1, 2, 4 and 8 jumps
         Entry("euler", velocity, params, solver="euler", steps=(8, 100))    solves of fixed steps
         Entry("tsit5", flow_map, params, solver="tsit5", tolerances=(1e-2, 1e-4))

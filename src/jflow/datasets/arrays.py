@@ -5,7 +5,7 @@ step sees the batches it would have seen. The arrays are passed as ``data``, nev
 
 An epoch visits every row exactly once, and nothing is dropped: positions p = step * B, ..., step * B + B - 1 run on
 across epochs, epoch p // N and place p % N, and row = permutation_epoch(place). The permutation is a swap-or-not
-shuffle (Hoang, Morris and Rogaway, 2012), computed place by place without a table: in round r, with random k_r,
+shuffle (Hoang, Morris and Rogaway, 2012), computed place by place without a table: in round r, with random k_r::
 
     x  <-  either x or (k_r - x) mod N,   by one bit hashed from the larger of the two,
 
@@ -31,6 +31,8 @@ ROUNDS = 24
 
 class ArrayDataset:
     """Rows of arrays in memory, in a new random order every epoch.
+
+    For example::
 
         dataset = ArrayDataset(Batch(x1=images, cond=labels), batch_size=128, seed=0)
         chunk = make_chunk(step, dataset.batch)
@@ -146,6 +148,8 @@ def coupled(
     base: bases.Base = bases.STANDARD_NORMAL,
 ) -> CoupledDataset:
     """Minibatches of a dataset, each paired with base points on the host, once, as a pool of rows to train on.
+
+    For example::
 
         pool = coupled(SampledDataset(checkerboard, batch_size=512), batches=100)
         chunk = make_chunk(step, pool.batch)

@@ -1,5 +1,7 @@
 """Data in files: sources that read one row at a time, and a pipeline that makes shuffled, resumable batches of them.
 
+For example::
+
     source = images("faces", size=64)
     feed = Feed(pipeline(source, batch_size=256, seed=0), sharding=sharding.rows(mesh))
 
@@ -91,6 +93,8 @@ def npz(path: Path, x1: str = "x1", cond: str | None = None) -> Rows:
 
 def array_folder(directory: Path) -> Rows:
     """The rows of all .npy files in a folder, which are mapped, and read row by row.
+
+    The files::
 
         NAME.npy        x1, [n, ...]
         NAME.cond.npy   its conditioning, [n, ...]; for all files or for none

@@ -1,11 +1,11 @@
 r"""The density of a sampler that adds noise between its jumps, given the batch that ran: a mixture over its samples.
 
 The density of the last state of ``samplers.renoise`` is an integral over all states before it. But of N samples drawn
-together, the states before the last jump, at time t,
+together, the states before the last jump, at time t::
 
     x_n = c_n + sigma z_n,    c_n = Info.centre of ``samplers.Renoise`` (the step without its noise),    sigma = Info.noise
 
-are, given those centres, one draw from each of the N components of
+are, given those centres, one draw from each of the N components of::
 
     m(x) = 1/N sum_n N(x; c_n, sigma^2)
 
@@ -96,7 +96,7 @@ def renoised(
     kappa: float = 1.0,
     base: Base = bases.STANDARD_NORMAL,
 ) -> Renoised:
-    """The states of a batch of ``samplers.renoise`` before the last jump, as a base of their own for what follows:
+    """The states of a batch of ``samplers.renoise`` before the last jump, as a base of their own for what follows::
 
         before = renoised(bound, x0, grid, keys=keys, interpolant=path)
         pushed = vmap(lambda x: push(bound, x, grid[-2:], base=before.base))(before.states)

@@ -1,9 +1,11 @@
 r"""Images of L integer levels as continuous data, and log-densities in bits per dimension.
 
+The conversions::
+
     dequantised   x = 2 (q + u)/L - 1 in [-1, 1),   q in {0, ..., L-1},  u uniform on (0, 1)
 
 A density rho of x is one of q + u, namely rho(x) (2/L)^d, whose integral over a pixel's unit cell is the probability of its
-levels. By Jensen's inequality (1511.01844) the mean over u of
+levels. By Jensen's inequality (1511.01844) the mean over u of::
 
     bits per dimension = -log rho(x) / (d log 2) + log2(L/2)
 

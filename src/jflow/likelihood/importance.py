@@ -1,5 +1,7 @@
 r"""Self-normalised importance weights: expectations under a target from samples of another law with known density.
 
+With samples x_1, ..., x_N::
+
     W_n = target(x_n) / sampler(x_n),     w_n = W_n / sum_m W_m,     Z = 1/N sum_n W_n
 
 The sampler's density must be that of the sampler **that ran** (``push`` on the same grid, not the ODE's), and it must be a
@@ -8,7 +10,7 @@ biased upward, E exp(log rho + noise) > rho, and likewise 1/rho and every weight
 v the factor is e^{v/2}. Use ``exact_divergence()`` for weights.
 
 Where a learned map folds, several base points go to one x, and rho_0/|det| is the density of one branch alone, which is less
-than the sampler's. Weights made of it count x once for each branch. The sign of the determinant corrects this:
+than the sampler's. Weights made of it count x once for each branch. The sign of the determinant corrects this::
 
     E_{rho_0}[ sign det grad X  target(X)/(rho_0/|det grad X|) f(X) ] = int det grad X target(X) f(X) dx_0 = deg X int target f
 

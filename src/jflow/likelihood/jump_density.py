@@ -1,5 +1,7 @@
 r"""The density of the sampler that ran: of K jumps of a flow map, by the determinants of their Jacobians.
 
+The density after K jumps::
+
     log rho_1(x_K) = log rho_0(x_0) - sum_k log|det grad X_{t_k,t_{k+1}}(x_k)|,   x_{k+1} = X_{t_k,t_{k+1}}(x_k)
 
 It is exact for whatever the map has learned, and needs no identity to hold, but the map must be injective. A Jacobian

@@ -1,5 +1,7 @@
 r"""Maximum likelihood of a continuous normalising flow, through a solve and its adjoint: the reference without bias.
 
+The loss of one sample::
+
     loss(x1) = -log rho_1(x1) + kinetic int |b_t(x_t)|^2 dt + jacobian int |z' grad b_t(x_t)|^2 dt,    x_1 = x1
 
 with log rho_1(x1) = log rho_0(x_0) - int div b_t(x_t) dt (1806.07366; Hutchinson's estimate of the divergence 1810.01367),

@@ -1,4 +1,4 @@
-r"""The log-density along the ODE dx/dt = b_t(x), by one Diffrax solve of the state (x, log rho) (1806.07366):
+r"""The log-density along the ODE dx/dt = b_t(x), by one Diffrax solve of the state (x, log rho) (1806.07366)::
 
     log rho_t(x_t) = log rho_0(x_0) - int_0^t div b_u(x_u) du
 

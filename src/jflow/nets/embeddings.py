@@ -1,6 +1,6 @@
 r"""Features of times, of low-dimensional points, and of class labels.
 
-Sinusoidal features of a scalar t at frequencies f_k, in cycles per unit of t:
+Sinusoidal features of a scalar t at frequencies f_k, in cycles per unit of t::
 
     phi(t) = [sin(2 pi f_1 t), ..., sin(2 pi f_K t), cos(2 pi f_1 t), ..., cos(2 pi f_K t)]
 
@@ -53,6 +53,8 @@ def times(s: Array | float, t: Array | float) -> tuple[Array, Array]:
 
 def sinusoidal(t: Array | float, features: int, *, lowest: float = 0.125, highest: float = 2.0) -> Array:
     """Sines and cosines of a scalar at frequencies in geometric progression.
+
+    The frequencies::
 
         f_k = lowest (highest / lowest)^{(k-1)/(K-1)},  k = 1 .. K = features / 2   (f_1 = lowest if K = 1)
 

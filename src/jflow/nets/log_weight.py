@@ -75,6 +75,8 @@ class Weighted(NamedTuple):
 def with_log_weight(flow_map: FlowMap, module: LogWeight) -> tuple[FlowMap, Callable[[Weighted, Time, Time], Array]]:
     """Makes the map and the log weight functions of one pair of parameters, so that they are trained together.
 
+    For example::
+
         flow, log_weight = nets.with_log_weight(flow_map, module)
         objective = objectives.lsd(flow, path, reduction=reductions.learned(log_weight))
         params = nets.Weighted(map_params, module.init(key, 0.0, 0.0)["params"])

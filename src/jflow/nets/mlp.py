@@ -31,6 +31,8 @@ NORMS = (None, "rms", "layer")
 class MLP(nn.Module):
     r"""A perceptron of ``depth`` hidden layers, of one sample.
 
+    The layers::
+
         h_1     = W_1 p(x) + b_1
         h_{i+1} = W_{i+1} g_i(h_i) + b_{i+1}  (+ h_i if residual),     i = 1 .. depth - 1
         net     = W_out g_depth(h_depth) + b_out

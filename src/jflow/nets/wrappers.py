@@ -1,11 +1,13 @@
 r"""Wrappers: any network as the function of one sample that the library takes.
 
+The two signatures::
+
     apply(params, s, t, x, cond=None, *, key=None) -> shaped like x     a ``Network`` of two times
     velocity(params, t, x, cond=None, *, key=None) -> shaped like x     a ``jflow.types.Velocity``
 
 A network becomes a FlowMap through ``parameterizations.flow_map``, a Velocity through ``solvers.solve``.
 
-``signature`` lists the network's arguments in its own order. It says which of the two is made and how the network is called:
+``signature`` lists the network's arguments in its own order. It says which of the two is made and how the network is called::
 
     "s t x cond"    net(s, t, x, cond)      two times, so ``apply``; the default
     "x t s y=cond"  net(x, t, s, y=cond)    any order, and keywords
@@ -13,7 +15,7 @@ A network becomes a FlowMap through ``parameterizations.flow_map``, a Velocity t
 
 ``cond=None`` is not passed on if it comes last or by keyword, so a network without that argument needs no
 other signature. For another convention (time reversed, a gap instead of s) pass a lambda to ``from_function``. For
-MeanFlow's u(z, r, t), whose time 0 is the data:
+MeanFlow's u(z, r, t), whose time 0 is the data::
 
     from_function(lambda params, s, t, x: -u(params, x, 1 - t, 1 - s))
 

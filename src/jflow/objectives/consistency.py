@@ -1,5 +1,7 @@
 r"""Consistency models: the semigroup identity with a short first leg, compared as jumps to t = 1.
 
+The residual::
+
     R( X_{s,1}(I_s) - sg X_{u,1}(x_u) ) / (u-s),     u = s + fraction (1-s)
 
 in the units of X, with the weight 1/(u-s) of 2310.14189 and 2406.14548, and x_u the point of the same pair (training) or of a

@@ -19,7 +19,7 @@ from jflow.types import Array, Event, FlowMap
 def energy_distance(
     flow_map: FlowMap, interpolant: Interpolant, *, size: int, **choices: Unpack[GroupChoices]
 ) -> GroupObjective:
-    r"""The squared energy distance between the laws of x = X_{s,t}(I_s) and y = I_t (Székely & Rizzo 2013),
+    r"""The squared energy distance between the laws of x = X_{s,t}(I_s) and y = I_t (Székely & Rizzo 2013)::
 
         2 E|x - y| - E|x - x'| - E|y - y'|.
 

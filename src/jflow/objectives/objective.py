@@ -5,7 +5,7 @@ a fixed number of diagonal rows (s = t), which cost one pass and no derivative, 
 method's own residual. The rows are chosen at random, within equal blocks of the batch, so that a batch that is sharded over
 devices is split evenly on each.
 
-An objective with a state of its own (a discriminator with its optimizer, a running scale, a queue) is any object with
+An objective with a state of its own (a discriminator with its optimizer, a running scale, a queue) is any object with::
 
     init(key, params) -> state
     __call__(params, key, batch, context) -> (loss [B], Aux(next state, metrics))

@@ -8,7 +8,7 @@ The second averages the first over an unknown that the network does not see eith
 expected gradient, with a smaller variance. In few dimensions it is much smaller; on images each point is its own only
 neighbour and the two agree. (A Rao-Blackwell form of the stable target field, 2302.00670, without its bias.)
 
-An estimate of your own is a function of the row (``objectives.Row``), shaped like x:
+An estimate of your own is a function of the row (``objectives.Row``), shaped like x::
 
     null = jnp.asarray(10)  # the condition of one sample that stands for none: here the label after the ten classes
 
@@ -43,7 +43,7 @@ def teacher(row: Row) -> Event:
 
 def batch(row: Row) -> Event:
     """The mean of I_s' over the data points of the batch, given the point: for a base N(m, diag(sigma^2)), with
-    x = alpha x0 + beta x1,
+    x = alpha x0 + beta x1::
 
         p_j ~ exp( -|(x - beta x1_j - alpha m)/sigma|^2 / (2 alpha^2) ),   I_s' + (w/alpha) ( sum_j p_j x1_j - x1 ).
 

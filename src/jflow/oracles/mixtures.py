@@ -79,7 +79,7 @@ def gaussian_params(mean: ArrayLike, cov: ArrayLike) -> MixtureParams:
 def tilt(params: MixtureParams, a: ArrayLike, precision: ArrayLike | None = None) -> tuple[MixtureParams, Array]:
     r"""The mixture reweighted by e^{a.x - x'Px/2}, rho* = rho_1 e^{a.x - x'Px/2} / Z.
 
-    Per component, with C = S S', S = Q lambda^(1/2), M = I + S'PS and g = S'(a - Pm):
+    Per component, with C = S S', S = Q lambda^(1/2), M = I + S'PS and g = S'(a - Pm)::
 
         C* = S M^{-1} S',  m* = m + S M^{-1} g,  w* ~ w |M|^{-1/2} e^{a.m - m'Pm/2 + g'M^{-1}g/2}
 

@@ -29,6 +29,8 @@ def draw(
 ) -> Event:
     """n samples of a sampler, from base points that it draws, or that are given.
 
+    For example::
+
         samples = draw(Jumps(bound), key, 50_000, uniform_grid(4), labels, like=jax.ShapeDtypeStruct((28, 28), jnp.float32))
 
     Sample i has the key ``fold_in(key, i)``, split into one of its base point and one of the sampler. The samples therefore do

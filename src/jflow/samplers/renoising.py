@@ -70,7 +70,7 @@ def renoise_plan(interpolant: Interpolant, times: Array, kappa: float | Array) -
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class Renoise:
-    r"""The sampler of jumps with partial re-noising. From s to the next time t: jump beyond t, to t+, and add noise,
+    r"""The sampler of jumps with partial re-noising. From s to the next time t: jump beyond t, to t+, and add noise::
 
         x_t = (beta_t/beta_{t+}) X_{s,t+}(x_s) + alpha_t (1 - sqrt(1-kappa^2)) m + kappa alpha_t std z
         alpha_{t+}/beta_{t+} = sqrt(1 - kappa^2) alpha_t/beta_t

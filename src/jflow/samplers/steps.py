@@ -1,7 +1,7 @@
 """Samplers as steps: a state, ``step(key, state, t) -> (state, info)``, and one ``run`` along a grid for all of them.
 
 A sampler works on one sample; callers ``jax.vmap``. Its state is a pytree of arrays, so a batch of states can be weighted,
-resampled or changed between two steps:
+resampled or changed between two steps::
 
     sampler = samplers.Renoise(bound, interpolant, kappa=0.5)
     states = jax.vmap(lambda x: sampler.init(x, grid[0]))(x0)

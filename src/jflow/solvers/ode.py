@@ -1,6 +1,6 @@
 r"""Diffrax solves of any Velocity: as a FlowMap, and as a trajectory.
 
-The mean velocity is itself the end of an ODE in rescaled time tau,
+The mean velocity is itself the end of an ODE in rescaled time tau::
 
     dy/dtau = b_{s + tau (t-s)}( x + (t-s) y ),   y(0) = 0,   tau in [0, 1],       v_{s,t}(x) = y(1),
 
@@ -75,6 +75,8 @@ def solve(
     velocity: Velocity, solver: SolverLike | None = None, *, domain: Domain = BOTH, **choices: Unpack[Choices]
 ) -> FlowMap:
     """The flow map of a velocity, by an ODE solve in rescaled time (see the module's formula).
+
+    For example::
 
         solve(velocity)                                     adaptive, Tsit5, at the default tolerance
         solve(velocity, "euler", steps=10)

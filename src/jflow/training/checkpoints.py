@@ -1,7 +1,7 @@
 """Checkpoints that are verified: the whole state, the config, and a checksum of every array.
 
 The one module that touches Orbax, whose own files carry no checksums: flipped bits come back as other numbers, a wrong
-dtype is cast, and there is no second try. A checkpoint of step n is one Orbax composite:
+dtype is cast, and there is no second try. A checkpoint of step n is one Orbax composite::
 
     n/state   every array of the state by name (see ``checkpoint_arrays``)
     n/meta    JSON: {"crc32", "body"}, the body {"step", "config", "notes", "position", "score", "leaves": the record of

@@ -1,11 +1,13 @@
 r"""Exponential moving averages of parameters, several at once.
 
-An average a follows the parameters p as
+An average a follows the parameters p as::
 
     a_{n+1} = a_n + w_n (p_{n+1} - a_n),        a_0 = p_0,
 
 where n counts the optimizer's updates made before and the weight of the new parameters, w_n = 1 - decay_n, comes from a
 schedule. A schedule returns w rather than the decay because 1 - 0.9999 in float32 has lost four digits.
+
+The schedules::
 
     constant(d)    w_n = 1 - d
     warmup(d)      w_n = 1 - min(d, (1 + n)/(10 + n))

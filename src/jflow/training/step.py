@@ -36,6 +36,8 @@ def make_step(
 ) -> Step:
     """A pure function ``(state, batch) -> (state, metrics)``: one call of the optimizer with the mean loss of a batch.
 
+    One step::
+
         loss   = mean_i objective(params, fold_in(key, step), batch, context)[i]
         params <- params + optimizer's update of grad loss,   then every average in ``ema`` follows.
 

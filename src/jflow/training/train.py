@@ -53,6 +53,8 @@ def train(
 ) -> TrainState:
     """Trains a network with an objective and an optax optimizer.
 
+    For example::
+
         state = train(objectives.lsd(flow_map, path), optax.adam(1e-3), params, ArrayDataset(x, 256), steps=10_000)
         samples = samplers.jumps(flow_map.bind(state.averaged()), noise, samplers.uniform_grid(1))
 
