@@ -1,6 +1,7 @@
 """Sphinx configuration: furo, MyST, and API pages from the docstrings."""
 
 import collections
+import re
 
 project = "jflow"
 extensions = [
@@ -23,7 +24,7 @@ python_use_unqualified_type_names = True
 python_maximum_signature_line_length = 100
 autodoc_type_aliases = {
     name: name
-    for name in ("Array", "Batch", "BatchLike", "Cond", "Device", "Event", "Key", "Params", "PyTree", "Time")
+    for name in ("Array", "BatchLike", "Cond", "Device", "Estimate", "Event", "Key", "Params", "PyTree", "Time")
 }
 napoleon_google_docstring = True
 napoleon_numpy_docstring = False
@@ -36,5 +37,11 @@ def skip_member(app, what, name, obj, skip, options):
     return True if isinstance(obj, type(collections.namedtuple("_", "a").a)) else skip
 
 
+def plain_aliases(app, what, name, obj, options, signature, returns):
+    """Writes an alias within a union as its name, instead of the repr of Sphinx's stand-in for it."""
+    return tuple(text and re.sub(r"TypeAliasForwardRef\('(\w+)'\)", r"\1", text) for text in (signature, returns))
+
+
 def setup(app):
+    app.connect("autodoc-process-signature", plain_aliases)
     app.connect("autodoc-skip-member", skip_member)

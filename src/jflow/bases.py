@@ -157,7 +157,7 @@ class Normal:
         return jax.tree.unflatten(structure, list(map(draw, keys, leaves, *moments)))
 
     def log_density(self, x: Event) -> Array:
-        """-sum |(x - mean)/std|^2/2 + log std + (1/2) log 2 pi over the entries of all leaves, in at least float32.
+        """The log-density of x, ``-sum(|(x - mean)/std|^2/2 + log std + (1/2) log 2 pi)``, in at least float32.
 
         Raises:
           TypeError: for x that is not floating-point.

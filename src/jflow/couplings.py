@@ -75,7 +75,7 @@ def sinkhorn(
 ) -> Coupling:
     r"""Entropic optimal transport within a batch, by ott-jax: works under ``jit``, without a host callback.
 
-    Draws x0_j ~ base, j = 1..B. The cost C_ij is |x1_i - x0_j|^2, of points whose mean over the batch is subtracted, divided
+    Draws x0_j ~ base, j = 1..B. The cost C_ij is ``|x1_i - x0_j|^2``, of points whose mean over the batch is subtracted, divided
     by its mean over all B^2 pairs. Subtracting the means changes no plan and makes epsilon independent of where the data
     lie. The plan is::
 
@@ -125,9 +125,9 @@ def sinkhorn(
 
 
 def transport_cost(x0: Event, x1: Event) -> Array:
-    """(1/B) sum_i |x1_i - x0_i|^2, the cost of the pairs, a scalar: in squared units of the data, not per dimension.
+    """The cost of the pairs, ``(1/B) sum_i |x1_i - x0_i|^2``, a scalar: in squared units of the data, not per dimension.
 
-    For the independent coupling of N(0, I) its mean is d + E|x1|^2 in d dimensions. Summed in at least float32;
+    For the independent coupling of N(0, I) its mean is ``d + E|x1|^2`` in d dimensions. Summed in at least float32;
     works under ``jit``.
 
     Raises:
@@ -143,7 +143,7 @@ class Assignment(NamedTuple):
 
     Attributes:
       x0: the base points, permuted: row i is the partner of row i of x1; numpy arrays, typed as they came.
-      cost: (1/B) sum_i |x1_i - x0_i|^2 of these pairs, in squared units of the data, not per dimension.
+      cost: ``(1/B) sum_i |x1_i - x0_i|^2`` of these pairs, in squared units of the data, not per dimension.
       independent_cost: the same of the pairs that came in; for x0 drawn independently an unbiased estimate of the
         independent coupling's.
     """

@@ -126,7 +126,7 @@ class CoupledDataset(ArrayDataset):
     Args:
       pairs: a Batch with x0.
       batch_size, seed: as in ArrayDataset.
-      cost: mean |x1 - x0|^2 of the pairs, in squared units of the data.
+      cost: the mean ``|x1 - x0|^2`` of the pairs, in squared units of the data.
       independent_cost: the same of the points before they were paired.
 
     Raises:

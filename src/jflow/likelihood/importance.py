@@ -9,14 +9,14 @@ density, not an estimate: log rho with a Hutchinson divergence is unbiased, so t
 biased upward, E exp(log rho + noise) > rho, and likewise 1/rho and every weight made of it. With a normal noise of variance
 v the factor is e^{v/2}. Use ``exact_divergence()`` for weights.
 
-Where a learned map folds, several base points go to one x, and rho_0/|det| is the density of one branch alone, which is less
+Where a learned map folds, several base points go to one x, and ``rho_0/|det|`` is the density of one branch alone, which is less
 than the sampler's. Weights made of it count x once for each branch. The sign of the determinant corrects this::
 
     E_{rho_0}[ sign det grad X  target(X)/(rho_0/|det grad X|) f(X) ] = int det grad X target(X) f(X) dx_0 = deg X int target f
 
 since the signs of the preimages of a point sum to the degree of the map. The degree is 1 if no point comes in from infinity
 along a jump X_{s,t}: |X_{s,u}(x)| -> infinity with |x|, uniformly in u between s and t. A bounded v suffices, and so does one
-with |(t-s) v| <= c |x| + C, c < 1. For a learned map this is an assumption (x + softplus(-2x) has degree 0), and the base must
+with ``|(t-s) v| <= c |x| + C``, c < 1. For a learned map this is an assumption (x + softplus(-2x) has degree 0), and the base must
 reach all preimages in practice. The check is log Z, which is 0 for a normalised target. Pass the sign from ``push``.
 """
 

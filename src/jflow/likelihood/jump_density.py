@@ -10,7 +10,7 @@ that all are positive does not show that it is.
 
 ``push`` gives a sample with its density. The density at given data depends on which map is meant: ``log_density`` inverts
 the jumps on an ascending grid, and on a descending one takes the encoder E, as trained, for the inverse:
-log rho_1(x) = log rho_0(E(x)) + log|det grad E(x)|. For an exact map the two agree.
+``log rho_1(x) = log rho_0(E(x)) + log|det grad E(x)|``. For an exact map the two agree.
 
 Each jump costs 1 + d forward passes and a determinant of d^3, d counting the entries of x; its inverse by Newton's method
 1 + d + 8 for each iteration.
@@ -43,7 +43,7 @@ class _Leg(NamedTuple):
     """The contribution of one jump from s to t; scalars.
 
     Attributes:
-      log_det: log|det grad X_{s,t}|.
+      log_det: ``log|det grad X_{s,t}|``.
       sign: of the determinant, 0 where that is not finite.
       inverted: whether the point that jumps to the given one was found.
     """
@@ -106,7 +106,7 @@ def log_density(
 
     On an **ascending** grid: the density of ``samplers.jumps`` on that grid with that key. Each jump is inverted by
     Newton's method with a dense Jacobian: from the diagonal's solve backward, each step at the best of eight lengths, until
-    the residual is below eps^(2/3) (1 + max|x|). If the map is not injective, one preimage counts and the others do not.
+    the residual is below ``eps^(2/3) (1 + max|x|)``. If the map is not injective, one preimage counts and the others do not.
     Derivatives of all orders but in the grid exist, as of an implicit function.
 
     On a **descending** grid, of a map that goes backward: the density that its encoder defines. It is the density of the
@@ -268,7 +268,7 @@ def _solve(column: Callable[[Array], Array], value: Array) -> Array:
 
 
 def _tolerance(y: Event) -> Array:
-    """The largest distance from y to the image of its preimage: eps^(2/3) (1 + max|y|), eps of the narrowest dtype."""
+    """The largest distance from y to the image of its preimage: ``eps^(2/3) (1 + max|y|)``, eps of the narrowest dtype."""
     eps = max(float(jnp.finfo(leaf.dtype).eps) for leaf in jax.tree.leaves(y))
     return eps ** (2 / 3) * (1.0 + jnp.max(jnp.abs(flatten(y)[0])))
 

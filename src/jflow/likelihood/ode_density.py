@@ -117,7 +117,7 @@ def along_ode(
       velocity: ``(params, t, x, cond=None, *, key=None) -> b_t(x)`` of one sample.
       divergence: ``exact_divergence()`` by default; or ``hutchinson`` or ``hutch_pp``.
       base: the law of x0.
-      solver, **choices: as in ``solvers.solve``; tolerances are on the mean velocity of x and
+      solver, choices: as in ``solvers.solve``; tolerances are on the mean velocity of x and
         log-density together, as a root mean square over their d + 1 entries. For ``jax.grad``, give ``steps`` or an
         adjoint "recursive" or "direct".
 

@@ -4,7 +4,7 @@ Sinusoidal features of a scalar t at frequencies f_k, in cycles per unit of t::
 
     phi(t) = [sin(2 pi f_1 t), ..., sin(2 pi f_K t), cos(2 pi f_1 t), ..., cos(2 pi f_K t)]
 
-A flow map's network is trained through its derivatives d/ds and d/dt, and |d phi_k / dt| = 2 pi f_k. The default
+A flow map's network is trained through its derivatives d/ds and d/dt, and ``|d phi_k / dt| = 2 pi f_k``. The default
 frequencies are therefore moderate: a high one makes the tangent large, and with it the variance of the target
 (sCM, 2410.11081, lowers its Fourier scale from 16 to 0.02). Features of x enlarge the spatial derivative in the
 same way.
@@ -62,7 +62,7 @@ def sinusoidal(t: Array | float, features: int, *, lowest: float = 0.125, highes
       t: a scalar.
       features: the number of features, even.
       lowest: the lowest frequency, in cycles per unit of t; at 1/8 the sine is monotone over [-1, 1].
-      highest: the highest, in the same unit; |d phi / dt| is at most 2 pi times it.
+      highest: the highest, in the same unit; ``|d phi / dt|`` is at most 2 pi times it.
 
     Returns:
       ``[features]``, first the sines, then the cosines, in float32 (float64 if t is).

@@ -1,6 +1,6 @@
 r"""Methods of the Eulerian identity: the map does not change when its source moves along the flow.
 
-In the formulas R is |.|^2 under the reduction, sg the stop-gradient, x = I_s, I_s' the velocity of the pair (or the estimate
+In the formulas R is ``|.|^2`` under the reduction, sg the stop-gradient, x = I_s, I_s' the velocity of the pair (or the estimate
 that ``velocity`` chooses), b the teacher's velocity, d/ds v + grad v c the derivative of v along (1, c). A tangent term, where
 there is one, is on the ``diagonal`` share of the batch. Cost is per off-diagonal sample, in forward passes of the network.
 
@@ -286,7 +286,7 @@ def pixel_mean_flow(flow_map: FlowMap, interpolant: Interpolant, **choices: Unpa
 
 
 def _decoupled_recipe() -> dict[str, Any]:
-    """log(|D|^2/d + .01) up to a constant, on both halves of the batch, each with its own law of times."""
+    """``log(|D|^2/d + .01)`` up to a constant, on both halves of the batch, each with its own law of times."""
     logarithm = reductions.scaled(200.0, reductions.per_entry(reductions.cauchy(0.1)))
     return {
         "diagonal": 0.5,
@@ -312,7 +312,7 @@ def decoupled_mean_flow(flow_map: FlowMap, interpolant: Interpolant, **choices: 
     """MeanFlow of a network whose first layers see s and whose last see t: decoupled MeanFlow (2510.24474).
 
     The residual is ``mean_flow``'s. What is new is the network, ``nets.MLP(decoupled=...)``, which starts from a velocity
-    network's weights as its diagonal, and the reduction on both kinds of rows, log(|D|^2/d + 0.01) for d entries; the paper
+    network's weights as its diagonal, and the reduction on both kinds of rows, ``log(|D|^2/d + 0.01)`` for d entries; the paper
     adds a learned scale (``reductions.learned_cauchy``). With a ``teacher`` (guided or not) its velocity takes the place of
     I_s'. Cost: 4 passes, 5 with a teacher.
     """

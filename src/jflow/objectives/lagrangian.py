@@ -1,6 +1,6 @@
 r"""Methods of the Lagrangian identity: the image of a point moves with the velocity at the place where it is.
 
-In the formulas R is |.|^2 under the reduction, sg the stop-gradient, x = I_s, b the teacher's velocity. A tangent term, where
+In the formulas R is ``|.|^2`` under the reduction, sg the stop-gradient, x = I_s, b the teacher's velocity. A tangent term, where
 there is one, is on the ``diagonal`` share of the batch. Cost is per off-diagonal sample, in forward passes of the network.
 
 Every method takes ``derivative``, ``identities.forward_mode`` or a finite difference (those from noise choose their own), and

@@ -72,8 +72,8 @@ class Found(NamedTuple):
 
     Attributes:
       loss: the reduced loss.
-      square: |D|^2 of the raw residual.
-      tangent: |.|^2 of its derivative term; None on the diagonal.
+      square: ``|D|^2`` of the raw residual.
+      tangent: ``|.|^2`` of its derivative term; None on the diagonal.
     """
 
     loss: Array
@@ -198,7 +198,7 @@ class Objective:
 
         Returns:
           (loss [B], aux). ``aux.metrics["diagonal_rows"]`` says which rows have s = t. For each term, "tangent" on the
-          diagonal and the method's own off it: ``TERM/raw``, the mean of |D|^2, with means by 8 equal bins of t, and off
+          diagonal and the method's own off it: ``TERM/raw``, the mean of ``|D|^2``, with means by 8 equal bins of t, and off
           the diagonal of t - s; ``TERM/loss``, the mean reduced loss; off the diagonal also ``TERM/tangent_norm``, the root
           mean square of the derivative term, with the same bins.
 

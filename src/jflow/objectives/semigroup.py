@@ -1,6 +1,6 @@
 r"""Methods of the semigroup identity: two jumps are one.
 
-In the formulas R is |.|^2 under the reduction, sg the stop-gradient, x = I_s, u = gamma s + (1-gamma) t the middle time and
+In the formulas R is ``|.|^2`` under the reduction, sg the stop-gradient, x = I_s, u = gamma s + (1-gamma) t the middle time and
 S a solver of a velocity. A tangent term, where there is one, is on the ``diagonal`` share of the batch. Cost is per
 off-diagonal sample, in forward passes of the network.
 """

@@ -1,5 +1,7 @@
 r"""Velocity estimates at a row's point I_s, all with the conditional mean E[I_s' | I_s = x] = b_s(x).
 
+The estimates::
+
     pair    I_s', the velocity of the row's own pair
     batch   E[ I_s' | I_s = x, the data of the batch ]: the mean over which of the batch's data points made x
     teacher b_s(x) of a teacher: a checkpoint, someone's function, an oracle, a guided pair of networks

@@ -111,7 +111,7 @@ def encode(
       grid: strictly descending times, ``[K + 1]``.
       cond: conditioning of the sample.
       key: passed on to the network; None for none.
-      solver, **choices: of the solve, as in ``solvers.solve``.
+      solver, choices: of the solve, as in ``solvers.solve``.
 
     Returns:
       The state at grid[-1], shaped like x1.

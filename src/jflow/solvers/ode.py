@@ -153,7 +153,7 @@ def trajectory(
       velocity, params, cond, key: as in ``solve``.
       times: ``[N]``, strictly increasing or strictly decreasing, within [0, 1]; N >= 2.
       x: the state at times[0].
-      solver, **choices: as in ``solve``, ``steps`` per interval.
+      solver, choices: as in ``solve``, ``steps`` per interval.
 
     Returns:
       Shaped like x with a leading axis N; the first entry is x.

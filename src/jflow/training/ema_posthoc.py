@@ -47,7 +47,7 @@ class Fit(NamedTuple):
 
     Attributes:
       coefficients: [m], float64, in the order of the snapshots; their sum is 1.
-      residual: |sum_i c_i w^i - w|/|w|, the relative error of the profile: near 0 where the target can be reached, near 1
+      residual: ``|sum_i c_i w^i - w|/|w|``, the relative error of the profile: near 0 where the target can be reached, near 1
         where nothing like it was stored.
     """
 
