@@ -39,6 +39,9 @@ def skip_member(app, what, name, obj, skip, options):
 
 def plain_aliases(app, what, name, obj, options, signature, returns):
     """Writes an alias within a union as its name, instead of the repr of Sphinx's stand-in for it."""
+    if signature:
+        # Two classes are named Row as well; this one is the row of a metrics file.
+        signature = signature.replace("Iterable[Row]", "Iterable[Mapping[str, Any]]")
     return tuple(text and re.sub(r"TypeAliasForwardRef\('(\w+)'\)", r"\1", text) for text in (signature, returns))
 
 

@@ -95,6 +95,16 @@ class Normal:
       TypeError: if an entry is not a real number or an array of them.
       ValueError: if a concrete entry is not finite, or a standard deviation is not positive; at a call, if mean or std
         does not have the structure and shapes of the event.
+
+    Example:
+      >>> import jax
+      >>> import jax.numpy as jnp
+      >>> from jflow import bases
+      >>> base = bases.Normal(mean=1.0, std=2.0)
+      >>> base.sample(jax.random.key(0), jnp.zeros(3, jnp.float32), (4,)).shape
+      (4, 3)
+      >>> print(base.score(jnp.full(2, 5.0, jnp.float32)))
+      [-1. -1.]
     """
 
     mean: PyTree = 0.0
@@ -161,6 +171,12 @@ class Normal:
 
         Raises:
           TypeError: for x that is not floating-point.
+
+        Example:
+          >>> import jax.numpy as jnp
+          >>> from jflow import bases
+          >>> round(float(bases.STANDARD_NORMAL.log_density(jnp.zeros(2, jnp.float32))), 4)
+          -1.8379
         """
         checks.floating("x", x)
         wide = trees.at_least_float32(jax.tree.map(jnp.asarray, x))

@@ -52,6 +52,14 @@ class Independent:
     Raises:
       TypeError: if ``base`` is not a base; at a call, as its ``sample``.
       ValueError: at a call, for leaves of x1 without one common leading axis.
+
+    Example:
+      >>> import jax
+      >>> import jax.numpy as jnp
+      >>> from jflow import bases, couplings
+      >>> couple = couplings.Independent(bases.Normal(std=2.0))
+      >>> couple(jax.random.key(0), jnp.zeros((8, 2), jnp.float32)).shape
+      (8, 2)
     """
 
     base: bases.Base = bases.STANDARD_NORMAL
@@ -75,9 +83,9 @@ def sinkhorn(
 ) -> Coupling:
     r"""Entropic optimal transport within a batch, by ott-jax: works under ``jit``, without a host callback.
 
-    Draws x0_j ~ base, j = 1..B. The cost C_ij is ``|x1_i - x0_j|^2``, of points whose mean over the batch is subtracted, divided
-    by its mean over all B^2 pairs. Subtracting the means changes no plan and makes epsilon independent of where the data
-    lie. The plan is::
+    Draws x0_j ~ base, j = 1..B. The cost C_ij is ``|x1_i - x0_j|^2``, of points whose mean over the batch is subtracted,
+    divided by its mean over all B^2 pairs. Subtracting the means changes no plan and makes epsilon independent of where the
+    data lie. The plan is::
 
         P = argmin  sum_ij P_ij C_ij + epsilon sum_ij P_ij log P_ij,    row and column sums 1/B.
 
@@ -133,6 +141,12 @@ def transport_cost(x0: Event, x1: Event) -> Array:
     Raises:
       ValueError: for other shapes of x0 than of x1, or leading axes that differ.
       TypeError: for arrays that are not floating-point.
+
+    Example:
+      >>> import jax.numpy as jnp
+      >>> from jflow import couplings
+      >>> float(couplings.transport_cost(jnp.zeros((4, 2), jnp.float32), jnp.ones((4, 2), jnp.float32)))
+      2.0
     """
     size = _pair_rows(x0, x1)
     return jnp.sum(jnp.square(_points(x1) - _points(x0))) / size
@@ -173,6 +187,14 @@ def assignment(x0: Event, x1: Event, labels: PyTree = None) -> Assignment:
       ImportError: if scipy is not installed.
       ValueError: for structures or shapes that differ, or points that are not finite.
       TypeError: for points that are not floating-point, labels that are, or traced arrays.
+
+    Example:
+      >>> import numpy as np
+      >>> from jflow import couplings
+      >>> x0, x1 = np.array([[0.0], [10.0]], np.float32), np.array([[9.0], [1.0]], np.float32)
+      >>> pairs = couplings.assignment(x0, x1)
+      >>> float(pairs.cost)
+      1.0
     """
     try:
         from scipy.optimize import linear_sum_assignment

@@ -220,7 +220,16 @@ class _Scaled:
 
 
 def tangent(v: MeanVelocityFn, t: Time, x: Event, velocity: Event) -> Residual:
-    """v_{t,t}(x) - b: the map's diagonal against a velocity estimate at (t, x), which gets no gradient."""
+    """v_{t,t}(x) - b: the map's diagonal against a velocity estimate at (t, x), which gets no gradient.
+
+    Example:
+      >>> import jax.numpy as jnp
+      >>> from jflow import identities
+      >>> x = jnp.ones(2, jnp.float32)
+      >>> residual = identities.tangent(lambda s, t, x: -x, jnp.float32(0.5), x, jnp.zeros(2, jnp.float32))
+      >>> print(residual.difference)
+      [-1. -1.]
+    """
     prediction = v(t, t, x)
     return Residual(prediction, jax.lax.stop_gradient(velocity), trees.zeros_like(prediction))
 
@@ -254,6 +263,15 @@ def eulerian(
 
     Raises:
       ValueError: for an unknown ``stop``.
+
+    Example:
+      >>> import jax.numpy as jnp
+      >>> from jflow import identities
+      >>> def v(s, t, x):  # the exact mean velocity of dx/dt = 2
+      ...     return 2.0 * jnp.ones_like(x)
+      >>> x, s, t = jnp.ones(2, jnp.float32), jnp.float32(0.25), jnp.float32(0.75)
+      >>> print(identities.eulerian(v, s, t, x, v(s, s, x)).difference)
+      [0. 0.]
     """
     checks.choice("stop", stop, ("target", "spatial", "velocity", "none"))
     sg = jax.lax.stop_gradient if stop != "none" else lambda leaf: leaf
@@ -305,6 +323,15 @@ def lagrangian(
 
     Raises:
       ValueError: for an unknown ``stop``.
+
+    Example:
+      >>> import jax.numpy as jnp
+      >>> from jflow import identities
+      >>> def v(s, t, x):  # the exact mean velocity of dx/dt = 2
+      ...     return 2.0 * jnp.ones_like(x)
+      >>> x, s, t = jnp.ones(2, jnp.float32), jnp.float32(0.25), jnp.float32(0.75)
+      >>> print(identities.lagrangian(v, s, t, x, lambda t, x: v(t, t, x)).difference)
+      [0. 0.]
     """
     checks.choice("stop", stop, ("target", "velocity", "none"))
     derivative = within(derivative, target_interval(s, t))
@@ -348,6 +375,15 @@ def semigroup(
 
     Raises:
       ValueError: for an unknown ``stop``.
+
+    Example:
+      >>> import jax.numpy as jnp
+      >>> from jflow import identities
+      >>> def v(s, t, x):  # the exact mean velocity of dx/dt = 2
+      ...     return 2.0 * jnp.ones_like(x)
+      >>> x, s, t = jnp.ones(2, jnp.float32), jnp.float32(0.25), jnp.float32(0.75)
+      >>> print(identities.semigroup(v, s, t, x, 0.5).difference)
+      [0. 0.]
     """
     checks.choice("stop", stop, ("target", "none"))
     legs = v if legs is None else legs

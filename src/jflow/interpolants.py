@@ -85,6 +85,13 @@ class Interpolant:
 
         Raises:
           ValueError: if x0 and x1 differ in structure or shape, or t is not a scalar.
+
+        Example:
+          >>> import jax.numpy as jnp
+          >>> from jflow import interpolants
+          >>> path = interpolants.linear()
+          >>> print(path.interpolate(0.25, jnp.zeros(2, jnp.float32), jnp.full(2, 8.0, jnp.float32)))
+          [2. 2.]
         """
         checks.time("t", t)
         checks.same_structure("x0", x0, "x1", x1)
@@ -95,6 +102,13 @@ class Interpolant:
 
         Raises:
           ValueError: if x0 and x1 differ in structure or shape, or t is not a scalar.
+
+        Example:
+          >>> import jax.numpy as jnp
+          >>> from jflow import interpolants
+          >>> path = interpolants.linear()
+          >>> print(path.derivative(0.25, jnp.zeros(2, jnp.float32), jnp.full(2, 8.0, jnp.float32)))
+          [8. 8.]
         """
         checks.same_structure("x0", x0, "x1", x1)
         c = self.coefficients(t)
@@ -162,6 +176,13 @@ def convert(
       ValueError: for an unknown kind, if value and x differ in structure or shape, or for a score of a base that is not
         a ``bases.Normal`` or does not fit x.
       TypeError: for an object that is not a base.
+
+    Example:
+      >>> import jax.numpy as jnp
+      >>> from jflow import interpolants
+      >>> x, velocity = jnp.ones(2, jnp.float32), jnp.full(2, 2.0, jnp.float32)
+      >>> print(interpolants.convert(interpolants.linear(), jnp.float32(0.5), x, velocity, "velocity", "data"))
+      [2. 2.]
     """
     check(interpolant)
     checks.choice("source", source, KINDS)
@@ -201,7 +222,14 @@ def _score_of_noise(base: bases.Base, alpha: Array, noise: Event) -> Event:
 
 
 def linear() -> Interpolant:
-    """alpha = 1 - t, beta = t (2209.03003, 2210.02747)."""
+    """alpha = 1 - t, beta = t (2209.03003, 2210.02747).
+
+    Example:
+      >>> from jflow import interpolants
+      >>> path = interpolants.linear()
+      >>> float(path.alpha(0.25)), float(path.beta(0.25))
+      (0.75, 0.25)
+    """
     return Interpolant(
         "linear",
         alpha=lambda t: 1.0 - jnp.asarray(t),
@@ -212,7 +240,14 @@ def linear() -> Interpolant:
 
 
 def trigonometric() -> Interpolant:
-    """alpha = cos(pi t / 2), beta = sin(pi t / 2) (2209.15571, 2410.11081)."""
+    """alpha = cos(pi t / 2), beta = sin(pi t / 2) (2209.15571, 2410.11081).
+
+    Example:
+      >>> from jflow import interpolants
+      >>> path = interpolants.trigonometric()
+      >>> round(float(path.alpha(0.5)), 4), round(float(path.beta(0.5)), 4)
+      (0.7071, 0.7071)
+    """
     half = 0.5 * jnp.pi
     # cos b - cos a = -2 sin((a + b)/2) sin((b - a)/2), and jnp.sinc is smooth at zero to every order.
     return Interpolant(

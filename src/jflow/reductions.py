@@ -52,7 +52,15 @@ def check(name: str, reduction: Reduction) -> None:
 
 
 def squared(params: Params, s: Time, t: Time, difference: Event) -> Array:
-    """The squared norm, ``|D|^2``."""
+    """The squared norm, ``|D|^2``.
+
+    Example:
+      >>> import jax.numpy as jnp
+      >>> from jflow import reductions
+      >>> difference = jnp.array([3.0, 4.0], jnp.float32)
+      >>> round(float(reductions.squared(None, 0.0, 1.0, difference)), 4)
+      25.0
+    """
     del params, s, t
     return trees.sq_norm(difference)
 
@@ -79,6 +87,13 @@ def adaptive(p: float = 1.0, c: float = 0.01) -> Reduction:
     Raises:
       ValueError: if p is negative or c not positive; when called, if c^p or its inverse is not a normal number of the
         dtype of ``|D|^2``. TypeError if they are not numbers.
+
+    Example:
+      >>> import jax.numpy as jnp
+      >>> from jflow import reductions
+      >>> difference = jnp.array([3.0, 4.0], jnp.float32)
+      >>> round(float(reductions.adaptive()(None, 0.0, 1.0, difference)), 4)
+      0.9996
     """
     checks.number("p", p, low=0.0)
     checks.number("c", c, low=0.0, open_low=True)
@@ -114,6 +129,13 @@ def normalised(c: float = 0.1, then: Reduction = squared) -> Reduction:
     Raises:
       ValueError: if c is not positive; when called, if c or its inverse is not a normal number of the dtype of ``|D|``.
       TypeError: if it is not a number, or for anything but a reduction.
+
+    Example:
+      >>> import jax.numpy as jnp
+      >>> from jflow import reductions
+      >>> difference = jnp.array([3.0, 4.0], jnp.float32)
+      >>> round(float(reductions.normalised()(None, 0.0, 1.0, difference)), 4)
+      0.9612
     """
     checks.number("c", c, low=0.0, open_low=True)
 
@@ -131,6 +153,13 @@ def clipped(c: float = 1.0, then: Reduction = squared) -> Reduction:
 
     Raises:
       ValueError: if c is not positive; TypeError if it is not a number, or for anything but a reduction.
+
+    Example:
+      >>> import jax.numpy as jnp
+      >>> from jflow import reductions
+      >>> difference = jnp.array([3.0, 4.0], jnp.float32)
+      >>> round(float(reductions.clipped(c=1.0)(None, 0.0, 1.0, difference)), 4)
+      1.0
     """
     checks.number("c", c, low=0.0, open_low=True)
     shape = shaped(lambda d: trees.scale(c / jnp.maximum(jnp.sqrt(trees.sq_norm(d)), c), d), then)
@@ -156,6 +185,13 @@ def per_entry(then: Reduction = squared) -> Reduction:
 
     Raises:
       TypeError: for anything but a reduction. ValueError when called, for an event without entries.
+
+    Example:
+      >>> import jax.numpy as jnp
+      >>> from jflow import reductions
+      >>> difference = jnp.array([3.0, 4.0], jnp.float32)
+      >>> round(float(reductions.per_entry()(None, 0.0, 1.0, difference)), 4)
+      12.5
     """
     check("then", then)
 
@@ -193,6 +229,13 @@ def pseudo_huber(c: float = 0.03, *, times_root_size: bool = False) -> Reduction
 
     Raises:
       ValueError: if c is negative; TypeError if it is not a number.
+
+    Example:
+      >>> import jax.numpy as jnp
+      >>> from jflow import reductions
+      >>> difference = jnp.array([3.0, 4.0], jnp.float32)
+      >>> round(float(reductions.pseudo_huber(c=1.0)(None, 0.0, 1.0, difference)), 4)
+      4.099
     """
     checks.number("c", c, low=0.0)
 
@@ -214,6 +257,13 @@ def cauchy(c: float = 1.0) -> Reduction:
     Raises:
       ValueError: if c is not positive; when called, if c^2 is not a normal number of the dtype of ``|D|^2``.
       TypeError: if it is not a number.
+
+    Example:
+      >>> import jax.numpy as jnp
+      >>> from jflow import reductions
+      >>> difference = jnp.array([3.0, 4.0], jnp.float32)
+      >>> round(float(reductions.cauchy()(None, 0.0, 1.0, difference)), 4)
+      1.629
     """
     checks.number("c", c, low=0.0, open_low=True)
 

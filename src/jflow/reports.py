@@ -64,6 +64,13 @@ class Mean(NamedTuple):
     Attributes:
       total: the sum of the values.
       count: the number of values, shaped like ``total``; with weights, the sum of the weights.
+
+    Example:
+      >>> import jax.numpy as jnp
+      >>> from jflow import reports
+      >>> mean = reports.Mean(jnp.float32(6.0), jnp.float32(3.0))
+      >>> float(mean.total / mean.count)
+      2.0
     """
 
     total: Values

@@ -43,6 +43,12 @@ def mesh(fsdp: int = 1, devices: Sequence[Device] | None = None) -> Mesh:
 
     Raises:
       ValueError: when ``fsdp`` does not divide the number of devices; TypeError if it is not a whole number.
+
+    Example:
+      >>> from jflow import sharding
+      >>> mesh = sharding.mesh()
+      >>> mesh.axis_names
+      ('data', 'fsdp')
     """
     devices = jax.devices() if devices is None else list(devices)
     checks.integer("fsdp", fsdp, low=1)

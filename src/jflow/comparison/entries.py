@@ -79,6 +79,13 @@ class Entry:
       ValueError: naming the field: for steps outside the map's domain, a solver together with a sampler, a Velocity with
         neither, steps or tolerances that have no effect, and as ``solvers.Options``.
       TypeError: for values of the wrong type.
+
+    Example:
+      >>> from jflow import FlowMap, comparison
+      >>> flow_map = FlowMap(lambda params, s, t, x, cond=None, *, key=None: x)
+      >>> entry = comparison.Entry("map", flow_map, steps=(1, 2))
+      >>> entry.name, entry.steps
+      ('map', (1, 2))
     """
 
     name: str

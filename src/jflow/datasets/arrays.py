@@ -52,6 +52,15 @@ class ArrayDataset:
       ValueError: when leading axes differ, there are no rows, N or B is 2^28 or more, or a value does not fit the dtype
         that it gets on the device: an int64 beyond int32, a finite float64 beyond float32. The message names the leaf.
       TypeError: for arrays that hold no numbers.
+
+    Example:
+      >>> import jax
+      >>> import jax.numpy as jnp
+      >>> from jflow import datasets
+      >>> dataset = datasets.ArrayDataset(jnp.arange(6.0, dtype=jnp.float32), batch_size=3)
+      >>> batch = dataset.batch(dataset.data, jnp.int32(0))
+      >>> batch.shape
+      (3,)
     """
 
     def __init__(self, data: PyTree, batch_size: int, seed: int = 0, *, mesh: Mesh | None = None) -> None:
@@ -94,6 +103,14 @@ class SampledDataset:
       sampler: ``(key, n) -> x1 [n, ...]``, or a Batch of n rows; traced.
       batch_size: rows per batch.
       seed: of the samples.
+
+    Example:
+      >>> import jax
+      >>> import jax.numpy as jnp
+      >>> from jflow import datasets
+      >>> dataset = datasets.SampledDataset(datasets.checkerboard, batch_size=4)
+      >>> dataset.batch(dataset.data, jnp.int32(0)).x1.shape
+      (4, 2)
     """
 
     sampler: Callable[[Key, int], Any]
@@ -182,6 +199,12 @@ def coupled(
       ValueError, TypeError: for numbers out of range or of the wrong type, batches that are paired already, and as
         ``couple``.
       ImportError: as ``couple``.
+
+    Example:
+      >>> from jflow import datasets
+      >>> pool = datasets.coupled(datasets.SampledDataset(datasets.checkerboard, batch_size=8), batches=1)
+      >>> pool.cost < pool.independent_cost
+      True
     """
     checks.integer("batches", batches, low=1, high=2**31 - 1)
     independent = couplings.Independent(base)

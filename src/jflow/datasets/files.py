@@ -78,6 +78,16 @@ def npz(path: Path, x1: str = "x1", cond: str | None = None) -> Rows:
     Raises:
       FileNotFoundError: when there is no such file.
       ValueError: if it is not an .npz file, lacks a name, or holds arrays of objects, of no rows, or of different numbers.
+
+    Example:
+      >>> import pathlib, tempfile
+      >>> import numpy as np
+      >>> from jflow import datasets
+      >>> with tempfile.TemporaryDirectory() as folder:
+      ...     path = pathlib.Path(folder) / "data.npz"
+      ...     np.savez(path, x1=np.zeros((5, 2), np.float32))
+      ...     print(len(datasets.npz(path)))
+      5
     """
     path = existing("npz", path, "an .npz file, as numpy.savez writes it", folder=False)
     try:

@@ -9,10 +9,11 @@ are, given those centres, one draw from each of the N components of::
 
     m(x) = 1/N sum_n N(x; c_n, sigma^2)
 
-and the last jump carries m as it would any base: ``log q(X_{t,1}(x)) = log m(x) - log|det grad X_{t,1}(x)|``, where that jump does
-not fold (where it does, ``weights`` says what the sign is for). Weights target/q are unbiased, E[ 1/N sum_n target(x_n)/q(x_n)
-f(x_n) ] = int target f: importance sampling from several proposals with the balance heuristic. The samples are then one from
-each proposal and vary less than independent ones, for which the standard errors of ``weights`` are: those are too large here.
+and the last jump carries m as it would any base: ``log q(X_{t,1}(x)) = log m(x) - log|det grad X_{t,1}(x)|``, where that jump
+does not fold (where it does, ``weights`` says what the sign is for). Weights target/q are unbiased, E[ 1/N sum_n
+target(x_n)/q(x_n) f(x_n) ] = int target f: importance sampling from several proposals with the balance heuristic. The samples
+are then one from each proposal and vary less than independent ones, for which the standard errors of ``weights`` are: those
+are too large here.
 
 The mean of q over batches is the density of the sampler. By Jensen's inequality KL(q | target), KL(target | q) and the mean of
 -log q over data are therefore, in expectation, upper bounds of those of the sampler. The bounds tighten as N grows, slowly

@@ -64,6 +64,12 @@ def quantise(x: Array, levels: int = 256) -> Array:
 
     Raises:
       TypeError: for x that is not floating-point, or levels that are not a whole number; ValueError for fewer than two.
+
+    Example:
+      >>> import jax.numpy as jnp
+      >>> from jflow import likelihood
+      >>> likelihood.quantise(jnp.array([-1.0, 0.0, 0.99], jnp.float32)).tolist()
+      [0, 128, 254]
     """
     _check_levels(levels)
     checks.floating("x", x)
@@ -87,6 +93,12 @@ def bits_per_dim(log_density: Array, dims: int, *, levels: int = 256, width: flo
     Raises:
       ValueError: for dims below 1, levels below 2, or a width that is not positive; TypeError for numbers of the wrong type
         or a log-density that is not floating-point.
+
+    Example:
+      >>> import jax.numpy as jnp
+      >>> from jflow import likelihood
+      >>> float(likelihood.bits_per_dim(jnp.float32(0.0), 4))
+      7.0
     """
     checks.integer("dims", dims, low=1)
     _check_levels(levels)

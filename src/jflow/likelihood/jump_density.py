@@ -79,6 +79,14 @@ def push(
       ValueError: for a grid with a jump outside the domain (the values of a traced grid are not checked), x0 that is not
         finite, or a base density that is not a scalar; at an un-jitted call, where ``valid`` would be False.
       TypeError: for anything but a BoundFlowMap, or x0 that is not floating-point.
+
+    Example:
+      >>> import jax.numpy as jnp
+      >>> from jflow import FlowMap, likelihood, samplers
+      >>> bound = FlowMap(lambda params, s, t, x, cond=None, *, key=None: x).bind(None)  # one jump doubles x
+      >>> density = likelihood.push(bound, jnp.zeros(1, jnp.float32), samplers.uniform_grid(1))
+      >>> round(float(density.log_density), 4)  # -log 2 - (log 2 pi)/2
+      -1.6121
     """
     check_bound(bound)
     x0 = check_event("x0", x0)

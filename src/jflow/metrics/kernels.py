@@ -128,6 +128,13 @@ def energy_distance(x: Points, y: Points, *, biased: bool = False, chunk: int = 
 
     Raises:
       ValueError: for too few samples, unequal dimensions or a sample that is not finite.
+
+    Example:
+      >>> import jax.numpy as jnp
+      >>> from jflow import metrics
+      >>> x, y = jnp.zeros((4, 1), jnp.float32), jnp.ones((4, 1), jnp.float32)
+      >>> float(metrics.energy_distance(x, y).value)
+      2.0
     """
     x, y, _ = as_pair(x, y, least=3)
     return _two_samples(_minus_distance, None, x, y, biased, checks.integer("chunk", chunk, low=1))
@@ -138,6 +145,12 @@ def median_bandwidth(x: Points, y: Points, *, points: int = 1000) -> Array:
 
     Raises:
       ValueError: as ``mmd``.
+
+    Example:
+      >>> import jax.numpy as jnp
+      >>> from jflow import metrics
+      >>> float(metrics.median_bandwidth(jnp.zeros((4, 1), jnp.float32), jnp.ones((4, 1), jnp.float32)))
+      1.0
     """
     x, y, _ = as_pair(x, y, least=2)
     points = checks.integer("points", points, low=2)
@@ -171,6 +184,13 @@ def mmd(
     Raises:
       ValueError: for too few samples, unequal dimensions, a sample that is not finite, or a bandwidth that is
         not positive.
+
+    Example:
+      >>> import jax.numpy as jnp
+      >>> from jflow import metrics
+      >>> x, y = jnp.zeros((4, 1), jnp.float32), jnp.ones((4, 1), jnp.float32)
+      >>> round(float(metrics.mmd(x, y, bandwidths=[1.0]).value), 3)
+      0.787
     """
     x, y, _ = as_pair(x, y, least=3)
     if bandwidths is None:

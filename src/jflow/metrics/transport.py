@@ -20,10 +20,11 @@ def frechet_distance(x: Points, y: Points) -> Array | np.ndarray:
     the dimension.
 
     numpy computes it on the host in float64, whatever ``jax_enable_x64`` says; under ``jit`` a callback does. It has no
-    derivative. With factors C = A'A of the centred features it is ``|m_x - m_y|²`` plus the minimum over orthogonal Q of ``|A_x - Q A_y|²``,
-    which needs neither a covariance nor the root of one: low rank and a large common offset cost no digits, the distance is
-    never negative, and no intermediate result overflows. Its rounding error is about 1e-30 times the traces of the
-    covariances. Cost: a QR decomposition of each set, and the singular vectors of one matrix of min(d, max(n, m)) rows.
+    derivative. With factors C = A'A of the centred features it is ``|m_x - m_y|²`` plus the minimum over orthogonal Q of
+    ``|A_x - Q A_y|²``, which needs neither a covariance nor the root of one: low rank and a large common offset cost no
+    digits, the distance is never negative, and no intermediate result overflows. Its rounding error is about 1e-30 times the
+    traces of the covariances. Cost: a QR decomposition of each set, and the singular vectors of one matrix of min(d, max(n,
+    m)) rows.
 
     Args:
       x: features ``[n, d]``, n > 1; fewer than d are enough.
@@ -135,6 +136,14 @@ def sliced_wasserstein(key: Key, x: Points, y: Points, *, p: int = 2, projection
 
     Raises:
       ValueError: for no samples, unequal dimensions, a sample that is not finite, or another p.
+
+    Example:
+      >>> import jax
+      >>> import jax.numpy as jnp
+      >>> from jflow import metrics
+      >>> x = jnp.zeros((4, 1), jnp.float32)
+      >>> round(float(metrics.sliced_wasserstein(jax.random.key(0), x, x + 2.0, projections=8)), 3)
+      2.0
     """
     x, y, _ = as_pair(x, y, least=1)
     checks.choice("p", p, (1, 2))

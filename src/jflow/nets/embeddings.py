@@ -69,6 +69,12 @@ def sinusoidal(t: Array | float, features: int, *, lowest: float = 0.125, highes
 
     Raises:
       ValueError: if t is not a scalar, ``features`` is odd or a frequency is not positive.
+
+    Example:
+      >>> import jax.numpy as jnp
+      >>> from jflow import nets
+      >>> print(nets.sinusoidal(jnp.float32(0.0), 4))
+      [0. 0. 1. 1.]
     """
     checks.scalar("t", t)
     checks.number("lowest", lowest, low=0.0, open_low=True)

@@ -84,6 +84,16 @@ class MLP(nn.Module):
       zero_init: whether the output layer starts at zero.
       dtype: dtype of the matmuls; None for that of x.
       param_dtype: dtype of the parameters.
+
+    Example:
+      >>> import jax
+      >>> import jax.numpy as jnp
+      >>> from jflow import nets
+      >>> net = nets.MLP(features=8, depth=1)
+      >>> x = jnp.zeros(2, jnp.float32)
+      >>> params = net.init(jax.random.key(0), 0.0, 1.0, x)
+      >>> net.apply(params, 0.0, 1.0, x).shape
+      (2,)
     """
 
     features: int = 512

@@ -122,6 +122,16 @@ def from_linen(
       ValueError: for a signature that cannot be read.
       TypeError: for a collection of constants without variables, which the network could not have been given by its
         ``init``.
+
+    Example:
+      >>> import jax
+      >>> import jax.numpy as jnp
+      >>> from jflow import nets
+      >>> net, x = nets.MLP(features=8, depth=1), jnp.zeros(2, jnp.float32)
+      >>> apply = nets.from_linen(net)
+      >>> params = net.init(jax.random.key(0), 0.0, 1.0, x)["params"]
+      >>> apply(params, 0.0, 1.0, x).shape
+      (2,)
     """
     constants = dict(constants or {})
     for name, collection in constants.items():
@@ -185,6 +195,19 @@ def from_nnx(
     Raises:
       ValueError: for a signature that cannot be read.
       TypeError: for a BatchNorm that uses the statistics of the batch.
+
+    Example:
+      >>> import jax.numpy as jnp
+      >>> from flax import nnx
+      >>> from jflow import nets
+      >>> class Field(nnx.Module):
+      ...     def __init__(self, rngs):
+      ...         self.layer = nnx.Linear(2, 2, rngs=rngs)
+      ...     def __call__(self, t, x):
+      ...         return self.layer(x)
+      >>> velocity, params = nets.from_nnx(Field(nnx.Rngs(0)), signature="t x")
+      >>> velocity(params, 0.5, jnp.zeros(2, jnp.float32)).shape
+      (2,)
     """
     from flax import nnx
 
@@ -277,6 +300,20 @@ def from_equinox(
         ``eqx.nn.StateIndex`` or an ``eqx.nn.State``).
         Freeze such a module and pass it to ``from_function`` as
         ``lambda params, s, t, x: eqx.nn.inference_mode(eqx.combine(params, static))(s, t, x, state)[0]``.
+
+    Example:
+      >>> import equinox as eqx
+      >>> import jax
+      >>> import jax.numpy as jnp
+      >>> from jflow import nets
+      >>> class Field(eqx.Module):
+      ...     layer: eqx.nn.Linear
+      ...     def __call__(self, t, x):
+      ...         return self.layer(x) * t
+      >>> module = Field(eqx.nn.Linear(2, 2, key=jax.random.key(0), dtype=jnp.float32))
+      >>> velocity, params = nets.from_equinox(module, signature="t x")
+      >>> velocity(params, 0.5, jnp.zeros(2, jnp.float32)).shape
+      (2,)
     """
     import equinox as eqx
 
@@ -321,6 +358,13 @@ def from_function(
 
     Raises:
       ValueError: for a signature that cannot be read.
+
+    Example:
+      >>> import jax.numpy as jnp
+      >>> from jflow import nets
+      >>> apply = nets.from_function(lambda params, x, s, t: params * x, signature="x s t")
+      >>> print(apply(jnp.float32(2.0), 0.0, 1.0, jnp.ones(2, jnp.float32)))
+      [2. 2.]
     """
     takes = inspect.signature(function)
     names = list(takes.parameters.values())

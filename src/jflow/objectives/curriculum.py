@@ -40,6 +40,12 @@ def halving(first: int, every: int) -> Callable[[Array], Array]:
 
     Raises:
       ValueError: if ``first`` or ``every`` is not positive; TypeError if they are not whole numbers.
+
+    Example:
+      >>> import jax.numpy as jnp
+      >>> from jflow.objectives import curriculum
+      >>> [int(curriculum.halving(8, every=100)(jnp.int32(step))) for step in (0, 100, 250)]
+      [8, 4, 2]
     """
     checks.integer("first", first, low=1)
     checks.integer("every", every, low=1)

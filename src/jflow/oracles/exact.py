@@ -98,6 +98,14 @@ def gaussian(interpolant: Interpolant, *, base: bases.Base = bases.STANDARD_NORM
     Raises:
       TypeError: for anything but an Interpolant and a base.
       ValueError: for another base; at a call, for params of more than one component.
+
+    Example:
+      >>> import jax.numpy as jnp
+      >>> from jflow import interpolants, oracles
+      >>> oracle = oracles.gaussian(interpolants.linear())
+      >>> params = oracles.gaussian_params(jnp.array([3.0], jnp.float32), 4.0 * jnp.eye(1, dtype=jnp.float32))
+      >>> print(oracle.flow_map.jump(params, 0.0, 1.0, jnp.ones(1, jnp.float32)).round(3))
+      [5.]
     """
     interpolants.check(interpolant)
     base = bases.gaussian(base, "oracles.gaussian")

@@ -46,6 +46,14 @@ def mixture_params(weights: ArrayLike, means: ArrayLike, covs: ArrayLike) -> Mix
     Raises:
       ValueError: for other shapes, and (of concrete values) for weights that are not positive or do not sum to 1,
         means that are not finite, covariances that are not symmetric or not positive definite.
+
+    Example:
+      >>> import jax.numpy as jnp
+      >>> from jflow import oracles
+      >>> means, covs = jnp.array([[-1.0], [1.0]], jnp.float32), jnp.full((2, 1, 1), 0.04, jnp.float32)
+      >>> params = oracles.mixture_params(jnp.array([0.5, 0.5], jnp.float32), means, covs)
+      >>> params.means.shape
+      (2, 1)
     """
     weights, means, covs = (jnp.asarray(value, float) for value in (weights, means, covs))
     checks.shape("weights", weights, (None,))

@@ -103,6 +103,13 @@ def solve(
         adjoint or a velocity without a forward mode.
       RuntimeError: at an un-jitted call whose solve fails, as one that needs more than ``max_steps`` does.
       From ``jax.grad``, ValueError naming ``adjoint`` where the solve has no reverse mode.
+
+    Example:
+      >>> import jax.numpy as jnp
+      >>> from jflow import solvers
+      >>> flow_map = solvers.solve(lambda params, t, x, cond=None, *, key=None: -x, "heun", steps=16)
+      >>> round(float(flow_map.jump(None, 0.0, 1.0, jnp.ones(1, jnp.float32))[0]), 3)
+      0.368
     """
     counted = solve_counted(velocity, solver, **choices)
 
@@ -160,6 +167,15 @@ def trajectory(
 
     Raises:
       As ``solve``, and ValueError for times that are not strictly monotone in [0, 1].
+
+    Example:
+      >>> import jax.numpy as jnp
+      >>> from jflow import solvers
+      >>> times = jnp.array([0.0, 0.5, 1.0], jnp.float32)
+      >>> def velocity(params, t, x, cond=None, *, key=None):
+      ...     return 2.0 * jnp.ones_like(x)
+      >>> solvers.trajectory(velocity, None, times, jnp.zeros(1, jnp.float32), solver="euler", steps=2).tolist()
+      [[0.0], [1.0], [2.0]]
     """
     check_velocity(velocity)
     check_times("times", times, increasing=False)

@@ -36,6 +36,13 @@ def constant(decay: float) -> Schedule:
 
     Raises:
       ValueError: when the decay is outside [0, 1]; TypeError if it is not a number.
+
+    Example:
+      >>> import jax.numpy as jnp
+      >>> from jflow.training import ema
+      >>> average = ema.update(jnp.zeros(1, jnp.float32), jnp.ones(1, jnp.float32), ema.constant(0.75)(0))
+      >>> print(average)
+      [0.25]
     """
     weight = 1.0 - checks.number("decay", decay, low=0.0, high=1.0)
     return lambda n: jnp.full(jnp.shape(n), weight, jnp.float32)
@@ -149,6 +156,11 @@ def decay_of_half_life(half_life: float, batch_size: int) -> float:
 
     Raises:
       ValueError: when either is not positive; TypeError if it is not a number.
+
+    Example:
+      >>> from jflow.training import ema
+      >>> round(ema.decay_of_half_life(1000, batch_size=10), 6)
+      0.993092
     """
     checks.integer("batch_size", batch_size, low=1)
     return 0.5 ** (batch_size / checks.number("half_life", half_life, low=0.0, open_low=True))

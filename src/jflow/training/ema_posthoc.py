@@ -60,6 +60,11 @@ def width_of_gamma(gamma: float) -> float:
 
     Raises:
       ValueError: when gamma is negative; TypeError if it is not a number.
+
+    Example:
+      >>> from jflow.training import ema_posthoc
+      >>> round(ema_posthoc.width_of_gamma(16.0), 4)
+      0.0526
     """
     gamma = checks.number("gamma", gamma, low=0.0)
     return math.sqrt((gamma + 1.0) / (gamma + 3.0)) / (gamma + 2.0)

@@ -86,6 +86,21 @@ def train(
     Raises:
       ValueError, TypeError: for arguments out of range or of another type, before an earlier run is touched.
       NonFiniteError, PreemptedError, FileExistsError, FileNotFoundError: as ``fit``.
+
+    Example:
+      >>> import jax
+      >>> import jax.numpy as jnp
+      >>> import optax
+      >>> from jflow import datasets, flow_map, interpolants, objectives, parameterizations, training
+      >>> def net(params, s, t, x, cond=None, *, key=None):
+      ...     return params * x
+      >>> path = interpolants.linear()
+      >>> model = flow_map(net, parameterizations.mean_velocity_form(path))
+      >>> dataset = datasets.ArrayDataset(jnp.ones((8, 2), jnp.float32), batch_size=4)
+      >>> objective = objectives.flow_matching(model, path)
+      >>> state = training.train(objective, optax.sgd(0.1), jnp.float32(0.5), dataset, steps=2, hooks=[])
+      >>> int(state.step)
+      2
     """
     checks.integer("steps", steps, low=1)
     checks.integer("seed", seed)
