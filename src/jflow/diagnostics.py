@@ -63,11 +63,6 @@ def defined(domain: Domain, identity: str, s: float, t: float, gamma: float = 0.
 
     Raises:
       ValueError: for an unknown identity.
-
-    Example:
-      >>> from jflow import diagnostics, types
-      >>> diagnostics.defined(types.FORWARD, "semigroup", 0.2, 0.8)
-      True
     """
     checks.choice("identity", identity, IDENTITIES)
     if identity == "tangent":

@@ -216,13 +216,6 @@ def gapped(gap: Law) -> PairLaw:
 
     Raises:
       ValueError, TypeError: for anything but a law of one time.
-
-    Example:
-      >>> import jax
-      >>> from jflow import times
-      >>> s, t = times.gapped(times.constant(0.25))(jax.random.key(0), 4)
-      >>> print((t - s).round(3))
-      [0.25 0.25 0.25 0.25]
     """
     _check_one("gap", gap)
 
@@ -273,13 +266,6 @@ def to_data(source: Law | None = None) -> PairLaw:
 
     Raises:
       ValueError, TypeError: for anything but a law of one time.
-
-    Example:
-      >>> import jax
-      >>> from jflow import times
-      >>> s, t = times.to_data(times.constant(0.25))(jax.random.key(0), 2)
-      >>> print(s, t)
-      [0.25 0.25] [1. 1.]
     """
     return independent(uniform() if source is None else source, constant(1.0))
 
@@ -312,13 +298,6 @@ def dyadic(levels: int) -> PairLaw:
 
     Raises:
       ValueError: for levels outside 1 to ``types.FINEST_LEVELS``; TypeError if it is not a whole number.
-
-    Example:
-      >>> import jax
-      >>> from jflow import times
-      >>> s, t = times.dyadic(3)(jax.random.key(0), 4)
-      >>> bool(((s * 8) % 1 == 0).all())
-      True
     """
     checks.integer("levels", levels, low=1, high=FINEST_LEVELS)
 

@@ -80,13 +80,6 @@ class Domain:
 
         Times that differ by less than ``checks.ROUNDING`` count as equal: 0.1 + 0.2 is 0.3 here, and a float32 sum of
         steps that ends at 1.0000001 ends at 1.
-
-        Example:
-          >>> from jflow import types
-          >>> types.FORWARD.contains(0.2, 0.7), types.FORWARD.contains(0.7, 0.2)
-          (True, False)
-          >>> types.BOTH.contains(0.7, 0.2)
-          True
         """
         return bool(self.contains_all(np.asarray(s, np.float64), np.asarray(t, np.float64)))
 
@@ -165,12 +158,6 @@ def dyadic(levels: int) -> Domain:
 
     Raises:
       ValueError: for a number of levels that is not between 1 and ``FINEST_LEVELS``; TypeError if it is not whole.
-
-    Example:
-      >>> from jflow import types
-      >>> domain = types.dyadic(2)
-      >>> domain.contains(0.25, 0.5), domain.contains(0.25, 0.6)
-      (True, False)
     """
     checks.integer("levels", levels, low=1, high=FINEST_LEVELS)
     return Domain(f"dyadic grid of {2**levels} cells, s <= t", levels=levels)
@@ -323,12 +310,6 @@ class BoundFlowMap:
 
 def move(x: Event, s: Time, t: Time, v: Event) -> Event:
     """x + (t - s) v, leaf by leaf: the jump of mean velocity v.
-
-    Example:
-      >>> import jax.numpy as jnp
-      >>> from jflow import types
-      >>> print(types.move(jnp.ones(2, jnp.float32), 0.0, 0.5, jnp.full(2, 4.0, jnp.float32)))
-      [3. 3.]
     """
     return trees.axpy(jnp.asarray(t) - jnp.asarray(s), v, x)
 
@@ -404,13 +385,6 @@ def as_batch(batch: BatchLike, name: str = "batch") -> Batch:
     Raises:
       TypeError: for anything else. A plain tuple could mean (data, labels) as well as (data, base points).
       ValueError: for values of a host array that do not fit the dtype that jax makes of them (``checks.fits``).
-
-    Example:
-      >>> import jax.numpy as jnp
-      >>> from jflow import types
-      >>> batch = types.as_batch({"x1": jnp.zeros((8, 2)), "cond": jnp.arange(8)})
-      >>> batch.x1.shape, batch.x0 is None
-      ((8, 2), True)
     """
     if isinstance(batch, (jax.Array, np.ndarray)):
         batch = Batch(batch)
