@@ -1,11 +1,13 @@
 r"""The identities that a flow map obeys, as (prediction, target) of one sample; the residual is their difference.
 
-For the exact map each residual is zero, whichever parts are under a stop-gradient, which changes no value::
+For the exact map each residual is zero, whichever parts are under a stop-gradient, which changes no value.
+The residuals of the tangent, Eulerian, Lagrangian and semigroup identities are
 
-    tangent      v_{t,t}(x) - b_t(x)
-    Eulerian     v_{s,t}(x) - c_s(x) - (t-s) ( d/ds v_{s,t}(x) + grad v_{s,t}(x) c_s(x) )
-    Lagrangian   v_{s,t}(x) + (t-s) d/dt v_{s,t}(x) - c_t( X_{s,t}(x) )
-    semigroup    v_{s,t}(x) - (1-gamma) v_{s,u}(x) - gamma v_{u,t}( X_{s,u}(x) ),   u = gamma s + (1-gamma) t
+.. math::
+    R_T &= v_{t,t}(x) - b_t(x) \\
+    R_E &= v_{s,t}(x) - c_s(x) - (t-s) (\partial_s v_{s,t}(x) + \nabla v_{s,t}(x)\, c_s(x)) \\
+    R_L &= v_{s,t}(x) + (t-s)\, \partial_t v_{s,t}(x) - c_t(X_{s,t}(x)) \\
+    R_S &= v_{s,t}(x) - (1-\gamma) v_{s,u}(x) - \gamma v_{u,t}(X_{s,u}(x)), \quad u = \gamma s + (1-\gamma) t
 
 Here c is a velocity estimate (from the pair, the map's own diagonal, a teacher, ...), and v any function
 ``(s, t, x) -> v_{s,t}(x)``: a bound FlowMap's ``mean_velocity``, or one with conditioning filled in. With c the map's own
@@ -69,7 +71,7 @@ def forward_mode(function: Callable[..., Event], primals: tuple, *tangents: tupl
     """The value of a function and its exact directional derivatives along each tangent, with one pass for the value.
 
     Raises:
-      TypeError: for a function without forward-mode derivative, such as fused attention; the message names
+      TypeError: if the function has no forward-mode derivative, as fused attention has none; the message names
         ``central_difference``.
     """
     if len(tangents) == 1:
@@ -89,7 +91,8 @@ def finite_difference(step: Array | float) -> Derivative:
         traced, the function is evaluated outside. ``central_difference`` stays within.
 
     Raises:
-      ValueError: for a step of zero; TypeError if it is not a number.
+      ValueError: if the step is zero.
+      TypeError: if the step is not a number.
     """
     if not isinstance(step, jax.Array):
         checks.number("step", step)
@@ -125,7 +128,8 @@ def central_difference(step: Array | float) -> Derivative:
         float32, 1e-5 float64.
 
     Raises:
-      ValueError: for a step that is not positive and finite; TypeError if it is not a number.
+      ValueError: if the step is not positive and finite.
+      TypeError: if the step is not a number.
     """
     if not isinstance(step, jax.Array):
         checks.number("step", step, low=0.0, open_low=True)
@@ -190,8 +194,7 @@ def target_interval(s: Time, t: Time) -> Interval:
 def within(derivative: Derivative, interval: Interval) -> Derivative:
     """The derivative for functions whose first argument is a time that must stay in [low, high].
 
-    ``central_difference`` then asks nowhere else; forward mode has no need to, and ``finite_difference`` and derivatives of
-    the caller's own are returned as they are.
+    ``central_difference`` then evaluates the function only within the interval. Other derivatives are returned unchanged.
     """
     limit = getattr(derivative, "within", None)
     return derivative if limit is None else limit(interval)
@@ -262,7 +265,7 @@ def eulerian(
       The Residual.
 
     Raises:
-      ValueError: for an unknown ``stop``.
+      ValueError: if ``stop`` is not one of these.
 
     Example:
       >>> import jax.numpy as jnp
@@ -322,7 +325,7 @@ def lagrangian(
       The Residual.
 
     Raises:
-      ValueError: for an unknown ``stop``.
+      ValueError: if ``stop`` is not one of these.
 
     Example:
       >>> import jax.numpy as jnp
@@ -374,7 +377,7 @@ def semigroup(
       The Residual; its tangent is ( v_{u,t}(x') - v_{s,t}(x) )/(u - s), zero at u = s.
 
     Raises:
-      ValueError: for an unknown ``stop``.
+      ValueError: if ``stop`` is not one of these.
 
     Example:
       >>> import jax.numpy as jnp

@@ -4,14 +4,16 @@ Every path gives alpha and beta, their divided differences alpha[s,t] = (alpha_t
 is finite and differentiable at s = t, its values at both ends, and the times at which it is singular. Derivatives in time
 come from automatic differentiation of alpha and beta.
 
-With w_t = alpha_t beta_t' - alpha_t' beta_t and the velocity b_t(x) = E[I_t' | I_t = x], for any base::
+With w_t = alpha_t beta_t' - alpha_t' beta_t and the velocity b_t(x) = E[I_t' | I_t = x], the expected data
+and noise are, for any base,
 
-    data   E[x1 | I_t = x] = (alpha b - alpha' x) / w
-    noise  E[x0 | I_t = x] = (beta' x - beta b) / w
+.. math::
+    E[x_1 | I_t = x] = (\alpha b - \dot\alpha x) / w, \qquad E[x_0 | I_t = x] = (\dot\beta x - \beta b) / w,
 
-and for a base N(m, diag(s^2)) that is independent of the data, entry by entry::
+and the score, for a base N(m, diag(s^2)) that is independent of the data, is entry by entry
 
-    score  grad log rho_t(x) = -(noise - m) / (alpha s^2) = (beta b - beta' x + w m) / (alpha w s^2)
+.. math::
+    \nabla \log \rho_t(x) = -(E[x_0 | I_t = x] - m) / (\alpha s^2) = (\beta b - \dot\beta x + w m) / (\alpha w s^2).
 """
 
 from __future__ import annotations

@@ -244,9 +244,7 @@ def from_velocity(
 ) -> FlowMap:
     r"""A FlowMap that starts from a velocity. Its diagonal is exactly that velocity, before and after training.
 
-    The map::
-
-        v_{s,t}(x) = b_s(x) + (t - s) net(s, t, x),     v_{t,t} = b_t
+    .. math:: v_{s,t}(x) = b_s(x) + (t - s)\, \mathrm{net}(s, t, x), \qquad v_{t,t} = b_t
 
     The velocity is taken at the source, since x is a point of time s. By Taylor's formula the network's target is then
     finite: (d/ds b + grad b b)/2 as t -> s. With an output layer that starts at zero (that of ``nets.MLP``) the

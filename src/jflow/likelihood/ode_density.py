@@ -67,9 +67,9 @@ class ODEDensity:
           t: a scalar in [0, 1].
 
         Raises:
-          ValueError: for t that is not a scalar or outside [0, 1], x that is not finite, a velocity not shaped like x, a base
-            density that is not a scalar, or an estimate without a key.
-          TypeError: for x that is not floating-point.
+          ValueError: if t is not a scalar in [0, 1], x is not finite, the velocity is not shaped like x, the base density
+            is not a scalar, or a stochastic estimate has no key.
+          TypeError: if x is not floating-point.
           RuntimeError: at an un-jitted call whose solve does not reach its end, or whose result is not finite. Traced,
             ``valid`` is then False.
         """

@@ -96,8 +96,8 @@ def gaussian(interpolant: Interpolant, *, base: bases.Base = bases.STANDARD_NORM
       base: a ``bases.Normal``.
 
     Raises:
-      TypeError: for anything but an Interpolant and a base.
-      ValueError: for another base; at a call, for params of more than one component.
+      TypeError: if an argument is not an Interpolant or a base.
+      ValueError: if the base is not Normal; when called, if params have more than one component.
 
     Example:
       >>> import jax.numpy as jnp

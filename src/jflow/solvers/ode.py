@@ -1,8 +1,8 @@
 r"""Diffrax solves of any Velocity: as a FlowMap, and as a trajectory.
 
-The mean velocity is itself the end of an ODE in rescaled time tau::
+The mean velocity is itself the end of an ODE in rescaled time tau,
 
-    dy/dtau = b_{s + tau (t-s)}( x + (t-s) y ),   y(0) = 0,   tau in [0, 1],       v_{s,t}(x) = y(1),
+.. math:: dy/d\tau = b_{s + \tau (t-s)}(x + (t-s) y), \quad y(0) = 0, \quad \tau \in [0, 1], \qquad v_{s,t}(x) = y(1),
 
 for s < t, s > t and s = t alike: nothing divides by t - s, and the derivatives in s, t and x are right on the diagonal.
 
