@@ -34,7 +34,7 @@ napoleon_custom_sections = [("Attributes", "params_style")]
 
 def skip_member(app, what, name, obj, skip, options):
     """Omits the fields of named tuples, whose only docstring is "Alias for field number 0"."""
-    return True if isinstance(obj, type(collections.namedtuple("_", "a").a)) else skip
+    return True if isinstance(obj, type(vars(collections.namedtuple("_", "a"))["a"])) else skip
 
 
 def plain_aliases(app, what, name, obj, options, signature, returns):
