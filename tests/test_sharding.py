@@ -303,3 +303,79 @@ def test_refusals(call, message):
         call()
     with pytest.raises(TypeError, match="fsdp"):
         sharding.mesh(2.0)
+
+
+def row_map(*rows, in_axes=0):
+    return sharding.vmap(lambda *x: x[0], sharding.mesh(), in_axes)(*rows)
+
+
+@pytest.mark.parametrize(
+    ("attempt", "error", "message"),
+    [
+        pytest.param(
+            lambda p: sharding.mesh(devices=[]),
+            ValueError,
+            "^devices: expected at least one, got none$",
+            id="no devices",
+        ),
+        pytest.param(
+            lambda p: sharding.parts(p.params, jax.make_mesh((8,), ("model",))),
+            ValueError,
+            r"^mesh: expected the axes \('data', 'fsdp'\), as sharding\.mesh makes them, got \('model',\)$",
+            id="another mesh",
+        ),
+        pytest.param(
+            lambda p: sharding.place(p.params, sharding.parts(p.params["out"], sharding.mesh())),
+            ValueError,
+            "^shardings: expected one, or the pytree structure of the arrays, .*got ",
+            id="a layout of another state",
+        ),
+        pytest.param(
+            lambda p: sharding.split({"x1": ROWS, "scale": 2.0}, sharding.mesh()),
+            ValueError,
+            r"^tree: expected arrays \[N, \.\.\.\], got float without a leading axis$",
+            id="a number to split",
+        ),
+        pytest.param(
+            lambda p: sharding.mesh(fsdp=3),
+            ValueError,
+            "^fsdp: expected a divisor of the number of devices, 8, got 3$",
+            id="parts that do not divide",
+        ),
+        pytest.param(
+            lambda p: sharding.mesh(0.5),
+            TypeError,
+            r"^fsdp: expected a whole number, got float 0\.5$",
+            id="half as many parts",
+        ),
+        pytest.param(
+            lambda p: row_map(jnp.zeros(12)),
+            ValueError,
+            r"^rows: expected one number of rows, a multiple of 8 devices, got \[\(12,\)\]$",
+            id="rows that do not divide",
+        ),
+        pytest.param(
+            lambda p: row_map(jnp.zeros(8), jnp.zeros(16)),
+            ValueError,
+            r"^rows: expected one number of rows, a multiple of 8 devices, got \[\(8,\), \(16,\)\]$",
+            id="rows of different number",
+        ),
+        pytest.param(
+            lambda p: row_map(jnp.zeros((8, 8)), in_axes=1),
+            ValueError,
+            "^in_axes: expected 0 or None for each of 1 arguments, and one 0, got 1$",
+            id="columns",
+        ),
+        pytest.param(
+            lambda p: row_map(jnp.zeros(8), 1.0, in_axes=(0,)),
+            ValueError,
+            r"^in_axes: expected 0 or None for each of 2 arguments, and one 0, got \(0,\)$",
+            id="an axis too few",
+        ),
+    ],
+)
+def test_refused_in_words(attempt, error, message, problem):
+    with pytest.raises(error, match=message) as caught:
+        attempt(problem)
+    # Not by a sub-class that means something else.
+    assert caught.type is error
