@@ -193,9 +193,9 @@ def test_the_map_back_is_the_inverse(name, path):
 @pytest.mark.parametrize(
     ("name", "path"),
     [
-        ("gaussian", "linear"),
+        pytest.param("gaussian", "linear", marks=pytest.mark.slow),
         ("gaussian", "variance_exploding"),
-        ("quantile", "linear"),
+        pytest.param("quantile", "linear", marks=pytest.mark.slow),
         ("quantile", "variance_exploding"),
     ],
 )

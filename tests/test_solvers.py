@@ -276,9 +276,16 @@ def test_wrong_arguments_are_named(call, error, message):
     [
         (HEUN, True, True),
         (solvers.solve(velocity, "tsit5", rtol=1e-9), True, False),
-        (solvers.solve(velocity, "tsit5", rtol=1e-9, adjoint="direct", max_steps=32), True, True),
+        pytest.param(
+            solvers.solve(velocity, "tsit5", rtol=1e-9, adjoint="direct", max_steps=32),
+            True,
+            True,
+            marks=pytest.mark.slow,
+        ),
         (solvers.solve(velocity, "tsit5", rtol=1e-9, adjoint="recursive"), False, True),
-        (solvers.solve(velocity, "tsit5", rtol=1e-9, adjoint="backsolve"), False, True),
+        pytest.param(
+            solvers.solve(velocity, "tsit5", rtol=1e-9, adjoint="backsolve"), False, True, marks=pytest.mark.slow
+        ),
     ],
     ids=["fixed", "forward", "direct", "recursive", "backsolve"],
 )
@@ -299,7 +306,7 @@ def test_modes_of_differentiation_by_adjoint(flow, forward, reverse):
                 derivative(p)
 
 
-@pytest.mark.parametrize("adjoint", ["recursive", "backsolve"])
+@pytest.mark.parametrize("adjoint", ["recursive", pytest.param("backsolve", marks=pytest.mark.slow)])
 def test_one_key_serves_a_whole_solve_and_its_gradient(adjoint):
     """The noise is the same at every stage, and drawing it there is no reuse of the key."""
     p, s, t, x = args(0.1, 0.8)
@@ -455,10 +462,10 @@ def run_sde(name, method, diffusion, *, turned=False):
 @pytest.mark.parametrize(
     ("name", "method", "diffusion"),
     [
-        ("linear", "euler", 1.0),
+        pytest.param("linear", "euler", 1.0, marks=pytest.mark.slow),
         ("trigonometric", "heun", 2.0),
         ("linear", "heun", lambda t: 1.2 * jnp.sqrt(1.0 - t)),
-        ("variance_preserving", "heun", 1.0),
+        pytest.param("variance_preserving", "heun", 1.0, marks=pytest.mark.slow),
     ],
     ids=["linear", "trigonometric", "sigma", "variance-preserving"],
 )
