@@ -79,7 +79,8 @@ import jax
 between = time.perf_counter()
 import jflow
 end = time.perf_counter()
-heavy = {"diffrax", "equinox", "flax", "grain", "matplotlib", "orbax", "ott", "sklearn", "tyro"}
+heavy = {"diffrax", "equinox", "flax", "grain", "matplotlib", "optax", "orbax", "ott", "PIL", "rich", "scipy", "sklearn"}
+heavy |= {"tensorboardX", "tyro", "wandb"}
 loaded = sorted(heavy & set(sys.modules))
 print(json.dumps({"seconds": end - between, "jax": between - start, "heavy": loaded}))
 """

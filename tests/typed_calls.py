@@ -11,14 +11,17 @@ from __future__ import annotations
 from collections.abc import Callable
 
 import diffrax
+import equinox as eqx
 import flax.linen as nn
 import jax
 import numpy as np
 import optax
+from flax import nnx
 
 import jflow
 from jflow import (
     bases,
+    comparison,
     couplings,
     interpolants,
     likelihood,
@@ -101,6 +104,32 @@ def networks(
     both: Velocity = nets.from_linen(module)  # pyright: ignore[reportAssignmentType]
     del both
     return jflow.flow_map(network, parameterizations.data_form(path)), solvers.solve(b)
+
+
+def compared(flow_map: FlowMap, path: interpolants.Interpolant, params: Params, x: jax.Array) -> comparison.Comparison:
+    entries = [
+        comparison.Entry("map", flow_map, params, steps=(1, 2)),
+        comparison.Entry("euler", velocity, params, solver="euler", steps=(8,)),
+        comparison.Entry("sde", flow_map, params, sampler=lambda bound: samplers.SDE(bound, path), steps=(8,)),
+        *comparison.solved(renamed, params, solvers=("heun", "tsit5"), tolerances=(1e-3,)),
+    ]
+    comparison.compare(entries[0], x, reference=entries[1], distances=["energy"])
+    comparison.Entry("map", "flow_map", params)  # pyright: ignore[reportArgumentType]
+    comparison.Entry("map", flow_map, params, steps=4)  # pyright: ignore[reportArgumentType]
+    comparison.solved(flow_map, params, tolerance=1e-3)  # pyright: ignore[reportCallIssue]
+    comparison.compare([flow_map], x)  # pyright: ignore[reportArgumentType]
+    table = comparison.compare(entries, x, data=np.ones((4, 2)), batch=4)
+    table.row(0)  # pyright: ignore[reportArgumentType]
+    rmse: str = table.rows[0].rmse  # pyright: ignore[reportAssignmentType]
+    del rmse
+    return table
+
+
+def returned(module: nn.Module, nnx_module: nnx.Linear, eqx_module: eqx.nn.MLP, params: Params) -> eqx.nn.MLP:
+    linear: nnx.Linear = nets.to_nnx(nnx_module, params)
+    nets.to_nnx(module, params)  # pyright: ignore[reportArgumentType]
+    del linear
+    return nets.to_equinox(eqx_module, params)
 
 
 def trained(objective: ObjectiveFn, params: Params, key: Key, directory: str) -> training.TrainState:

@@ -14,6 +14,7 @@ from jflow.nets.log_weight import LogWeight, Weighted, with_log_weight
 from jflow.nets.mlp import MLP
 from jflow.nets.multi_output import MultiOutput
 from jflow.nets.signatures import Network
+from jflow.nets.unwrap import to_equinox, to_nnx
 from jflow.nets.wrappers import check_independent, from_equinox, from_function, from_linen, from_nnx
 
 NETS: dict[str, Callable[..., nn.Module]] = {"mlp": MLP, "mlp_plain": MLP.plain}
@@ -34,5 +35,7 @@ __all__ = [
     "octaves",
     "random_fourier",
     "sinusoidal",
+    "to_equinox",
+    "to_nnx",
     "with_log_weight",
 ]

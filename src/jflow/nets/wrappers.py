@@ -17,6 +17,8 @@ MeanFlow's u(z, r, t), whose time 0 is the data:
 
     from_function(lambda params, s, t, x: -u(params, x, 1 - t, 1 - s))
 
+``to_nnx`` and ``to_equinox`` give a module back that holds trained parameters.
+
 Networks that take a batch, [B] times and [B, ...] points, are wrapped with ``batched=True``: each sample is a
 batch of one, and ``jax.vmap`` of that costs what a batch does. Layers that mix samples (batch normalisation
 with the statistics of the batch) are refused; with running averages that no longer change they are accepted.

@@ -74,12 +74,28 @@ def defaults(objective: Objective) -> dict[str, Any]:
     own = {name: value for name, value in objective.defaults.items() if name != "domain" or objective.pairs is None}
     found = {**DEFAULTS, "domain": objective.flow_map.domain, **own}
     found["velocity"] = velocity_estimates.pair if objective.teacher is None else velocity_estimates.teacher
-    if isinstance(objective.coupling, couplings.Independent) and objective.coupling is not couplings.independent:
-        found["base"] = objective.coupling.base
-    else:
-        found["base"] = bases.STANDARD_NORMAL
-    found["coupling"] = couplings.independent if objective.base is None else couplings.Independent(objective.base)
+    found["base"], found["coupling"] = base_and_coupling(objective.base, objective.coupling)
     return found
+
+
+def base_and_coupling(
+    base: bases.Base | None, coupling: couplings.Coupling | None
+) -> tuple[bases.Base, couplings.Coupling]:
+    """The base and the coupling, each by default that of the other; ``couplings.independent`` is that of the base."""
+    named = coupling is couplings.independent
+    if base is None:
+        base = bases.STANDARD_NORMAL
+        if isinstance(coupling, couplings.Independent) and not named:
+            base = coupling.base
+    if coupling is None or (named and base != couplings.independent.base):
+        coupling = couplings.Independent(base)
+    return base, coupling
+
+
+def check_same_base(base: bases.Base, coupling: couplings.Coupling) -> None:
+    """Refuses a base that is not that of an independent coupling."""
+    if isinstance(coupling, couplings.Independent) and coupling.base != base:
+        raise ValueError(f"base: expected that of the coupling, {coupling.base!r}, got {base!r}")
 
 
 def check(objective: Objective) -> None:
@@ -118,12 +134,10 @@ def check(objective: Objective) -> None:
 
 def check_base(objective: Objective) -> None:
     """Refuses a base that is not that of the coupling, and the batch's velocity where it does not hold."""
-    independent = isinstance(objective.coupling, couplings.Independent)
-    if independent and objective.coupling.base != objective.base:
-        raise ValueError(f"base: expected that of the coupling, {objective.coupling.base!r}, got {objective.base!r}")
+    check_same_base(objective.base, objective.coupling)
     if objective.velocity is velocity_estimates.batch:
         bases.gaussian(objective.base, "velocity_estimates.batch")
-        if not independent:
+        if not isinstance(objective.coupling, couplings.Independent):
             raise ValueError("velocity: expected an independent coupling with the batch's velocity, which assumes it")
 
 

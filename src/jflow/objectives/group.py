@@ -19,6 +19,7 @@ from jflow import bases, checks, couplings, interpolants, reports, sharding, tre
 from jflow import times as laws
 from jflow.interpolants import Interpolant
 from jflow.named import described, shown
+from jflow.objectives import choices
 from jflow.objectives.objective import BINS
 from jflow.objectives.row import Leg
 from jflow.types import (
@@ -152,23 +153,21 @@ class GroupObjective:
             bases.check(base)
         if coupling is not None:
             checks.function("coupling", coupling, "(key, x1, cond) -> x0, such as couplings.independent")
-        filled = {}
-        if base is None:
-            base = coupling.base if isinstance(coupling, couplings.Independent) else bases.STANDARD_NORMAL
-            filled["base"] = base
-        # The independent coupling by name is that of the base which was chosen.
-        if coupling is None or (coupling is couplings.independent and base != coupling.base):
-            coupling = couplings.Independent(base)
-            filled["coupling"] = coupling
-        if isinstance(coupling, couplings.Independent) and coupling.base != base:
-            raise ValueError(f"base: expected that of the coupling, {coupling.base!r}, got {base!r}")
+        made = choices.base_and_coupling(base, coupling)
+        filled = {
+            name: new
+            for name, old, new in zip(("base", "coupling"), (base, coupling), made, strict=True)
+            if new is not old
+        }
+        base, coupling = made
+        choices.check_same_base(base, coupling)
         for name, value in (("base", base), ("coupling", coupling), ("filled", filled)):
             object.__setattr__(self, name, value)
 
     def __repr__(self) -> str:
         names = ("size", "pairs", "base", "coupling")
-        choices = {"path": self.interpolant.name, **{name: getattr(self, name) for name in names}}
-        return f"{self.name}({', '.join(f'{name}={shown(value)}' for name, value in choices.items())})"
+        listed = {"path": self.interpolant.name, **{name: getattr(self, name) for name in names}}
+        return f"{self.name}({', '.join(f'{name}={shown(value)}' for name, value in listed.items())})"
 
     def init(self, key: Key, params: Params) -> PyTree:
         """The state before the first step: ``()``."""

@@ -15,6 +15,7 @@ from jflow.training.step import make_chunk, make_step
 from jflow.training.tensorboard import TensorBoard
 from jflow.training.throughput import CountFlops
 from jflow.training.train import train
+from jflow.training.weights_and_biases import Wandb
 
 __all__ = [
     "Checkpoints",
@@ -30,6 +31,7 @@ __all__ = [
     "RunDirectory",
     "TensorBoard",
     "TrainState",
+    "Wandb",
     "Watchdog",
     "distributed",
     "ema",

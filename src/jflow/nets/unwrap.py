@@ -1,0 +1,142 @@
+"""The inverse of ``from_nnx`` and ``from_equinox``: a module that holds given parameters.
+
+``params`` may hold numpy arrays or arrays of jax, laid out over any devices. Its leaves are found by their paths from the
+root, so a dictionary of restored parameters and a list in the module match.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any, TypeVar
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from jflow.named import described
+from jflow.types import Params
+
+if TYPE_CHECKING:
+    from flax import nnx
+
+    NnxModule = TypeVar("NnxModule", bound=nnx.Module)
+
+Module = TypeVar("Module")
+Path = tuple[str, ...]
+
+
+def to_nnx(module: NnxModule, params: Params) -> NnxModule:
+    """Makes a flax.nnx module that holds these parameters: the inverse of ``from_nnx``.
+
+        >>> import jax.numpy as jnp
+        >>> from flax import nnx
+        >>> from jflow import nets
+        >>> class Net(nnx.Module):
+        ...     def __init__(self):
+        ...         self.linear = nnx.Linear(4, 2, rngs=nnx.Rngs(0))
+        ...     def __call__(self, s, t, x):
+        ...         return self.linear(jnp.concatenate([jnp.stack([s, t]), x]))
+        >>> network, params = nets.from_nnx(Net())
+        >>> trained = nets.to_nnx(Net(), {"linear": {"kernel": jnp.ones((4, 2)), "bias": jnp.zeros(2)}})
+        >>> trained(0.0, 1.0, jnp.ones(2)).tolist()
+        [3.0, 3.0]
+
+    After training the parameters are ``state.params`` or ``state.averaged()``; from a directory they are the first result of
+    ``training.restore_params(directory)``, without a template.
+
+    Args:
+      module: a module of the same graph as the one that was wrapped; it is left untouched.
+      params: the parameters, nested dictionaries as ``from_nnx`` returns them.
+
+    Returns:
+      A new module of the class of ``module``. Its variables of type ``nnx.Param`` hold ``params``; its other variables, its
+      random streams and its mode (``train()`` or ``eval()``) are those of ``module``.
+
+    Raises:
+      TypeError: for something other than an nnx module; for a leaf that is not an array, or is of another dtype than the
+        module's.
+      ValueError: for parameters that the module does not have, parameters that are missing, or other shapes.
+    """
+    from flax import nnx
+
+    if not isinstance(module, nnx.Module):
+        raise TypeError(f"module: expected a flax.nnx module, got {described(module)}")
+    graph, state, rest = nnx.split(module, nnx.Param, ...)
+    flat = [(path, variable) for path, variable in nnx.to_flat_state(state)]
+    places: list[Path] = [tuple(map(str, path)) for path, _ in flat]
+    expected = {place: variable.get_raw_value() for place, (_, variable) in zip(places, flat, strict=True)}
+    values = _matched(params, expected)
+    filled = nnx.from_flat_state(
+        [(path, variable.replace(values[place])) for place, (path, variable) in zip(places, flat, strict=True)]
+    )
+    # Mapping a state copies its variables: the new module must not share them with the old one.
+    return nnx.merge(graph, filled, jax.tree.map(lambda leaf: leaf, rest))
+
+
+def to_equinox(module: Module, params: Params) -> Module:
+    """Makes an equinox module that holds these parameters: the inverse of ``from_equinox``.
+
+        >>> import equinox as eqx
+        >>> import jax
+        >>> import jax.numpy as jnp
+        >>> from jflow import nets
+        >>> class Net(eqx.Module):
+        ...     weight: jax.Array
+        ...     def __call__(self, s, t, x):
+        ...         return (t - s) * self.weight * x
+        >>> network, params = nets.from_equinox(Net(jnp.ones(2)))
+        >>> trained = nets.to_equinox(Net(jnp.zeros(2)), params)
+        >>> trained(0.0, 1.0, jnp.ones(2)).tolist()
+        [1.0, 1.0]
+
+    After training the parameters are ``state.params`` or ``state.averaged()``. From a directory they are the first result of
+    ``training.restore_params(directory, template=params)``, where ``params`` is what ``from_equinox`` returned.
+
+    Args:
+      module: a module of the same structure as the one that was wrapped.
+      params: the parameters, a pytree of the structure that ``from_equinox`` returns.
+
+    Returns:
+      A module of the class of ``module``. Its floating-point arrays are ``params``; everything else, such as functions,
+      integer arrays and the inference flags of dropout layers, is that of ``module``.
+
+    Raises:
+      TypeError: for a module without floating-point arrays; for a leaf that is not an array, or is of another dtype than the
+        module's.
+      ValueError: for parameters that the module does not have, parameters that are missing, or other shapes.
+    """
+    import equinox as eqx
+
+    parameters, static = eqx.partition(module, eqx.is_inexact_array)
+    leaves, structure = jax.tree_util.tree_flatten_with_path(parameters)
+    if not leaves:
+        raise TypeError(f"module: expected an equinox module with floating-point arrays, got {described(module)}")
+    expected = {_place(path): leaf for path, leaf in leaves}
+    values = _matched(params, expected)
+    # By path: two modules made by the same code may hold functions that do not compare equal.
+    return eqx.combine(jax.tree.unflatten(structure, [values[_place(path)] for path, _ in leaves]), static)
+
+
+def _place(path: tuple[Any, ...]) -> Path:
+    return tuple(jax.tree_util.keystr((entry,), simple=True) for entry in path)
+
+
+def _matched(params: Params, expected: dict[Path, Any]) -> dict[Path, jax.Array]:
+    """The arrays of ``params`` by path, after a check that they are those of the module in shape and dtype."""
+    given = {_place(path): leaf for path, leaf in jax.tree_util.tree_flatten_with_path(params)[0]}
+    missing, extra = (
+        sorted("/".join(path) for path in paths) for paths in (expected.keys() - given, given.keys() - expected)
+    )
+    if missing or extra:
+        found = [f"none of {', '.join(missing)}"] * bool(missing) + [f"also {', '.join(extra)}"] * bool(extra)
+        raise ValueError(f"params: expected the parameters of the module, got {' and '.join(found)}")
+    values = {}
+    for path, like in expected.items():
+        name, value = "/".join(path), given[path]
+        if not isinstance(value, jax.Array | np.ndarray | np.generic):
+            raise TypeError(f"params: expected an array for {name}, got {described(value)}")
+        if value.shape != like.shape:
+            raise ValueError(f"params: expected shape {like.shape} for {name}, got {value.shape}")
+        if value.dtype != like.dtype:
+            raise TypeError(f"params: expected dtype {like.dtype} for {name}, got {value.dtype}; cast it before")
+        values[path] = value if isinstance(value, jax.Array) else jnp.asarray(value)
+    return values
