@@ -3,25 +3,21 @@
 from __future__ import annotations
 
 import gc
-import importlib.metadata
 import os
 from collections.abc import Callable, Iterator
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
 # Jax reads these when it is first imported, so they are set before; the subprocesses of tests inherit them.
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
-# Compilation takes most of the time, because the programs are small and run once or twice. These flags halve it.
-FLAGS = [
-    "--xla_force_host_platform_device_count=8",
-    "--xla_backend_optimization_level=0",
-    "--xla_llvm_disable_expensive_passes=true",
-    "--xla_cpu_parallel_codegen_split_count=1",
-]
-if importlib.metadata.version("jaxlib").startswith("0.10."):
-    # The older code generator for fusions compiles faster. Later versions lack it, and abort at a flag they do not know.
-    FLAGS.append("--xla_cpu_use_fusion_emitters=false")
-os.environ["XLA_FLAGS"] = " ".join([os.environ.get("XLA_FLAGS", ""), *FLAGS]).strip()
+# Compilation takes most of the time, because the programs are small and run once or twice. These flags halve it. The last one
+# chooses an older code generator, which compiles faster; jaxlib after 0.10 lacks it, and aborts at a flag it does not know.
+os.environ["XLA_FLAGS"] = (
+    f"{os.environ.get('XLA_FLAGS', '')} --xla_force_host_platform_device_count=8 --xla_backend_optimization_level=0"
+    " --xla_llvm_disable_expensive_passes=true --xla_cpu_parallel_codegen_split_count=1"
+    f"{' --xla_cpu_use_fusion_emitters=false' if version('jaxlib').startswith('0.10.') else ''}"
+).strip()
 os.environ.setdefault("MPLBACKEND", "Agg")
 
 import jax
@@ -44,7 +40,7 @@ jax.config.update("jax_persistent_cache_min_entry_size_bytes", -1)
 
 
 # Files of few and long tests. They go first; otherwise one process would run the last of them while the other is idle.
-LONG = ("test_experiments", "test_crash_resume", "test_processes", "test_bias", "test_density", "test_small_noise")
+LONG = ("test_command_lines", "test_crash_resume", "test_processes", "test_bias", "test_density", "test_small_noise")
 
 
 @pytest.hookimpl(tryfirst=True)  # before pytest selects by -m

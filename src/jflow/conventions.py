@@ -1,5 +1,7 @@
 r"""Converters for networks that follow the signs and time direction of other papers.
 
+The converters::
+
     theirs                                          to ours
     MeanFlow, improved and pixel MeanFlow, alpha-Flow (source t', target r')   s = 1 - t', t = 1 - r', v = -u
     terminal velocity matching, Align Your Flow, IMM  (source t', target s')   s = 1 - t', t = 1 - s', v = -u
@@ -30,6 +32,14 @@ def from_reversed_time(mean_velocity: Callable[..., Event], domain: Domain = FOR
 
     v_{s,t}(x) = -u(1 - s, 1 - t, x). (source, target) is MeanFlow's (t', r') and terminal velocity matching's (t', s').
     ``domain`` is in our times.
+
+    Example:
+      >>> import jax.numpy as jnp
+      >>> from jflow import conventions
+      >>> def u(params, r, t, z, *args, **kwargs):  # MeanFlow's: time 0 is the data
+      ...     return jnp.ones_like(z)
+      >>> print(conventions.from_reversed_time(u).jump(None, 0.0, 1.0, jnp.zeros(2, jnp.float32)))
+      [-1. -1.]
     """
 
     def ours(params: Params, s: Time, t: Time, x: Event, cond: Cond = None, *, key: Key | None = None) -> Event:
@@ -40,7 +50,15 @@ def from_reversed_time(mean_velocity: Callable[..., Event], domain: Domain = FOR
 
 
 def velocity_from_reversed_time(velocity: Callable[..., Event]) -> Velocity:
-    """Converts ``u(params, t', x, cond, *, key)`` with t' = 0 at the data to a Velocity: b_t(x) = -u(1 - t, x)."""
+    """Converts ``u(params, t', x, cond, *, key)`` with t' = 0 at the data to a Velocity: b_t(x) = -u(1 - t, x).
+
+    Example:
+      >>> import jax.numpy as jnp
+      >>> from jflow import conventions
+      >>> ours = conventions.velocity_from_reversed_time(lambda params, t, x, *args, **kwargs: t * x)
+      >>> print(ours(None, 0.25, jnp.ones(2, jnp.float32)))
+      [-0.75 -0.75]
+    """
 
     def ours(params: Params, t: Time, x: Event, cond: Cond = None, *, key: Key | None = None) -> Event:
         theirs = velocity(params, 1.0 - jnp.asarray(t), x, cond, key=key)

@@ -1,5 +1,7 @@
 r"""Couplings: the joint law pi of base points x0 and data x1, whose marginals are the base and the data.
 
+The couplings::
+
     independent   x0 ~ base, independent of x1: ``Independent(base)``, and ``independent`` for N(0, I)
     sinkhorn      entropic optimal transport between the B rows of a batch, on the device; needs ott-jax
     assignment    exact optimal transport between the B rows of a batch, on the host
@@ -8,7 +10,7 @@ r"""Couplings: the joint law pi of base points x0 and data x1, whose marginals a
 The first two are device couplings, ``(key, x1, cond=None) -> x0`` on a batch, which an objective calls within the training
 step. The last two belong to the input pipeline: they put x0 into the ``Batch``, and the objective draws none.
 
-Minibatch optimal transport (2302.00482, 2304.14772) draws B points of each law and pairs them at the least cost
+Minibatch optimal transport (2302.00482, 2304.14772) draws B points of each law and pairs them at the least cost::
 
     min over permutations p of  (1/B) sum_i |x1_i - x0_p(i)|^2.
 
@@ -50,6 +52,14 @@ class Independent:
     Raises:
       TypeError: if ``base`` is not a base; at a call, as its ``sample``.
       ValueError: at a call, for leaves of x1 without one common leading axis.
+
+    Example:
+      >>> import jax
+      >>> import jax.numpy as jnp
+      >>> from jflow import bases, couplings
+      >>> couple = couplings.Independent(bases.Normal(std=2.0))
+      >>> couple(jax.random.key(0), jnp.zeros((8, 2), jnp.float32)).shape
+      (8, 2)
     """
 
     base: bases.Base = bases.STANDARD_NORMAL
@@ -73,9 +83,9 @@ def sinkhorn(
 ) -> Coupling:
     r"""Entropic optimal transport within a batch, by ott-jax: works under ``jit``, without a host callback.
 
-    Draws x0_j ~ base, j = 1..B. The cost C_ij is |x1_i - x0_j|^2, of points whose mean over the batch is subtracted, divided
-    by its mean over all B^2 pairs. Subtracting the means changes no plan and makes epsilon independent of where the data
-    lie. The plan is
+    Draws x0_j ~ base, j = 1..B. The cost C_ij is ``|x1_i - x0_j|^2``, of points whose mean over the batch is subtracted,
+    divided by its mean over all B^2 pairs. Subtracting the means changes no plan and makes epsilon independent of where the
+    data lie. The plan is::
 
         P = argmin  sum_ij P_ij C_ij + epsilon sum_ij P_ij log P_ij,    row and column sums 1/B.
 
@@ -123,14 +133,20 @@ def sinkhorn(
 
 
 def transport_cost(x0: Event, x1: Event) -> Array:
-    """(1/B) sum_i |x1_i - x0_i|^2, the cost of the pairs, a scalar: in squared units of the data, not per dimension.
+    """The cost of the pairs, ``(1/B) sum_i |x1_i - x0_i|^2``, a scalar: in squared units of the data, not per dimension.
 
-    For the independent coupling of N(0, I) its mean is d + E|x1|^2 in d dimensions. Summed in at least float32;
+    For the independent coupling of N(0, I) its mean is ``d + E|x1|^2`` in d dimensions. Summed in at least float32;
     works under ``jit``.
 
     Raises:
       ValueError: for other shapes of x0 than of x1, or leading axes that differ.
       TypeError: for arrays that are not floating-point.
+
+    Example:
+      >>> import jax.numpy as jnp
+      >>> from jflow import couplings
+      >>> float(couplings.transport_cost(jnp.zeros((4, 2), jnp.float32), jnp.ones((4, 2), jnp.float32)))
+      2.0
     """
     size = _pair_rows(x0, x1)
     return jnp.sum(jnp.square(_points(x1) - _points(x0))) / size
@@ -141,7 +157,7 @@ class Assignment(NamedTuple):
 
     Attributes:
       x0: the base points, permuted: row i is the partner of row i of x1; numpy arrays, typed as they came.
-      cost: (1/B) sum_i |x1_i - x0_i|^2 of these pairs, in squared units of the data, not per dimension.
+      cost: ``(1/B) sum_i |x1_i - x0_i|^2`` of these pairs, in squared units of the data, not per dimension.
       independent_cost: the same of the pairs that came in; for x0 drawn independently an unbiased estimate of the
         independent coupling's.
     """
@@ -171,6 +187,14 @@ def assignment(x0: Event, x1: Event, labels: PyTree = None) -> Assignment:
       ImportError: if scipy is not installed.
       ValueError: for structures or shapes that differ, or points that are not finite.
       TypeError: for points that are not floating-point, labels that are, or traced arrays.
+
+    Example:
+      >>> import numpy as np
+      >>> from jflow import couplings
+      >>> x0, x1 = np.array([[0.0], [10.0]], np.float32), np.array([[9.0], [1.0]], np.float32)
+      >>> pairs = couplings.assignment(x0, x1)
+      >>> float(pairs.cost)
+      1.0
     """
     try:
         from scipy.optimize import linear_sum_assignment

@@ -1,5 +1,7 @@
 r"""Diagnostics of flow maps: identity residuals, and comparison with a reference.
 
+The functions::
+
     residual_grid       RMS of the tangent, Eulerian, Lagrangian and semigroup residuals on a grid of (s, t)
     consistency_report  the same, averaged over a law of (s, t): a few numbers to log
     compare             K jumps of several maps against one jump of a reference
@@ -221,6 +223,15 @@ def residual_grid(
     Raises:
       ValueError: for x0 and x1 of different shapes, no samples, or times outside [0, 1].
       TypeError: for x0 or x1 that are not floating-point.
+
+    Example:
+      >>> import jax.numpy as jnp
+      >>> from jflow import FlowMap, diagnostics, interpolants
+      >>> bound = FlowMap(lambda params, s, t, x, cond=None, *, key=None: jnp.ones_like(x)).bind(None)
+      >>> x0, x1 = jnp.zeros((2, 1), jnp.float32), jnp.ones((2, 1), jnp.float32)
+      >>> grid = diagnostics.residual_grid(bound, interpolants.linear(), x0, x1, [0.0, 0.5], [0.5, 1.0])
+      >>> float(grid.semigroup[0, 1])
+      0.0
     """
     x0, x1, cond = _check_samples(x0, x1, cond, batch_size)
     gamma = checks.number("gamma", gamma, low=0.0, high=1.0)
@@ -408,6 +419,15 @@ def compare(
       ValueError: if there are no maps, grids or samples, for a grid without two times in [0, 1], or for a reference whose
         domain does not hold the jump from a grid's first time to its last.
       TypeError: for x0 that is not floating-point.
+
+    Example:
+      >>> import jax.numpy as jnp
+      >>> from jflow import FlowMap, diagnostics
+      >>> flow_map = FlowMap(lambda params, s, t, x, cond=None, *, key=None: params * jnp.ones_like(x))
+      >>> one, two = flow_map.bind(jnp.float32(1.0)), flow_map.bind(jnp.float32(2.0))
+      >>> found = diagnostics.compare({"one": one}, two, jnp.zeros((4, 2), jnp.float32), [1, 2])
+      >>> found.rmse.round(3).tolist()
+      [[1.0, 1.0]]
     """
     x0, _, cond = _check_samples(x0, x0, cond, batch_size)
     if not isinstance(grids, Mapping):

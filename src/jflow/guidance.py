@@ -1,5 +1,7 @@
 r"""Guidance: a velocity extrapolated from one velocity through another.
 
+The kinds of guidance::
+
     classifier-free    b_t(x | null) + w ( b_t(x | cond) - b_t(x | null) )     one model, two conditions   (2207.12598)
     autoguidance       weak_t(x) + w ( strong_t(x) - weak_t(x) )               two models, one condition   (2406.02507)
 
@@ -72,6 +74,15 @@ def classifier_free(
       TypeError: for a model that cannot be called, or a scale or time that is not a number; when called, for ``cond`` and
         ``null`` of different kinds (labels and floating-point numbers, or bool labels and an integer), or of dtypes whose
         values no common dtype holds (uint64 and int64).
+
+    Example:
+      >>> import jax.numpy as jnp
+      >>> from jflow import guidance
+      >>> def velocity(params, t, x, cond=None, *, key=None):
+      ...     return cond * jnp.ones_like(x)
+      >>> guided = guidance.classifier_free(velocity, scale=3.0, null=jnp.float32(0.0))
+      >>> print(guided(None, 0.5, jnp.zeros(2, jnp.float32), jnp.float32(1.0)))
+      [3. 3.]
     """
     checks.fits("null", null)
     model = as_velocity("velocity", velocity)
@@ -123,6 +134,16 @@ def autoguided(
       ValueError: for a scale that is not a finite scalar, or an interval that is not 0 <= first <= last <= 1.
       TypeError: for a model that cannot be called, or a scale or time that is not a number; when called, for parameters
         that are not ``Guided``.
+
+    Example:
+      >>> import jax.numpy as jnp
+      >>> from jflow import guidance
+      >>> def velocity(params, t, x, cond=None, *, key=None):
+      ...     return params * jnp.ones_like(x)
+      >>> guided = guidance.autoguided(velocity, velocity, scale=2.0)
+      >>> params = guidance.Guided(jnp.float32(3.0), jnp.float32(1.0))
+      >>> print(guided(params, 0.5, jnp.zeros(2, jnp.float32)))
+      [5. 5.]
     """
     good = parts.on_part(Guided, "strong", as_velocity("strong", strong))
     bad = parts.on_part(Guided, "weak", as_velocity("weak", weak))

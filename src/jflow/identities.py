@@ -1,11 +1,13 @@
 r"""The identities that a flow map obeys, as (prediction, target) of one sample; the residual is their difference.
 
-For the exact map each residual is zero, whichever parts are under a stop-gradient, which changes no value:
+For the exact map each residual is zero, whichever parts are under a stop-gradient, which changes no value.
+The residuals of the tangent, Eulerian, Lagrangian and semigroup identities are
 
-    tangent      v_{t,t}(x) - b_t(x)
-    Eulerian     v_{s,t}(x) - c_s(x) - (t-s) ( d/ds v_{s,t}(x) + grad v_{s,t}(x) c_s(x) )
-    Lagrangian   v_{s,t}(x) + (t-s) d/dt v_{s,t}(x) - c_t( X_{s,t}(x) )
-    semigroup    v_{s,t}(x) - (1-gamma) v_{s,u}(x) - gamma v_{u,t}( X_{s,u}(x) ),   u = gamma s + (1-gamma) t
+.. math::
+    R_T &= v_{t,t}(x) - b_t(x) \\
+    R_E &= v_{s,t}(x) - c_s(x) - (t-s) (\partial_s v_{s,t}(x) + \nabla v_{s,t}(x)\, c_s(x)) \\
+    R_L &= v_{s,t}(x) + (t-s)\, \partial_t v_{s,t}(x) - c_t(X_{s,t}(x)) \\
+    R_S &= v_{s,t}(x) - (1-\gamma) v_{s,u}(x) - \gamma v_{u,t}(X_{s,u}(x)), \quad u = \gamma s + (1-\gamma) t
 
 Here c is a velocity estimate (from the pair, the map's own diagonal, a teacher, ...), and v any function
 ``(s, t, x) -> v_{s,t}(x)``: a bound FlowMap's ``mean_velocity``, or one with conditioning filled in. With c the map's own
@@ -69,7 +71,7 @@ def forward_mode(function: Callable[..., Event], primals: tuple, *tangents: tupl
     """The value of a function and its exact directional derivatives along each tangent, with one pass for the value.
 
     Raises:
-      TypeError: for a function without forward-mode derivative, such as fused attention; the message names
+      TypeError: if the function has no forward-mode derivative, as fused attention has none; the message names
         ``central_difference``.
     """
     if len(tangents) == 1:
@@ -89,7 +91,8 @@ def finite_difference(step: Array | float) -> Derivative:
         traced, the function is evaluated outside. ``central_difference`` stays within.
 
     Raises:
-      ValueError: for a step of zero; TypeError if it is not a number.
+      ValueError: if the step is zero.
+      TypeError: if the step is not a number.
     """
     if not isinstance(step, jax.Array):
         checks.number("step", step)
@@ -113,7 +116,7 @@ def central_difference(step: Array | float) -> Derivative:
     The identities give it the interval in which the time may move without leaving [0, 1] or crossing s = t (a map of one
     direction is not trained beyond its diagonal), so that it also works at the ends of [0, 1] in eager calls, where a FlowMap
     refuses times outside. Called by itself, without an interval, it evaluates both sides. Where h does not fit on one side, the
-    difference is one-sided,
+    difference is one-sided::
 
         ( -3 f(p) + 4 f(p + h d) - f(p + 2 h d) )/(2h)
 
@@ -125,7 +128,8 @@ def central_difference(step: Array | float) -> Derivative:
         float32, 1e-5 float64.
 
     Raises:
-      ValueError: for a step that is not positive and finite; TypeError if it is not a number.
+      ValueError: if the step is not positive and finite.
+      TypeError: if the step is not a number.
     """
     if not isinstance(step, jax.Array):
         checks.number("step", step, low=0.0, open_low=True)
@@ -190,8 +194,7 @@ def target_interval(s: Time, t: Time) -> Interval:
 def within(derivative: Derivative, interval: Interval) -> Derivative:
     """The derivative for functions whose first argument is a time that must stay in [low, high].
 
-    ``central_difference`` then asks nowhere else; forward mode has no need to, and ``finite_difference`` and derivatives of
-    the caller's own are returned as they are.
+    ``central_difference`` then evaluates the function only within the interval. Other derivatives are returned unchanged.
     """
     limit = getattr(derivative, "within", None)
     return derivative if limit is None else limit(interval)
@@ -220,7 +223,16 @@ class _Scaled:
 
 
 def tangent(v: MeanVelocityFn, t: Time, x: Event, velocity: Event) -> Residual:
-    """v_{t,t}(x) - b: the map's diagonal against a velocity estimate at (t, x), which gets no gradient."""
+    """v_{t,t}(x) - b: the map's diagonal against a velocity estimate at (t, x), which gets no gradient.
+
+    Example:
+      >>> import jax.numpy as jnp
+      >>> from jflow import identities
+      >>> x = jnp.ones(2, jnp.float32)
+      >>> residual = identities.tangent(lambda s, t, x: -x, jnp.float32(0.5), x, jnp.zeros(2, jnp.float32))
+      >>> print(residual.difference)
+      [-1. -1.]
+    """
     prediction = v(t, t, x)
     return Residual(prediction, jax.lax.stop_gradient(velocity), trees.zeros_like(prediction))
 
@@ -253,7 +265,16 @@ def eulerian(
       The Residual.
 
     Raises:
-      ValueError: for an unknown ``stop``.
+      ValueError: if ``stop`` is not one of these.
+
+    Example:
+      >>> import jax.numpy as jnp
+      >>> from jflow import identities
+      >>> def v(s, t, x):  # the exact mean velocity of dx/dt = 2
+      ...     return 2.0 * jnp.ones_like(x)
+      >>> x, s, t = jnp.ones(2, jnp.float32), jnp.float32(0.25), jnp.float32(0.75)
+      >>> print(identities.eulerian(v, s, t, x, v(s, s, x)).difference)
+      [0. 0.]
     """
     checks.choice("stop", stop, ("target", "spatial", "velocity", "none"))
     sg = jax.lax.stop_gradient if stop != "none" else lambda leaf: leaf
@@ -304,7 +325,16 @@ def lagrangian(
       The Residual.
 
     Raises:
-      ValueError: for an unknown ``stop``.
+      ValueError: if ``stop`` is not one of these.
+
+    Example:
+      >>> import jax.numpy as jnp
+      >>> from jflow import identities
+      >>> def v(s, t, x):  # the exact mean velocity of dx/dt = 2
+      ...     return 2.0 * jnp.ones_like(x)
+      >>> x, s, t = jnp.ones(2, jnp.float32), jnp.float32(0.25), jnp.float32(0.75)
+      >>> print(identities.lagrangian(v, s, t, x, lambda t, x: v(t, t, x)).difference)
+      [0. 0.]
     """
     checks.choice("stop", stop, ("target", "velocity", "none"))
     derivative = within(derivative, target_interval(s, t))
@@ -329,7 +359,7 @@ def semigroup(
 ) -> Residual:
     """v_{s,t}(x) - (1-gamma) v_{s,u}(x) - gamma v_{u,t}( X_{s,u}(x) ), u = gamma s + (1-gamma) t: two jumps are one.
 
-    The residual of X is t - s times this one. Divided by 1 - gamma it is that of the map's source moved by u - s:
+    The residual of X is t - s times this one. Divided by 1 - gamma it is that of the map's source moved by u - s::
 
         (X_{s,t}(x) - X_{u,t}(x'))/(u - s),   x' = x + (u-s) first
 
@@ -347,7 +377,16 @@ def semigroup(
       The Residual; its tangent is ( v_{u,t}(x') - v_{s,t}(x) )/(u - s), zero at u = s.
 
     Raises:
-      ValueError: for an unknown ``stop``.
+      ValueError: if ``stop`` is not one of these.
+
+    Example:
+      >>> import jax.numpy as jnp
+      >>> from jflow import identities
+      >>> def v(s, t, x):  # the exact mean velocity of dx/dt = 2
+      ...     return 2.0 * jnp.ones_like(x)
+      >>> x, s, t = jnp.ones(2, jnp.float32), jnp.float32(0.25), jnp.float32(0.75)
+      >>> print(identities.semigroup(v, s, t, x, 0.5).difference)
+      [0. 0.]
     """
     checks.choice("stop", stop, ("target", "none"))
     legs = v if legs is None else legs

@@ -4,14 +4,16 @@ Every path gives alpha and beta, their divided differences alpha[s,t] = (alpha_t
 is finite and differentiable at s = t, its values at both ends, and the times at which it is singular. Derivatives in time
 come from automatic differentiation of alpha and beta.
 
-With w_t = alpha_t beta_t' - alpha_t' beta_t and the velocity b_t(x) = E[I_t' | I_t = x], for any base:
+With w_t = alpha_t beta_t' - alpha_t' beta_t and the velocity b_t(x) = E[I_t' | I_t = x], the expected data
+and noise are, for any base,
 
-    data   E[x1 | I_t = x] = (alpha b - alpha' x) / w
-    noise  E[x0 | I_t = x] = (beta' x - beta b) / w
+.. math::
+    E[x_1 | I_t = x] = (\alpha b - \dot\alpha x) / w, \qquad E[x_0 | I_t = x] = (\dot\beta x - \beta b) / w,
 
-and for a base N(m, diag(s^2)) that is independent of the data, entry by entry:
+and the score, for a base N(m, diag(s^2)) that is independent of the data, is entry by entry
 
-    score  grad log rho_t(x) = -(noise - m) / (alpha s^2) = (beta b - beta' x + w m) / (alpha w s^2)
+.. math::
+    \nabla \log \rho_t(x) = -(E[x_0 | I_t = x] - m) / (\alpha s^2) = (\beta b - \dot\beta x + w m) / (\alpha w s^2).
 """
 
 from __future__ import annotations
@@ -85,6 +87,13 @@ class Interpolant:
 
         Raises:
           ValueError: if x0 and x1 differ in structure or shape, or t is not a scalar.
+
+        Example:
+          >>> import jax.numpy as jnp
+          >>> from jflow import interpolants
+          >>> path = interpolants.linear()
+          >>> print(path.interpolate(0.25, jnp.zeros(2, jnp.float32), jnp.full(2, 8.0, jnp.float32)))
+          [2. 2.]
         """
         checks.time("t", t)
         checks.same_structure("x0", x0, "x1", x1)
@@ -95,6 +104,13 @@ class Interpolant:
 
         Raises:
           ValueError: if x0 and x1 differ in structure or shape, or t is not a scalar.
+
+        Example:
+          >>> import jax.numpy as jnp
+          >>> from jflow import interpolants
+          >>> path = interpolants.linear()
+          >>> print(path.derivative(0.25, jnp.zeros(2, jnp.float32), jnp.full(2, 8.0, jnp.float32)))
+          [8. 8.]
         """
         checks.same_structure("x0", x0, "x1", x1)
         c = self.coefficients(t)
@@ -135,7 +151,7 @@ def convert(
 ) -> Event:
     """Converts a prediction at (t, x) from one kind to another: velocity, score, noise or data.
 
-    Every kind is turned into the pair (noise, data) with alpha noise + beta data = x, and the pair into the target:
+    Every kind is turned into the pair (noise, data) with alpha noise + beta data = x, and the pair into the target::
 
         velocity -> noise = (beta' x - beta b)/w, data = (alpha b - alpha' x)/w     and back alpha' noise + beta' data
         score    -> noise = m - alpha s^2 score,  data = (x - alpha noise)/beta     and back -(noise - m)/(alpha s^2)
@@ -162,6 +178,13 @@ def convert(
       ValueError: for an unknown kind, if value and x differ in structure or shape, or for a score of a base that is not
         a ``bases.Normal`` or does not fit x.
       TypeError: for an object that is not a base.
+
+    Example:
+      >>> import jax.numpy as jnp
+      >>> from jflow import interpolants
+      >>> x, velocity = jnp.ones(2, jnp.float32), jnp.full(2, 2.0, jnp.float32)
+      >>> print(interpolants.convert(interpolants.linear(), jnp.float32(0.5), x, velocity, "velocity", "data"))
+      [2. 2.]
     """
     check(interpolant)
     checks.choice("source", source, KINDS)
@@ -201,7 +224,14 @@ def _score_of_noise(base: bases.Base, alpha: Array, noise: Event) -> Event:
 
 
 def linear() -> Interpolant:
-    """alpha = 1 - t, beta = t (2209.03003, 2210.02747)."""
+    """alpha = 1 - t, beta = t (2209.03003, 2210.02747).
+
+    Example:
+      >>> from jflow import interpolants
+      >>> path = interpolants.linear()
+      >>> float(path.alpha(0.25)), float(path.beta(0.25))
+      (0.75, 0.25)
+    """
     return Interpolant(
         "linear",
         alpha=lambda t: 1.0 - jnp.asarray(t),
@@ -212,7 +242,14 @@ def linear() -> Interpolant:
 
 
 def trigonometric() -> Interpolant:
-    """alpha = cos(pi t / 2), beta = sin(pi t / 2) (2209.15571, 2410.11081)."""
+    """alpha = cos(pi t / 2), beta = sin(pi t / 2) (2209.15571, 2410.11081).
+
+    Example:
+      >>> from jflow import interpolants
+      >>> path = interpolants.trigonometric()
+      >>> round(float(path.alpha(0.5)), 4), round(float(path.beta(0.5)), 4)
+      (0.7071, 0.7071)
+    """
     half = 0.5 * jnp.pi
     # cos b - cos a = -2 sin((a + b)/2) sin((b - a)/2), and jnp.sinc is smooth at zero to every order.
     return Interpolant(

@@ -36,7 +36,14 @@ class Parameterization:
     singular: tuple[float, ...] = ()
 
     def jump_coefficients(self, s: Time, t: Time) -> tuple[Array, Array]:
-        """(A, B) of X_{s,t}(x) = A x + B net, with A = 1 + (t - s) a and B = (t - s) c."""
+        """(A, B) of X_{s,t}(x) = A x + B net, with A = 1 + (t - s) a and B = (t - s) c.
+
+        Example:
+          >>> from jflow import parameterizations
+          >>> a, b = parameterizations.mean_velocity_form().jump_coefficients(0.25, 0.75)
+          >>> float(a), float(b)
+          (1.0, 0.5)
+        """
         a, c = self.coefficients(s, t)
         gap = jnp.asarray(t) - jnp.asarray(s)
         return 1.0 + gap * a, gap * c
@@ -66,6 +73,13 @@ def data_form(interpolant: Interpolant, clamp: float = 0.05) -> Parameterization
 
     Raises:
       ValueError: for a clamp outside (0, 1]; TypeError if it is not a number, or for anything but an Interpolant.
+
+    Example:
+      >>> from jflow import interpolants, parameterizations
+      >>> form = parameterizations.data_form(interpolants.linear())
+      >>> a, b = form.jump_coefficients(0.5, 1.0)
+      >>> round(float(a), 4), round(float(b), 4)
+      (0.0, 1.0)
     """
     interpolants.check(interpolant)
     checks.number("clamp", clamp, low=0.0, high=1.0, open_low=True)
@@ -174,6 +188,15 @@ def flow_map(apply: NetworkApply, parameterization: Parameterization, domain: Do
       ValueError: (when called) for a time that is not a scalar, or a network whose output is not shaped like x.
       TypeError: for a network that cannot be called, or a form that is not a Parameterization; (when called) for an x or an
         output that is not floating point.
+
+    Example:
+      >>> import jax.numpy as jnp
+      >>> from jflow import flow_map, interpolants, parameterizations
+      >>> def net(params, s, t, x, cond=None, *, key=None):
+      ...     return params * jnp.ones_like(x)
+      >>> form = parameterizations.mean_velocity_form(interpolants.linear())
+      >>> print(flow_map(net, form).jump(jnp.float32(2.0), 0.0, 0.5, jnp.zeros(2, jnp.float32)))
+      [1. 1.]
     """
     _check_network(apply)
     if not isinstance(parameterization, Parameterization):
@@ -221,7 +244,7 @@ def from_velocity(
 ) -> FlowMap:
     r"""A FlowMap that starts from a velocity. Its diagonal is exactly that velocity, before and after training.
 
-        v_{s,t}(x) = b_s(x) + (t - s) net(s, t, x),     v_{t,t} = b_t
+    .. math:: v_{s,t}(x) = b_s(x) + (t - s)\, \mathrm{net}(s, t, x), \qquad v_{t,t} = b_t
 
     The velocity is taken at the source, since x is a point of time s. By Taylor's formula the network's target is then
     finite: (d/ds b + grad b b)/2 as t -> s. With an output layer that starts at zero (that of ``nets.MLP``) the

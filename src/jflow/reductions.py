@@ -1,7 +1,7 @@
 r"""Reductions: from one sample's residual D = prediction - target to its loss, a scalar.
 
 Every reduction has the signature ``(params, s, t, difference) -> loss``; only the learned ones read the first three.
-|D|^2 is the sum over all leaves and axes of the event. With sg the stop-gradient:
+``|D|^2`` is the sum over all leaves and axes of the event. With sg the stop-gradient::
 
     squared            |D|^2
     adaptive           |D|^2 / sg(|D|^2 + c)^p                       (2505.13447)
@@ -10,8 +10,8 @@ Every reduction has the signature ``(params, s, t, difference) -> loss``; only t
     learned            e^{-w} |D|^2 + w, w = w(s, t)                 (2312.02696)
     learned Cauchy     log(1 + e^{-w} |D|^2) + w/2                   (2510.24474)
 
-``per_entry`` makes |D|^2 a mean over entries. Three more replace the value of D, keep its derivative, and apply any of the
-above (``then``):
+``per_entry`` makes ``|D|^2`` a mean over entries. Three more replace the value of D, keep its derivative, and apply any of the
+above (``then``)::
 
     normalised         D/(|D| + c): the tangent normalisation of 2410.11081 and 2506.14603
     clipped            D min(1, c/|D|)
@@ -52,13 +52,21 @@ def check(name: str, reduction: Reduction) -> None:
 
 
 def squared(params: Params, s: Time, t: Time, difference: Event) -> Array:
-    """|D|^2."""
+    """The squared norm, ``|D|^2``.
+
+    Example:
+      >>> import jax.numpy as jnp
+      >>> from jflow import reductions
+      >>> difference = jnp.array([3.0, 4.0], jnp.float32)
+      >>> round(float(reductions.squared(None, 0.0, 1.0, difference)), 4)
+      25.0
+    """
     del params, s, t
     return trees.sq_norm(difference)
 
 
 def weighted(weight: Callable[[Array], Array]) -> Reduction:
-    """sg(weight(|D|^2)) |D|^2: the family of which ``adaptive`` is a member.
+    """The squared norm with a weight that depends on it and has no gradient, ``sg(weight(|D|^2)) |D|^2``; ``adaptive`` is one.
 
     Raises:
       TypeError: for a weight that is not a function of one argument.
@@ -74,11 +82,18 @@ def weighted(weight: Callable[[Array], Array]) -> Reduction:
 
 
 def adaptive(p: float = 1.0, c: float = 0.01) -> Reduction:
-    """|D|^2 / sg(|D|^2 + c)^p.
+    """The squared norm with MeanFlow's adaptive weight, ``|D|^2 / sg(|D|^2 + c)^p``.
 
     Raises:
       ValueError: if p is negative or c not positive; when called, if c^p or its inverse is not a normal number of the
-        dtype of |D|^2. TypeError if they are not numbers.
+        dtype of ``|D|^2``. TypeError if they are not numbers.
+
+    Example:
+      >>> import jax.numpy as jnp
+      >>> from jflow import reductions
+      >>> difference = jnp.array([3.0, 4.0], jnp.float32)
+      >>> round(float(reductions.adaptive()(None, 0.0, 1.0, difference)), 4)
+      0.9996
     """
     checks.number("p", p, low=0.0)
     checks.number("c", c, low=0.0, open_low=True)
@@ -109,11 +124,18 @@ def shaped(shape: Callable[[Event], Event], then: Reduction = squared) -> Reduct
 
 
 def normalised(c: float = 0.1, then: Reduction = squared) -> Reduction:
-    """``then`` of D/(|D| + c), with the derivative of D.
+    """Tangent normalisation: ``then`` of ``D/(|D| + c)``, with the derivative of D.
 
     Raises:
-      ValueError: if c is not positive; when called, if c or its inverse is not a normal number of the dtype of |D|.
+      ValueError: if c is not positive; when called, if c or its inverse is not a normal number of the dtype of ``|D|``.
       TypeError: if it is not a number, or for anything but a reduction.
+
+    Example:
+      >>> import jax.numpy as jnp
+      >>> from jflow import reductions
+      >>> difference = jnp.array([3.0, 4.0], jnp.float32)
+      >>> round(float(reductions.normalised()(None, 0.0, 1.0, difference)), 4)
+      0.9612
     """
     checks.number("c", c, low=0.0, open_low=True)
 
@@ -127,10 +149,17 @@ def normalised(c: float = 0.1, then: Reduction = squared) -> Reduction:
 
 
 def clipped(c: float = 1.0, then: Reduction = squared) -> Reduction:
-    """``then`` of D min(1, c/|D|), with the derivative of D.
+    """Clipping: ``then`` of ``D min(1, c/|D|)``, with the derivative of D.
 
     Raises:
       ValueError: if c is not positive; TypeError if it is not a number, or for anything but a reduction.
+
+    Example:
+      >>> import jax.numpy as jnp
+      >>> from jflow import reductions
+      >>> difference = jnp.array([3.0, 4.0], jnp.float32)
+      >>> round(float(reductions.clipped(c=1.0)(None, 0.0, 1.0, difference)), 4)
+      1.0
     """
     checks.number("c", c, low=0.0, open_low=True)
     shape = shaped(lambda d: trees.scale(c / jnp.maximum(jnp.sqrt(trees.sq_norm(d)), c), d), then)
@@ -149,13 +178,20 @@ def clamped(c: float = 1.0, then: Reduction = squared) -> Reduction:
 
 
 def per_entry(then: Reduction = squared) -> Reduction:
-    """``then`` of D/sqrt(d), d counting the entries of the event: |D|^2 becomes its mean over the entries.
+    """``then`` of D/sqrt(d), d counting the entries of the event: ``|D|^2`` becomes its mean over the entries.
 
     Published losses are often means over pixels and channels. A cut-off of entries goes outside:
     ``clamped(1.0, then=per_entry(adaptive(0.5, 1e-3)))``.
 
     Raises:
       TypeError: for anything but a reduction. ValueError when called, for an event without entries.
+
+    Example:
+      >>> import jax.numpy as jnp
+      >>> from jflow import reductions
+      >>> difference = jnp.array([3.0, 4.0], jnp.float32)
+      >>> round(float(reductions.per_entry()(None, 0.0, 1.0, difference)), 4)
+      12.5
     """
     check("then", then)
 
@@ -184,15 +220,22 @@ def scaled(factor: float, of: Reduction) -> Reduction:
 
 
 def pseudo_huber(c: float = 0.03, *, times_root_size: bool = False) -> Reduction:
-    """sqrt(|D|^2 + c^2) - c; with c = 0 it is |D|, whose gradient at D = 0 is taken as zero.
+    """The pseudo-Huber loss, ``sqrt(|D|^2 + c^2) - c``; with c = 0 it is ``|D|``, whose gradient at D = 0 is taken as zero.
 
     Args:
-      c: in the units of |D|, at least 0.
+      c: in the units of ``|D|``, at least 0.
       times_root_size: whether c is multiplied with sqrt(d), d counting the entries of the event: 0.00054 sqrt(d) in
         improved consistency training (2310.14189).
 
     Raises:
       ValueError: if c is negative; TypeError if it is not a number.
+
+    Example:
+      >>> import jax.numpy as jnp
+      >>> from jflow import reductions
+      >>> difference = jnp.array([3.0, 4.0], jnp.float32)
+      >>> round(float(reductions.pseudo_huber(c=1.0)(None, 0.0, 1.0, difference)), 4)
+      4.099
     """
     checks.number("c", c, low=0.0)
 
@@ -209,11 +252,18 @@ def pseudo_huber(c: float = 0.03, *, times_root_size: bool = False) -> Reduction
 
 
 def cauchy(c: float = 1.0) -> Reduction:
-    """(c^2/2) log(1 + |D|^2/c^2).
+    """The Cauchy loss, ``(c^2/2) log(1 + |D|^2/c^2)``.
 
     Raises:
-      ValueError: if c is not positive; when called, if c^2 is not a normal number of the dtype of |D|^2.
+      ValueError: if c is not positive; when called, if c^2 is not a normal number of the dtype of ``|D|^2``.
       TypeError: if it is not a number.
+
+    Example:
+      >>> import jax.numpy as jnp
+      >>> from jflow import reductions
+      >>> difference = jnp.array([3.0, 4.0], jnp.float32)
+      >>> round(float(reductions.cauchy()(None, 0.0, 1.0, difference)), 4)
+      1.629
     """
     checks.number("c", c, low=0.0, open_low=True)
 
@@ -233,7 +283,7 @@ def cauchy(c: float = 1.0) -> Reduction:
 def learned(log_weight: Callable[[Params, Time, Time], Array], of: Reduction = squared) -> Reduction:
     """e^{-w} of(D) + w with w = log_weight(params, s, t), a scalar trained along; at its optimum e^w = E[of(D)].
 
-    Divide w by the event's size beforehand if |D|^2 should count per dimension.
+    Divide w by the event's size beforehand if ``|D|^2`` should count per dimension.
 
     Raises:
       TypeError: for a log_weight that is not a function of three arguments, or anything but a reduction.
@@ -250,7 +300,7 @@ def learned(log_weight: Callable[[Params, Time, Time], Array], of: Reduction = s
 
 
 def learned_cauchy(log_weight: Callable[[Params, Time, Time], Array]) -> Reduction:
-    """log(1 + e^{-w} |D|^2) + w/2 with w = log_weight(params, s, t): a Cauchy density's, of scale e^{w/2} trained along.
+    """The Cauchy loss of learned scale e^{w/2}: ``log(1 + e^{-w} |D|^2) + w/2`` with w = log_weight(params, s, t).
 
     Raises:
       TypeError: for a log_weight that is not a function of three arguments.

@@ -1,5 +1,7 @@
 r"""Reports: numbers for a person to look at. Each kind defines how it is averaged over rows, steps and devices.
 
+The kinds::
+
     Mean(total, count)     total/count; totals and counts add up: means over rows, also by bins
     RootMean(total, count) sqrt(total/count)
     Residual(square, by)   the mean square of a term's residual, with means by bins; watched for explosions
@@ -62,6 +64,13 @@ class Mean(NamedTuple):
     Attributes:
       total: the sum of the values.
       count: the number of values, shaped like ``total``; with weights, the sum of the weights.
+
+    Example:
+      >>> import jax.numpy as jnp
+      >>> from jflow import reports
+      >>> mean = reports.Mean(jnp.float32(6.0), jnp.float32(3.0))
+      >>> float(mean.total / mean.count)
+      2.0
     """
 
     total: Values

@@ -1,5 +1,7 @@
 """Samples from the shell: draws from a run's newest checkpoint, or from a model that a function of yours makes.
 
+For example::
+
     python -m jflow.sample runs/digits --jumps 1 --n 64 --out grid.png
     python -m jflow.sample my_module:make --solver tsit5 --n 10000 --out samples.npy
 

@@ -1,5 +1,7 @@
 r"""Layouts of arrays on devices: batches spread over a mesh, states whole or in parts, solves on each device alone.
 
+For example::
+
     mesh = sharding.mesh(fsdp=4)                        # of 8 devices: data 2 x fsdp 4
     state = sharding.init(make_state, mesh, key)        # parameters in four parts, nothing whole on any device
     chunk = make_chunk(step, dataset.batch, batch_sharding=sharding.rows(mesh), state_sharding=sharding.parts(state, mesh))
@@ -41,6 +43,12 @@ def mesh(fsdp: int = 1, devices: Sequence[Device] | None = None) -> Mesh:
 
     Raises:
       ValueError: when ``fsdp`` does not divide the number of devices; TypeError if it is not a whole number.
+
+    Example:
+      >>> from jflow import sharding
+      >>> mesh = sharding.mesh()
+      >>> mesh.axis_names
+      ('data', 'fsdp')
     """
     devices = jax.devices() if devices is None else list(devices)
     checks.integer("fsdp", fsdp, low=1)

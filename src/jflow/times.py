@@ -77,6 +77,13 @@ def uniform(low: float = 0.0, high: float = 1.0, *, stratified: bool = False) ->
 
     Raises:
       ValueError: unless 0 <= low < high <= 1; TypeError if they are not numbers.
+
+    Example:
+      >>> import jax
+      >>> from jflow import times
+      >>> t = times.uniform(0.2, 0.4)(jax.random.key(0), 8)
+      >>> t.shape, bool((t >= 0.2).all() and (t <= 0.4).all())
+      ((8,), True)
     """
     checks.number("low", low, low=0.0, high=1.0)
     checks.number("high", high, low=low, high=1.0, open_low=True)
@@ -96,6 +103,13 @@ def logit_normal(mean: float = 0.0, std: float = 1.0) -> Law:
 
     Raises:
       ValueError: if std is not positive; TypeError if they are not numbers.
+
+    Example:
+      >>> import jax
+      >>> from jflow import times
+      >>> t = times.logit_normal(-0.4, 1.0)(jax.random.key(0), 8)
+      >>> bool((t > 0.0).all() and (t < 1.0).all())
+      True
     """
     checks.number("mean", mean)
     checks.number("std", std, low=0.0, open_low=True)
@@ -111,6 +125,12 @@ def constant(value: float) -> Law:
 
     Raises:
       ValueError: if it is outside [0, 1]; TypeError if it is not a number.
+
+    Example:
+      >>> import jax
+      >>> from jflow import times
+      >>> print(times.constant(0.5)(jax.random.key(0), 3))
+      [0.5 0.5 0.5]
     """
     checks.number("value", value, low=0.0, high=1.0)
     return named("constant", lambda key, n: jnp.full((n,), value), value=value)
@@ -120,6 +140,13 @@ def triangle(*, stratified: bool = False) -> PairLaw:
     """Uniform on the triangle 0 <= s < t <= 1; ``stratified`` draws the gap t - s from one stratum for each row.
 
     The gap has density 2 (1 - g), hence g = 1 - sqrt(1 - u) with u uniform; s is uniform on [0, 1 - g].
+
+    Example:
+      >>> import jax
+      >>> from jflow import times
+      >>> s, t = times.triangle()(jax.random.key(0), 8)
+      >>> bool((s <= t).all())
+      True
     """
     position = uniform(stratified=stratified)
 
@@ -166,6 +193,13 @@ def independent(source: Law, target: Law) -> PairLaw:
 
     Raises:
       ValueError, TypeError: for anything but laws of one time.
+
+    Example:
+      >>> import jax
+      >>> from jflow import times
+      >>> s, t = times.independent(times.constant(0.0), times.constant(1.0))(jax.random.key(0), 2)
+      >>> print(s, t)
+      [0. 0.] [1. 1.]
     """
     _check_one("source", source)
     _check_one("target", target)

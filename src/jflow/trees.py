@@ -44,7 +44,7 @@ def combine(a: Scalar, x: Tree, b: Scalar, y: Tree) -> Tree:
 
 
 def sq_norm(x: PyTree) -> Array:
-    """|x|^2, summed over all leaves and axes, accumulated in at least float32; a scalar."""
+    """The squared norm ``|x|^2``, summed over all leaves and axes, accumulated in at least float32; a scalar."""
     dtype = at_least_float32(x)
     return sum((jnp.sum(jnp.square(leaf.astype(dtype))) for leaf in jax.tree.leaves(x)), start=jnp.zeros((), dtype))
 

@@ -4,6 +4,8 @@ Time runs from t = 0, the base (noise), to t = 1, the data. ``s`` is the source 
 generation has s < t, encoding s > t. All functions work on one sample: ``s`` and ``t`` are scalars, ``x`` is a
 pytree of arrays of any event shape, and callers ``jax.vmap``.
 
+The types::
+
     Velocity:  (params, t, x, cond=None, *, key=None)     -> b_t(x)
     FlowMap:   (params, s, t, x, cond=None, *, key=None)  -> v_{s,t}(x),  the mean velocity
 """
@@ -102,10 +104,10 @@ class Domain:
         return inside & (allowed | (np.abs(t - s) <= rounding))
 
     def check_times(self, s: Time, t: Time) -> None:
-        """Refuses scalar times outside [0, 1] and a jump outside the domain; traced times cannot be looked at and pass.
+        """Raises an error for times outside [0, 1] or a jump outside the domain. Traced times are not checked.
 
         Raises:
-          ValueError: naming the time or the jump, or for times that are not scalars.
+          ValueError: if a time is not a scalar or outside [0, 1], or the jump is outside the domain.
         """
         checks.time("s", s)
         checks.time("t", t)
@@ -118,12 +120,12 @@ class Domain:
             )
 
     def check_grid(self, grid: Sequence[float] | Array | np.ndarray) -> None:
-        """Refuses a grid of times with a jump outside the domain.
+        """Raises an error for a grid of times with a jump outside the domain.
 
-        Traced grids cannot be looked at and pass; check them before ``jit``.
+        Traced grids are not checked; check them before ``jit``.
 
         Raises:
-          ValueError: naming the first jump outside, or a grid that is not one-dimensional with two entries or more.
+          ValueError: if a jump is outside the domain, or the grid is not one-dimensional with at least two entries.
         """
         values = checks.concrete(grid)
         if values is None:
@@ -155,7 +157,8 @@ def dyadic(levels: int) -> Domain:
     """The dyadic grid of the shortcut model: multiples of 2^-levels, gaps that are powers of two.
 
     Raises:
-      ValueError: for a number of levels that is not between 1 and ``FINEST_LEVELS``; TypeError if it is not whole.
+      ValueError: if ``levels`` is not between 1 and ``FINEST_LEVELS``.
+      TypeError: if ``levels`` is not an integer.
     """
     checks.integer("levels", levels, low=1, high=FINEST_LEVELS)
     return Domain(f"dyadic grid of {2**levels} cells, s <= t", levels=levels)
@@ -163,23 +166,32 @@ def dyadic(levels: int) -> Domain:
 
 @dataclasses.dataclass(frozen=True)
 class FlowMap:
-    """A flow map, given by its mean velocity.
+    r"""A flow map, given by its mean velocity v. Its jump X and its velocity b are
 
-        jump      X_{s,t}(x) = x + (t - s) v_{s,t}(x)
-        velocity  b_t(x)     = v_{t,t}(x)
+    .. math:: X_{s,t}(x) = x + (t - s)\, v_{s,t}(x), \qquad b_t(x) = v_{t,t}(x).
 
     Attributes:
       mean_velocity: ``(params, s, t, x, cond=None, *, key=None) -> v_{s,t}(x)``, of one sample.
       domain: where the map is defined.
       jump_override: a more accurate X_{s,t}, where one exists (an oracle's closed form).
       velocity_override: a more accurate or cheaper v_{t,t} (a closed form, or a head of its own).
-      form: the name of the parameterization that it was made with, "" where there is none: some methods need one.
+      form: the name of the parameterization that made the map, or "". Some methods require a form.
 
     Its functions raise ValueError for times that are not scalars, and for concrete times outside [0, 1] or a jump outside
-    the domain; traced times cannot be looked at.
+    the domain. Traced times are not checked.
 
-    What the functions return is cast to the dtypes of x, leaf by leaf; a ValueError or TypeError says where its shapes are
-    not those of x, or its leaves are not floating-point.
+    Outputs are cast to the dtypes of x, leaf by leaf. The functions raise ValueError if the shapes differ from those of x,
+    and TypeError if a leaf is not floating-point.
+
+    Example:
+      >>> import jax.numpy as jnp
+      >>> from jflow import FlowMap
+      >>> flow_map = FlowMap(lambda params, s, t, x, cond=None, *, key=None: params * jnp.ones_like(x))
+      >>> x = jnp.zeros(2, jnp.float32)
+      >>> print(flow_map.jump(jnp.float32(3.0), 0.0, 0.5, x))
+      [1.5 1.5]
+      >>> print(flow_map.velocity(jnp.float32(3.0), 0.5, x))
+      [3. 3.]
     """
 
     mean_velocity: MeanVelocity
@@ -216,7 +228,15 @@ class FlowMap:
         return self.mean_velocity(params, t, t, x, cond, key=key)
 
     def bind(self, params: Params) -> BoundFlowMap:
-        """The same map with its first argument filled in."""
+        """The same map with its first argument filled in.
+
+        Example:
+          >>> import jax.numpy as jnp
+          >>> from jflow import FlowMap
+          >>> bound = FlowMap(lambda params, s, t, x, cond=None, *, key=None: params * x).bind(jnp.float32(2.0))
+          >>> print(bound.jump(0.0, 1.0, jnp.ones(2, jnp.float32)))
+          [3. 3.]
+        """
         return BoundFlowMap(self, params)
 
 
@@ -303,7 +323,7 @@ def as_velocity(name: str, model: Velocity | FlowMap) -> Velocity:
       outside [0, 1] or an output that is not shaped like x, and TypeError for an output that is not floating-point.
 
     Raises:
-      TypeError: for anything else, a network of two times included.
+      TypeError: if ``model`` is neither, for example a network of two times.
     """
     if isinstance(model, FlowMap):
         return model.velocity
@@ -321,12 +341,12 @@ def as_velocity(name: str, model: Velocity | FlowMap) -> Velocity:
 
 
 def as_flow_map(name: str, model: Velocity | FlowMap) -> FlowMap:
-    """The model as a FlowMap: itself, or one that has the velocity as its diagonal and nothing off it.
+    """Converts a model to a FlowMap. A FlowMap is returned unchanged.
 
-    Off the diagonal the FlowMap of a Velocity raises ValueError: it has no jumps.
+    The FlowMap of a Velocity is defined for s = t only; its jumps raise ValueError.
 
     Raises:
-      TypeError: for what is neither a Velocity nor a FlowMap.
+      TypeError: if ``model`` is neither a Velocity nor a FlowMap.
     """
     if isinstance(model, FlowMap):
         return model
@@ -343,7 +363,7 @@ class Batch(NamedTuple):
 
     Attributes:
       x1: data, ``[B, ...]`` (a pytree of such).
-      x0: base points paired with it by a coupling, or None, and the objective draws them independently.
+      x0: base points paired with x1, ``[B, ...]``. If None, the objective draws them independently.
       cond: conditioning, ``[B, ...]`` leaves, or None.
     """
 
@@ -357,10 +377,10 @@ BatchLike: TypeAlias = Batch | Array | np.ndarray | dict[str, Any]
 
 
 def as_batch(batch: BatchLike, name: str = "batch") -> Batch:
-    """A Batch as it is; an array as its data; a dictionary with the keys x1, x0 and cond, of which x1 or x0 is there.
+    """Converts a batch: an array is its data, and a dictionary has the keys x1, x0 and cond, at least x1 or x0.
 
     Raises:
-      TypeError: for anything else. A plain tuple could mean (data, labels) as well as (data, base points).
+      TypeError: if ``batch`` is of another type. A plain tuple could mean (data, labels) as well as (data, base points).
       ValueError: for values of a host array that do not fit the dtype that jax makes of them (``checks.fits``).
     """
     if isinstance(batch, (jax.Array, np.ndarray)):

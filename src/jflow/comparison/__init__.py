@@ -1,5 +1,7 @@
 r"""Comparison: errors, sample distances, cost and time of any models, against a tight solve or the truth.
 
+For example::
+
     table = comparison.compare(
         [
             comparison.Entry("map", flow_map, params, steps=(1, 2, 4, 8)),
@@ -12,7 +14,7 @@ r"""Comparison: errors, sample distances, cost and time of any models, against a
 
 A row of the table is one way from noise to data: K jumps of a FlowMap, a Diffrax solve of a Velocity or of a FlowMap's
 diagonal, or a sampler with noise of its own. All rows start from the same x0. From the shell, of a model that a function of
-yours makes, or of a run's newest checkpoint:
+yours makes, or of a run's newest checkpoint::
 
     python -m jflow.comparison my_module:make --steps 1 2 4 8 --solvers euler heun tsit5
     python -m jflow.comparison runs/digits --out runs/digits/comparison

@@ -55,6 +55,8 @@ class Way:
 class Entry:
     """A model and how it is run: a line of the figure, with one row of the table for each number of steps or tolerance.
 
+    For example::
+
         Entry("map", flow_map, params)                                      1, 2, 4 and 8 jumps
         Entry("euler", velocity, params, solver="euler", steps=(8, 100))    solves of fixed steps
         Entry("tsit5", flow_map, params, solver="tsit5", tolerances=(1e-2, 1e-4))
@@ -77,6 +79,13 @@ class Entry:
       ValueError: naming the field: for steps outside the map's domain, a solver together with a sampler, a Velocity with
         neither, steps or tolerances that have no effect, and as ``solvers.Options``.
       TypeError: for values of the wrong type.
+
+    Example:
+      >>> from jflow import FlowMap, comparison
+      >>> flow_map = FlowMap(lambda params, s, t, x, cond=None, *, key=None: x)
+      >>> entry = comparison.Entry("map", flow_map, steps=(1, 2))
+      >>> entry.name, entry.steps
+      ('map', (1, 2))
     """
 
     name: str

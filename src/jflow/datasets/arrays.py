@@ -5,7 +5,7 @@ step sees the batches it would have seen. The arrays are passed as ``data``, nev
 
 An epoch visits every row exactly once, and nothing is dropped: positions p = step * B, ..., step * B + B - 1 run on
 across epochs, epoch p // N and place p % N, and row = permutation_epoch(place). The permutation is a swap-or-not
-shuffle (Hoang, Morris and Rogaway, 2012), computed place by place without a table: in round r, with random k_r,
+shuffle (Hoang, Morris and Rogaway, 2012), computed place by place without a table: in round r, with random k_r::
 
     x  <-  either x or (k_r - x) mod N,   by one bit hashed from the larger of the two,
 
@@ -32,6 +32,8 @@ ROUNDS = 24
 class ArrayDataset:
     """Rows of arrays in memory, in a new random order every epoch.
 
+    For example::
+
         dataset = ArrayDataset(Batch(x1=images, cond=labels), batch_size=128, seed=0)
         chunk = make_chunk(step, dataset.batch)
         fit(state, chunk, dataset.data, ...)
@@ -50,6 +52,15 @@ class ArrayDataset:
       ValueError: when leading axes differ, there are no rows, N or B is 2^28 or more, or a value does not fit the dtype
         that it gets on the device: an int64 beyond int32, a finite float64 beyond float32. The message names the leaf.
       TypeError: for arrays that hold no numbers.
+
+    Example:
+      >>> import jax
+      >>> import jax.numpy as jnp
+      >>> from jflow import datasets
+      >>> dataset = datasets.ArrayDataset(jnp.arange(6.0, dtype=jnp.float32), batch_size=3)
+      >>> batch = dataset.batch(dataset.data, jnp.int32(0))
+      >>> batch.shape
+      (3,)
     """
 
     def __init__(self, data: PyTree, batch_size: int, seed: int = 0, *, mesh: Mesh | None = None) -> None:
@@ -92,6 +103,14 @@ class SampledDataset:
       sampler: ``(key, n) -> x1 [n, ...]``, or a Batch of n rows; traced.
       batch_size: rows per batch.
       seed: of the samples.
+
+    Example:
+      >>> import jax
+      >>> import jax.numpy as jnp
+      >>> from jflow import datasets
+      >>> dataset = datasets.SampledDataset(datasets.checkerboard, batch_size=4)
+      >>> dataset.batch(dataset.data, jnp.int32(0)).x1.shape
+      (4, 2)
     """
 
     sampler: Callable[[Key, int], Any]
@@ -124,7 +143,7 @@ class CoupledDataset(ArrayDataset):
     Args:
       pairs: a Batch with x0.
       batch_size, seed: as in ArrayDataset.
-      cost: mean |x1 - x0|^2 of the pairs, in squared units of the data.
+      cost: the mean ``|x1 - x0|^2`` of the pairs, in squared units of the data.
       independent_cost: the same of the points before they were paired.
 
     Raises:
@@ -146,6 +165,8 @@ def coupled(
     base: bases.Base = bases.STANDARD_NORMAL,
 ) -> CoupledDataset:
     """Minibatches of a dataset, each paired with base points on the host, once, as a pool of rows to train on.
+
+    For example::
 
         pool = coupled(SampledDataset(checkerboard, batch_size=512), batches=100)
         chunk = make_chunk(step, pool.batch)
@@ -178,6 +199,12 @@ def coupled(
       ValueError, TypeError: for numbers out of range or of the wrong type, batches that are paired already, and as
         ``couple``.
       ImportError: as ``couple``.
+
+    Example:
+      >>> from jflow import datasets
+      >>> pool = datasets.coupled(datasets.SampledDataset(datasets.checkerboard, batch_size=8), batches=1)
+      >>> pool.cost < pool.independent_cost
+      True
     """
     checks.integer("batches", batches, low=1, high=2**31 - 1)
     independent = couplings.Independent(base)

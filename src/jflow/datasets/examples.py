@@ -65,6 +65,14 @@ def checkerboard(key: Key, n: int, dtype: jax.typing.DTypeLike = jnp.float32) ->
     """Samples [n, 2], uniform on the cells (i, j) with i + j even of a 4x4 board on [-1, 1]^2 (2505.18825).
 
     Mean 0, standard deviation ``CHECKERBOARD_STD`` in each coordinate, covariance 1/16, entropy log 2 nats.
+
+    Example:
+      >>> import jax
+      >>> import jax.numpy as jnp
+      >>> from jflow import datasets
+      >>> x = datasets.checkerboard(jax.random.key(0), 8)
+      >>> x.shape, bool((abs(x) <= 1.0).all())
+      ((8, 2), True)
     """
     column_key, row_key, place_key = jax.random.split(key, 3)
     i = jax.random.randint(column_key, (n,), 0, 4)

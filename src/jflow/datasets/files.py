@@ -1,5 +1,7 @@
 """Data in files: sources that read one row at a time, and a pipeline that makes shuffled, resumable batches of them.
 
+For example::
+
     source = images("faces", size=64)
     feed = Feed(pipeline(source, batch_size=256, seed=0), sharding=sharding.rows(mesh))
 
@@ -76,6 +78,16 @@ def npz(path: Path, x1: str = "x1", cond: str | None = None) -> Rows:
     Raises:
       FileNotFoundError: when there is no such file.
       ValueError: if it is not an .npz file, lacks a name, or holds arrays of objects, of no rows, or of different numbers.
+
+    Example:
+      >>> import pathlib, tempfile
+      >>> import numpy as np
+      >>> from jflow import datasets
+      >>> with tempfile.TemporaryDirectory() as folder:
+      ...     path = pathlib.Path(folder) / "data.npz"
+      ...     np.savez(path, x1=np.zeros((5, 2), np.float32))
+      ...     print(len(datasets.npz(path)))
+      5
     """
     path = existing("npz", path, "an .npz file, as numpy.savez writes it", folder=False)
     try:
@@ -91,6 +103,8 @@ def npz(path: Path, x1: str = "x1", cond: str | None = None) -> Rows:
 
 def array_folder(directory: Path) -> Rows:
     """The rows of all .npy files in a folder, which are mapped, and read row by row.
+
+    The files::
 
         NAME.npy        x1, [n, ...]
         NAME.cond.npy   its conditioning, [n, ...]; for all files or for none

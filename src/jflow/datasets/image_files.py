@@ -59,6 +59,8 @@ class Images:
 def images(directory: Path, size: int | None = None, *, channels: int = 3) -> Images:
     """Image files, level/127.5 - 1 of 256 levels; where they lie in sub-folders, with labels.
 
+    The files::
+
         directory/NAME.png            no labels
         directory/CLASS/.../NAME.png  cond = the place of CLASS among the names of the sub-folders
 

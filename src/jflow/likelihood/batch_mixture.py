@@ -1,18 +1,19 @@
 r"""The density of a sampler that adds noise between its jumps, given the batch that ran: a mixture over its samples.
 
 The density of the last state of ``samplers.renoise`` is an integral over all states before it. But of N samples drawn
-together, the states before the last jump, at time t,
+together, the states before the last jump, at time t::
 
     x_n = c_n + sigma z_n,    c_n = Info.centre of ``samplers.Renoise`` (the step without its noise),    sigma = Info.noise
 
-are, given those centres, one draw from each of the N components of
+are, given those centres, one draw from each of the N components of::
 
     m(x) = 1/N sum_n N(x; c_n, sigma^2)
 
-and the last jump carries m as it would any base: log q(X_{t,1}(x)) = log m(x) - log|det grad X_{t,1}(x)|, where that jump does
-not fold (where it does, ``weights`` says what the sign is for). Weights target/q are unbiased, E[ 1/N sum_n target(x_n)/q(x_n)
-f(x_n) ] = int target f: importance sampling from several proposals with the balance heuristic. The samples are then one from
-each proposal and vary less than independent ones, for which the standard errors of ``weights`` are: those are too large here.
+and the last jump carries m as it would any base: ``log q(X_{t,1}(x)) = log m(x) - log|det grad X_{t,1}(x)|``, where that jump
+does not fold (where it does, ``weights`` says what the sign is for). Weights target/q are unbiased, E[ 1/N sum_n
+target(x_n)/q(x_n) f(x_n) ] = int target f: importance sampling from several proposals with the balance heuristic. The samples
+are then one from each proposal and vary less than independent ones, for which the standard errors of ``weights`` are: those
+are too large here.
 
 The mean of q over batches is the density of the sampler. By Jensen's inequality KL(q | target), KL(target | q) and the mean of
 -log q over data are therefore, in expectation, upper bounds of those of the sampler. The bounds tighten as N grows, slowly
@@ -96,7 +97,7 @@ def renoised(
     kappa: float = 1.0,
     base: Base = bases.STANDARD_NORMAL,
 ) -> Renoised:
-    """The states of a batch of ``samplers.renoise`` before the last jump, as a base of their own for what follows:
+    """The states of a batch of ``samplers.renoise`` before the last jump, as a base of their own for what follows::
 
         before = renoised(bound, x0, grid, keys=keys, interpolant=path)
         pushed = vmap(lambda x: push(bound, x, grid[-2:], base=before.base))(before.states)

@@ -1,6 +1,6 @@
 r"""The divergence of a velocity, exact or estimated, and the velocity of the pair (x, log rho) that it makes.
 
-With the Jacobian J = grad b_t(x), of d rows, where d is the number of entries of x,
+With the Jacobian J = grad b_t(x), of d rows, where d is the number of entries of x::
 
     exact        tr J = sum_i e_i'J e_i                                        1 + d forward passes
     hutchinson   1/m sum_j z_j'J z_j                                           1 + m passes          (1810.01367)

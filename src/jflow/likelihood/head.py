@@ -1,12 +1,12 @@
 r"""The divergence head: the log-density of a jump from one pass of a network (F2D2, 2512.02636).
 
-A second output D_{s,t}(x), a scalar, is the mean divergence along the path, so that for a point and its log-density
+A second output D_{s,t}(x), a scalar, is the mean divergence along the path, so that for a point and its log-density::
 
     X_{s,t}(x),   log rho_t(X_{s,t}(x)) = log rho_s(x) - (t-s) D_{s,t}(x),      D_{t,t} = div b_t
 
 A map with a head is a FlowMap on ``WithLogDensity`` events (x, log rho). Its mean velocity is (v_{s,t}(x), -D_{s,t}(x)), which
 does not depend on log rho. Its identities are those of any flow map (``jflow.identities``). Their second entries are these
-residuals of D, with c a velocity and X = X_{s,t}(x):
+residuals of D, with c a velocity and X = X_{s,t}(x)::
 
     tangent      D_{t,t}(x) - div c_t(x)
     Eulerian     D_{s,t}(x) - div c_s(x) - (t-s) ( d/ds D_{s,t}(x) + grad D_{s,t}(x) . c_s(x) )

@@ -1,9 +1,11 @@
 r"""Images of L integer levels as continuous data, and log-densities in bits per dimension.
 
+The conversions::
+
     dequantised   x = 2 (q + u)/L - 1 in [-1, 1),   q in {0, ..., L-1},  u uniform on (0, 1)
 
 A density rho of x is one of q + u, namely rho(x) (2/L)^d, whose integral over a pixel's unit cell is the probability of its
-levels. By Jensen's inequality (1511.01844) the mean over u of
+levels. By Jensen's inequality (1511.01844) the mean over u of::
 
     bits per dimension = -log rho(x) / (d log 2) + log2(L/2)
 
@@ -62,6 +64,12 @@ def quantise(x: Array, levels: int = 256) -> Array:
 
     Raises:
       TypeError: for x that is not floating-point, or levels that are not a whole number; ValueError for fewer than two.
+
+    Example:
+      >>> import jax.numpy as jnp
+      >>> from jflow import likelihood
+      >>> likelihood.quantise(jnp.array([-1.0, 0.0, 0.99], jnp.float32)).tolist()
+      [0, 128, 254]
     """
     _check_levels(levels)
     checks.floating("x", x)
@@ -85,6 +93,12 @@ def bits_per_dim(log_density: Array, dims: int, *, levels: int = 256, width: flo
     Raises:
       ValueError: for dims below 1, levels below 2, or a width that is not positive; TypeError for numbers of the wrong type
         or a log-density that is not floating-point.
+
+    Example:
+      >>> import jax.numpy as jnp
+      >>> from jflow import likelihood
+      >>> float(likelihood.bits_per_dim(jnp.float32(0.0), 4))
+      7.0
     """
     checks.integer("dims", dims, low=1)
     _check_levels(levels)

@@ -1,5 +1,7 @@
 r"""Self-normalised importance weights: expectations under a target from samples of another law with known density.
 
+With samples x_1, ..., x_N::
+
     W_n = target(x_n) / sampler(x_n),     w_n = W_n / sum_m W_m,     Z = 1/N sum_n W_n
 
 The sampler's density must be that of the sampler **that ran** (``push`` on the same grid, not the ODE's), and it must be a
@@ -7,15 +9,15 @@ density, not an estimate: log rho with a Hutchinson divergence is unbiased, so t
 biased upward, E exp(log rho + noise) > rho, and likewise 1/rho and every weight made of it. With a normal noise of variance
 v the factor is e^{v/2}. Use ``exact_divergence()`` for weights.
 
-Where a learned map folds, several base points go to one x, and rho_0/|det| is the density of one branch alone, which is less
-than the sampler's. Weights made of it count x once for each branch. The sign of the determinant corrects this:
+Where a learned map folds, several base points go to one x, and ``rho_0/|det|`` is the density of one branch alone, which is
+less than the sampler's. Weights made of it count x once for each branch. The sign of the determinant corrects this::
 
     E_{rho_0}[ sign det grad X  target(X)/(rho_0/|det grad X|) f(X) ] = int det grad X target(X) f(X) dx_0 = deg X int target f
 
 since the signs of the preimages of a point sum to the degree of the map. The degree is 1 if no point comes in from infinity
 along a jump X_{s,t}: |X_{s,u}(x)| -> infinity with |x|, uniformly in u between s and t. A bounded v suffices, and so does one
-with |(t-s) v| <= c |x| + C, c < 1. For a learned map this is an assumption (x + softplus(-2x) has degree 0), and the base must
-reach all preimages in practice. The check is log Z, which is 0 for a normalised target. Pass the sign from ``push``.
+with ``|(t-s) v| <= c |x| + C``, c < 1. For a learned map this is an assumption (x + softplus(-2x) has degree 0), and the base
+must reach all preimages in practice. The check is log Z, which is 0 for a normalised target. Pass the sign from ``push``.
 """
 
 from __future__ import annotations
@@ -58,6 +60,13 @@ def normalised(log_target: Array, log_sampler: Array, sign: Array | None = None)
         other signs, a target that vanishes at all samples, or weights whose sum is not positive. Traced, the weights are
         then NaN.
       TypeError: for arrays that are not floating-point.
+
+    Example:
+      >>> import jax.numpy as jnp
+      >>> from jflow import likelihood
+      >>> weights = likelihood.normalised(jnp.log(jnp.array([1.0, 3.0], jnp.float32)), jnp.zeros(2, jnp.float32))
+      >>> [round(float(w), 3) for w in weights.weights]
+      [0.25, 0.75]
     """
     checks.floating("log_target", log_target)
     checks.floating("log_sampler", log_sampler)
@@ -100,6 +109,12 @@ def effective_sample_size(weights: Array) -> Array:
 
     Raises:
       ValueError: for another shape, and (concrete) for weights that are not finite, or a sum that is not positive.
+
+    Example:
+      >>> import jax.numpy as jnp
+      >>> from jflow import likelihood
+      >>> round(float(likelihood.effective_sample_size(jnp.full(4, 0.25, jnp.float32))), 3)
+      4.0
     """
     weights = _weights(weights)
     return jnp.sum(weights) ** 2 / jnp.sum(weights**2)

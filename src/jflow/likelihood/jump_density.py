@@ -1,5 +1,7 @@
 r"""The density of the sampler that ran: of K jumps of a flow map, by the determinants of their Jacobians.
 
+The density after K jumps::
+
     log rho_1(x_K) = log rho_0(x_0) - sum_k log|det grad X_{t_k,t_{k+1}}(x_k)|,   x_{k+1} = X_{t_k,t_{k+1}}(x_k)
 
 It is exact for whatever the map has learned, and needs no identity to hold, but the map must be injective. A Jacobian
@@ -8,7 +10,7 @@ that all are positive does not show that it is.
 
 ``push`` gives a sample with its density. The density at given data depends on which map is meant: ``log_density`` inverts
 the jumps on an ascending grid, and on a descending one takes the encoder E, as trained, for the inverse:
-log rho_1(x) = log rho_0(E(x)) + log|det grad E(x)|. For an exact map the two agree.
+``log rho_1(x) = log rho_0(E(x)) + log|det grad E(x)|``. For an exact map the two agree.
 
 Each jump costs 1 + d forward passes and a determinant of d^3, d counting the entries of x; its inverse by Newton's method
 1 + d + 8 for each iteration.
@@ -41,7 +43,7 @@ class _Leg(NamedTuple):
     """The contribution of one jump from s to t; scalars.
 
     Attributes:
-      log_det: log|det grad X_{s,t}|.
+      log_det: ``log|det grad X_{s,t}|``.
       sign: of the determinant, 0 where that is not finite.
       inverted: whether the point that jumps to the given one was found.
     """
@@ -77,6 +79,14 @@ def push(
       ValueError: for a grid with a jump outside the domain (the values of a traced grid are not checked), x0 that is not
         finite, or a base density that is not a scalar; at an un-jitted call, where ``valid`` would be False.
       TypeError: for anything but a BoundFlowMap, or x0 that is not floating-point.
+
+    Example:
+      >>> import jax.numpy as jnp
+      >>> from jflow import FlowMap, likelihood, samplers
+      >>> bound = FlowMap(lambda params, s, t, x, cond=None, *, key=None: x).bind(None)  # one jump doubles x
+      >>> density = likelihood.push(bound, jnp.zeros(1, jnp.float32), samplers.uniform_grid(1))
+      >>> round(float(density.log_density), 4)  # -log 2 - (log 2 pi)/2
+      -1.6121
     """
     check_bound(bound)
     x0 = check_event("x0", x0)
@@ -104,7 +114,7 @@ def log_density(
 
     On an **ascending** grid: the density of ``samplers.jumps`` on that grid with that key. Each jump is inverted by
     Newton's method with a dense Jacobian: from the diagonal's solve backward, each step at the best of eight lengths, until
-    the residual is below eps^(2/3) (1 + max|x|). If the map is not injective, one preimage counts and the others do not.
+    the residual is below ``eps^(2/3) (1 + max|x|)``. If the map is not injective, one preimage counts and the others do not.
     Derivatives of all orders but in the grid exist, as of an implicit function.
 
     On a **descending** grid, of a map that goes backward: the density that its encoder defines. It is the density of the
@@ -266,7 +276,7 @@ def _solve(column: Callable[[Array], Array], value: Array) -> Array:
 
 
 def _tolerance(y: Event) -> Array:
-    """The largest distance from y to the image of its preimage: eps^(2/3) (1 + max|y|), eps of the narrowest dtype."""
+    """The largest distance from y to the image of its preimage: ``eps^(2/3) (1 + max|y|)``, eps of the narrowest dtype."""
     eps = max(float(jnp.finfo(leaf.dtype).eps) for leaf in jax.tree.leaves(y))
     return eps ** (2 / 3) * (1.0 + jnp.max(jnp.abs(flatten(y)[0])))
 

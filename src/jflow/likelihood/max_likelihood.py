@@ -1,12 +1,14 @@
 r"""Maximum likelihood of a continuous normalising flow, through a solve and its adjoint: the reference without bias.
 
+The loss of one sample::
+
     loss(x1) = -log rho_1(x1) + kinetic int |b_t(x_t)|^2 dt + jacobian int |z' grad b_t(x_t)|^2 dt,    x_1 = x1
 
 with log rho_1(x1) = log rho_0(x_0) - int div b_t(x_t) dt (1806.07366; Hutchinson's estimate of the divergence 1810.01367),
 and the two regularisers of 2002.02798, which keep the paths short and straight, so that a solve takes few steps. All
 integrals run from t = 0 to 1 along one path, and are entries of the one state (x, log rho, kinetic, jacobian) that is solved
-back from t = 1. z has independent entries of mean 0 and variance 1, drawn once per sample: E|z'J|^2 = |J|_F^2, the sum of
-the squares of the Jacobian's entries, and so is E|Jz|^2, which is what is computed, forward-mode as all here.
+back from t = 1. z has independent entries of mean 0 and variance 1, drawn once per sample: ``E|z'J|^2 = |J|_F^2``, the sum of
+the squares of the Jacobian's entries, and so is ``E|Jz|^2``, which is what is computed, forward-mode as all here.
 
 The gradient is that of the solve ("recursive": of its very steps, with checkpoints, the default; "direct": the same with all
 steps in memory) or that of the adjoint's ODE solved back beside the state ("backsolve", 1806.07366: constant memory, and the
@@ -34,8 +36,8 @@ class Along(NamedTuple):
 
     Attributes:
       state: the point and its log-density.
-      kinetic: int |b|^2 dt, a scalar, or None where it is not asked for.
-      jacobian: int |Jz|^2 dt, a scalar, or None where it is not asked for.
+      kinetic: ``int |b|^2 dt``, a scalar, or None where it is not asked for.
+      jacobian: ``int |Jz|^2 dt``, a scalar, or None where it is not asked for.
     """
 
     state: WithLogDensity
@@ -131,9 +133,9 @@ def maximum_likelihood(
       velocity: ``(params, t, x, cond=None, *, key=None) -> b_t(x)`` of one sample.
       divergence: ``exact_divergence()`` by default; or ``hutchinson`` or ``hutch_pp``.
       base: the law of x0.
-      kinetic: weight of int |b|^2 dt, at least 0; at 0 it is not computed.
-      jacobian: weight of int |Jz|^2 dt, at least 0; at 0 it is not computed.
-      solver, **choices: as in ``solvers.solve``, with ``max_steps`` 256 and ``adjoint`` "recursive" unless they or
+      kinetic: weight of ``int |b|^2 dt``, at least 0; at 0 it is not computed.
+      jacobian: weight of ``int |Jz|^2 dt``, at least 0; at 0 it is not computed.
+      solver, choices: as in ``solvers.solve``, with ``max_steps`` 256 and ``adjoint`` "recursive" unless they or
         ``options`` are given; the adjoint must have a reverse mode. Tolerances are on all entries of the state together.
 
     Returns:

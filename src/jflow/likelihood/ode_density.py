@@ -1,4 +1,4 @@
-r"""The log-density along the ODE dx/dt = b_t(x), by one Diffrax solve of the state (x, log rho) (1806.07366):
+r"""The log-density along the ODE dx/dt = b_t(x), by one Diffrax solve of the state (x, log rho) (1806.07366)::
 
     log rho_t(x_t) = log rho_0(x_0) - int_0^t div b_u(x_u) du
 
@@ -67,9 +67,9 @@ class ODEDensity:
           t: a scalar in [0, 1].
 
         Raises:
-          ValueError: for t that is not a scalar or outside [0, 1], x that is not finite, a velocity not shaped like x, a base
-            density that is not a scalar, or an estimate without a key.
-          TypeError: for x that is not floating-point.
+          ValueError: if t is not a scalar in [0, 1], x is not finite, the velocity is not shaped like x, the base density
+            is not a scalar, or a stochastic estimate has no key.
+          TypeError: if x is not floating-point.
           RuntimeError: at an un-jitted call whose solve does not reach its end, or whose result is not finite. Traced,
             ``valid`` is then False.
         """
@@ -117,12 +117,22 @@ def along_ode(
       velocity: ``(params, t, x, cond=None, *, key=None) -> b_t(x)`` of one sample.
       divergence: ``exact_divergence()`` by default; or ``hutchinson`` or ``hutch_pp``.
       base: the law of x0.
-      solver, **choices: as in ``solvers.solve``; tolerances are on the mean velocity of x and
+      solver, choices: as in ``solvers.solve``; tolerances are on the mean velocity of x and
         log-density together, as a root mean square over their d + 1 entries. For ``jax.grad``, give ``steps`` or an
         adjoint "recursive" or "direct".
 
     Raises:
       ValueError, TypeError: as ``solvers.solve``; TypeError for a base that is not one.
+
+    Example:
+      >>> import jax.numpy as jnp
+      >>> from jflow import likelihood
+      >>> def velocity(params, t, x, cond=None, *, key=None):
+      ...     return jnp.ones_like(x)
+      >>> density = likelihood.along_ode(velocity, solver="euler", steps=2)
+      >>> found = density.log_density(None, jnp.ones(1, jnp.float32))
+      >>> round(float(found.log_density), 4)  # of N(1, 1) at its mean
+      -0.9189
     """
     bases.check(base)
     solve = solvers.solve_counted(augment(velocity, divergence), solver, **choices)

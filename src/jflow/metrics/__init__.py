@@ -1,5 +1,7 @@
 r"""Distances between samples and a distribution, or between two sets of samples.
 
+The distances::
+
     energy_distance       2 E|X-Y| - E|X-X'| - E|Y-Y'|
     mmd                   E k(X,X') + E k(Y,Y') - 2 E k(X,Y),  k a mixture of Gaussian kernels
     kernel_distance       the same with the cubic kernel of KID (1801.01401), over features

@@ -20,7 +20,7 @@ MEDIAN_MULTIPLES = (0.5, 1.0, 2.0)
 
 
 def _squared_distances(x: Array, y: Array) -> Array:
-    """|x_i - y_j|² as [n, m]."""
+    """The squared distances ``|x_i - y_j|²`` as [n, m]."""
     if x.shape[1] <= _DIRECT_DIMENSIONS:
         squares = (jnp.square(x[:, k, None] - y[None, :, k]) for k in range(x.shape[1]))
         return sum(squares, start=jnp.zeros((), x.dtype))
@@ -45,7 +45,7 @@ def _cubic(centre: Array, x: Array, y: Array) -> Array:
 
     Terms that depend on one point alone cancel in the statistic and in its jackknife error. They are left out here by algebra:
     if the mean c of the features is large, k itself would lose most of its digits. With p = c·x/d, r = c·y/d,
-    q = x·y/d, g = 1 + |c|²/d and w = g + p + r the rest is 3 p r (g + w) + q (3 w² + 3 w q + q²).
+    q = x·y/d, ``g = 1 + |c|²/d`` and w = g + p + r the rest is 3 p r (g + w) + q (3 w² + 3 w q + q²).
     """
     d = x.shape[1]
     p, r = (jnp.sum(z * centre[None, :], axis=1) / d for z in (x, y))
@@ -110,7 +110,7 @@ def _two_samples(kernel: Callable, params: Params, x: Array, y: Array, biased: b
 
 
 def energy_distance(x: Points, y: Points, *, biased: bool = False, chunk: int = _CHUNK) -> Estimate:
-    """The (squared) energy distance 2 E|X-Y| - E|X-X'| - E|Y-Y'|, zero only for equal laws.
+    """The (squared) energy distance ``2 E|X-Y| - E|X-X'| - E|Y-Y'|``, zero only for equal laws.
 
     Unbiased by default (a U-statistic, which may be slightly negative); ``biased`` gives the V-statistic,
     which pairs each sample with itself too and is never negative, up to rounding. Cost: (n² + m²)/2 + nm distances, in
@@ -128,16 +128,29 @@ def energy_distance(x: Points, y: Points, *, biased: bool = False, chunk: int = 
 
     Raises:
       ValueError: for too few samples, unequal dimensions or a sample that is not finite.
+
+    Example:
+      >>> import jax.numpy as jnp
+      >>> from jflow import metrics
+      >>> x, y = jnp.zeros((4, 1), jnp.float32), jnp.ones((4, 1), jnp.float32)
+      >>> float(metrics.energy_distance(x, y).value)
+      2.0
     """
     x, y, _ = as_pair(x, y, least=3)
     return _two_samples(_minus_distance, None, x, y, biased, checks.integer("chunk", chunk, low=1))
 
 
 def median_bandwidth(x: Points, y: Points, *, points: int = 1000) -> Array:
-    """The median of |a - b| over pairs of the first ``points`` of each set, pooled; in the units of x.
+    """The median of ``|a - b|`` over pairs of the first ``points`` of each set, pooled; in the units of x.
 
     Raises:
       ValueError: as ``mmd``.
+
+    Example:
+      >>> import jax.numpy as jnp
+      >>> from jflow import metrics
+      >>> float(metrics.median_bandwidth(jnp.zeros((4, 1), jnp.float32), jnp.ones((4, 1), jnp.float32)))
+      1.0
     """
     x, y, _ = as_pair(x, y, least=2)
     points = checks.integer("points", points, low=2)
@@ -154,7 +167,7 @@ def mmd(
     biased: bool = False,
     chunk: int = _CHUNK,
 ) -> Estimate:
-    """The squared maximum mean discrepancy with k(a,b) = mean over h of exp(-|a-b|²/(2h²)) (0805.2368).
+    """The squared maximum mean discrepancy, with ``k(a,b)`` the mean over h of ``exp(-|a-b|²/(2h²))`` (0805.2368).
 
     Args:
       x: samples ``[n, ...]``, n >= 3.
@@ -171,6 +184,13 @@ def mmd(
     Raises:
       ValueError: for too few samples, unequal dimensions, a sample that is not finite, or a bandwidth that is
         not positive.
+
+    Example:
+      >>> import jax.numpy as jnp
+      >>> from jflow import metrics
+      >>> x, y = jnp.zeros((4, 1), jnp.float32), jnp.ones((4, 1), jnp.float32)
+      >>> round(float(metrics.mmd(x, y, bandwidths=[1.0]).value), 3)
+      0.787
     """
     x, y, _ = as_pair(x, y, least=3)
     if bandwidths is None:

@@ -142,6 +142,13 @@ def mass_off_support(samples: Points, indicator: Callable[[Array], Array]) -> Es
     Raises:
       ValueError: for no samples or samples that are not finite.
       TypeError: when the indicator returns something else than a boolean scalar.
+
+    Example:
+      >>> import jax.numpy as jnp
+      >>> from jflow import metrics
+      >>> samples = jnp.array([[0.5], [2.0], [0.1], [3.0]], jnp.float32)
+      >>> float(metrics.mass_off_support(samples, lambda x: x[..., 0] < 1.0).value)
+      0.5
     """
     points = as_points("samples", samples)
     inside = jax.vmap(indicator)(jnp.asarray(samples))

@@ -14,16 +14,17 @@ from jflow.types import Array, Key
 
 
 def frechet_distance(x: Points, y: Points) -> Array | np.ndarray:
-    """The Fréchet distance |m_x - m_y|² + tr(C_x + C_y - 2 (C_x C_y)^½) of Gaussians fitted to features.
+    """The Fréchet distance ``|m_x - m_y|² + tr(C_x + C_y - 2 (C_x C_y)^½)`` of Gaussians fitted to features.
 
     The FID (1706.08500) if the features are Inception's. It is biased upward, by an amount that falls as 1/n and grows with
     the dimension.
 
     numpy computes it on the host in float64, whatever ``jax_enable_x64`` says; under ``jit`` a callback does. It has no
-    derivative. With factors C = A'A of the centred features it is |m_x - m_y|² + min over orthogonal Q of |A_x - Q A_y|²,
-    which needs neither a covariance nor the root of one: low rank and a large common offset cost no digits, the distance is
-    never negative, and no intermediate result overflows. Its rounding error is about 1e-30 times the traces of the
-    covariances. Cost: a QR decomposition of each set, and the singular vectors of one matrix of min(d, max(n, m)) rows.
+    derivative. With factors C = A'A of the centred features it is ``|m_x - m_y|²`` plus the minimum over orthogonal Q of
+    ``|A_x - Q A_y|²``, which needs neither a covariance nor the root of one: low rank and a large common offset cost no
+    digits, the distance is never negative, and no intermediate result overflows. Its rounding error is about 1e-30 times the
+    traces of the covariances. Cost: a QR decomposition of each set, and the singular vectors of one matrix of min(d, max(n,
+    m)) rows.
 
     Args:
       x: features ``[n, d]``, n > 1; fewer than d are enough.
@@ -120,7 +121,7 @@ def sliced_wasserstein(key: Key, x: Points, y: Points, *, p: int = 2, projection
     """The sliced Wasserstein distance (mean over θ of W_p(θ·X, θ·Y)^p)^{1/p}, θ uniform on the sphere.
 
     Each one-dimensional distance is exact, for unequal sizes too: the quantile functions are integrated piece
-    by piece. A shift by a gives |a|/√d at p = 2. Two sets from one law give a positive floor of order
+    by piece. A shift by a gives ``|a|/√d`` at p = 2. Two sets from one law give a positive floor of order
     n^{-1/2}: measure that floor too.
 
     Args:
@@ -135,6 +136,14 @@ def sliced_wasserstein(key: Key, x: Points, y: Points, *, p: int = 2, projection
 
     Raises:
       ValueError: for no samples, unequal dimensions, a sample that is not finite, or another p.
+
+    Example:
+      >>> import jax
+      >>> import jax.numpy as jnp
+      >>> from jflow import metrics
+      >>> x = jnp.zeros((4, 1), jnp.float32)
+      >>> round(float(metrics.sliced_wasserstein(jax.random.key(0), x, x + 2.0, projections=8)), 3)
+      2.0
     """
     x, y, _ = as_pair(x, y, least=1)
     checks.choice("p", p, (1, 2))

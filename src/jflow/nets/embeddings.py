@@ -1,10 +1,10 @@
 r"""Features of times, of low-dimensional points, and of class labels.
 
-Sinusoidal features of a scalar t at frequencies f_k, in cycles per unit of t:
+Sinusoidal features of a scalar t at frequencies f_k, in cycles per unit of t::
 
     phi(t) = [sin(2 pi f_1 t), ..., sin(2 pi f_K t), cos(2 pi f_1 t), ..., cos(2 pi f_K t)]
 
-A flow map's network is trained through its derivatives d/ds and d/dt, and |d phi_k / dt| = 2 pi f_k. The default
+A flow map's network is trained through its derivatives d/ds and d/dt, and ``|d phi_k / dt| = 2 pi f_k``. The default
 frequencies are therefore moderate: a high one makes the tangent large, and with it the variance of the target
 (sCM, 2410.11081, lowers its Fourier scale from 16 to 0.02). Features of x enlarge the spatial derivative in the
 same way.
@@ -54,19 +54,27 @@ def times(s: Array | float, t: Array | float) -> tuple[Array, Array]:
 def sinusoidal(t: Array | float, features: int, *, lowest: float = 0.125, highest: float = 2.0) -> Array:
     """Sines and cosines of a scalar at frequencies in geometric progression.
 
+    The frequencies::
+
         f_k = lowest (highest / lowest)^{(k-1)/(K-1)},  k = 1 .. K = features / 2   (f_1 = lowest if K = 1)
 
     Args:
       t: a scalar.
       features: the number of features, even.
       lowest: the lowest frequency, in cycles per unit of t; at 1/8 the sine is monotone over [-1, 1].
-      highest: the highest, in the same unit; |d phi / dt| is at most 2 pi times it.
+      highest: the highest, in the same unit; ``|d phi / dt|`` is at most 2 pi times it.
 
     Returns:
       ``[features]``, first the sines, then the cosines, in float32 (float64 if t is).
 
     Raises:
       ValueError: if t is not a scalar, ``features`` is odd or a frequency is not positive.
+
+    Example:
+      >>> import jax.numpy as jnp
+      >>> from jflow import nets
+      >>> print(nets.sinusoidal(jnp.float32(0.0), 4))
+      [0. 0. 1. 1.]
     """
     checks.scalar("t", t)
     checks.number("lowest", lowest, low=0.0, open_low=True)

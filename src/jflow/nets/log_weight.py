@@ -17,8 +17,8 @@ from jflow.types import Array, FlowMap, Params, Time
 class LogWeight(nn.Module):
     """w(s, t) = W_out silu(W e + b) + b_out with e = [phi(s), phi(t - s)], a scalar (2312.02696, for two times).
 
-    It balances the loss of ``reductions.learned``, e^{-w} |D|^2 + w, over the times. W_out and b_out start at zero: then
-    w = 0, and training starts with the plain loss |D|^2.
+    It balances the loss of ``reductions.learned``, ``e^{-w} |D|^2 + w``, over the times. W_out and b_out start at zero: then
+    w = 0, and training starts with the plain loss ``|D|^2``.
 
     Attributes:
       features: width of the hidden layer.
@@ -74,6 +74,8 @@ class Weighted(NamedTuple):
 
 def with_log_weight(flow_map: FlowMap, module: LogWeight) -> tuple[FlowMap, Callable[[Weighted, Time, Time], Array]]:
     """Makes the map and the log weight functions of one pair of parameters, so that they are trained together.
+
+    For example::
 
         flow, log_weight = nets.with_log_weight(flow_map, module)
         objective = objectives.lsd(flow, path, reduction=reductions.learned(log_weight))

@@ -31,6 +31,8 @@ NORMS = (None, "rms", "layer")
 class MLP(nn.Module):
     r"""A perceptron of ``depth`` hidden layers, of one sample.
 
+    The layers::
+
         h_1     = W_1 p(x) + b_1
         h_{i+1} = W_{i+1} g_i(h_i) + b_{i+1}  (+ h_i if residual),     i = 1 .. depth - 1
         net     = W_out g_depth(h_depth) + b_out
@@ -82,6 +84,16 @@ class MLP(nn.Module):
       zero_init: whether the output layer starts at zero.
       dtype: dtype of the matmuls; None for that of x.
       param_dtype: dtype of the parameters.
+
+    Example:
+      >>> import jax
+      >>> import jax.numpy as jnp
+      >>> from jflow import nets
+      >>> net = nets.MLP(features=8, depth=1)
+      >>> x = jnp.zeros(2, jnp.float32)
+      >>> params = net.init(jax.random.key(0), 0.0, 1.0, x)
+      >>> net.apply(params, 0.0, 1.0, x).shape
+      (2,)
     """
 
     features: int = 512

@@ -18,7 +18,7 @@ class MultiOutput(nn.Module):
     gives both: ``nets.MultiOutput(nets.MLP())``.
 
     Attributes:
-      net: a module of one flat array, as ``MLP`` is: ``(s, t, x, cond=None) -> `` shaped like x.
+      net: a module of one flat array, as ``MLP`` is: ``(s, t, x, cond=None)``, which returns an array shaped like x.
     """
 
     net: nn.Module

@@ -1,11 +1,13 @@
 r"""Wrappers: any network as the function of one sample that the library takes.
 
+The two signatures::
+
     apply(params, s, t, x, cond=None, *, key=None) -> shaped like x     a ``Network`` of two times
     velocity(params, t, x, cond=None, *, key=None) -> shaped like x     a ``jflow.types.Velocity``
 
 A network becomes a FlowMap through ``parameterizations.flow_map``, a Velocity through ``solvers.solve``.
 
-``signature`` lists the network's arguments in its own order. It says which of the two is made and how the network is called:
+``signature`` lists the network's arguments in its own order. It says which of the two is made and how the network is called::
 
     "s t x cond"    net(s, t, x, cond)      two times, so ``apply``; the default
     "x t s y=cond"  net(x, t, s, y=cond)    any order, and keywords
@@ -13,7 +15,7 @@ A network becomes a FlowMap through ``parameterizations.flow_map``, a Velocity t
 
 ``cond=None`` is not passed on if it comes last or by keyword, so a network without that argument needs no
 other signature. For another convention (time reversed, a gap instead of s) pass a lambda to ``from_function``. For
-MeanFlow's u(z, r, t), whose time 0 is the data:
+MeanFlow's u(z, r, t), whose time 0 is the data::
 
     from_function(lambda params, s, t, x: -u(params, x, 1 - t, 1 - s))
 
@@ -122,6 +124,16 @@ def from_linen(
       ValueError: for a signature that cannot be read.
       TypeError: for a collection of constants without variables, which the network could not have been given by its
         ``init``.
+
+    Example:
+      >>> import jax
+      >>> import jax.numpy as jnp
+      >>> from jflow import nets
+      >>> net, x = nets.MLP(features=8, depth=1), jnp.zeros(2, jnp.float32)
+      >>> apply = nets.from_linen(net)
+      >>> params = net.init(jax.random.key(0), 0.0, 1.0, x)["params"]
+      >>> apply(params, 0.0, 1.0, x).shape
+      (2,)
     """
     constants = dict(constants or {})
     for name, collection in constants.items():
@@ -185,6 +197,19 @@ def from_nnx(
     Raises:
       ValueError: for a signature that cannot be read.
       TypeError: for a BatchNorm that uses the statistics of the batch.
+
+    Example:
+      >>> import jax.numpy as jnp
+      >>> from flax import nnx
+      >>> from jflow import nets
+      >>> class Field(nnx.Module):
+      ...     def __init__(self, rngs):
+      ...         self.layer = nnx.Linear(2, 2, rngs=rngs)
+      ...     def __call__(self, t, x):
+      ...         return self.layer(x)
+      >>> velocity, params = nets.from_nnx(Field(nnx.Rngs(0)), signature="t x")
+      >>> velocity(params, 0.5, jnp.zeros(2, jnp.float32)).shape
+      (2,)
     """
     from flax import nnx
 
@@ -277,6 +302,20 @@ def from_equinox(
         ``eqx.nn.StateIndex`` or an ``eqx.nn.State``).
         Freeze such a module and pass it to ``from_function`` as
         ``lambda params, s, t, x: eqx.nn.inference_mode(eqx.combine(params, static))(s, t, x, state)[0]``.
+
+    Example:
+      >>> import equinox as eqx
+      >>> import jax
+      >>> import jax.numpy as jnp
+      >>> from jflow import nets
+      >>> class Field(eqx.Module):
+      ...     layer: eqx.nn.Linear
+      ...     def __call__(self, t, x):
+      ...         return self.layer(x) * t
+      >>> module = Field(eqx.nn.Linear(2, 2, key=jax.random.key(0), dtype=jnp.float32))
+      >>> velocity, params = nets.from_equinox(module, signature="t x")
+      >>> velocity(params, 0.5, jnp.zeros(2, jnp.float32)).shape
+      (2,)
     """
     import equinox as eqx
 
@@ -321,6 +360,13 @@ def from_function(
 
     Raises:
       ValueError: for a signature that cannot be read.
+
+    Example:
+      >>> import jax.numpy as jnp
+      >>> from jflow import nets
+      >>> apply = nets.from_function(lambda params, x, s, t: params * x, signature="x s t")
+      >>> print(apply(jnp.float32(2.0), 0.0, 1.0, jnp.ones(2, jnp.float32)))
+      [2. 2.]
     """
     takes = inspect.signature(function)
     names = list(takes.parameters.values())

@@ -1,10 +1,12 @@
 r"""Consistency models: the semigroup identity with a short first leg, compared as jumps to t = 1.
 
+The residual::
+
     R( X_{s,1}(I_s) - sg X_{u,1}(x_u) ) / (u-s),     u = s + fraction (1-s)
 
 in the units of X, with the weight 1/(u-s) of 2310.14189 and 2406.14548, and x_u the point of the same pair (training) or of a
 solver's step along a teacher (distillation). Divided by 1-s, the gradient tends to the Eulerian identity's as u -> s. In the
-formulas R is |.|^2 under the reduction and sg the stop-gradient. Cost is per sample, in forward passes of the network.
+formulas R is ``|.|^2`` under the reduction and sg the stop-gradient. Cost is per sample, in forward passes of the network.
 """
 
 from __future__ import annotations
@@ -150,7 +152,7 @@ def ect(
     shrinks by halves: easy consistency tuning (2406.14548), of a network that starts as a velocity's.
 
     ``fraction`` halves every 1000 steps down to 0.01 by default; the paper's is a share of sigma. The published reduction is
-    sqrt(|D|^2 + c^2) - c with c = 0. The weight here is 1/(u - s); on the linear path, the paper's 1/(sigma_s - sigma_u)
+    ``sqrt(|D|^2 + c^2) - c`` with c = 0. The weight here is 1/(u - s); on the linear path, the paper's 1/(sigma_s - sigma_u)
     with sigma = (1-t)/t is u s/(u - s), so that the two differ by the factor u s. Cost: 4 passes.
     """
     share = _share(_halving() if fraction is None else fraction)

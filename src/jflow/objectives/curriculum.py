@@ -1,7 +1,7 @@
 r"""Curricula: choices that change with the step.
 
 A schedule is a number, or a function ``step -> value`` such as optax's. This module has the schedules of the catalogue that
-optax lacks. With optax,
+optax lacks. With optax::
 
     linear_schedule(0.0, 0.99, 10_000)                                      a tangent warm-up
     exponential_decay(1.0, 1000, 0.5, staircase=True, end_value=0.01)       a share that halves every 1000 steps, down to .01
@@ -40,6 +40,12 @@ def halving(first: int, every: int) -> Callable[[Array], Array]:
 
     Raises:
       ValueError: if ``first`` or ``every`` is not positive; TypeError if they are not whole numbers.
+
+    Example:
+      >>> import jax.numpy as jnp
+      >>> from jflow.objectives import curriculum
+      >>> [int(curriculum.halving(8, every=100)(jnp.int32(step))) for step in (0, 100, 250)]
+      [8, 4, 2]
     """
     checks.integer("first", first, low=1)
     checks.integer("every", every, low=1)

@@ -19,7 +19,7 @@ from jflow.types import Array, Event, FlowMap
 def energy_distance(
     flow_map: FlowMap, interpolant: Interpolant, *, size: int, **choices: Unpack[GroupChoices]
 ) -> GroupObjective:
-    r"""The squared energy distance between the laws of x = X_{s,t}(I_s) and y = I_t (Székely & Rizzo 2013),
+    r"""The squared energy distance between the laws of x = X_{s,t}(I_s) and y = I_t (Székely & Rizzo 2013)::
 
         2 E|x - y| - E|x - x'| - E|y - y'|.
 
@@ -27,7 +27,7 @@ def energy_distance(
     same pair. Its expectation is zero if and only if the two laws are equal; a single value may be negative. Cost: 3 passes
     per sample, and M^2 distances per group.
 
-    Example: one jump from noise to two classes. The rows of a group must share a class, as ``datasets.grouped`` arranges.
+    The rows of a group must share a class, as ``datasets.grouped`` arranges. One jump from noise to two classes::
 
         import jax, jax.numpy as jnp
         from jflow import datasets, interpolants, objectives, times, types
@@ -66,7 +66,7 @@ def energy_distance(
 
 
 def squared_energy_distance(x: Event, y: Event) -> Array:
-    r"""[ 2 sum |x_i - y_j| - sum |x_i - x_j| - sum |y_i - y_j| ] / (M (M - 1)), sums over i != j; a scalar.
+    r"""``[ 2 sum |x_i - y_j| - sum |x_i - x_j| - sum |y_i - y_j| ] / (M (M - 1))``, sums over i != j; a scalar.
 
     The unbiased estimate for pairs (x_i, y_i) that are independent of one another, while x_i and y_i need not be.
 
@@ -86,7 +86,7 @@ def squared_energy_distance(x: Event, y: Event) -> Array:
 
 
 def _distances(a: Event, b: Event) -> Array:
-    """The sum of |a_i - b_j| over i != j; the gradient of a distance of zero is taken as zero."""
+    """The sum of ``|a_i - b_j|`` over i != j; the gradient of a distance of zero is taken as zero."""
     square = jax.vmap(lambda one: jax.vmap(lambda other: trees.sq_norm(trees.sub(one, other)))(b))(a)
     apart = ~jnp.eye(len(square), dtype=bool) & (square > 0.0)
     return jnp.sum(jnp.where(apart, jnp.sqrt(jnp.where(apart, square, 1.0)), 0.0))

@@ -1,7 +1,8 @@
 r"""Methods of the Lagrangian identity: the image of a point moves with the velocity at the place where it is.
 
-In the formulas R is |.|^2 under the reduction, sg the stop-gradient, x = I_s, b the teacher's velocity. A tangent term, where
-there is one, is on the ``diagonal`` share of the batch. Cost is per off-diagonal sample, in forward passes of the network.
+In the formulas R is ``|.|^2`` under the reduction, sg the stop-gradient, x = I_s, b the teacher's velocity. A tangent term,
+where there is one, is on the ``diagonal`` share of the batch. Cost is per off-diagonal sample, in forward passes of the
+network.
 
 Every method takes ``derivative``, ``identities.forward_mode`` or a finite difference (those from noise choose their own), and
 ``warmup``, a schedule r that multiplies the derivative (1 by default).
@@ -145,6 +146,19 @@ def lsd(
 
     ``leg`` is whose v_{t,t}: "own", "ema" or "teacher"; ``stop`` is what gets no gradient, as in ``identities.lagrangian``.
     Cost: 7 passes (derivative with value 2, back through it 4, the diagonal 1).
+
+    Example:
+      >>> import jax
+      >>> import jax.numpy as jnp
+      >>> from jflow import flow_map, interpolants, objectives, parameterizations
+      >>> def net(params, s, t, x, cond=None, *, key=None):
+      ...     return params * x
+      >>> path = interpolants.linear()
+      >>> model = flow_map(net, parameterizations.mean_velocity_form(path))
+      >>> objective = objectives.lsd(model, path)
+      >>> losses, aux = jax.jit(objective)(jnp.float32(0.5), jax.random.key(0), jnp.ones((8, 2), jnp.float32))
+      >>> losses.shape, bool(jnp.isfinite(losses).all())
+      ((8,), True)
     """
     return _lagrangian("lsd", flow_map, interpolant, {**choices}, leg, stop)
 

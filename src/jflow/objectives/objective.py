@@ -5,7 +5,7 @@ a fixed number of diagonal rows (s = t), which cost one pass and no derivative, 
 method's own residual. The rows are chosen at random, within equal blocks of the batch, so that a batch that is sharded over
 devices is split evenly on each.
 
-An objective with a state of its own (a discriminator with its optimizer, a running scale, a queue) is any object with
+An objective with a state of its own (a discriminator with its optimizer, a running scale, a queue) is any object with::
 
     init(key, params) -> state
     __call__(params, key, batch, context) -> (loss [B], Aux(next state, metrics))
@@ -72,8 +72,8 @@ class Found(NamedTuple):
 
     Attributes:
       loss: the reduced loss.
-      square: |D|^2 of the raw residual.
-      tangent: |.|^2 of its derivative term; None on the diagonal.
+      square: ``|D|^2`` of the raw residual.
+      tangent: ``|.|^2`` of its derivative term; None on the diagonal.
     """
 
     loss: Array
@@ -198,7 +198,7 @@ class Objective:
 
         Returns:
           (loss [B], aux). ``aux.metrics["diagonal_rows"]`` says which rows have s = t. For each term, "tangent" on the
-          diagonal and the method's own off it: ``TERM/raw``, the mean of |D|^2, with means by 8 equal bins of t, and off
+          diagonal and the method's own off it: ``TERM/raw``, the mean of ``|D|^2``, with means by 8 equal bins of t, and off
           the diagonal of t - s; ``TERM/loss``, the mean reduced loss; off the diagonal also ``TERM/tangent_norm``, the root
           mean square of the derivative term, with the same bins.
 

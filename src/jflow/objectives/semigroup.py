@@ -1,6 +1,6 @@
 r"""Methods of the semigroup identity: two jumps are one.
 
-In the formulas R is |.|^2 under the reduction, sg the stop-gradient, x = I_s, u = gamma s + (1-gamma) t the middle time and
+In the formulas R is ``|.|^2`` under the reduction, sg the stop-gradient, x = I_s, u = gamma s + (1-gamma) t the middle time and
 S a solver of a velocity. A tangent term, where there is one, is on the ``diagonal`` share of the batch. Cost is per
 off-diagonal sample, in forward passes of the network.
 """
@@ -127,6 +127,19 @@ def psd_m(
 
     ``leg`` is whose legs: "own", "ema" or "teacher"; ``stop`` is what gets no gradient, as in ``identities.semigroup``.
     Cost: 5 passes.
+
+    Example:
+      >>> import jax
+      >>> import jax.numpy as jnp
+      >>> from jflow import flow_map, interpolants, objectives, parameterizations
+      >>> def net(params, s, t, x, cond=None, *, key=None):
+      ...     return params * x
+      >>> path = interpolants.linear()
+      >>> model = flow_map(net, parameterizations.mean_velocity_form(path))
+      >>> objective = objectives.psd_m(model, path)
+      >>> losses, aux = jax.jit(objective)(jnp.float32(0.5), jax.random.key(0), jnp.ones((8, 2), jnp.float32))
+      >>> losses.shape, bool(jnp.isfinite(losses).all())
+      ((8,), True)
     """
     return Objective("psd_m", flow_map, interpolant, semigroup_term(leg, stop), **choices)
 

@@ -1,5 +1,7 @@
 r"""Velocity estimates at a row's point I_s, all with the conditional mean E[I_s' | I_s = x] = b_s(x).
 
+The estimates::
+
     pair    I_s', the velocity of the row's own pair
     batch   E[ I_s' | I_s = x, the data of the batch ]: the mean over which of the batch's data points made x
     teacher b_s(x) of a teacher: a checkpoint, someone's function, an oracle, a guided pair of networks
@@ -8,7 +10,7 @@ The second averages the first over an unknown that the network does not see eith
 expected gradient, with a smaller variance. In few dimensions it is much smaller; on images each point is its own only
 neighbour and the two agree. (A Rao-Blackwell form of the stable target field, 2302.00670, without its bias.)
 
-An estimate of your own is a function of the row (``objectives.Row``), shaped like x:
+An estimate of your own is a function of the row (``objectives.Row``), shaped like x::
 
     null = jnp.asarray(10)  # the condition of one sample that stands for none: here the label after the ten classes
 
@@ -43,7 +45,7 @@ def teacher(row: Row) -> Event:
 
 def batch(row: Row) -> Event:
     """The mean of I_s' over the data points of the batch, given the point: for a base N(m, diag(sigma^2)), with
-    x = alpha x0 + beta x1,
+    x = alpha x0 + beta x1::
 
         p_j ~ exp( -|(x - beta x1_j - alpha m)/sigma|^2 / (2 alpha^2) ),   I_s' + (w/alpha) ( sum_j p_j x1_j - x1 ).
 

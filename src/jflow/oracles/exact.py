@@ -83,7 +83,7 @@ class Oracle:
 
 
 def gaussian(interpolant: Interpolant, *, base: bases.Base = bases.STANDARD_NORMAL) -> Oracle:
-    r"""One Gaussian, its map in closed form:
+    r"""One Gaussian, its map in closed form::
 
         X_{s,t}(x) = m(t) + S Q (sigma_t/sigma_s) Q' S^-1 (x - m(s)),    m(t) = alpha_t m_0 + beta_t m
 
@@ -96,8 +96,16 @@ def gaussian(interpolant: Interpolant, *, base: bases.Base = bases.STANDARD_NORM
       base: a ``bases.Normal``.
 
     Raises:
-      TypeError: for anything but an Interpolant and a base.
-      ValueError: for another base; at a call, for params of more than one component.
+      TypeError: if an argument is not an Interpolant or a base.
+      ValueError: if the base is not Normal; when called, if params have more than one component.
+
+    Example:
+      >>> import jax.numpy as jnp
+      >>> from jflow import interpolants, oracles
+      >>> oracle = oracles.gaussian(interpolants.linear())
+      >>> params = oracles.gaussian_params(jnp.array([3.0], jnp.float32), 4.0 * jnp.eye(1, dtype=jnp.float32))
+      >>> print(oracle.flow_map.jump(params, 0.0, 1.0, jnp.ones(1, jnp.float32)).round(3))
+      [5.]
     """
     interpolants.check(interpolant)
     base = bases.gaussian(base, "oracles.gaussian")
@@ -156,7 +164,7 @@ def quantile(interpolant: Interpolant, *, base: bases.Base = bases.STANDARD_NORM
     r"""A mixture in one dimension, its map by matching quantiles, F_t(X_{s,t}(x)) = F_s(x).
 
     With a_k(u) the argument of component k standardised at time u, along the chord x + (u-s) y, and brackets for divided
-    differences, y = v_{s,t}(x) solves
+    differences, y = v_{s,t}(x) solves::
 
         0 = ( F_t(x + (t-s) y) - F_s(x) )/(t-s) = sum_k w_k Phi[a_k(s), a_k(t)] a_k[s,t],
         a_k[s,t] = (N[s,t] sigma_s - N_s sigma[s,t])/(sigma_s sigma_t),  N_s = x - m_k(s),  N[s,t] = y - m_k[s,t],

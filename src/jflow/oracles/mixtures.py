@@ -46,6 +46,14 @@ def mixture_params(weights: ArrayLike, means: ArrayLike, covs: ArrayLike) -> Mix
     Raises:
       ValueError: for other shapes, and (of concrete values) for weights that are not positive or do not sum to 1,
         means that are not finite, covariances that are not symmetric or not positive definite.
+
+    Example:
+      >>> import jax.numpy as jnp
+      >>> from jflow import oracles
+      >>> means, covs = jnp.array([[-1.0], [1.0]], jnp.float32), jnp.full((2, 1, 1), 0.04, jnp.float32)
+      >>> params = oracles.mixture_params(jnp.array([0.5, 0.5], jnp.float32), means, covs)
+      >>> params.means.shape
+      (2, 1)
     """
     weights, means, covs = (jnp.asarray(value, float) for value in (weights, means, covs))
     checks.shape("weights", weights, (None,))
@@ -79,7 +87,7 @@ def gaussian_params(mean: ArrayLike, cov: ArrayLike) -> MixtureParams:
 def tilt(params: MixtureParams, a: ArrayLike, precision: ArrayLike | None = None) -> tuple[MixtureParams, Array]:
     r"""The mixture reweighted by e^{a.x - x'Px/2}, rho* = rho_1 e^{a.x - x'Px/2} / Z.
 
-    Per component, with C = S S', S = Q lambda^(1/2), M = I + S'PS and g = S'(a - Pm):
+    Per component, with C = S S', S = Q lambda^(1/2), M = I + S'PS and g = S'(a - Pm)::
 
         C* = S M^{-1} S',  m* = m + S M^{-1} g,  w* ~ w |M|^{-1/2} e^{a.m - m'Pm/2 + g'M^{-1}g/2}
 

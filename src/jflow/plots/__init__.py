@@ -1,5 +1,7 @@
 """Plots: figures of samples, paths, images, residuals and learning curves, drawn with Matplotlib.
 
+The functions::
+
     panels               a new figure and its axes
     paths                samples through time: against t in one dimension, coloured by t in the plane
     image_grid           images side by side, with labels

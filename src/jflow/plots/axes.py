@@ -35,6 +35,13 @@ def panels(
     Raises:
       ImportError: without Matplotlib.
       TypeError, ValueError: if a number is not positive.
+
+    Example:
+      >>> import numpy as np
+      >>> from jflow import plots
+      >>> figure, axes = plots.panels(1, 2)
+      >>> axes.shape
+      (1, 2)
     """
     make = figure_class()
     checks.integer("rows", rows, low=1)

@@ -47,6 +47,13 @@ def image_grid(
     Raises:
       ValueError: for another shape, values that are not finite, vmin = vmax, or another number of labels.
       TypeError: for images that are not floating point.
+
+    Example:
+      >>> import numpy as np
+      >>> from jflow import plots
+      >>> figure = plots.image_grid(np.zeros((4, 8, 8)), columns=2)
+      >>> len(figure.axes)
+      1
     """
     checks.floating("images", images)
     pixels = np.asarray(images, np.float64)

@@ -118,6 +118,13 @@ def curves(
 
     Raises:
       ValueError: for arrays of different lengths, or a format of an unknown label.
+
+    Example:
+      >>> import numpy as np
+      >>> from jflow import plots
+      >>> figure = plots.curves({"loss": ([1, 2, 3], [0.5, 0.4, 0.3])})
+      >>> len(figure.axes)
+      1
     """
     formats = dict(formats or {})
     for label in formats:

@@ -46,6 +46,13 @@ def samples_in_plane(
 
     Raises:
       ValueError: for another shape of samples, or a bad extent.
+
+    Example:
+      >>> import numpy as np
+      >>> from jflow import plots
+      >>> figure = plots.samples_in_plane(np.zeros((10, 2)), extent=(-1, 1, -1, 1), colorbar=False)
+      >>> len(figure.axes)
+      1
     """
     points = points_in_plane("samples", samples)
     checks.integer("bins", bins, low=1)

@@ -1,5 +1,7 @@
 r"""Samplers: one sample through a bound flow map, learned, solved or exact.
 
+The samplers::
+
     Jumps    x_{k+1} = X_{t_k, t_{k+1}}(x_k)
     Renoise  x_t = (beta_t/beta_{t+}) X_{s,t+}(x_s) + new noise,  with t+ > t on the same path
     SDE      the stochastic process with the same marginals, from the diagonal

@@ -96,6 +96,15 @@ def sde(
 
     Raises:
       ValueError, TypeError: as ``solvers.sde``; TypeError for anything but a BoundFlowMap.
+
+    Example:
+      >>> import jax
+      >>> import jax.numpy as jnp
+      >>> from jflow import FlowMap, interpolants, samplers
+      >>> bound = FlowMap(lambda params, s, t, x, cond=None, *, key=None: params * jnp.ones_like(x)).bind(jnp.float32(2.0))
+      >>> x0 = jnp.zeros(2, jnp.float32)
+      >>> samplers.sde(bound, x0, samplers.uniform_grid(2), key=jax.random.key(0), interpolant=interpolants.linear()).shape
+      (2,)
     """
     return run(SDE(bound, interpolant, method, diffusion, base), key, x0, grid, cond)
 
@@ -115,5 +124,16 @@ def sde_path(
     """All states of ``sde``, of one sample: shaped like x0 with a leading axis N; the first is x0.
 
     Arguments and errors: as ``sde``.
+
+    Example:
+      >>> import jax
+      >>> import jax.numpy as jnp
+      >>> from jflow import FlowMap, interpolants, samplers
+      >>> bound = FlowMap(lambda params, s, t, x, cond=None, *, key=None: params * jnp.ones_like(x)).bind(jnp.float32(2.0))
+      >>> x0 = jnp.zeros(2, jnp.float32)
+      >>> samplers.sde_path(
+      ...     bound, x0, samplers.uniform_grid(2), key=jax.random.key(0), interpolant=interpolants.linear()
+      ... ).shape
+      (3, 2)
     """
     return run_path(SDE(bound, interpolant, method, diffusion, base), key, x0, grid, cond)[0]

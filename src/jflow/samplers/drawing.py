@@ -29,6 +29,8 @@ def draw(
 ) -> Event:
     """n samples of a sampler, from base points that it draws, or that are given.
 
+    For example::
+
         samples = draw(Jumps(bound), key, 50_000, uniform_grid(4), labels, like=jax.ShapeDtypeStruct((28, 28), jnp.float32))
 
     Sample i has the key ``fold_in(key, i)``, split into one of its base point and one of the sampler. The samples therefore do
@@ -57,6 +59,15 @@ def draw(
       ValueError: for neither or both of ``like`` and ``x0``, a base beside x0, leaves of another length than n, or a grid
         that is traced or that the sampler refuses.
       TypeError: for anything but a sampler and a PRNG key, points that are not floating-point, or numbers of the wrong type.
+
+    Example:
+      >>> import jax
+      >>> import jax.numpy as jnp
+      >>> from jflow import FlowMap, interpolants, samplers
+      >>> bound = FlowMap(lambda params, s, t, x, cond=None, *, key=None: params * jnp.ones_like(x)).bind(jnp.float32(2.0))
+      >>> x0 = jnp.zeros(2, jnp.float32)
+      >>> samplers.draw(samplers.Jumps(bound), jax.random.key(0), 5, samplers.uniform_grid(2), like=x0).shape
+      (5, 2)
     """
     check_sampler(sampler)
     check_key(key)

@@ -35,6 +35,15 @@ class Jumps:
     Attributes:
       bound: the flow map with its parameters.
       keyed: whether the network gets the key of the step (dropout and the like); else it is called without one.
+
+    Example:
+      >>> import jax
+      >>> import jax.numpy as jnp
+      >>> from jflow import FlowMap, interpolants, samplers
+      >>> bound = FlowMap(lambda params, s, t, x, cond=None, *, key=None: params * jnp.ones_like(x)).bind(jnp.float32(2.0))
+      >>> x0 = jnp.zeros(2, jnp.float32)
+      >>> print(samplers.run(samplers.Jumps(bound), None, x0, samplers.uniform_grid(2)))
+      [2. 2.]
     """
 
     bound: BoundFlowMap
@@ -76,6 +85,15 @@ def jumps(bound: BoundFlowMap, x0: Event, grid: Grid, cond: Cond = None, *, key:
     Raises:
       ValueError: for a grid with a jump outside the domain (the values of a traced grid are not checked).
       TypeError: for anything but a BoundFlowMap, or x0 that is not floating-point.
+
+    Example:
+      >>> import jax
+      >>> import jax.numpy as jnp
+      >>> from jflow import FlowMap, interpolants, samplers
+      >>> bound = FlowMap(lambda params, s, t, x, cond=None, *, key=None: params * jnp.ones_like(x)).bind(jnp.float32(2.0))
+      >>> x0 = jnp.zeros(2, jnp.float32)
+      >>> print(samplers.jumps(bound, x0, samplers.uniform_grid(2)))
+      [2. 2.]
     """
     return run(Jumps(bound, keyed=key is not None), key, x0, grid, cond)
 
@@ -84,6 +102,15 @@ def jumps_path(bound: BoundFlowMap, x0: Event, grid: Grid, cond: Cond = None, *,
     """All states x_0, X_{t_0,t_1}(x_0), X_{t_1,t_2}(...), ... of ``jumps``: shaped like x0 with a leading axis K + 1.
 
     Arguments and errors: as ``jumps``.
+
+    Example:
+      >>> import jax
+      >>> import jax.numpy as jnp
+      >>> from jflow import FlowMap, interpolants, samplers
+      >>> bound = FlowMap(lambda params, s, t, x, cond=None, *, key=None: params * jnp.ones_like(x)).bind(jnp.float32(2.0))
+      >>> x0 = jnp.zeros(2, jnp.float32)
+      >>> samplers.jumps_path(bound, x0, samplers.uniform_grid(2)).tolist()
+      [[0.0, 0.0], [1.0, 1.0], [2.0, 2.0]]
     """
     return run_path(Jumps(bound, keyed=key is not None), key, x0, grid, cond)[0]
 
@@ -111,7 +138,7 @@ def encode(
       grid: strictly descending times, ``[K + 1]``.
       cond: conditioning of the sample.
       key: passed on to the network; None for none.
-      solver, **choices: of the solve, as in ``solvers.solve``.
+      solver, choices: of the solve, as in ``solvers.solve``.
 
     Returns:
       The state at grid[-1], shaped like x1.
@@ -121,6 +148,15 @@ def encode(
         a solve that it does not need.
       TypeError: for anything but a BoundFlowMap, or x1 that is not floating-point.
       RuntimeError: at an un-jitted call whose solve needs more than ``max_steps``.
+
+    Example:
+      >>> import jax.numpy as jnp
+      >>> from jflow import samplers, solvers
+      >>> def velocity(params, t, x, cond=None, *, key=None):
+      ...     return 2.0 * jnp.ones_like(x)
+      >>> bound = solvers.solve(velocity, "euler", steps=2).bind(None)
+      >>> print(samplers.encode(bound, jnp.zeros(2, jnp.float32), samplers.uniform_grid(2)[::-1]))
+      [-2. -2.]
     """
     check_bound(bound)
     checks.floating("x1", x1)

@@ -70,7 +70,7 @@ def renoise_plan(interpolant: Interpolant, times: Array, kappa: float | Array) -
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class Renoise:
-    r"""The sampler of jumps with partial re-noising. From s to the next time t: jump beyond t, to t+, and add noise,
+    r"""The sampler of jumps with partial re-noising. From s to the next time t: jump beyond t, to t+, and add noise::
 
         x_t = (beta_t/beta_{t+}) X_{s,t+}(x_s) + alpha_t (1 - sqrt(1-kappa^2)) m + kappa alpha_t std z
         alpha_{t+}/beta_{t+} = sqrt(1 - kappa^2) alpha_t/beta_t
@@ -177,6 +177,17 @@ def renoise(
       ValueError: for a grid that does not ascend, kappa outside [0, 1], a jump outside the domain (traced values are not
         checked), or another base.
       TypeError: for anything but a BoundFlowMap and an Interpolant, or x0 that is not floating-point.
+
+    Example:
+      >>> import jax
+      >>> import jax.numpy as jnp
+      >>> from jflow import FlowMap, interpolants, samplers
+      >>> bound = FlowMap(lambda params, s, t, x, cond=None, *, key=None: params * jnp.ones_like(x)).bind(jnp.float32(2.0))
+      >>> x0 = jnp.zeros(2, jnp.float32)
+      >>> samplers.renoise(
+      ...     bound, x0, samplers.uniform_grid(2), key=jax.random.key(0), interpolant=interpolants.linear(), kappa=0.5
+      ... ).shape
+      (2,)
     """
     return run(Renoise(bound, interpolant, kappa, base, keyed), key, x0, grid, cond)
 
@@ -196,5 +207,16 @@ def renoise_path(
     """All states of ``renoise``, of one sample: shaped like x0 with a leading axis K + 1; the first is x0.
 
     Arguments and errors: as ``renoise``.
+
+    Example:
+      >>> import jax
+      >>> import jax.numpy as jnp
+      >>> from jflow import FlowMap, interpolants, samplers
+      >>> bound = FlowMap(lambda params, s, t, x, cond=None, *, key=None: params * jnp.ones_like(x)).bind(jnp.float32(2.0))
+      >>> x0 = jnp.zeros(2, jnp.float32)
+      >>> samplers.renoise_path(
+      ...     bound, x0, samplers.uniform_grid(2), key=jax.random.key(0), interpolant=interpolants.linear(), kappa=0.5
+      ... ).shape
+      (3, 2)
     """
     return run_path(Renoise(bound, interpolant, kappa, base, keyed), key, x0, grid, cond)[0]

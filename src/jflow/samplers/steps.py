@@ -1,7 +1,7 @@
 """Samplers as steps: a state, ``step(key, state, t) -> (state, info)``, and one ``run`` along a grid for all of them.
 
 A sampler works on one sample; callers ``jax.vmap``. Its state is a pytree of arrays, so a batch of states can be weighted,
-resampled or changed between two steps:
+resampled or changed between two steps::
 
     sampler = samplers.Renoise(bound, interpolant, kappa=0.5)
     states = jax.vmap(lambda x: sampler.init(x, grid[0]))(x0)
@@ -91,6 +91,11 @@ def uniform_grid(steps: int, *, start: float = 0.0, end: float = 1.0) -> np.ndar
 
     Raises:
       ValueError: for no steps or times outside [0, 1]; TypeError for numbers of the wrong type.
+
+    Example:
+      >>> from jflow import samplers
+      >>> samplers.uniform_grid(4).tolist()
+      [0.0, 0.25, 0.5, 0.75, 1.0]
     """
     checks.integer("steps", steps, low=1)
     return np.linspace(
@@ -127,6 +132,16 @@ def run_path(sampler: Sampler[KeyLike], key: KeyLike, x0: Event, grid: Grid, con
 
     Returns:
       (x, info): x like x0 with a leading axis K + 1, of which the first is x0; info with a leading axis K.
+
+    Example:
+      >>> import jax
+      >>> import jax.numpy as jnp
+      >>> from jflow import FlowMap, interpolants, samplers
+      >>> bound = FlowMap(lambda params, s, t, x, cond=None, *, key=None: params * jnp.ones_like(x)).bind(jnp.float32(2.0))
+      >>> x0 = jnp.zeros(2, jnp.float32)
+      >>> states, info = samplers.run_path(samplers.Jumps(bound), None, x0, samplers.uniform_grid(2))
+      >>> states.tolist()
+      [[0.0, 0.0], [1.0, 1.0], [2.0, 2.0]]
     """
     _, (states, info) = _scan(sampler, key, x0, grid, cond, lambda state, info: (state.x, info))
     first = jax.tree.map(jnp.asarray, x0)

@@ -2,7 +2,7 @@ r"""Diffrax solves of any Velocity: as a FlowMap, and as a trajectory.
 
 The mean velocity is itself the end of an ODE in rescaled time tau,
 
-    dy/dtau = b_{s + tau (t-s)}( x + (t-s) y ),   y(0) = 0,   tau in [0, 1],       v_{s,t}(x) = y(1),
+.. math:: dy/d\tau = b_{s + \tau (t-s)}(x + (t-s) y), \quad y(0) = 0, \quad \tau \in [0, 1], \qquad v_{s,t}(x) = y(1),
 
 for s < t, s > t and s = t alike: nothing divides by t - s, and the derivatives in s, t and x are right on the diagonal.
 
@@ -76,6 +76,8 @@ def solve(
 ) -> FlowMap:
     """The flow map of a velocity, by an ODE solve in rescaled time (see the module's formula).
 
+    For example::
+
         solve(velocity)                                     adaptive, Tsit5, at the default tolerance
         solve(velocity, "euler", steps=10)
         solve(velocity, diffrax.Tsit5(), stepsize_controller=diffrax.PIDController(rtol=1e-6, atol=1e-8))
@@ -101,6 +103,13 @@ def solve(
         adjoint or a velocity without a forward mode.
       RuntimeError: at an un-jitted call whose solve fails, as one that needs more than ``max_steps`` does.
       From ``jax.grad``, ValueError naming ``adjoint`` where the solve has no reverse mode.
+
+    Example:
+      >>> import jax.numpy as jnp
+      >>> from jflow import solvers
+      >>> flow_map = solvers.solve(lambda params, t, x, cond=None, *, key=None: -x, "heun", steps=16)
+      >>> round(float(flow_map.jump(None, 0.0, 1.0, jnp.ones(1, jnp.float32))[0]), 3)
+      0.368
     """
     counted = solve_counted(velocity, solver, **choices)
 
@@ -151,13 +160,22 @@ def trajectory(
       velocity, params, cond, key: as in ``solve``.
       times: ``[N]``, strictly increasing or strictly decreasing, within [0, 1]; N >= 2.
       x: the state at times[0].
-      solver, **choices: as in ``solve``, ``steps`` per interval.
+      solver, choices: as in ``solve``, ``steps`` per interval.
 
     Returns:
       Shaped like x with a leading axis N; the first entry is x.
 
     Raises:
       As ``solve``, and ValueError for times that are not strictly monotone in [0, 1].
+
+    Example:
+      >>> import jax.numpy as jnp
+      >>> from jflow import solvers
+      >>> times = jnp.array([0.0, 0.5, 1.0], jnp.float32)
+      >>> def velocity(params, t, x, cond=None, *, key=None):
+      ...     return 2.0 * jnp.ones_like(x)
+      >>> solvers.trajectory(velocity, None, times, jnp.zeros(1, jnp.float32), solver="euler", steps=2).tolist()
+      [[0.0], [1.0], [2.0]]
     """
     check_velocity(velocity)
     check_times("times", times, increasing=False)

@@ -29,6 +29,8 @@ def sde(
 ) -> Callable[..., Event]:
     r"""The SDE with the marginals of the flow, for an independent base N(m, diag(s^2)), on a grid that the caller gives.
 
+    The equation::
+
         dx = [ b_t + sigma_t^2/2 grad log rho_t ] dt + sigma_t dW,   grad log rho_t = (beta b - beta' x + w m)/(alpha w s^2)
 
     With a number c the noise is sigma_t^2 = 2 c alpha_t w_t s^2, entry by entry, and the drift

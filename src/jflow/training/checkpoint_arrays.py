@@ -5,7 +5,7 @@ The record of a leaf is ``{"dtype", "shape", "checksum", "prng", "path"}``: ``pr
 dictionaries, or None.
 
 The checksum is computed where the array lies. With the array's words w_i (of at most 32 bits, in C order) and a bijective
-mixer h of 32-bit words it is the pair
+mixer h of 32-bit words it is the pair::
 
     sum_i h(w_i + h(2 i)) ,  sum_i h(w_i + h(2 i + 1))        modulo 2^32:
 

@@ -1,5 +1,7 @@
 """Several processes that train together, and how a run ends when a machine is taken away or dies.
 
+For example::
+
     with distributed.processes():          # on a TPU pod, under SLURM, Open MPI or Kubernetes; nothing on one machine
         ...                                # jax.devices() are those of all processes
 

@@ -1,11 +1,13 @@
 r"""Exponential moving averages of parameters, several at once.
 
-An average a follows the parameters p as
+An average a follows the parameters p as::
 
     a_{n+1} = a_n + w_n (p_{n+1} - a_n),        a_0 = p_0,
 
 where n counts the optimizer's updates made before and the weight of the new parameters, w_n = 1 - decay_n, comes from a
 schedule. A schedule returns w rather than the decay because 1 - 0.9999 in float32 has lost four digits.
+
+The schedules::
 
     constant(d)    w_n = 1 - d
     warmup(d)      w_n = 1 - min(d, (1 + n)/(10 + n))
@@ -34,6 +36,13 @@ def constant(decay: float) -> Schedule:
 
     Raises:
       ValueError: when the decay is outside [0, 1]; TypeError if it is not a number.
+
+    Example:
+      >>> import jax.numpy as jnp
+      >>> from jflow.training import ema
+      >>> average = ema.update(jnp.zeros(1, jnp.float32), jnp.ones(1, jnp.float32), ema.constant(0.75)(0))
+      >>> print(average)
+      [0.25]
     """
     weight = 1.0 - checks.number("decay", decay, low=0.0, high=1.0)
     return lambda n: jnp.full(jnp.shape(n), weight, jnp.float32)
@@ -147,6 +156,11 @@ def decay_of_half_life(half_life: float, batch_size: int) -> float:
 
     Raises:
       ValueError: when either is not positive; TypeError if it is not a number.
+
+    Example:
+      >>> from jflow.training import ema
+      >>> round(ema.decay_of_half_life(1000, batch_size=10), 6)
+      0.993092
     """
     checks.integer("batch_size", batch_size, low=1)
     return 0.5 ** (batch_size / checks.number("half_life", half_life, low=0.0, open_low=True))

@@ -1,18 +1,18 @@
 r"""Averages of any length, made after training from a few that were stored (post-hoc EMA, 2312.02696, section 3 and app. C).
 
 The average of ``ema.power(g)`` after t updates of the optimizer (steps, unless several make one update) is a sum over the
-parameters p_1, ..., p_t with the profile
+parameters p_1, ..., p_t with the profile::
 
     w_k = (k/t)^{g + 1} - ((k - 1)/t)^{g + 1},        sum_k w_k = 1,
 
 whose standard deviation, relative to t, is the width sigma = sqrt((g + 1)/((g + 2)^2 (g + 3))) (for many steps). Of stored
 averages a_i with the profiles w^i, sum_i c_i a_i is the average with the profile sum_i c_i w^i. The coefficients of a
-profile w that was not stored are those that
+profile w that was not stored are those that::
 
     minimise |sum_i c_i w^i - w|^2        with  sum_i c_i = 1.
 
 The paper has no constraint; with it, what the parameters have in common all along comes out unchanged. As in the paper the
-inner products are those of the continuous profiles p(k) = (g + 1) k^g/t^{g + 1} on [0, t]: with m = min(t_i, t_j),
+inner products are those of the continuous profiles p(k) = (g + 1) k^g/t^{g + 1} on [0, t]: with m = min(t_i, t_j)::
 
     <p_i, p_j> = (g_i + 1)(g_j + 1)/(g_i + g_j + 1)/m (m/t_i)^{g_i + 1} (m/t_j)^{g_j + 1}.
 
@@ -47,7 +47,7 @@ class Fit(NamedTuple):
 
     Attributes:
       coefficients: [m], float64, in the order of the snapshots; their sum is 1.
-      residual: |sum_i c_i w^i - w|/|w|, the relative error of the profile: near 0 where the target can be reached, near 1
+      residual: ``|sum_i c_i w^i - w|/|w|``, the relative error of the profile: near 0 where the target can be reached, near 1
         where nothing like it was stored.
     """
 
@@ -60,6 +60,11 @@ def width_of_gamma(gamma: float) -> float:
 
     Raises:
       ValueError: when gamma is negative; TypeError if it is not a number.
+
+    Example:
+      >>> from jflow.training import ema_posthoc
+      >>> round(ema_posthoc.width_of_gamma(16.0), 4)
+      0.0526
     """
     gamma = checks.number("gamma", gamma, low=0.0)
     return math.sqrt((gamma + 1.0) / (gamma + 3.0)) / (gamma + 2.0)

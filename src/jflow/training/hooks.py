@@ -37,7 +37,7 @@ class Started(NamedTuple):
 class Hook:
     """Takes part in a run. ``fit`` enters it as a context and calls one method per event; by default each does nothing.
 
-    A hook of your own overrides the methods that it needs:
+    A hook of your own overrides the methods that it needs::
 
         class LargestGradient(Hook):
             found = 0.0

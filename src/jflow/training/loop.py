@@ -150,6 +150,24 @@ def fit(
       FileExistsError, FileNotFoundError: as ``RunDirectory`` says.
       ValueError: for numbers that are not multiples, a state past the end, or a checkpoint of another config or kind.
       TypeError: for arguments of another type.
+
+    Example:
+      >>> import jax
+      >>> import jax.numpy as jnp
+      >>> import optax
+      >>> from jflow import datasets, flow_map, interpolants, objectives, parameterizations, training
+      >>> def net(params, s, t, x, cond=None, *, key=None):
+      ...     return params * x
+      >>> path = interpolants.linear()
+      >>> model = flow_map(net, parameterizations.mean_velocity_form(path))
+      >>> dataset = datasets.ArrayDataset(jnp.ones((8, 2), jnp.float32), batch_size=4)
+      >>> optimizer = optax.sgd(0.1)
+      >>> step = training.make_step(objectives.flow_matching(model, path), optimizer)
+      >>> chunk = training.make_chunk(step, dataset.batch)
+      >>> state = training.init_state(jnp.float32(0.5), optimizer, jax.random.key(0))
+      >>> state = training.fit(state, chunk, dataset.data, total_steps=2, hooks=[])
+      >>> int(state.step)
+      2
     """
     _check_arguments(state, chunk, data, run, evaluation)
     hooks = [Progress()] if hooks is None else as_hooks(hooks)

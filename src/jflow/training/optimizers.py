@@ -57,7 +57,7 @@ def has_updated(before: PyTree, after: PyTree, changed: Array) -> Array:
     """Whether the optimizer has made an update between two of its states: a scalar bool.
 
     It has if the parameters have changed. If they have not (the learning rate is zero, or the update is below rounding), the
-    states decide, at any depth of nesting:
+    states decide, at any depth of nesting::
 
         MultiSteps                          an update was made if ``gradient_step`` has moved
         apply_if_finite                     if the last gradient was finite

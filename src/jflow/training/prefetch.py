@@ -1,5 +1,7 @@
 """Batches from a host iterator, several steps of them at once, on the devices before they are needed.
 
+For example::
+
     feed = Feed(datasets.pipeline(source, batch_size=256), sharding=rows)
     chunk = make_chunk(step, prefetch.batch, batch_sharding=rows)
     with feed:

@@ -24,6 +24,8 @@ from jflow.types import Array, Params
 class RunDirectory:
     """Where ``fit`` keeps a run, what it keeps, and what happens to an earlier run there.
 
+    The files::
+
         PATH/metrics.jsonl        rows of metrics (``metrics_log.read``)
         PATH/checkpoints/STEP     checkpoints of the whole state (``restore_params`` reads the parameters)
         PATH/averages/STEP        snapshots of the averages alone (``training.ema_posthoc`` recombines them)

@@ -86,6 +86,15 @@ def init_state(
 
     Raises:
       TypeError: when the key is no single typed key, or ``ema`` or the optimizer is of another type.
+
+    Example:
+      >>> import jax
+      >>> import jax.numpy as jnp
+      >>> import optax
+      >>> from jflow import training
+      >>> state = training.init_state({"w": jnp.zeros(2, jnp.float32)}, optax.adam(1e-3), jax.random.key(0), ema=(0.999,))
+      >>> int(state.step), sorted(state.ema)
+      (0, ['0.999'])
     """
     if not trees.is_key(key) or key.shape != ():
         raise TypeError(f"key: expected one typed PRNG key from jax.random.key, got {type(key).__name__} {key}")

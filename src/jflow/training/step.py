@@ -36,6 +36,8 @@ def make_step(
 ) -> Step:
     """A pure function ``(state, batch) -> (state, metrics)``: one call of the optimizer with the mean loss of a batch.
 
+    One step::
+
         loss   = mean_i objective(params, fold_in(key, step), batch, context)[i]
         params <- params + optimizer's update of grad loss,   then every average in ``ema`` follows.
 
@@ -77,6 +79,21 @@ def make_step(
         ``ema``, its teacher is to be updated and not like the parameters, the loss is not of rank one, or the
         objective's state is missing or changes its structure, shapes or dtypes; TypeError when ``teacher_updates`` returns
         no scalar bool, the objective anything but a loss and an Aux, or the state is not a TrainState.
+
+    Example:
+      >>> import jax
+      >>> import jax.numpy as jnp
+      >>> import optax
+      >>> from jflow import flow_map, interpolants, objectives, parameterizations, training
+      >>> def net(params, s, t, x, cond=None, *, key=None):
+      ...     return params * x
+      >>> path = interpolants.linear()
+      >>> model = flow_map(net, parameterizations.mean_velocity_form(path))
+      >>> step = training.make_step(objectives.flow_matching(model, path), optax.sgd(0.1))
+      >>> state = training.init_state(jnp.float32(0.5), optax.sgd(0.1), jax.random.key(0))
+      >>> state, metrics = jax.jit(step)(state, jnp.ones((8, 2), jnp.float32))
+      >>> int(state.step)
+      1
     """
     checks.function("objective", objective, "(params, key, batch, context) -> (loss, aux)")
     check_optimizer(optimizer)

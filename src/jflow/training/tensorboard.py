@@ -20,6 +20,8 @@ FLUSH_SECONDS = 10
 class TensorBoard(Hook):
     """A hook that writes every row to a directory of events.
 
+    For example::
+
         fit(state, chunk, data, hooks=[TensorBoard(out / "tensorboard"), Progress()], ...)
 
     A number becomes ``KIND/NAME`` ("train/loss"), a vector (means by bins) one such number per entry, ``KIND/NAME/0`` and so

@@ -53,6 +53,8 @@ def train(
 ) -> TrainState:
     """Trains a network with an objective and an optax optimizer.
 
+    For example::
+
         state = train(objectives.lsd(flow_map, path), optax.adam(1e-3), params, ArrayDataset(x, 256), steps=10_000)
         samples = samplers.jumps(flow_map.bind(state.averaged()), noise, samplers.uniform_grid(1))
 
@@ -84,6 +86,21 @@ def train(
     Raises:
       ValueError, TypeError: for arguments out of range or of another type, before an earlier run is touched.
       NonFiniteError, PreemptedError, FileExistsError, FileNotFoundError: as ``fit``.
+
+    Example:
+      >>> import jax
+      >>> import jax.numpy as jnp
+      >>> import optax
+      >>> from jflow import datasets, flow_map, interpolants, objectives, parameterizations, training
+      >>> def net(params, s, t, x, cond=None, *, key=None):
+      ...     return params * x
+      >>> path = interpolants.linear()
+      >>> model = flow_map(net, parameterizations.mean_velocity_form(path))
+      >>> dataset = datasets.ArrayDataset(jnp.ones((8, 2), jnp.float32), batch_size=4)
+      >>> objective = objectives.flow_matching(model, path)
+      >>> state = training.train(objective, optax.sgd(0.1), jnp.float32(0.5), dataset, steps=2, hooks=[])
+      >>> int(state.step)
+      2
     """
     checks.integer("steps", steps, low=1)
     checks.integer("seed", seed)
