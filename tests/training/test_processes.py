@@ -27,7 +27,7 @@ WORKER = Path(__file__).with_name("worker.py")
 class Run:
     """Two processes at work in one directory."""
 
-    def __init__(self, out: Path, steps: int, pause: float = 0.0) -> None:
+    def __init__(self, out: Path, steps: int, pause: float = 0.0, *snapshot_every: int) -> None:
         with socket.socket() as free:
             free.bind(("localhost", 0))
             port = free.getsockname()[1]
@@ -37,7 +37,17 @@ class Run:
         self.logs = [out.with_name(f"{out.name}_{steps}_{index}.log") for index in range(2)]
         self.processes = [
             subprocess.Popen(
-                [sys.executable, WORKER, out, str(index), "2", str(port), str(steps), str(pause)],
+                [
+                    sys.executable,
+                    WORKER,
+                    out,
+                    str(index),
+                    "2",
+                    str(port),
+                    str(steps),
+                    str(pause),
+                    *map(str, snapshot_every),
+                ],
                 stdout=log.open("w"),
                 stderr=subprocess.STDOUT,
                 env=environment,
@@ -127,3 +137,15 @@ def test_two_processes_are_killed_stopped_and_end_as_one(unbroken, tmp_path, ass
     assert int(one.step) == 36 and rows == []
     for got, want in zip(saved, jax.tree.leaves(state._replace(key=jax.random.key_data(state.key))), strict=True):
         np.testing.assert_allclose(got, want, rtol=1e-4, atol=1e-6)
+
+
+@pytest.mark.slow
+def test_two_processes_save_snapshots_and_checkpoints_at_the_same_steps(tmp_path):
+    out = tmp_path / "run"
+    run = Run(out, 8, 0.0, 2)
+    assert run.codes() == [0, 0], run.text()
+    with Checkpoints(out / "checkpoints", config={"name": "worker"}, resume=True) as checkpoints:
+        assert checkpoints.steps() == [4, 8]
+    # A snapshot that was begun and not finished is not listed.
+    with Checkpoints(out / "averages", config={"name": "worker"}, keep=None, resume=True) as snapshots:
+        assert snapshots.steps() == [2, 4, 6, 8]

@@ -1,4 +1,7 @@
-"""One of several processes that train together: ``python worker.py OUT INDEX COUNT PORT STEPS``, run by test_processes."""
+"""One of several processes that train together, run by test_processes.
+
+Usage: ``python worker.py OUT INDEX COUNT PORT STEPS PAUSE [SNAPSHOT_EVERY]``.
+"""
 
 from __future__ import annotations
 
@@ -19,7 +22,9 @@ FSDP = 4
 SMALLEST = 1
 
 
-def train(out: Path, steps: int, mesh: jax.sharding.Mesh, pause: float = 0.0) -> tuple[training.TrainState, list[dict]]:
+def train(
+    out: Path, steps: int, mesh: jax.sharding.Mesh, pause: float = 0.0, snapshot_every: int | None = None
+) -> tuple[training.TrainState, list[dict]]:
     """Trains the test problem to ``steps`` steps, from where ``out`` stands; pauses after each row."""
     problem, rows = make_problem(), []
 
@@ -38,18 +43,25 @@ def train(out: Path, steps: int, mesh: jax.sharding.Mesh, pause: float = 0.0) ->
         sharding.place(jax.tree.map(np.asarray, problem.dataset.data), sharding.whole(mesh)),
         total_steps=steps,
         log_every=2,
-        run=training.RunDirectory(out, checkpoint_every=4, config={"name": "worker"}, resume="auto", ignore=("pause",)),
+        run=training.RunDirectory(
+            out,
+            checkpoint_every=4,
+            snapshot_every=snapshot_every,
+            config={"name": "worker"},
+            resume="auto",
+            ignore=("pause",),
+        ),
         hooks=[callback],
     )
     return state, rows
 
 
 def main() -> None:
-    out, index, count, port, steps, pause = sys.argv[1:]
+    out, index, count, port, steps, pause, *snapshots = sys.argv[1:]
     jax.config.update("jax_num_cpu_devices", 8 // int(count))
     with distributed.processes(f"localhost:{port}", int(count), int(index), heartbeat_seconds=10, start_seconds=60):
         try:
-            state, _ = train(Path(out), int(steps), sharding.mesh(FSDP), float(pause))
+            state, _ = train(Path(out), int(steps), sharding.mesh(FSDP), float(pause), *map(int, snapshots))
         except distributed.PreemptedError as error:
             print(error, file=sys.stderr)
             sys.exit(distributed.EXIT_PREEMPTED)
