@@ -97,7 +97,7 @@ def test_density_score_denoiser_and_velocity_of_the_oracle(base, path):
     np.testing.assert_allclose(c.alpha_dot[:, None] * noise + c.beta_dot[:, None] * denoiser, b, rtol=1e-8, atol=1e-8)
 
 
-@pytest.mark.parametrize("base", ["numbers", "entries"])
+@pytest.mark.parametrize("base", [pytest.param("numbers", marks=pytest.mark.slow), "entries"])
 @pytest.mark.parametrize("name", ["gaussian", "mixture", "quantile"])
 def test_the_map_of_the_oracle_is_a_solve_of_its_velocity(name, base):
     oracle, p = make(name, base, "trigonometric"), PARAMS[name]
@@ -105,13 +105,13 @@ def test_the_map_of_the_oracle_is_a_solve_of_its_velocity(name, base):
     x = jnp.asarray(X if name != "quantile" else X[:, :1])
 
     def both(s, t, x):
-        return oracle.flow_map.jump(p, s, t, x), solved.jump(p, s, t, x), oracle.flow_map.mean_velocity(p, s, s, x)
+        diagonal = oracle.flow_map.mean_velocity(p, s, s, x)
+        return oracle.flow_map.jump(p, s, t, x), solved.jump(p, s, t, x), diagonal, oracle.velocity(p, s, x)
 
+    compiled = jax.jit(jax.vmap(both, (None, None, 0)))
     for s, t in ((0.0, 1.0), (0.0, 0.4), (0.9, 0.2)):
-        s, t = jnp.float64(s), jnp.float64(t)
-        exact, found, diagonal = jax.jit(jax.vmap(both, (None, None, 0)))(s, t, x)
+        exact, found, diagonal, b = compiled(jnp.float64(s), jnp.float64(t), x)
         np.testing.assert_allclose(exact, found, rtol=1e-7, atol=1e-7)
-        b = jax.vmap(lambda x, s=s: oracle.velocity(p, s, x))(x)
         np.testing.assert_allclose(diagonal, b, rtol=1e-9, atol=1e-9)
 
 
@@ -198,7 +198,11 @@ def started(oracle, p, key, t=0.0):
 
 @pytest.mark.parametrize(
     ("base", "method", "diffusion"),
-    [("numbers", "heun", 1.0), ("entries", "heun", 2.0), ("entries", "heun", lambda t: 1.2 * jnp.sqrt(1.0 - t))],
+    [
+        pytest.param("numbers", "heun", 1.0, marks=pytest.mark.slow),
+        ("entries", "heun", 2.0),
+        pytest.param("entries", "heun", lambda t: 1.2 * jnp.sqrt(1.0 - t), marks=pytest.mark.slow),
+    ],
     ids=["number", "entries", "sigma"],
 )
 def test_the_sde_keeps_the_marginals(base, method, diffusion):
@@ -232,8 +236,8 @@ def test_the_default_diffusion_is_proportional_to_the_deviation_and_its_correcti
         np.testing.assert_allclose(y.std(0), noise[0], rtol=4 / np.sqrt(8000))
 
 
-@pytest.mark.parametrize("kappa", [0.5, 1.0])
-@pytest.mark.parametrize("base", ["numbers", "entries"])
+@pytest.mark.parametrize("kappa", [0.5, pytest.param(1.0, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("base", [pytest.param("numbers", marks=pytest.mark.slow), "entries"])
 def test_renoise_keeps_the_marginals(base, kappa):
     """By the exact map of a mixture on the line; without the base's mean or deviation it does not."""
     oracle, p, grid = make("quantile", base), PARAMS["quantile"], [0.1, 0.3, 0.6]
@@ -264,15 +268,19 @@ def test_renoise_of_entries_with_laws_of_their_own():
 # --- likelihood -------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("base", ["numbers", "entries"])
+@pytest.mark.parametrize("base", [pytest.param("numbers", marks=pytest.mark.slow), "entries"])
 def test_the_density_along_the_ode_through_jumps_and_of_the_batch(base):
     oracle, p, law = make("gaussian", base), PARAMS["gaussian"], BASES[base]
     bound = oracle.flow_map.bind(p)
     ode = likelihood.along_ode(oracle.velocity, base=law, rtol=1e-9, atol=1e-9)
+    along, through = (
+        jax.jit(ode.log_density),
+        jax.jit(lambda x: likelihood.log_density(bound, x, np.array([0.0, 0.6, 1.0]), base=law)),
+    )
     for x in jnp.asarray(X):
         want = oracle.log_density(p, 1.0, x)
-        np.testing.assert_allclose(jax.jit(ode.log_density)(p, x).log_density, want, rtol=1e-7)
-        at = jax.jit(lambda x: likelihood.log_density(bound, x, np.array([0.0, 0.6, 1.0]), base=law))(x)
+        np.testing.assert_allclose(along(p, x).log_density, want, rtol=1e-7)
+        at = through(x)
         np.testing.assert_allclose(at.log_density, want, rtol=1e-9)
         assert abs(float(likelihood.log_density(bound, x, [0.0, 1.0]).log_density - want)) > 1e-2
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import functools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -75,20 +77,28 @@ def trained(method, mesh, split=False):
 
 @pytest.fixture(scope="module")
 def plain():
-    return {method: trained(method, None) for method in METHODS}
+    return functools.cache(lambda method: trained(method, None))
 
 
-@pytest.mark.parametrize(("method", "mesh"), [*(("lsd", mesh) for mesh in MESHES), ("flow_matching", "4 x 2")])
+@pytest.mark.parametrize(
+    ("method", "mesh"),
+    [
+        ("lsd", "4 x 2"),
+        *(pytest.param("lsd", mesh, marks=pytest.mark.slow) for mesh in MESHES if mesh != "4 x 2"),
+        pytest.param("flow_matching", "4 x 2", marks=pytest.mark.slow),
+    ],
+)
 def test_loss_gradient_and_average_do_not_depend_on_the_layout(method, mesh, plain):
     state, losses, norms = trained(method, mesh_of(mesh))
-    expected, expected_losses, expected_norms = plain[method]
+    expected, expected_losses, expected_norms = plain(method)
     np.testing.assert_allclose(losses, expected_losses, rtol=1e-12)
     np.testing.assert_allclose(norms, expected_norms, rtol=1e-11)
     for got, want in zip(jax.tree.leaves(state[1:4]), jax.tree.leaves(expected[1:4]), strict=True):
         np.testing.assert_allclose(got, want, rtol=1e-9, atol=1e-12)
 
 
-def test_a_run_goes_on_on_fewer_devices(tmp_path, plain):
+@pytest.mark.slow
+def test_a_run_goes_on_on_fewer_devices(tmp_path):
     """A state saved by eight devices is restored bit for bit, and the following losses agree to rounding."""
     state, chunk, data = run_of("flow_matching", None)
     expected = []
@@ -113,7 +123,14 @@ def test_a_run_goes_on_on_fewer_devices(tmp_path, plain):
             np.testing.assert_allclose(losses, expected[1:], rtol=1e-12)
 
 
-@pytest.mark.parametrize(("method", "fsdp"), [("lsd", 1), ("lsd", 2), ("flow_matching", 1)])
+@pytest.mark.parametrize(
+    ("method", "fsdp"),
+    [
+        ("lsd", 1),
+        pytest.param("lsd", 2, marks=pytest.mark.slow),
+        pytest.param("flow_matching", 1, marks=pytest.mark.slow),
+    ],
+)
 def test_devices_share_the_work(method, fsdp):
     """Counts FLOPs, because the numbers would also agree if each of eight devices did everything."""
     dataset = ArrayDataset(Batch(ROWS), 1024)
@@ -156,7 +173,9 @@ ALONE = {
 }
 
 
-@pytest.mark.parametrize("name", ALONE)
+@pytest.mark.parametrize(
+    "name", [each if each in ("psd_m", "energy") else pytest.param(each, marks=pytest.mark.slow) for each in ALONE]
+)
 def test_no_row_leaves_its_device(name):
     """Gradients are summed over devices, and nothing is collected: not the data of the batch, which only the batch's
     velocity looks at, nor the rows of either kind."""
@@ -173,7 +192,7 @@ def test_the_batch_velocity_collects_the_data():
 
 def test_parts_stay_parts(plain):
     state, losses, _ = trained("lsd", mesh_of("1 x 8"), split=True)
-    np.testing.assert_allclose(losses, plain["lsd"][1], rtol=1e-12)
+    np.testing.assert_allclose(losses, plain("lsd")[1], rtol=1e-12)
     for tree in (state.params, state.ema["0.9"], state.opt_state[0].mu):
         assert tree["mid"].addressable_shards[0].data.shape == (2, 16)
         assert tree["in"].addressable_shards[3].data.shape == (2, 5)
@@ -265,7 +284,9 @@ def test_gradients_through_rows_on_their_own():
     np.testing.assert_allclose(found, expected, rtol=1e-14)
 
 
-@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize(
+    "method", [each if each in ("lsd",) else pytest.param(each, marks=pytest.mark.slow) for each in METHODS]
+)
 def test_objectives_run_under_pmap(method):
     """As code under pmap does it: a key per device, gradients averaged over the axis."""
     objective, params = METHODS[method], init_params(jax.random.key(0))
@@ -303,3 +324,82 @@ def test_refusals(call, message):
         call()
     with pytest.raises(TypeError, match="fsdp"):
         sharding.mesh(2.0)
+
+
+TREE = {"hidden": {"kernel": np.zeros((3, 8))}, "out": {"kernel": np.zeros((8, 2))}}
+
+
+def row_map(*rows, in_axes=0):
+    return sharding.vmap(lambda *x: x[0], sharding.mesh(), in_axes)(*rows)
+
+
+@pytest.mark.parametrize(
+    ("attempt", "error", "message"),
+    [
+        pytest.param(
+            lambda: sharding.mesh(devices=[]),
+            ValueError,
+            "^devices: expected at least one, got none$",
+            id="no devices",
+        ),
+        pytest.param(
+            lambda: sharding.parts(TREE, jax.make_mesh((8,), ("model",))),
+            ValueError,
+            r"^mesh: expected the axes \('data', 'fsdp'\), as sharding\.mesh makes them, got \('model',\)$",
+            id="another mesh",
+        ),
+        pytest.param(
+            lambda: sharding.place(TREE, sharding.parts(TREE["out"], sharding.mesh())),
+            ValueError,
+            "^shardings: expected one, or the pytree structure of the arrays, .*got ",
+            id="a layout of another state",
+        ),
+        pytest.param(
+            lambda: sharding.split({"x1": ROWS, "scale": 2.0}, sharding.mesh()),
+            ValueError,
+            r"^tree: expected arrays \[N, \.\.\.\], got float without a leading axis$",
+            id="a number to split",
+        ),
+        pytest.param(
+            lambda: sharding.mesh(fsdp=3),
+            ValueError,
+            "^fsdp: expected a divisor of the number of devices, 8, got 3$",
+            id="parts that do not divide",
+        ),
+        pytest.param(
+            lambda: sharding.mesh(0.5),
+            TypeError,
+            r"^fsdp: expected a whole number, got float 0\.5$",
+            id="half as many parts",
+        ),
+        pytest.param(
+            lambda: row_map(jnp.zeros(12)),
+            ValueError,
+            r"^rows: expected one number of rows, a multiple of 8 devices, got \[\(12,\)\]$",
+            id="rows that do not divide",
+        ),
+        pytest.param(
+            lambda: row_map(jnp.zeros(8), jnp.zeros(16)),
+            ValueError,
+            r"^rows: expected one number of rows, a multiple of 8 devices, got \[\(8,\), \(16,\)\]$",
+            id="rows of different number",
+        ),
+        pytest.param(
+            lambda: row_map(jnp.zeros((8, 8)), in_axes=1),
+            ValueError,
+            "^in_axes: expected 0 or None for each of 1 arguments, and one 0, got 1$",
+            id="columns",
+        ),
+        pytest.param(
+            lambda: row_map(jnp.zeros(8), 1.0, in_axes=(0,)),
+            ValueError,
+            r"^in_axes: expected 0 or None for each of 2 arguments, and one 0, got \(0,\)$",
+            id="an axis too few",
+        ),
+    ],
+)
+def test_refused_in_words(attempt, error, message):
+    with pytest.raises(error, match=message) as caught:
+        attempt()
+    # Not by a sub-class that means something else.
+    assert caught.type is error

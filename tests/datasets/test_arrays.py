@@ -152,3 +152,54 @@ def test_pairs_that_do_not_fit_are_refused():
         dataset = ArrayDataset(Batch(np.ones((4, 1), np.float32)), 2)
         with pytest.raises(ValueError, match=r"data.x0: expected values that fit float32"):
             datasets.coupled(dataset, 2, couple=couple)
+
+
+ROWS = np.ones((16, 3), np.float32)
+
+
+@pytest.mark.parametrize(
+    ("attempt", "error", "message"),
+    [
+        pytest.param(
+            lambda: datasets.ArrayDataset(np.array(["cat", "dog"]), 4),
+            TypeError,
+            "^data: expected arrays of numbers, got dtype <U3$",
+            id="rows of words",
+        ),
+        pytest.param(
+            lambda: datasets.ArrayDataset(Batch(x1=ROWS, cond=ROWS[:3]), 4),
+            ValueError,
+            r"^data: expected arrays with one common leading axis of rows, got \[\(3,\), \(16,\)\]$",
+            id="rows of different numbers",
+        ),
+        pytest.param(
+            lambda: datasets.ArrayDataset(ROWS[:0], 4),
+            ValueError,
+            r"^data: expected arrays with one common leading axis of rows, got \[\(0,\)\]$",
+            id="no rows",
+        ),
+        pytest.param(
+            lambda: datasets.ArrayDataset(ROWS, 0),
+            ValueError,
+            "^batch_size: expected a whole number of at least 1 and at most 268435455, got 0$",
+            id="an empty batch",
+        ),
+        pytest.param(
+            lambda: datasets.SampledDataset(jax.random.normal, 4, jax.random.key(0)),
+            TypeError,
+            "^seed: expected a whole number, got PRNGKeyArray",
+            id="a key as the seed",
+        ),
+        pytest.param(
+            lambda: datasets.coupled(datasets.ArrayDataset(Batch(x1=ROWS, x0=ROWS), 4), 1),
+            ValueError,
+            "^dataset: expected batches that are a Batch without x0",
+            id="pairs paired again",
+        ),
+    ],
+)
+def test_refused_in_words(attempt, error, message):
+    with pytest.raises(error, match=message) as caught:
+        attempt()
+    # Not by a sub-class that means something else.
+    assert caught.type is error

@@ -85,3 +85,21 @@ def test_digits_says_what_is_missing(monkeypatch):
 def test_refusals_name_the_argument(call, message):
     with pytest.raises(ValueError, match=message):
         call()
+
+
+@pytest.mark.parametrize(
+    ("attempt", "error", "message"),
+    [
+        pytest.param(
+            lambda: datasets.digits(held_out=20),
+            ValueError,
+            r"^held_out: expected a number in \[0, 1\], got 20$",
+            id="all held out and more",
+        ),
+    ],
+)
+def test_refused_in_words(attempt, error, message):
+    with pytest.raises(error, match=message) as caught:
+        attempt()
+    # Not by a sub-class that means something else.
+    assert caught.type is error

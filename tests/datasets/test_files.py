@@ -510,3 +510,106 @@ def assert_equal():
             np.testing.assert_array_equal(left, right)
 
     return check
+
+
+ROWS = np.ones((16, 3), np.float32)
+
+
+def text(path, content):
+    path.write_text(content)
+    return path
+
+
+def npz(folder, arrays, **names):
+    np.savez(folder / "data.npz", **arrays)
+    return datasets.npz(folder / "data.npz", **names)
+
+
+def npy(folder, **arrays):
+    """The files of a folder; __ stands for a dot."""
+    for name, array in arrays.items():
+        np.save(folder / f"{name.replace('__', '.')}.npy", array)
+    return datasets.array_folder(folder)
+
+
+def batches_of(source, *arguments, **options):
+    pytest.importorskip("grain")
+    return datasets.pipeline(source, *arguments, **options)
+
+
+@pytest.mark.parametrize(
+    ("attempt", "error", "message"),
+    [
+        pytest.param(
+            lambda d: batches_of("images/train", 8),
+            TypeError,
+            r"^source: expected rows with len\(\) and \[i\], as images\(path\), got str$",
+            id="a path as the source",
+        ),
+        pytest.param(
+            lambda d: datasets.npz(text(d / "data.npz", "x,y\n1,2\n")),
+            ValueError,
+            r"^npz: .*data\.npz cannot be read as an \.npz file: File is not a zip file$",
+            id="a file of another kind",
+        ),
+        pytest.param(
+            lambda d: npz(d, {"x": ROWS, "y": ROWS}, x1="images"),
+            ValueError,
+            r"^npz: .*data\.npz has no array 'images', expected one of x, y$",
+            id="arrays of another name",
+        ),
+        pytest.param(
+            lambda d: npz(d, {"x1": ROWS, "y": ROWS[:7]}, cond="y"),
+            ValueError,
+            r"^npz: .*expected arrays \[n, \.\.\.\] with one n, got shapes Batch\(x1=\(16, 3\), x0=None, cond=\(7, 3\)\)$",
+            id="labels of other rows",
+        ),
+        pytest.param(
+            lambda d: datasets.array_folder(d),
+            ValueError,
+            r"^array_folder: expected files NAME\.npy in .*, found none$",
+            id="a folder with no arrays",
+        ),
+        pytest.param(
+            lambda d: npy(d, a=ROWS, a__cond=ROWS, b=ROWS),
+            ValueError,
+            r"^array_folder: .*b\.cond\.npy is missing, while other files have theirs$",
+            id="a part without labels",
+        ),
+        pytest.param(
+            lambda d: npy(d, a=ROWS, b=ROWS[:, :2]),
+            ValueError,
+            r"^array_folder: .*b\.npy: expected rows like those of a\.npy, .*float32\[3\].*, got .*float32\[2\]",
+            id="parts of different shapes",
+        ),
+        pytest.param(
+            lambda d: batches_of(ROWS, 8, process_index=0, process_count=3),
+            ValueError,
+            "^batch_size: expected a multiple of the number of processes, 3, got 8$",
+            id="a batch that processes do not share",
+        ),
+        pytest.param(
+            lambda d: batches_of(ROWS, 8, process_index=0),
+            ValueError,
+            "^process_index, process_count: expected both or neither$",
+            id="one process of none",
+        ),
+        pytest.param(
+            lambda d: batches_of([], 8),
+            ValueError,
+            r"^source: expected at least one row, and at most 2\^32, got 0$",
+            id="a source without rows",
+        ),
+        pytest.param(
+            lambda d: batches_of(ROWS, 8, threads=-1),
+            ValueError,
+            "^threads: expected a whole number of at least 0, got -1$",
+            id="less than no threads",
+        ),
+    ],
+)
+def test_refused_in_words(attempt, error, message, tmp_path):
+    with pytest.raises(error, match=message) as caught:
+        attempt(tmp_path)
+    # Not by a sub-class that means something else.
+    assert caught.type is error

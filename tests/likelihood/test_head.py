@@ -72,7 +72,7 @@ def student(name, sign=1.0):
 # --- identities -------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("name", ["gaussian", "mixture"])
+@pytest.mark.parametrize("name", ["gaussian", pytest.param("mixture", marks=pytest.mark.slow)])
 def test_the_exact_map_and_head_obey_all_identities_and_no_other_head_does(name):
     """In both directions, on points with log-densities as they are; the tolerance is that of the oracle's solve."""
     tolerance = 1e-8 if name == "mixture" else 1e-12
@@ -197,7 +197,7 @@ def test_the_exact_heads_loss_is_zero_on_every_row_and_no_others(identity, choic
     assert np.mean(loss[2][~on[2]]) > 0.1 or identity == "semigroup" or "along" in choices
 
 
-@pytest.mark.parametrize("identity", ["lagrangian", "eulerian"])
+@pytest.mark.parametrize("identity", ["lagrangian", pytest.param("eulerian", marks=pytest.mark.slow)])
 def test_with_an_estimated_divergence_the_exact_head_is_stationary(identity):
     """The mean gradient vanishes within its standard error, and far from it with the sign of the head turned."""
     choices = {"divergence": lik.hutchinson(1, "gaussian"), "diagonal": 0.75}
@@ -329,6 +329,7 @@ def test_a_jump_with_its_log_density_costs_one_pass():
     assert forward / without <= 1.02
 
 
+@pytest.mark.slow
 def test_a_head_learns_the_log_density_of_an_exact_maps_jump():
     """Lagrangian, 250 steps of 128 rows in float32: from 0.93 nats of mean absolute error to about 0.12."""
     oracle = oracles.mixture(PATH)

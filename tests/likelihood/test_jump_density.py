@@ -68,7 +68,7 @@ def quantile():
     return oracle, oracle.flow_map.bind(LINE)
 
 
-@pytest.mark.parametrize("grid", ["four jumps", "back"])
+@pytest.mark.parametrize("grid", ["four jumps", pytest.param("back", marks=pytest.mark.slow)])
 def test_the_density_of_a_mixture_at_its_data_by_either_way_back(grid):
     """Ascending grids are inverted by Newton's method, descending ones are the encoder; the map is exact, so both agree."""
     oracle, bound = quantile()

@@ -95,7 +95,11 @@ def test_the_gradient_is_that_of_the_steps_and_both_exact_adjoints_agree():
         np.testing.assert_allclose(a, b, rtol=1e-9, atol=1e-12)
 
 
-@pytest.mark.parametrize(("options", "low", "high"), [(FINE, 0.0, 1e-7), (FIXED, 1e-4, 0.5)], ids=["fine", "coarse"])
+@pytest.mark.parametrize(
+    ("options", "low", "high"),
+    [pytest.param(FINE, 0.0, 1e-7, marks=pytest.mark.slow), (FIXED, 1e-4, 0.5)],
+    ids=["fine", "coarse"],
+)
 def test_backsolve_has_the_error_of_its_own_solve(options, low, high):
     _, along, difference = slopes("backsolve", **options)
     assert low <= abs(along / difference - 1) < high
@@ -199,6 +203,7 @@ def test_wrong_arguments_are_named(call, error, message):
 # --- learning ---------------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_a_small_flow_comes_near_the_entropy_of_its_data():
     """One dimension, 200 steps of 128 samples, from a standard normal: from 0.53 nats above the entropy to 0.02."""
     oracle = oracles.quantile(interpolants.linear())

@@ -46,7 +46,15 @@ REVERSE = {
 }
 
 
-@pytest.mark.parametrize("mode", REVERSE)
+@pytest.mark.parametrize(
+    "mode",
+    [
+        each
+        if each in ("grad", "grad of vmap", "vjp", "trajectory", "object", "fixed steps")
+        else pytest.param(each, marks=pytest.mark.slow)
+        for each in REVERSE
+    ],
+)
 def test_reverse_mode_through_a_forward_only_solve_names_adjoint(mode):
     with pytest.raises(ValueError, match=r"^adjoint: .*no reverse mode.*'recursive'.*'direct'"):
         REVERSE[mode]()
@@ -121,7 +129,9 @@ def test_a_failing_way_back_of_a_callers_own_adjoint_raises_too():
 
 @pytest.mark.parametrize("adjoint", ["direct", "recursive", "backsolve"])
 @pytest.mark.parametrize(
-    ("solver", "choices"), [("heun", {"steps": 4}), ("tsit5", {"rtol": 1e-7})], ids=["fixed", "adaptive"]
+    ("solver", "choices"),
+    [("heun", {"steps": 4}), pytest.param("tsit5", {"rtol": 1e-7}, marks=pytest.mark.slow)],
+    ids=["fixed", "adaptive"],
 )
 def test_gradients_of_a_part_that_does_not_depend_on_the_batch(adjoint, solver, choices):
     """Diffrax's own gradient of such a part, vmapped, is too large by the size of the batch."""

@@ -23,7 +23,7 @@ def linear(params, t, x, cond=None, *, key=None):
     [
         {"solver": "rk4", "steps": 32},
         {"solver": diffrax.Dopri5(), "stepsize_controller": PID},
-        {"solver": diffrax.Kvaerno5(), "rtol": 1e-8},
+        pytest.param({"solver": diffrax.Kvaerno5(), "rtol": 1e-8}, marks=pytest.mark.slow),
         {"options": solvers.Options("tsit5", rtol=1e-9)},
     ],
     ids=["rk4", "controller", "implicit", "options"],
@@ -40,9 +40,13 @@ def test_a_density_along_any_solver(choices):
     ("choices", "counted"),
     [
         ({"solver": "rk4", "steps": 16}, True),
-        ({"solver": diffrax.Dopri5(), "adjoint": diffrax.RecursiveCheckpointAdjoint(), "rtol": 1e-7}, True),
-        ({"options": solvers.Options("heun", steps=64, adjoint="recursive")}, True),
-        ({"solver": diffrax.Kvaerno3(), "rtol": 1e-5}, False),
+        pytest.param(
+            {"solver": diffrax.Dopri5(), "adjoint": diffrax.RecursiveCheckpointAdjoint(), "rtol": 1e-7},
+            True,
+            marks=pytest.mark.slow,
+        ),
+        pytest.param({"options": solvers.Options("heun", steps=64, adjoint="recursive")}, True, marks=pytest.mark.slow),
+        pytest.param({"solver": diffrax.Kvaerno3(), "rtol": 1e-5}, False, marks=pytest.mark.slow),
     ],
     ids=["rk4", "adjoint", "options", "implicit"],
 )

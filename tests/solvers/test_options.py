@@ -37,8 +37,8 @@ def solved(solver=None, **choices):
     ("solver", "order", "counts", "evaluations"),
     [
         ("rk4", 4, (8, 12, 16, 24, 32), lambda steps: 4 * steps),
-        ("dopri5", 5, (16, 20, 24, 28, 32), lambda steps: 6 * steps + 1),
-        ("midpoint", 2, (8, 12, 16, 24, 32), lambda steps: 2 * steps),
+        pytest.param("dopri5", 5, (16, 20, 24, 28, 32), lambda steps: 6 * steps + 1, marks=pytest.mark.slow),
+        pytest.param("midpoint", 2, (8, 12, 16, 24, 32), lambda steps: 2 * steps, marks=pytest.mark.slow),
     ],
 )
 def test_order_of_convergence_in_the_number_of_steps(solver, order, counts, evaluations):
@@ -86,7 +86,10 @@ def test_a_name_and_the_object_it_names_give_the_same(named, own):
     assert [int(each) for each in a[1]] == [int(each) for each in b[1]]
 
 
-@pytest.mark.parametrize("adjoint", ["direct", "recursive", "backsolve"])
+@pytest.mark.parametrize(
+    "adjoint",
+    [pytest.param("direct", marks=pytest.mark.slow), "recursive", pytest.param("backsolve", marks=pytest.mark.slow)],
+)
 def test_an_adjoint_and_its_name_give_the_same_gradient(adjoint):
     object_ = {
         "direct": diffrax.DirectAdjoint(),
@@ -108,26 +111,33 @@ def test_an_adjoint_and_its_name_give_the_same_gradient(adjoint):
     [
         ("rk4", {"steps": 5}, True),
         ("dopri5", {"steps": 5}, True),
-        ("dopri5", {"rtol": 1e-7}, True),
+        pytest.param("dopri5", {"rtol": 1e-7}, True, marks=pytest.mark.slow),
         ("heun", {"stepsize_controller": diffrax.PIDController(1e-3, 1e-3)}, True),
         (diffrax.Bosh3(), {"rtol": 1e-4}, True),
-        (
+        pytest.param(
             diffrax.Tsit5(),
             {"stepsize_controller": diffrax.PIDController(1e-7, 1e-7, pcoeff=0.3, icoeff=0.4, dtmax=0.05)},
             True,
+            marks=pytest.mark.slow,
         ),
         (diffrax.Tsit5(), {"stepsize_controller": CLIPPED}, True),
-        ("dopri8", {"stepsize_controller": CLIPPED}, True),
-        ("tsit5", {"stepsize_controller": GRID}, True),
+        pytest.param("dopri8", {"stepsize_controller": CLIPPED}, True, marks=pytest.mark.slow),
+        pytest.param("tsit5", {"stepsize_controller": GRID}, True, marks=pytest.mark.slow),
         (diffrax.LeapfrogMidpoint(), {"steps": 6}, True),
-        (diffrax.ReversibleHeun(), {"steps": 6}, True),
-        (
+        pytest.param(diffrax.ReversibleHeun(), {"steps": 6}, True, marks=pytest.mark.slow),
+        pytest.param(
             diffrax.ReversibleHeun(),
             {"stepsize_controller": diffrax.ClipStepSizeController(diffrax.PIDController(1e-3, 1e-3), jump_ts=[0.5])},
             True,
+            marks=pytest.mark.slow,
         ),
         (diffrax.HalfSolver(diffrax.Euler()), {"rtol": 1e-2}, True),
-        (diffrax.HalfSolver(diffrax.Tsit5()), {"stepsize_controller": CLIPPED, "adjoint": "recursive"}, True),
+        pytest.param(
+            diffrax.HalfSolver(diffrax.Tsit5()),
+            {"stepsize_controller": CLIPPED, "adjoint": "recursive"},
+            True,
+            marks=pytest.mark.slow,
+        ),
         (diffrax.Kvaerno3(), {"rtol": 1e-4}, False),
     ],
 )
@@ -180,10 +190,12 @@ def test_solvers_that_users_write_are_counted_by_their_tableau_or_not_at_all():
 @pytest.mark.parametrize(
     ("solver", "choices"),
     [
-        (diffrax.Kvaerno5(), {"rtol": 1e-7}),
+        pytest.param(diffrax.Kvaerno5(), {"rtol": 1e-7}, marks=pytest.mark.slow),
         (diffrax.Kvaerno3(root_finder=ROOT), {"steps": 40}),
-        (diffrax.ReversibleHeun(), {"rtol": 1e-6}),
-        (diffrax.HalfSolver(diffrax.Midpoint()), {"rtol": 1e-6, "adjoint": "recursive"}),
+        pytest.param(diffrax.ReversibleHeun(), {"rtol": 1e-6}, marks=pytest.mark.slow),
+        pytest.param(
+            diffrax.HalfSolver(diffrax.Midpoint()), {"rtol": 1e-6, "adjoint": "recursive"}, marks=pytest.mark.slow
+        ),
         ("dopri8", {"stepsize_controller": CLIPPED}),
     ],
     ids=["implicit", "implicit, fixed", "reversible", "half", "clipped"],

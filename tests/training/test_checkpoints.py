@@ -16,6 +16,7 @@ import pytest
 from jflow import sharding
 from jflow.training import Checkpoints, checkpoint_arrays, init_state, restore_params
 from jflow.training.checkpoint_config import difference
+from tests.training import runs
 
 # Reads of a damaged checkpoint that fail leave others under way, which report to an event loop that has ended.
 pytestmark = pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
@@ -418,3 +419,134 @@ def test_parameters_that_are_not_dictionaries(tmp_path, assert_same):
     template = jax.eval_shape(lambda: params)
     assert_same(restore_params(tmp_path / "nested", template=template)[0], params)
     assert_same(restore_params(tmp_path / "bare")[0], bare.params)
+
+
+def restored(problem, out, *arguments, **options):
+    runs.train(problem, out)
+    return restore_params(out, *arguments, **options)
+
+
+def with_damage(problem, out):
+    runs.train(problem, out)
+    shutil.rmtree(out / "checkpoints" / "8" / "state")
+    return runs.train(problem, out, 16, resume="auto")
+
+
+def at(problem, step):
+    return problem.state()._replace(step=jnp.int32(step))
+
+
+# Reads that fail leave others under way, which report to an event loop that has ended.
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
+@pytest.mark.parametrize(
+    ("attempt", "error", "message"),
+    [
+        pytest.param(
+            lambda d, p: runs.train(p, "gs://bucket/run"),
+            ValueError,
+            "^path: expected a path of a mounted file system, got 'gs://bucket/run'$",
+            id="a bucket",
+        ),
+        pytest.param(
+            lambda d, p: runs.train(p, runs.text(d / "run", "mine")),
+            NotADirectoryError,
+            "^path: .*run is a file; expected a directory$",
+            id="a file in the run's place",
+        ),
+        pytest.param(
+            lambda d, p: runs.again(p, d, config={"rate": 3e-3}, ignore="rate"),
+            TypeError,
+            "^ignore: expected a collection of names, got the string 'rate'$",
+            id="one name of many",
+        ),
+        pytest.param(
+            lambda d, p: runs.train(p, d / "new", resume=True),
+            FileNotFoundError,
+            "new/checkpoints: there is no checkpoint$",
+            id="resumed from nothing",
+        ),
+        pytest.param(
+            lambda d, p: with_damage(p, d),
+            FileNotFoundError,
+            r"no checkpoint is whole; damaged: steps \[8\]$",
+            id="all checkpoints damaged",
+        ),
+        pytest.param(
+            lambda d, p: runs.saved(d, at(p, 0), at(p, 0)),
+            ValueError,
+            "^step: .* holds step 0, not before 0$",
+            id="the start saved twice",
+        ),
+        pytest.param(
+            lambda d, p: restored(p, d, step="latest"),
+            TypeError,
+            "^step: expected a whole number, got str 'latest'$",
+            id="a step by another name",
+        ),
+        pytest.param(
+            lambda d, p: Checkpoints(runs.text(d / "file", "mine")),
+            NotADirectoryError,
+            "^directory: .*file is a file; expected a directory$",
+            id="a file in the directory's place",
+        ),
+        pytest.param(
+            lambda d, p: [runs.saved(d, at(p, 4)), Checkpoints(d)],
+            FileExistsError,
+            "is not empty; resume the run or overwrite it$",
+            id="a directory in use",
+        ),
+        pytest.param(
+            lambda d, p: Checkpoints(d, notes={"tags": {"a"}}),
+            TypeError,
+            "^notes: expected dictionaries, lists, .*Object of type set",
+            id="notes that are a set",
+        ),
+        pytest.param(
+            lambda d, p: runs.saved(d, at(p, 4), at(p, 4)),
+            ValueError,
+            "^step: .* holds step 4, not before 4$",
+            id="a step saved twice",
+        ),
+        pytest.param(
+            lambda d, p: runs.saved(d, at(p, 4), position=np.int64(3)),
+            TypeError,
+            "^position: expected dictionaries, lists, .*Object of type int64",
+            id="a position of numpy",
+        ),
+        pytest.param(
+            lambda d, p: restore_params(d / "runs" / "lost"),
+            FileNotFoundError,
+            "runs/lost: no such directory, so no checkpoint$",
+            id="a run that is not there",
+        ),
+        pytest.param(
+            lambda d, p: restore_params(d),
+            FileNotFoundError,
+            ": there is no checkpoint$",
+            id="a directory without checkpoints",
+        ),
+        pytest.param(
+            lambda d, p: restored(p, d, step=5),
+            FileNotFoundError,
+            r"no checkpoint of step 5; there are \[8\]$",
+            id="a step that was not kept",
+        ),
+        pytest.param(
+            lambda d, p: restored(p, d, step="best"),
+            FileNotFoundError,
+            "checkpoints: no checkpoint has a score$",
+            id="the best of those without scores",
+        ),
+        pytest.param(
+            lambda d, p: restored(p, d, "0.999"),
+            ValueError,
+            r"^which: expected one of 'params', '0\.9', '0\.99', got '0\.999'$",
+            id="an average that was not kept",
+        ),
+    ],
+)
+def test_refused_in_words(attempt, error, message, tmp_path, problem):
+    with pytest.raises(error, match=message) as caught:
+        attempt(tmp_path, problem)
+    # Not by a sub-class that means something else.
+    assert caught.type is error

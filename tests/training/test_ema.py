@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 
 from jflow.training import ema
+from tests.training import runs
 
 ROWS = np.random.default_rng(0).normal(size=(12, 3))
 
@@ -94,3 +95,63 @@ def test_names():
 def test_refusals_name_the_argument(call, message):
     with pytest.raises((ValueError, TypeError), match=message):
         call()
+
+
+@pytest.mark.parametrize(
+    ("attempt", "error", "message"),
+    [
+        pytest.param(
+            lambda p: runs.state(p, ema=("slow",)),
+            TypeError,
+            "^decay: expected a number, got str 'slow'$",
+            id="an average by name alone",
+        ),
+        pytest.param(
+            lambda p: runs.state(p, ema=0.999),
+            TypeError,
+            r"^ema: expected a mapping of names to schedules or a tuple of decays, got 0\.999$",
+            id="an average that is no tuple",
+        ),
+        pytest.param(
+            lambda p: runs.state(p, ema={"slow": 0.999}),
+            TypeError,
+            r"^ema: expected names without '/' and callable schedules, got 'slow': 0\.999$",
+            id="a decay beside its name",
+        ),
+        pytest.param(
+            lambda p: runs.state(p, ema=(99.9,)),
+            ValueError,
+            r"^decay: expected a number in \[0, 1\], got 99\.9$",
+            id="a decay in percent",
+        ),
+        pytest.param(
+            lambda p: ema.warmup("0.999"),
+            TypeError,
+            "^decay: expected a number, got str '0.999'$",
+            id="a warm-up to no decay",
+        ),
+        pytest.param(
+            lambda p: ema.unbiased(1),
+            ValueError,
+            r"^decay: expected a number strictly between 0 and 1, got 1\.0$",
+            id="a bias corrected for ever",
+        ),
+        pytest.param(
+            lambda p: ema.power(-2.0),
+            ValueError,
+            r"^gamma: expected a number in \[0, inf\], got -2\.0$",
+            id="a negative exponent",
+        ),
+        pytest.param(
+            lambda p: ema.decay_of_half_life(0, 256),
+            ValueError,
+            r"^half_life: expected a number in \(0, inf\], got 0$",
+            id="a half-life of no samples",
+        ),
+    ],
+)
+def test_refused_in_words(attempt, error, message, problem):
+    with pytest.raises(error, match=message) as caught:
+        attempt(problem)
+    # Not by a sub-class that means something else.
+    assert caught.type is error

@@ -151,3 +151,57 @@ def test_combine_keeps_dtypes_and_takes_a_generator():
 def test_refusals_name_the_argument(call, message):
     with pytest.raises((ValueError, TypeError), match=message):
         call()
+
+
+@pytest.mark.parametrize(
+    ("attempt", "error", "message"),
+    [
+        pytest.param(
+            lambda p: ema_posthoc.fit_profile(["0.9", "0.99"], 100, 6.94),
+            TypeError,
+            r"^snapshots: expected pairs \(step, gamma\), got \['0\.9', '0\.99'\]$",
+            id="snapshots by name",
+        ),
+        pytest.param(
+            lambda p: ema_posthoc.gamma_of_width(0.5),
+            ValueError,
+            r"^width: expected a number in \(0, 0\.288675\], got 0\.5$",
+            id="a width wider than all",
+        ),
+        pytest.param(
+            lambda p: ema_posthoc.fit_profile([(100, 16.0)], 100, 6.94),
+            ValueError,
+            "^snapshots: expected at least two stored averages to combine, got 1$",
+            id="one snapshot",
+        ),
+        pytest.param(
+            lambda p: ema_posthoc.fit_profile([(100, 16.0), (100, 16.0)], 100, 6.94),
+            ValueError,
+            r"^snapshots: expected each \(step, gamma\) once, got more of \[\(100, 16\.0\)\]$",
+            id="a snapshot twice",
+        ),
+        pytest.param(
+            lambda p: ema_posthoc.fit_profile([(0, 16.0), (100, 16.0)], 100, 6.94),
+            ValueError,
+            "^snapshots: step: expected a whole number of at least 1, got 0$",
+            id="a snapshot before the start",
+        ),
+        pytest.param(
+            lambda p: ema_posthoc.combine([p.params], [0.5, 0.5]),
+            ValueError,
+            "^averages, coefficients: expected as many of the one as of the other$",
+            id="a coefficient too many",
+        ),
+        pytest.param(
+            lambda p: ema_posthoc.combine([p.params, p.params["out"]], [0.5, 0.5]),
+            ValueError,
+            "^averages: expected the pytree structure of the first, .*got ",
+            id="averages of different networks",
+        ),
+    ],
+)
+def test_refused_in_words(attempt, error, message, problem):
+    with pytest.raises(error, match=message) as caught:
+        attempt(problem)
+    # Not by a sub-class that means something else.
+    assert caught.type is error

@@ -84,3 +84,42 @@ def test_a_write_that_fails_leaves_the_old_file(tmp_path, monkeypatch):
         image_grids.write_png(path, np.zeros((2, 2), np.uint8))
     with pytest.raises(TypeError, match="uint8"):
         image_grids.write_png(path, np.zeros((2, 2, 3)))
+
+
+PIXELS = np.zeros((4, 8, 8, 1), np.float32)
+
+
+@pytest.mark.parametrize(
+    ("attempt", "error", "message"),
+    [
+        pytest.param(
+            lambda d: image_grids.tile(np.zeros((4, 8, 8, 3), np.uint8)),
+            TypeError,
+            "^images: expected floating-point arrays, got dtype uint8$",
+            id="pixels as bytes",
+        ),
+        pytest.param(
+            lambda d: image_grids.tile(PIXELS[0]),
+            ValueError,
+            r"^images: expected an array of shape \(any, any, any, any\), got \(8, 8, 1\)$",
+            id="one image",
+        ),
+        pytest.param(
+            lambda d: image_grids.tile(np.repeat(PIXELS, 2, axis=3)),
+            ValueError,
+            r"^images: expected \[N, H, W, C\] with C = 1 or 3 .*, got \(4, 8, 8, 2\)$",
+            id="images of two channels",
+        ),
+        pytest.param(
+            lambda d: image_grids.write_png(d / "a.png", PIXELS[0].repeat(3, axis=2)),
+            TypeError,
+            "^image: expected uint8, got float32$",
+            id="a picture of floats",
+        ),
+    ],
+)
+def test_refused_in_words(attempt, error, message, tmp_path):
+    with pytest.raises(error, match=message) as caught:
+        attempt(tmp_path)
+    # Not by a sub-class that means something else.
+    assert caught.type is error

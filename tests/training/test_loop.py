@@ -32,6 +32,7 @@ from jflow.training import (
 from jflow.training.loop import Plan
 from jflow.training.metrics_log import MetricsLog, read
 from jflow.types import Batch
+from tests.training import runs
 
 TIMES = ("seconds", "steps_per_second")
 
@@ -470,3 +471,105 @@ def test_the_metrics_file_is_plain_json_lines(unbroken):
     for line in (unbroken[1] / "metrics.jsonl").read_text().splitlines():
         assert isinstance(json.loads(line, parse_constant=lambda name: pytest.fail(name)), dict)
     assert jax.device_count() >= 1
+
+
+@pytest.mark.parametrize(
+    ("attempt", "error", "message"),
+    [
+        pytest.param(
+            lambda d, p: runs.train(p, data=p.dataset),
+            TypeError,
+            r"^data: expected arrays, such as dataset\.data, or a Feed of an iterator, got ArrayDataset$",
+            id="the dataset instead of its data",
+        ),
+        pytest.param(
+            lambda d, p: runs.train(p, data=runs.Batches(runs.ROWS)),
+            TypeError,
+            r"^data: expected arrays, such as dataset\.data, or a Feed of an iterator, got Batches$",
+            id="an iterator without a feed",
+        ),
+        pytest.param(
+            lambda d, p: runs.train(p, steps=1e4),
+            TypeError,
+            r"^total_steps: expected a whole number, got float 10000\.0$",
+            id="steps that are a float",
+        ),
+        pytest.param(
+            lambda d, p: runs.train(p, steps=0),
+            ValueError,
+            "^total_steps: expected a whole number of at least 1, got 0$",
+            id="no steps",
+        ),
+        pytest.param(
+            lambda d, p: runs.train(p, log_every=0),
+            ValueError,
+            "^log_every: expected a whole number of at least 1, got 0$",
+            id="rows never",
+        ),
+        pytest.param(
+            lambda d, p: runs.train(p, chunk_steps=100),
+            ValueError,
+            "^log_every: expected a multiple of chunk_steps = 100, got 8",
+            id="chunks longer than rows",
+        ),
+        pytest.param(
+            lambda d, p: runs.train(p, d, checkpoint_every=12),
+            ValueError,
+            "^checkpoint_every: expected a multiple of log_every = 8, got 12",
+            id="checkpoints between rows",
+        ),
+        pytest.param(
+            lambda d, p: runs.train(p, evaluation=Evaluation(lambda state: {}, 9)),
+            ValueError,
+            "^eval_every: expected a multiple of log_every = 8, got 9",
+            id="evaluations between rows",
+        ),
+        pytest.param(
+            lambda d, p: runs.train(p, d, snapshot_every=4),
+            ValueError,
+            "^snapshot_every: expected a multiple of log_every = 8, got 4",
+            id="snapshots between rows",
+        ),
+        pytest.param(
+            lambda d, p: Evaluation(lambda state: {}, 0),
+            ValueError,
+            "^every: expected a whole number of at least 1, got 0$",
+            id="an evaluation that never comes",
+        ),
+        pytest.param(
+            lambda d, p: runs.train(p, d, best="fid", keep_best=1),
+            ValueError,
+            r"^evaluation: expected one with run\.best, got None$",
+            id="the best of no evaluations",
+        ),
+        pytest.param(
+            lambda d, p: fit(p.state(), p.chunk, p.dataset.data, total_steps=8, run=d),
+            TypeError,
+            "^run: expected a RunDirectory, got PosixPath$",
+            id="a path in place of a run directory",
+        ),
+        pytest.param(
+            lambda d, p: runs.again(p, d, steps=4),
+            ValueError,
+            "^total_steps: expected at least the 8 steps that the state has taken, got 4$",
+            id="an end already passed",
+        ),
+        pytest.param(
+            lambda d, p: runs.train(p, state=p.params),
+            TypeError,
+            "^state: expected a TrainState, from init_state, got dict$",
+            id="parameters as the state",
+        ),
+        pytest.param(
+            lambda d, p: [runs.train(p, state=(used := p.state())), runs.train(p, state=used)],
+            ValueError,
+            "^state: its arrays are gone, donated to an earlier call; make it anew with init_state$",
+            id="a state used twice",
+        ),
+    ],
+)
+def test_refused_in_words(attempt, error, message, tmp_path, problem):
+    with pytest.raises(error, match=message) as caught:
+        attempt(tmp_path, problem)
+    # Not by a sub-class that means something else.
+    assert caught.type is error

@@ -13,8 +13,10 @@ import numpy as np
 import pytest
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
+from jflow import sharding
 from jflow.training import Feed, make_chunk, prefetch
 from jflow.types import Batch
+from tests.training import runs
 
 BATCH = 16
 TOTAL = 10
@@ -391,3 +393,126 @@ def test_closing_wakes_the_one_who_waits():
     feed.close()
     consumer.join(10)
     assert raised and not consumer.is_alive()
+
+
+class Unkept(runs.Batches):
+    """Its state is no JSON value."""
+
+    def get_state(self):
+        return np.random.default_rng(0)
+
+
+def fed(iterator, step=0, position=None, total_steps=10, **options):
+    with Feed(iterator, **options) as feed:
+        feed.start(step, position, lambda step: 2, total_steps)
+        for _ in range(step, total_steps + 2, 2):
+            feed.take()
+
+
+def took_after_close():
+    feed = Feed(runs.Batches(*[runs.ROWS] * 9))
+    feed.start(0, None, lambda step: 2, 4)
+    feed.close()
+    feed.take()
+
+
+@pytest.mark.parametrize(
+    ("attempt", "error", "message"),
+    [
+        pytest.param(
+            lambda d, p: runs.again(p, d, data=Feed(runs.Batches(runs.ROWS)), chunk=make_chunk(p.step, prefetch.batch)),
+            ValueError,
+            r"^position: expected the data's position at step 8, as Feed\.position was there, got None$",
+            id="resumed with data from the host",
+        ),
+        pytest.param(
+            lambda d, p: fed(runs.Batches(runs.ROWS), step=4, position={"next_index": 4}),
+            ValueError,
+            r"^position: expected one of this iterator's, got \{'next_index': 4\}$",
+            id="the position of another iterator",
+        ),
+        pytest.param(
+            lambda d, p: Feed(batch for batch in [runs.ROWS]),
+            TypeError,
+            "^iterator: expected one with get_state, set_state, got generator$",
+            id="a generator",
+        ),
+        pytest.param(
+            lambda d, p: Feed(runs.Batches(), sharding=sharding.mesh()),
+            TypeError,
+            "^sharding: expected a NamedSharding or None, got Mesh$",
+            id="a mesh instead of a sharding",
+        ),
+        pytest.param(
+            lambda d, p: Feed(runs.Batches(), ahead=0),
+            ValueError,
+            "^ahead: expected a whole number of at least 1, got 0$",
+            id="nothing read ahead",
+        ),
+        pytest.param(
+            lambda d, p: Feed(runs.Batches(runs.ROWS)).take(),
+            RuntimeError,
+            r"^Feed: expected start\(\) before take\(\)$",
+            id="taken before the start",
+        ),
+        pytest.param(
+            lambda d, p: took_after_close(),
+            RuntimeError,
+            r"^Feed: expected start\(\) before take\(\), it is closed$",
+            id="taken after the end",
+        ),
+        pytest.param(
+            lambda d, p: fed(runs.Batches(*[runs.ROWS] * 20)),
+            ValueError,
+            "^Feed: no chunk is left, those before step 10 were taken$",
+            id="taken past the last step",
+        ),
+        pytest.param(
+            lambda d, p: fed(runs.Batches(runs.ROWS, runs.ROWS, runs.ROWS)),
+            ValueError,
+            "^iterator: the data ended at step 3, expected batches up to total_steps = 10$",
+            id="data that end",
+        ),
+        pytest.param(
+            lambda d, p: fed(runs.Batches(runs.ROWS, runs.ROWS, OSError("shard 7 is gone"))),
+            OSError,
+            "^shard 7 is gone$",
+            id="data that cannot be read",
+        ),
+        pytest.param(
+            lambda d, p: fed(runs.Batches(runs.ROWS, runs.ROWS[:5])),
+            ValueError,
+            r"^iterator: expected batches like the first, float32\[16, 3\], got float32\[5, 3\] at step 1$",
+            id="a last batch that is shorter",
+        ),
+        pytest.param(
+            lambda d, p: fed(runs.Batches({"x1": runs.ROWS, "cond": runs.ROWS[:4]})),
+            ValueError,
+            r"^iterator: step 0: expected arrays with one common leading axis of rows, got \[\(4,\), \(16,\)\]$",
+            id="labels too few",
+        ),
+        pytest.param(
+            lambda d, p: fed(runs.Batches(np.array(["a.png", "b.png"]))),
+            TypeError,
+            "^iterator: expected arrays of numbers, got dtype <U5 at step 0$",
+            id="names of files",
+        ),
+        pytest.param(
+            lambda d, p: fed(Unkept(runs.ROWS)),
+            TypeError,
+            r"^iterator\.get_state: expected bytes or a JSON value, got Generator",
+            id="a state that JSON does not keep",
+        ),
+        pytest.param(
+            lambda d, p: fed(runs.Batches(runs.ROWS), step=4),
+            ValueError,
+            r"^position: expected the data's position at step 4, as Feed\.position was there, got None$",
+            id="begun in the middle",
+        ),
+    ],
+)
+def test_refused_in_words(attempt, error, message, tmp_path, problem):
+    with pytest.raises(error, match=message) as caught:
+        attempt(tmp_path, problem)
+    # Not by a sub-class that means something else.
+    assert caught.type is error

@@ -11,10 +11,11 @@ import optax
 import pytest
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
-from jflow import reports
+from jflow import reports, sharding
 from jflow.reports import values
 from jflow.training import init_state, make_chunk, make_step
 from jflow.types import Aux, Batch, Context
+from tests.training import runs
 
 
 def test_a_step_is_one_optimizer_step_on_the_mean_loss(problem64):
@@ -315,3 +316,127 @@ def test_decay_outside_multi_steps_makes_every_step_an_update(problem):
         for _ in range(2):
             state, _ = step(state, batch)
         assert int(state.updates) == updates
+
+
+class Growing:
+    """An objective whose state grows."""
+
+    def init(self, key, params):
+        return jnp.zeros((1,), jnp.float32)
+
+    def __call__(self, params, key, batch, context):
+        return batch.x1[:, 0], Aux(jnp.zeros((2,), jnp.float32))
+
+
+def traced(problem, objective=None, start=None, **options):
+    """A step, traced but not compiled."""
+    step = make_step(objective or problem.objective, problem.optimizer, **{"ema": runs.DECAYS, **options})
+    return jax.eval_shape(step, start or problem.state(), problem.dataset.batch(problem.dataset.data, jnp.int32(0)))
+
+
+@pytest.mark.parametrize(
+    ("attempt", "error", "message"),
+    [
+        pytest.param(
+            lambda p: make_step(p.objective, optax.adam),
+            TypeError,
+            "^optimizer: expected an optax GradientTransformation, .*got function$",
+            id="an optimizer without its numbers",
+        ),
+        pytest.param(
+            lambda p: traced(p, start=runs.state(p, optimizer=optax.sgd(0.1))),
+            ValueError,
+            r"^state\.opt_state: expected that of this optimizer, .*got ",
+            id="the state of another optimizer",
+        ),
+        pytest.param(
+            lambda p: make_step(p.objective, p.optimizer, teacher_updates=100),
+            TypeError,
+            "^teacher_updates: expected a sequence of steps, or a function of the step, got 100$",
+            id="updates at one step",
+        ),
+        pytest.param(
+            lambda p: traced(p, lambda params, key, batch, context: batch.x1[:, 0]),
+            TypeError,
+            r"^objective: expected it to return \(loss \[B\], Aux\) or \(loss \[B\], a mapping of metrics\), got ",
+            id="a loss without an aux",
+        ),
+        pytest.param(
+            lambda p: make_chunk(p.step, p.dataset),
+            TypeError,
+            r"^batch_fn: expected a function \(data, step\) -> batch, as dataset\.batch, got ArrayDataset$",
+            id="the dataset instead of its batches",
+        ),
+        pytest.param(
+            lambda p: make_chunk(p.step, p.dataset.batch, batch_sharding=sharding.mesh()),
+            TypeError,
+            "^batch_sharding: expected a NamedSharding, got Mesh$",
+            id="a mesh for the batches",
+        ),
+        pytest.param(
+            lambda p: runs.train(p, state=runs.state(p, ema=(0.999,))),
+            ValueError,
+            r"^state\.ema: expected the averages \['0\.9', '0\.99'\], got \['0\.999'\]",
+            id="a state with other averages",
+        ),
+        pytest.param(
+            lambda p: make_step(p.objective, p.optimizer, ema=runs.DECAYS, context_ema="0.999"),
+            ValueError,
+            r"^context_ema: expected one of '0\.9', '0\.99', got '0\.999'$",
+            id="an average that is not there for the objective",
+        ),
+        pytest.param(
+            lambda p: traced(p, teacher_updates=(100,)),
+            ValueError,
+            r"^teacher_updates: expected a teacher in the state \(init_state\(\.\.\., teacher=\.\.\.\)\), got None",
+            id="updates of no teacher",
+        ),
+        pytest.param(
+            lambda p: traced(p, teacher_updates=(100,), start=p.state(teacher=p.params["out"])),
+            ValueError,
+            r"^state\.teacher: expected the pytree structure of the parameters, .*got .*'bias'",
+            id="updates of another network",
+        ),
+        pytest.param(
+            lambda p: make_step(p.objective, p.optimizer, teacher_updates=(-1,)),
+            ValueError,
+            "^teacher_updates: expected a whole number of at least 0, got -1$",
+            id="updates before the start",
+        ),
+        pytest.param(
+            lambda p: traced(p, teacher_updates=lambda step: step % 100, start=p.state(teacher=p.params)),
+            TypeError,
+            r"^teacher_updates: expected a function step -> scalar bool, it returned .*int32\[\]",
+            id="updates by a number",
+        ),
+        pytest.param(
+            lambda p: traced(p, lambda *_: (jnp.float32(0.0), {})),
+            ValueError,
+            r"^objective: expected a loss of shape \[B\], got \(\)",
+            id="a mean as the loss",
+        ),
+        pytest.param(
+            lambda p: traced(p, Growing(), p.state(objective=Growing())),
+            ValueError,
+            r"^aux\.state: expected the state's own kind, float32\[1\], got float32\[2\]",
+            id="a state that grows",
+        ),
+        pytest.param(
+            lambda p: traced(p, Growing()),
+            ValueError,
+            r"^state\.objective_state: expected what the objective's init makes, .* make the state with init_state\(",
+            id="a state that was not made",
+        ),
+        pytest.param(
+            lambda p: traced(p, lambda params, key, batch, context: (batch.x1[:, 0], {"name": "text"})),
+            TypeError,
+            "^metrics: expected a report or a number under 'name', got str",
+            id="a metric that is not a number",
+        ),
+    ],
+)
+def test_refused_in_words(attempt, error, message, problem):
+    with pytest.raises(error, match=message) as caught:
+        attempt(problem)
+    # Not by a sub-class that means something else.
+    assert caught.type is error

@@ -12,9 +12,10 @@ import pytest
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
 from jflow.datasets import ArrayDataset
-from jflow.training import fit, init_state, make_chunk, make_step
+from jflow.training import CountFlops, fit, init_state, make_chunk, make_step, metrics_log, throughput
 from jflow.training import throughput as speed
 from jflow.types import Batch
+from tests.training import runs
 
 SIZE, ROWS, LAYERS = 128, 256, 3
 # A product of [ROWS, SIZE] and [SIZE, SIZE] per layer, and two more backwards, but for the first layer's input.
@@ -110,3 +111,33 @@ def test_steady_rate_of_a_run():
     fit(state, chunk, data, total_steps=20, log_every=4, hooks=[rows.append])
     rates = [row["steps_per_second"] for row in rows]
     assert min(rates[1:]) <= speed.steady_rate(rows) <= max(rates[1:])
+
+
+@pytest.mark.parametrize(
+    ("attempt", "error", "message"),
+    [
+        pytest.param(
+            lambda d, p: runs.train(p, chunk=lambda *arguments: p.chunk(*arguments), hooks=[CountFlops()]),
+            TypeError,
+            "^chunk: expected a jitted function, as make_chunk returns, got function$",
+            id="FLOPs of a plain function",
+        ),
+        pytest.param(
+            lambda d, p: [runs.train(p, d), throughput.steady_rate(metrics_log.read(d / "metrics.jsonl"))],
+            ValueError,
+            "^rows: expected a second row of training from one call of fit, got 1 first ones$",
+            id="the rate of a run too short",
+        ),
+        pytest.param(
+            lambda d, p: throughput.utilisation(1e9, 10.0, devices=[]),
+            ValueError,
+            "^devices: expected at least one, got none$",
+            id="the share of no devices",
+        ),
+    ],
+)
+def test_refused_in_words(attempt, error, message, tmp_path, problem):
+    with pytest.raises(error, match=message) as caught:
+        attempt(tmp_path, problem)
+    # Not by a sub-class that means something else.
+    assert caught.type is error
