@@ -17,7 +17,13 @@ properties = sys.modules["properties"] = importlib.util.module_from_spec(_spec)
 _spec.loader.exec_module(properties)
 
 METHODS = objectives.METHODS
-STATIONARY = [(n, path) for n in sorted(METHODS) for path in properties.PATHS if path in (METHODS[n].paths or [path])]
+PATHS = {name: [path for path in properties.PATHS if path in (row.paths or [path])] for name, row in METHODS.items()}
+# In the quick suite one path for each method.
+STATIONARY = [
+    pytest.param(name, path, marks=[pytest.mark.slow] if path != PATHS[name][0] else [])
+    for name in sorted(METHODS)
+    for path in PATHS[name]
+]
 
 
 @pytest.mark.parametrize(("name", "path"), STATIONARY)
@@ -25,6 +31,7 @@ def test_the_exact_map_is_stationary_as_declared(name, path):
     properties.check_stationary(METHODS[name], path)
 
 
+@pytest.mark.representatives("flow_matching", "lsd", "mean_flow", "psd_m", "ctm", "facm")
 @pytest.mark.parametrize("name", sorted(METHODS))
 def test_report(name):
     properties.check_report(METHODS[name])
@@ -227,6 +234,7 @@ WARMED = ["lsd", "tvm", "lmd", "ayf_lmd", "esd", "emd", "ayf_emd", "mean_flow", 
 WARMED += ["decoupled_mean_flow", "pixel_mean_flow"]
 
 
+@pytest.mark.representatives("lsd", "esd", "mean_flow")
 @pytest.mark.parametrize("name", WARMED)
 def test_a_tangent_warm_up_goes_from_a_regression_to_the_method(name):
     """At r = 0 the derivative is gone from value and gradient; at r = 1 nothing has changed; r follows the step."""
@@ -301,6 +309,7 @@ def every_reduction(params, s, t, difference):
 UNTAUGHT = ("consistency_training", "ect", "ict")
 
 
+@pytest.mark.representatives("flow_matching", "lsd", "mean_flow", "psd_m", "consistency_distillation")
 @pytest.mark.parametrize("name", sorted(METHODS))
 def test_every_method_takes_every_reduction_and_a_teacher(name, key):
     method = METHODS[name]

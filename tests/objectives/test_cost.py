@@ -169,6 +169,7 @@ def test_plain_mlp(method):
     assert flops("plain", method) / flops("plain", "flow_matching") <= PLAIN[method]
 
 
+@pytest.mark.representatives("lsd")
 @pytest.mark.parametrize("method", sorted(EMBEDDED))
 def test_default_embeddings(method):
     assert flops("embedded", method) / flops("embedded", "flow_matching") <= EMBEDDED[method]

@@ -199,6 +199,7 @@ def test_losses_come_back_in_batch_order_with_the_mask_of_diagonal_rows(blocks, 
     assert np.all(np.abs(masks.mean(0) - 0.75) < 4.5 * np.sqrt(0.1875 / 200))
 
 
+@pytest.mark.representatives("flow_matching", "lsd", "psd_m", "mean_flow")
 @pytest.mark.parametrize("name", ["flow_matching", *FLOW_MAP_METHODS, "fmm", "ctm", "consistency_distillation"])
 def test_methods_run_jitted_and_not_alike_once_traced_on_pytrees(name, key):
     def tree_velocity(params, s, t, x, cond=None, *, key=None):
@@ -235,6 +236,7 @@ def test_methods_run_jitted_and_not_alike_once_traced_on_pytrees(name, key):
         np.testing.assert_allclose(loss.mean(), weighted, rtol=1e-9)
 
 
+@pytest.mark.representatives("lsd", "ctm", "mean_flow", "consistency_distillation")
 @pytest.mark.parametrize("name", sorted(objectives.METHODS))
 def test_one_device_and_eight_agree(name, key):
     objective = make(name, blocks=8)

@@ -87,6 +87,13 @@ CASES = [(target, "linear", method) for target in ("gaussian", "mixture") for me
 CASES += [("gaussian", "linear", "fmm")]
 
 
+@pytest.mark.representatives(
+    "gaussian-linear-lsd",
+    "gaussian-linear-esd",
+    "gaussian-linear-mean_flow",
+    "gaussian-linear-fmm",
+    "gaussian-linear-facm",
+)
 @pytest.mark.parametrize(("target", "path", "method"), CASES)
 def test_stationary_at_the_exact_map_alone(target, path, method):
     assert objectives.METHODS[method].stationary == "exact"
