@@ -47,6 +47,7 @@ ROOMS = (
     "diagnostics",
     "plots",
     "comparison",
+    "testing",
     "sample",
 )
 # Slow to import or not installed everywhere: only inside the functions that need them.

@@ -41,6 +41,7 @@ if TYPE_CHECKING:
         sample,
         samplers,
         solvers,
+        testing,
         training,
     )
 
@@ -59,6 +60,7 @@ _LAZY = (
     "sample",
     "samplers",
     "solvers",
+    "testing",
     "training",
 )
 
@@ -94,6 +96,7 @@ __all__ = [
     "samplers",
     "sharding",
     "solvers",
+    "testing",
     "times",
     "training",
     "types",
