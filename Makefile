@@ -46,7 +46,8 @@ types: $(VENV)/.installed-dev
 docs: $(VENV)/.installed-docs
 	$(BIN)/python -m sphinx -W --keep-going -b html docs docs/_build/html
 
-# All but flow-matching, which one benchmark needs: its torch is by default a CUDA build of several GB, of many packages.
+# All but those that no command here installs: wandb, and flow-matching, which one benchmark needs and whose torch is by default
+# a CUDA build of several GB, of many packages.
 CONSTRAINED := experiments plots test docs ott grain tensorboard dev
 
 # No hashes: pip refuses them beside a project that is installed from a directory, constrained or not.

@@ -19,7 +19,7 @@ PAGES = {
     "getting-started.md": 5,
     "notation.md": 1,
     "choosing-a-method.md": 1,
-    "own-network.md": 5,
+    "own-network.md": 6,
     "conditioning.md": 4,
     "training-log.md": 1,
     "running.md": 4,

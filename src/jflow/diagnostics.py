@@ -419,15 +419,6 @@ def compare(
       ValueError: if there are no maps, grids or samples, for a grid without two times in [0, 1], or for a reference whose
         domain does not hold the jump from a grid's first time to its last.
       TypeError: for x0 that is not floating-point.
-
-    Example:
-      >>> import jax.numpy as jnp
-      >>> from jflow import FlowMap, diagnostics
-      >>> flow_map = FlowMap(lambda params, s, t, x, cond=None, *, key=None: params * jnp.ones_like(x))
-      >>> one, two = flow_map.bind(jnp.float32(1.0)), flow_map.bind(jnp.float32(2.0))
-      >>> found = diagnostics.compare({"one": one}, two, jnp.zeros((4, 2), jnp.float32), [1, 2])
-      >>> found.rmse.round(3).tolist()
-      [[1.0, 1.0]]
     """
     x0, _, cond = _check_samples(x0, x0, cond, batch_size)
     if not isinstance(grids, Mapping):

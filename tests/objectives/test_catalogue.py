@@ -28,6 +28,7 @@ def test_the_exact_map_is_stationary_as_declared(name, path, components):
     testing.check_stationary(METHODS[name], interpolants.INTERPOLANTS[path](), components=components)
 
 
+@pytest.mark.representatives("flow_matching", "lsd", "mean_flow", "psd_m", "ctm", "facm")
 @pytest.mark.parametrize("name", sorted(METHODS))
 def test_report(name):
     testing.check_report(METHODS[name])
@@ -177,6 +178,7 @@ WARMED = ["lsd", "tvm", "lmd", "ayf_lmd", "esd", "emd", "ayf_emd", "mean_flow", 
 WARMED += ["decoupled_mean_flow", "pixel_mean_flow"]
 
 
+@pytest.mark.representatives("lsd", "esd", "mean_flow")
 @pytest.mark.parametrize("name", WARMED)
 def test_a_tangent_warm_up_goes_from_a_regression_to_the_method(name):
     """At r = 0 the derivative is gone from value and gradient; at r = 1 nothing has changed; r follows the step."""

@@ -30,6 +30,9 @@ def far(dim, rows, scale):
     return types.Batch(x0 + scale / np.sqrt(dim), x0)
 
 
+@pytest.mark.representatives(
+    "28.0-mean_flow", "28.0-improved_mean_flow", "28.0-pixel_mean_flow", "28.0-decoupled_mean_flow", "28.0-facm"
+)
 @pytest.mark.parametrize("name", WEIGHTED)
 @pytest.mark.parametrize("scale", [28.0, 3.0])
 def test_both_kinds_of_rows_weigh_the_same_at_784_entries(name, scale, key):

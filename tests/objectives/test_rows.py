@@ -388,6 +388,7 @@ MAKERS = {name: functools.partial(lambda n, m: objectives.METHODS[n].constructor
 MAKERS["energy"] = lambda m: objectives.energy_distance(m, interpolants.linear(), size=4)
 
 
+@pytest.mark.representatives("1-lsd", "2-energy", "2-shortcut")
 @pytest.mark.parametrize("name", MAKERS)
 @pytest.mark.parametrize("on_call", [1, 2])
 def test_eight_functions_from_the_call_to_the_loss(name, on_call):

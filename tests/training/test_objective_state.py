@@ -124,6 +124,7 @@ def run_of(name, mesh=None):
     return sharding.place(state, shardings), chunk, sharding.place(dataset.data, sharding.whole(mesh))
 
 
+@pytest.mark.representatives("two players")
 @pytest.mark.parametrize("name", OBJECTIVES)
 def test_the_state_moves_and_does_not_depend_on_the_layout(name):
     results = {}

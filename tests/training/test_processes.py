@@ -89,6 +89,7 @@ def unbroken(tmp_path_factory):
     return state, losses(out)
 
 
+@pytest.mark.slow
 def test_two_processes_are_killed_stopped_and_end_as_one(unbroken, tmp_path, assert_same):
     out = tmp_path / "run"
     for victim, step in ((1, 6), (0, 12)):

@@ -28,16 +28,17 @@ def to_nnx(module: NnxModule, params: Params) -> NnxModule:
     """Makes a flax.nnx module that holds these parameters: the inverse of ``from_nnx``.
 
         >>> import jax.numpy as jnp
+        >>> import numpy as np
         >>> from flax import nnx
         >>> from jflow import nets
         >>> class Net(nnx.Module):
         ...     def __init__(self):
         ...         self.linear = nnx.Linear(4, 2, rngs=nnx.Rngs(0))
         ...     def __call__(self, s, t, x):
-        ...         return self.linear(jnp.concatenate([jnp.stack([s, t]), x]))
+        ...         return self.linear(jnp.concatenate([jnp.stack([s, t]).astype(x.dtype), x]))
         >>> network, params = nets.from_nnx(Net())
-        >>> trained = nets.to_nnx(Net(), {"linear": {"kernel": jnp.ones((4, 2)), "bias": jnp.zeros(2)}})
-        >>> trained(0.0, 1.0, jnp.ones(2)).tolist()
+        >>> trained = nets.to_nnx(Net(), {"linear": {"kernel": np.ones((4, 2), "float32"), "bias": np.zeros(2, "float32")}})
+        >>> trained(0.0, 1.0, jnp.ones(2, "float32")).tolist()
         [3.0, 3.0]
 
     After training the parameters are ``state.params`` or ``state.averaged()``; from a directory they are the first result of

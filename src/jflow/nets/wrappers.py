@@ -197,19 +197,6 @@ def from_nnx(
     Raises:
       ValueError: for a signature that cannot be read.
       TypeError: for a BatchNorm that uses the statistics of the batch.
-
-    Example:
-      >>> import jax.numpy as jnp
-      >>> from flax import nnx
-      >>> from jflow import nets
-      >>> class Field(nnx.Module):
-      ...     def __init__(self, rngs):
-      ...         self.layer = nnx.Linear(2, 2, rngs=rngs)
-      ...     def __call__(self, t, x):
-      ...         return self.layer(x)
-      >>> velocity, params = nets.from_nnx(Field(nnx.Rngs(0)), signature="t x")
-      >>> velocity(params, 0.5, jnp.zeros(2, jnp.float32)).shape
-      (2,)
     """
     from flax import nnx
 
@@ -302,20 +289,6 @@ def from_equinox(
         ``eqx.nn.StateIndex`` or an ``eqx.nn.State``).
         Freeze such a module and pass it to ``from_function`` as
         ``lambda params, s, t, x: eqx.nn.inference_mode(eqx.combine(params, static))(s, t, x, state)[0]``.
-
-    Example:
-      >>> import equinox as eqx
-      >>> import jax
-      >>> import jax.numpy as jnp
-      >>> from jflow import nets
-      >>> class Field(eqx.Module):
-      ...     layer: eqx.nn.Linear
-      ...     def __call__(self, t, x):
-      ...         return self.layer(x) * t
-      >>> module = Field(eqx.nn.Linear(2, 2, key=jax.random.key(0), dtype=jnp.float32))
-      >>> velocity, params = nets.from_equinox(module, signature="t x")
-      >>> velocity(params, 0.5, jnp.zeros(2, jnp.float32)).shape
-      (2,)
     """
     import equinox as eqx
 

@@ -233,27 +233,6 @@ def restore_params(
       FileNotFoundError: when there is no such directory or checkpoint, or none that is whole.
       ValueError: for an unknown ``which``, listing those there are; for dtypes that this session cannot hold; TypeError for a
         step of another type.
-
-    Example:
-      >>> import tempfile
-      >>> import jax
-      >>> import jax.numpy as jnp
-      >>> import optax
-      >>> from jflow import datasets, flow_map, interpolants, objectives, parameterizations, training
-      >>> def net(params, s, t, x, cond=None, *, key=None):
-      ...     return params * x
-      >>> path = interpolants.linear()
-      >>> model = flow_map(net, parameterizations.mean_velocity_form(path))
-      >>> dataset = datasets.ArrayDataset(jnp.ones((8, 2), jnp.float32), batch_size=4)
-      >>> objective = objectives.flow_matching(model, path)
-      >>> with tempfile.TemporaryDirectory() as folder:
-      ...     run = folder + "/run"
-      ...     state = training.train(
-      ...         objective, optax.sgd(0.1), jnp.float32(0.5), dataset, steps=2, out_dir=run, hooks=[]
-      ...     )
-      ...     params, config = training.restore_params(run)
-      >>> bool(params == state.params)
-      True
     """
     root = absolute("directory", directory)
     if step is not None and step != "best":
