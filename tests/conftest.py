@@ -44,23 +44,22 @@ LONG = ("test_command_lines", "test_crash_resume", "test_processes", "test_bias"
 
 
 @pytest.hookimpl(tryfirst=True)  # before pytest selects by -m
-def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
     """Marks the cases beside the representatives as slow, and puts the longest files first.
 
     pytest-xdist keeps this order with --no-loadscope-reorder.
     """
-    named: dict[str, set[str]] = {}
+    unknown: dict[str, set[str]] = {}
     for item in items:
         if (marker := item.get_closest_marker("representatives")) is None:
             continue
-        case = item.name.partition("[")[2].removesuffix("]")
-        if case in marker.args:
-            named.setdefault(item.nodeid.partition("[")[0], set()).add(case)
-        else:
+        test, _, case = item.nodeid.partition("[")
+        unknown.setdefault(test, set(marker.args)).discard(case.removesuffix("]"))
+        if case.removesuffix("]") not in marker.args:
             item.add_marker(pytest.mark.slow)
-            named.setdefault(item.nodeid.partition("[")[0], set())
-    for test, found in named.items():
-        assert found, f"{test}: its representatives are none of its cases"
+    # A single case chosen on the command line is collected without the others.
+    if not any("::" in argument for argument in config.args):
+        assert not any(unknown.values()), f"representatives that are not cases: {unknown}"
     items.sort(key=lambda item: LONG.index(item.path.stem) if item.path.stem in LONG else len(LONG))
 
 

@@ -128,21 +128,10 @@ def test_jvp_calls_the_function_once_and_its_derivative_has_derivatives():
     np.testing.assert_allclose(back, second, rtol=1e-12)
 
 
+@pytest.mark.representatives("lsd", "esd")
 @pytest.mark.parametrize(
     "method",
-    [
-        "lsd",
-        "esd",
-        pytest.param("mean_flow", marks=pytest.mark.slow),
-        pytest.param("improved_mean_flow", marks=pytest.mark.slow),
-        pytest.param("tvm", marks=pytest.mark.slow),
-        pytest.param("lmd", marks=pytest.mark.slow),
-        pytest.param("emd", marks=pytest.mark.slow),
-        pytest.param("ayf_lmd", marks=pytest.mark.slow),
-        pytest.param("ayf_emd", marks=pytest.mark.slow),
-        pytest.param("facm", marks=pytest.mark.slow),
-        pytest.param("fmm", marks=pytest.mark.slow),
-    ],
+    ["lsd", "esd", "mean_flow", "improved_mean_flow", "tvm", "lmd", "emd", "ayf_lmd", "ayf_emd", "facm", "fmm"],
 )
 def test_methods_of_either_identity_train_such_a_kernel_by_central_differences(method):
     def apply(function):

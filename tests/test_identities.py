@@ -67,8 +67,6 @@ def exact_residuals(oracle_name, path_name):
 CASES = [(oracle, path) for oracle in PARAMS for path in sorted(interpolants.INTERPOLANTS)]
 
 
-# The identities do not contain the path. The map of a mixture, a solve, is in tests/oracles with the formulas written out.
-@pytest.mark.representatives("gaussian-linear", "quantile-linear")
 @pytest.mark.parametrize(("oracle", "path"), CASES)
 def test_zero_at_the_exact_map_and_at_no_other(oracle, path):
     exact = exact_residuals(oracle, path)
@@ -209,8 +207,11 @@ def test_finite_differences_with_a_traced_step_either_way_are_of_first_order():
     for sign in (1.0, -1.0):
         value, one, still = difference(sign * steps)
         np.testing.assert_array_equal(value, jnp.stack(4 * [f(*primals)]))
-        # XLA may compute f(p + 0 h) and f(p) in programs of their own, which round differently.
-        assert np.all(np.abs(still) <= 4 * np.finfo(float).eps / np.asarray(steps)[:, None])
+        # Compiled, the two equal values may be rounded in another order; operation by operation they are the same.
+        np.testing.assert_array_less(np.abs(still * steps[:, None]), 2 * np.finfo(np.float64).eps)
+        nothing = (0.0 * primals[0], jnp.zeros(2))
+        _, (still,) = identities.finite_difference(sign * 1e-3)(f, primals, nothing)
+        np.testing.assert_array_equal(still, 0.0)
         errors[sign] = np.asarray(one) - np.asarray(first)
         for i in range(2):
             order = np.polyfit(np.log(steps), np.log(np.abs(errors[sign][:, i])), 1)[0]
@@ -343,26 +344,24 @@ def exact_gaussian():
 
 
 @pytest.mark.parametrize("identity", ["target", "spatial", "velocity", "none", "lagrangian"])
-def test_the_central_difference_is_of_second_order_up_to_the_edges_of_the_domain(identity):
+@pytest.mark.parametrize(("s", "t"), EDGES)
+def test_the_central_difference_is_of_second_order_up_to_the_edges_of_the_domain(identity, s, t):
     v, velocity = exact_gaussian()
-    x = jnp.asarray([0.9, -1.4])
+    s, t, x = jnp.asarray(s), jnp.asarray(t), jnp.asarray([0.9, -1.4])
 
-    def error(pair, h):
-        s, t = pair
+    def error(h):
         derivative = identities.central_difference(h)
         if identity == "lagrangian":
             return identities.lagrangian(v, s, t, x, velocity, derivative=derivative).difference
         return identities.eulerian(v, s, t, x, velocity(s, x), stop=identity, derivative=derivative).difference
 
-    over_steps = jax.vmap(error, (None, 0))
-    found = jax.jit(jax.vmap(over_steps, (0, None)))(jnp.asarray(EDGES), jnp.asarray(STEPS))
-    for (s, t), errors in zip(EDGES, np.linalg.norm(found, axis=-1), strict=True):
-        assert errors.max() < 0.05 * abs(t - s) + 1e-12, (s, t)
-        if errors.min() > 1e-9 and len(np.unique(errors)) == len(errors):  # else h is bounded by the interval
-            order = np.polyfit(np.log(STEPS), np.log(errors), 1)[0]
-            assert order == pytest.approx(2.0, abs=0.15), (s, t)
-        else:
-            assert abs(t - s) < 0.05 or errors.max() < 1e-9, (s, t)
+    errors = np.linalg.norm(jax.jit(jax.vmap(error))(jnp.asarray(STEPS)), axis=1)
+    assert errors.max() < 0.05 * abs(float(t - s)) + 1e-12
+    if errors.min() > 1e-9 and len(np.unique(errors)) == len(errors):  # else h is bounded by the interval
+        order = np.polyfit(np.log(STEPS), np.log(errors), 1)[0]
+        assert order == pytest.approx(2.0, abs=0.15)
+    else:
+        assert abs(float(t - s)) < 0.05 or errors.max() < 1e-9
 
 
 @pytest.mark.parametrize("h", [1e-3, 0.05, 0.4, 3.0])

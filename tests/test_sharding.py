@@ -173,9 +173,8 @@ ALONE = {
 }
 
 
-@pytest.mark.parametrize(
-    "name", [each if each in ("psd_m", "energy") else pytest.param(each, marks=pytest.mark.slow) for each in ALONE]
-)
+@pytest.mark.representatives("psd_m", "energy")
+@pytest.mark.parametrize("name", ALONE)
 def test_no_row_leaves_its_device(name):
     """Gradients are summed over devices, and nothing is collected: not the data of the batch, which only the batch's
     velocity looks at, nor the rows of either kind."""
@@ -284,9 +283,8 @@ def test_gradients_through_rows_on_their_own():
     np.testing.assert_allclose(found, expected, rtol=1e-14)
 
 
-@pytest.mark.parametrize(
-    "method", [each if each in ("lsd",) else pytest.param(each, marks=pytest.mark.slow) for each in METHODS]
-)
+@pytest.mark.representatives("lsd")
+@pytest.mark.parametrize("method", METHODS)
 def test_objectives_run_under_pmap(method):
     """As code under pmap does it: a key per device, gradients averaged over the axis."""
     objective, params = METHODS[method], init_params(jax.random.key(0))

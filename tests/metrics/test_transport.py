@@ -38,7 +38,18 @@ def with_moments(mean, root, n, seed):
     return mean + z @ root.T
 
 
-@pytest.mark.parametrize(("rank", "n", "dimension"), [(8, 600, 64), (64, 600, 64), (20, 12, 64), (1, 2, 5), (1, 9, 1)])
+@pytest.mark.parametrize(
+    ("rank", "n", "dimension"),
+    [
+        (8, 600, 64),
+        (64, 600, 64),
+        pytest.param(8, 3000, 256, marks=pytest.mark.slow),
+        pytest.param(256, 3000, 256, marks=pytest.mark.slow),
+        (20, 12, 64),
+        (1, 2, 5),
+        (1, 9, 1),
+    ],
+)
 @pytest.mark.parametrize("offset", [0.0, 1e6])
 def test_frechet_distance_of_a_set_with_itself_and_shifted(rank, n, dimension, offset):
     """At any rank, with fewer samples than features, and far from the origin."""

@@ -25,9 +25,8 @@ DRAWN = {name: SAMPLERS[name] for name in ("jumps", "renoise", "heun")}
 LIKE = jax.ShapeDtypeStruct((2,), jnp.float64)
 
 
-@pytest.mark.parametrize(
-    "name", [each if each in ("renoise",) else pytest.param(each, marks=pytest.mark.slow) for each in DRAWN]
-)
+@pytest.mark.representatives("renoise")
+@pytest.mark.parametrize("name", DRAWN)
 def test_draws_are_the_same_whatever_the_block_and_the_devices(name):
     sampler, key, n = DRAWN[name], jax.random.key(14), 37
     whole = samplers.draw(sampler, key, n, GRID, like=LIKE)

@@ -46,15 +46,8 @@ REVERSE = {
 }
 
 
-@pytest.mark.parametrize(
-    "mode",
-    [
-        each
-        if each in ("grad", "grad of vmap", "vjp", "trajectory", "object", "fixed steps")
-        else pytest.param(each, marks=pytest.mark.slow)
-        for each in REVERSE
-    ],
-)
+@pytest.mark.representatives("grad", "grad of vmap", "vjp", "trajectory", "object", "fixed steps")
+@pytest.mark.parametrize("mode", REVERSE)
 def test_reverse_mode_through_a_forward_only_solve_names_adjoint(mode):
     with pytest.raises(ValueError, match=r"^adjoint: .*no reverse mode.*'recursive'.*'direct'"):
         REVERSE[mode]()
