@@ -10,7 +10,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jflow import checks, interpolants, nets, objectives, parameterizations, types
+from jflow import interpolants, nets, objectives, parameterizations, types
 from jflow.interpolants import Interpolant
 from jflow.objectives import batch_split
 from jflow.testing import expect
@@ -37,7 +37,6 @@ def check_method(
     *,
     paths: Sequence[Interpolant] | None = None,
     forms: Sequence[str] = FORMS,
-    components: int = 2,
     uncounted: int = 0,
     **choices: Any,
 ) -> None:
@@ -46,7 +45,7 @@ def check_method(
     Args:
       method: the row that ``objectives.method`` made, for instance ``objectives.METHODS["lsd"]``.
       paths: the paths for ``check_stationary``; by default the linear and the trigonometric one, if the method allows them.
-      forms, components: as in ``check_stationary``.
+      forms: the parameterizations for ``check_stationary``.
       uncounted: as in ``check_cost``, which runs if the row declares a cost.
       **choices: of the method's constructor, where it has arguments without a default.
 
@@ -60,19 +59,14 @@ def check_method(
         names = [name for name in ("linear", "trigonometric") if name in (method.paths or (name,))] or method.paths[:1]
         paths = [interpolants.INTERPOLANTS[name]() for name in names]
     for path in paths:
-        check_stationary(method, path, forms=forms, components=components, **choices)
+        check_stationary(method, path, forms=forms, **choices)
     check_report(method, **choices)
     if method.cost:
         check_cost(method, uncounted=uncounted, **choices)
 
 
 def check_stationary(
-    method: objectives.Method,
-    interpolant: Interpolant,
-    *,
-    forms: Sequence[str] = FORMS,
-    components: int = 2,
-    **choices: Any,
+    method: objectives.Method, interpolant: Interpolant, *, forms: Sequence[str] = FORMS, **choices: Any
 ) -> None:
     """Checks that the exact map is a stationary point of the expected loss, as the row declares, and another map is not.
 
@@ -84,8 +78,6 @@ def check_stationary(
       method: the row.
       interpolant: the path.
       forms: "v", "x" or both: how the student's error enters, as an error of the mean velocity or of predicted data.
-      components: 2 for the mixture. 1 for a Gaussian, which takes a third of the time, but does not show a bias that its
-        symmetry cancels.
       **choices: of the method's constructor.
 
     Raises:
@@ -93,8 +85,7 @@ def check_stationary(
     """
     _check_arguments(method)
     interpolants.check(interpolant)
-    checks.choice("components", components, (1, 2))
-    this = setting(method, interpolant, components=components)
+    this = setting(method, interpolant)
     probe = objective_of(method, student(this, interpolant, False), interpolant, this.exact, **choices)
     pairs = jnp.asarray(times_within(probe.domain))
     by_x = jnp.asarray([form == "x" for form in forms])

@@ -117,9 +117,9 @@ def _check_derivative(network: Network, params: Params, x: Event, cond: Cond, st
     (value, tangent, difference, plain), looped = map_to_numpy(run(times))
     scale = 1.0 + np.abs(value).max()
     meaning = "the network computes another value while it is differentiated"
-    expect.at_most("|value of jvp - value|", np.abs(value - plain), 1e-11 * scale, meaning)
+    expect.at_most("|value of jvp - value|", np.abs(value - plain), 1e-12 * scale, meaning)
     meaning = "jax.vmap does not give what single samples give"
-    expect.at_most("|vmap - loop|", np.abs(plain - looped), 1e-11 * scale, meaning)
+    expect.at_most("|vmap - loop|", np.abs(plain - looped), 1e-12 * scale, meaning)
     meaning = f"the forward-mode derivative is wrong (rows are the times {TIMES.tolist()})"
     limit = rtol * (np.abs(difference) + 0.1 * scale)
     expect.at_most("|jvp - central difference|", np.abs(tangent - difference), limit, meaning)

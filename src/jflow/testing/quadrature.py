@@ -85,13 +85,13 @@ def solved_pairs(interpolant: Interpolant) -> Setting:
     return Setting(flow_map, None, types.Batch(mean + sigma * z, z), weights / weights.sum())
 
 
-def setting(method: objectives.Method, interpolant: Interpolant, *, components: int = 2) -> Setting:
+def setting(method: objectives.Method, interpolant: Interpolant) -> Setting:
     """The pairs and the exact map for a method, by what it needs."""
     # This is also called while tracing; the arrays are constants there.
     with jax.ensure_compile_time_eval():
         if "pairs" in method.needs:
             return solved_pairs(interpolant)
-        return independent_pairs(interpolant, components=components)
+        return independent_pairs(interpolant)
 
 
 def student(this: Setting, interpolant: Interpolant, by_x: Any, *, on_diagonal: bool = True) -> types.FlowMap:
