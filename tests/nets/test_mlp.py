@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from jflow import nets, parameterizations
+from jflow import nets, parameterizations, testing
 from jflow.nets import MLP, NETS
 
 SMALL = {"features": 8, "depth": 2, "time_features": 4, "trunk": 4}
@@ -45,38 +45,10 @@ def build(name, shape=(2,), dtype="float64", **fields):
 
 
 @pytest.mark.parametrize("name", CASES)
-def test_jvp_against_finite_differences(name):
-    apply, params, x = build(name)
-    h, direction = 1e-5, (0.7, -1.1, jnp.asarray([0.4, 1.3]))
-
-    def derivatives(time):
-        at = (time[0], time[1], x)
-
-        def move(h):
-            return apply(params, *(a + h * d for a, d in zip(at, direction, strict=True)))
-
-        value, tangent = jax.jvp(lambda *a: apply(params, *a), at, direction)
-        return value, tangent, move(0.0), (move(h) - move(-h)) / (2 * h)
-
-    value, tangent, plain, difference = jax.jit(jax.vmap(derivatives))(EDGES)
-    np.testing.assert_allclose(value, plain, rtol=1e-12)
-    # Truncation h^2 f'''/6, rounding 1e-16/h.
-    np.testing.assert_allclose(tangent, difference, rtol=1e-6, atol=1e-7)
-    assert np.abs(tangent).max(axis=1).min() > 1e-3
-
-
-@pytest.mark.parametrize("name", [*NETS, "mlp-silu-rms-octaves", "mlp-decoupled"])
-def test_finite_at_the_edges(name):
-    apply, params, x = build(name, dtype="float32")
-
-    def loss(p, s, t, x):
-        value, tangent = jax.jvp(lambda s, t, x: apply(p, s, t, x), (s, t, x), (jnp.ones_like(s), s, x))
-        return jnp.sum(value**2) + jnp.sum(tangent**2)
-
-    over_edges = jax.vmap(jax.value_and_grad(loss, argnums=(0, 1)), (None, 0, 0, None))
-    s, t = EDGES.astype(jnp.float32).T
-    out = jax.jit(jax.vmap(over_edges, (None, None, None, 0)))(params, s, t, jnp.stack([x, 0 * x]))
-    assert all(np.all(np.isfinite(leaf)) for leaf in jax.tree.leaves(out))
+def test_derivatives_dtypes_edges_and_vmap(name):
+    maker, more = CASES[name]
+    net, x = maker(**{**SMALL, "param_dtype": jnp.float64, **more}), np.random.RandomState(1).normal(size=2)
+    testing.check_network(nets.from_linen(net), random_params(net, 0.5, 0.5, x), x)
 
 
 @pytest.mark.parametrize("name", NETS)

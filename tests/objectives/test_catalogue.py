@@ -1,105 +1,49 @@
-"""Every method of the catalogue, and one made up, through the same properties; the equalities between methods; refusals."""
+"""Every method of the catalogue through the checks of jflow.testing; the equalities between methods; refusals."""
 
 import dataclasses
-import importlib.util
-import pathlib
-import sys
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from jflow import identities, interpolants, objectives, parameterizations, reductions, times, types
-
-_spec = importlib.util.spec_from_file_location("properties", pathlib.Path(__file__).with_name("properties.py"))
-properties = sys.modules["properties"] = importlib.util.module_from_spec(_spec)
-_spec.loader.exec_module(properties)
+from jflow import identities, interpolants, objectives, parameterizations, reductions, testing, times, types
+from jflow.testing import quadrature
 
 METHODS = objectives.METHODS
-PATHS = {name: [path for path in properties.PATHS if path in (row.paths or [path])] for name, row in METHODS.items()}
-# In the quick suite one path for each method.
+LINEAR = interpolants.linear()
 STATIONARY = [
-    pytest.param(name, path, marks=[pytest.mark.slow] if path != PATHS[name][0] else [])
-    for name in sorted(METHODS)
-    for path in PATHS[name]
+    (n, path) for n in sorted(METHODS) for path in ("linear", "trigonometric") if path in (METHODS[n].paths or [path])
 ]
+# Methods see a path through its coefficients alone: one path for each is among the quick tests.
+QUICK = [f"{n}-{path}" for n, path in dict(reversed(STATIONARY)).items()]
 
 
+@pytest.mark.representatives(*QUICK)
 @pytest.mark.parametrize(("name", "path"), STATIONARY)
 def test_the_exact_map_is_stationary_as_declared(name, path):
-    properties.check_stationary(METHODS[name], path)
+    testing.check_stationary(METHODS[name], interpolants.INTERPOLANTS[path]())
 
 
 @pytest.mark.representatives("flow_matching", "lsd", "mean_flow", "psd_m", "ctm", "facm")
 @pytest.mark.parametrize("name", sorted(METHODS))
 def test_report(name):
-    properties.check_report(METHODS[name])
-
-
-# --- Adding a method: one function and one row -----------------------------------------------------------------------
-
-
-@objectives.method(
-    title="made up",
-    source="-",
-    identity="semigroup",
-    velocity="self",
-    stop_gradient="both legs",
-    when="tests",
-    cost={"forward": 3, "backward": 1},
-)
-def backward_semigroup(flow_map, interpolant, **choices):
-    """Made up: as PSD, but the jump that is trained is the second leg's complement, with the middle at a third."""
-
-    def residual(row):
-        return identities.semigroup(row.own.v, row.s, row.t, row.x, jnp.full_like(row.t, 1.0 / 3.0))
-
-    return objectives.Objective(
-        "backward_semigroup", flow_map, interpolant, objectives.Term("semigroup", residual), **choices
-    )
-
-
-# A row of the catalogue while this module is loaded, and taken out again: the tests of others go over the catalogue.
-MADE_UP = METHODS.pop("backward_semigroup")
-
-
-@pytest.mark.parametrize("check", properties.CHECKS)
-def test_a_made_up_method_gets_every_property_from_its_row(check):
-    check(MADE_UP)
-
-
-def test_the_properties_fail_for_a_method_that_declares_too_much():
-    """Consistency training at a finite step is not exact, and the Lagrangian identity with the pair's velocity is wrong."""
-    wrong = dataclasses.replace(
-        METHODS["consistency_training"],
-        stationary="exact",
-        at=None,
-        constructor=METHODS["consistency_training"].constructor,
-    )
-    with pytest.raises(AssertionError):
-        properties.check_stationary(wrong, "linear")
-
-    def conditional_lagrangian(flow_map, interpolant, **choices):
-        def residual(row):
-            return identities.lagrangian(row.own.v, row.s, row.t, row.x, lambda t, x: row.conditional)
-
-        term = objectives.Term("lagrangian", residual, ("velocity",))
-        return objectives.Objective("wrong", flow_map, interpolant, term, **choices)
-
-    with pytest.raises(AssertionError):
-        properties.check_stationary(dataclasses.replace(METHODS["lsd"], constructor=conditional_lagrangian), "linear")
+    testing.check_report(METHODS[name])
 
 
 # --- Equalities ------------------------------------------------------------------------------------------------------
 
 
-def gradient(method, pair=(0.2, 0.7), theta=properties.OFF, on_diagonal=True, **choices):
+# The mixture where methods agree in expectation alone; elsewhere a Gaussian, whose map is quicker to compile.
+MIXTURE, GAUSSIAN = quadrature.independent_pairs(LINEAR), quadrature.independent_pairs(LINEAR, components=1)
+
+
+def gradient(method, pair=(0.2, 0.7), theta=quadrature.OFF, this=GAUSSIAN, **choices):
     """The exact expected gradient of a method's own term at one pair of times, on the linear path."""
     method = METHODS[method] if isinstance(method, str) else method
 
     def run(theta):
-        return properties.expected_gradient(method, "linear", theta, pair, on_diagonal=on_diagonal, **choices)[0]
+        return quadrature.expected_gradient(method, LINEAR, theta, pair, this=this, **choices)[0]
 
     return np.asarray(jax.jit(run)(jnp.asarray(theta)))
 
@@ -109,7 +53,7 @@ def method_of(residual, name="own"):
         term = objectives.Term(name, residual, ("velocity",))
         return objectives.Objective("ad hoc", flow_map, interpolant, term, **choices)
 
-    return dataclasses.replace(MADE_UP, constructor=constructor)
+    return dataclasses.replace(METHODS["mean_flow"], constructor=constructor)
 
 
 def eulerian_self(row):
@@ -123,16 +67,14 @@ def test_mean_flow_has_the_expected_gradient_of_eulerian_distillation_from_the_e
         lambda row: identities.eulerian(row.own.v, row.s, row.t, row.x, row.conditional, stop="target")
     )
     np.testing.assert_array_equal(gradient("mean_flow"), gradient(conditional))
-    np.testing.assert_allclose(gradient("mean_flow"), gradient("ayf_emd"), rtol=1e-5)
+    np.testing.assert_allclose(gradient("mean_flow", this=MIXTURE), gradient("ayf_emd", this=MIXTURE), rtol=1e-5)
     np.testing.assert_array_equal(gradient("mean_flow"), gradient("decoupled_mean_flow"))
-    np.testing.assert_array_equal(
-        gradient("ayf_emd"), gradient("mean_flow", teacher=properties.independent_pairs("linear").exact)
-    )
+    np.testing.assert_array_equal(gradient("ayf_emd"), gradient("mean_flow", teacher=GAUSSIAN.exact))
 
 
 def test_improved_mean_flow_differs_from_mean_flow_in_the_tangent_alone():
     """Where the map's diagonal is the exact velocity the two agree in expectation; elsewhere they do not."""
-    same = [gradient(name, on_diagonal=False) for name in ("mean_flow", "improved_mean_flow")]
+    same = [gradient(name, on_diagonal=False, this=MIXTURE) for name in ("mean_flow", "improved_mean_flow")]
     np.testing.assert_allclose(*same, rtol=1e-5)
     other = [gradient(name) for name in ("mean_flow", "improved_mean_flow")]
     assert np.abs(other[0] - other[1]).max() > 1e-2 * np.abs(other[0]).max()
@@ -175,9 +117,9 @@ def test_the_semigroup_gradient_tends_to_eulerian_self_distillation():
 
 
 def test_shortcut_is_midpoint_self_distillation_on_a_dyadic_grid(key):
-    this = properties.independent_pairs("linear")
-    flow_map = properties.student(this, "linear", False)
-    theta, path = jnp.asarray(properties.OFF), interpolants.linear()
+    this = quadrature.independent_pairs(LINEAR)
+    flow_map = quadrature.student(this, LINEAR, False)
+    theta, path = jnp.asarray(quadrature.OFF), interpolants.linear()
     batch = types.Batch(this.batch.x1[:64], this.batch.x0[:64])
     # Gaps of at least two cells of the finer grid: over one cell the legs are asked at s = t (test_recipes).
     longer = {"pairs": times.dyadic(5), "domain": types.dyadic(6)}
@@ -205,8 +147,8 @@ def test_the_noise_of_mean_flow_is_that_of_improved_mean_flow_times_the_maps_jac
     variance where the map expands and more where it contracts. The ratios are in docs/catalogue.md."""
     ratios = {}
     for scale in (1.0, 2.0):
-        this = properties.independent_pairs("linear", scale)
-        flow_map = properties.student(this, "linear", False)
+        this = quadrature.independent_pairs(LINEAR, scale)
+        flow_map = quadrature.student(this, LINEAR, False)
         middle = slice(len(this.weights) // 4, 3 * len(this.weights) // 4)
 
         def gradients(name, this=this, flow_map=flow_map):
@@ -216,7 +158,7 @@ def test_the_noise_of_mean_flow_is_that_of_improved_mean_flow_times_the_maps_jac
             def one(row):
                 batch = types.Batch(row.x1[None], row.x0[None])
                 key = jax.random.key(0)
-                return jax.grad(lambda th: objective(th, key, batch)[0][0])(jnp.zeros(properties.FEATURES))
+                return jax.grad(lambda th: objective(th, key, batch)[0][0])(jnp.zeros(quadrature.FEATURES))
 
             return np.asarray(jax.jit(jax.vmap(one))(this.batch))
 
@@ -275,14 +217,17 @@ BIASED = {
 }
 
 
+@pytest.mark.representatives("adaptive")
 @pytest.mark.parametrize("name", sorted(BIASED))
 def test_a_weight_that_depends_on_the_residual_biases_a_conditional_target(name):
     """At the exact map the gradient of MeanFlow does not vanish; that of LSD and AYF, whose residuals do, does."""
-    zero = np.zeros(properties.FEATURES)
-    biased = np.abs(gradient("mean_flow", theta=zero, reduction=BIASED[name])).max()
-    assert biased > 1e-2 * np.abs(gradient("mean_flow", reduction=BIASED[name])).max()
+    # Of a Gaussian the pair's velocity, given x, is symmetric about its mean, and such a weight has no bias.
+    choices = {"reduction": BIASED[name], "this": quadrature.independent_pairs(LINEAR)}
+    zero = np.zeros(quadrature.FEATURES)
+    biased = np.abs(gradient("mean_flow", theta=zero, **choices)).max()
+    assert biased > 1e-2 * np.abs(gradient("mean_flow", **choices)).max()
     for other in ("lsd", "ayf_emd"):
-        assert np.abs(gradient(other, theta=zero, reduction=BIASED[name])).max() < 1e-6
+        assert np.abs(gradient(other, theta=zero, **choices)).max() < 1e-6
 
 
 # --- Reductions, and refusals, with every method ----------------------------------------------------------------------
@@ -309,7 +254,7 @@ def every_reduction(params, s, t, difference):
 UNTAUGHT = ("consistency_training", "ect", "ict")
 
 
-@pytest.mark.representatives("flow_matching", "lsd", "mean_flow", "psd_m", "consistency_distillation")
+@pytest.mark.representatives("flow_matching", "lsd", "mean_flow", "psd_m", "ect")
 @pytest.mark.parametrize("name", sorted(METHODS))
 def test_every_method_takes_every_reduction_and_a_teacher(name, key):
     method = METHODS[name]

@@ -11,8 +11,9 @@ import jax.numpy as jnp
 import optax
 import pytest
 
-from jflow import interpolants, nets, objectives, parameterizations, training, types
+from jflow import interpolants, nets, objectives, parameterizations, testing, training, types
 from jflow.objectives import batch_split
+from jflow.testing import methods as testing_methods
 
 # Passes: 0.75 x 3 + 0.25 x (7, 5, 5, 8, 4, 5) over 3; the derivative's own elementwise work is the rest.
 PLAIN = {"lsd": 1.34, "psd_m": 1.17, "psd_u": 1.17, "esd": 1.43, "mean_flow": 1.09, "improved_mean_flow": 1.17}
@@ -36,10 +37,6 @@ def floats(*shape):
     return jax.ShapeDtypeStruct(shape, jnp.float32)
 
 
-def counted(function, *args):
-    return jax.jit(function).lower(*args).compile().cost_analysis()["flops"]
-
-
 @functools.cache
 def flops(network, method):
     module = networks()[network]
@@ -54,55 +51,7 @@ def flops(network, method):
         return training.init_state(params, optimizer, jax.random.key(1))
 
     state = jax.eval_shape(init, jax.random.key(0))
-    return counted(step, state, types.Batch(floats(BATCH, DIM)))
-
-
-def plain_params():
-    zero = jnp.zeros((), jnp.float32)
-    init = networks()["plain"].init
-    return jax.eval_shape(
-        lambda key: init(key, zero, zero, jnp.zeros((DIM,), jnp.float32))["params"], jax.random.key(0)
-    )
-
-
-@functools.cache
-def pieces():
-    """FLOPs of one row of each piece of ``objectives.PASSES``: the same network, each in a program of its own."""
-    network = jax.vmap(nets.from_linen(networks()["plain"]), (None, 0, 0, 0))
-    params, points = plain_params(), (floats(BATCH), floats(BATCH), floats(BATCH, DIM))
-    out = points[2]
-
-    def backward(params, point, out):
-        return jax.value_and_grad(lambda p: jnp.vdot(network(p, *point), out))(params)
-
-    def jvp(params, point, direction):
-        return jax.jvp(functools.partial(network, params), point, direction)
-
-    def tangent(params, point, *directions):
-        value, linear = jax.linearize(functools.partial(network, params), *point)
-        return value, [linear(*direction) for direction in directions]
-
-    def jvp_backward(params, point, direction, out, out_dot):
-        def both(p):
-            value, derivative = jvp(p, point, direction)
-            return jnp.vdot(value, out) + jnp.vdot(derivative, out_dot)
-
-        return jax.value_and_grad(both)(params)
-
-    def input_backward(params, point, out):
-        return jax.value_and_grad(lambda x: jnp.vdot(network(params, *point[:2], x), out))(point[2])
-
-    forward = counted(network, params, *points)
-    with_jvp = counted(jvp, params, points, points)
-    whole = {
-        "forward": forward,
-        "backward": counted(backward, params, points, out) - forward,
-        "jvp": with_jvp,
-        "tangent": counted(tangent, params, points, points, points) - with_jvp,
-        "jvp_backward": counted(jvp_backward, params, points, points, out, out) - with_jvp,
-        "input_backward": counted(input_backward, params, points, out) - forward,
-    }
-    return {name: flops / BATCH for name, flops in whole.items()}
+    return testing_methods.flops(step, state, types.Batch(floats(BATCH, DIM)))
 
 
 def build(name, apply, **choices):
@@ -128,48 +77,34 @@ def rows_of(objective, size):
     return batch_split.split_batch(jax.random.key(0), size, objective.diagonal, objective.blocks).counts
 
 
-def over_parts(name, *, on_extra=0, off_extra=0, **choices):
-    """FLOPs of the gradient of the mean loss over those of its parts; the extras are forward passes of a row."""
-    method, objective = build(name, nets.from_linen(networks()["plain"]), **choices)
-    params = plain_params()
-    step = jax.ShapeDtypeStruct((), jnp.int32)
-    batch, context = data_of(method, params, step, floats(BATCH, DIM), teacher=choices.get("teacher", False))
-
-    def loss(params, key, batch, context):
-        per_sample, aux = objective(params, key, batch, context)
-        return jnp.mean(per_sample), aux
-
-    key = jax.eval_shape(lambda: jax.random.key(0))
-    found = counted(jax.value_and_grad(loss, has_aux=True), params, key, batch, context)
-    on, off = rows_of(objective, BATCH)
-    part = pieces()
-    found += off * IN_LOOP.get(name, 0) * part["forward"]
-    on_cost = (1 + on_extra) * part["forward"] + part["backward"]
-    off_cost = off_extra * part["forward"] + sum(part[piece] * count for piece, count in method.cost.items())
-    return found / (on * on_cost + off * off_cost)
-
-
 @pytest.mark.parametrize("piece", objectives.PASSES)
 def test_a_piece_costs_its_passes(piece):
-    assert pieces()[piece] / pieces()["forward"] == pytest.approx(objectives.PASSES[piece], rel=PARTS)
+    assert testing_methods.pieces()[piece] / testing_methods.pieces()["forward"] == pytest.approx(
+        objectives.PASSES[piece], rel=PARTS
+    )
 
 
+@pytest.mark.representatives("flow_matching", "lsd", "esd", "mean_flow", "psd_m", "ctm")
 @pytest.mark.parametrize("name", objectives.METHODS)
 def test_a_method_costs_the_sum_of_its_parts(name):
-    assert over_parts(name) == pytest.approx(1.0, abs=PARTS)
+    testing.check_cost(objectives.METHODS[name], uncounted=IN_LOOP.get(name, 0))
 
 
+@pytest.mark.representatives("mean_flow")
 @pytest.mark.parametrize("name", TAUGHT)
 def test_a_teacher_is_paid_for_where_it_is_asked(name):
-    assert over_parts(name, on_extra=1, off_extra=TAUGHT[name], teacher=True) == pytest.approx(1.0, abs=PARTS)
+    testing.check_cost(
+        objectives.METHODS[name], uncounted=IN_LOOP.get(name, 0), on_extra=1, off_extra=TAUGHT[name], teacher=True
+    )
 
 
+@pytest.mark.representatives("lsd")
 @pytest.mark.parametrize("method", sorted(PLAIN))
 def test_plain_mlp(method):
     assert flops("plain", method) / flops("plain", "flow_matching") <= PLAIN[method]
 
 
-@pytest.mark.representatives("lsd")
+@pytest.mark.slow
 @pytest.mark.parametrize("method", sorted(EMBEDDED))
 def test_default_embeddings(method):
     assert flops("embedded", method) / flops("embedded", "flow_matching") <= EMBEDDED[method]

@@ -62,7 +62,7 @@ def sampled(size, s, t, a, b, batches=4000, groups=8):
     return jax.device_get(jax.jit(lambda ks: jax.lax.map(one, ks, batch_size=200))(keys))
 
 
-@pytest.mark.representatives("0.2-0.9-0.3-0.0-6", "0.0-1.0--0.2-0.5-2")
+@pytest.mark.representatives("0.0-1.0-0.0-0.0-2", "0.2-0.9-0.3-0.0-6")
 @pytest.mark.parametrize("size", [2, 6])
 @pytest.mark.parametrize(("s", "t", "a", "b"), [(0.0, 1.0, 0.0, 0.0), (0.2, 0.9, 0.3, 0.0), (0.0, 1.0, -0.2, 0.5)])
 def test_the_loss_is_unbiased(size, s, t, a, b, assert_mean):
@@ -72,20 +72,21 @@ def test_the_loss_is_unbiased(size, s, t, a, b, assert_mean):
     assert_mean(sampled(size, s, t, a, b)[0], value)
 
 
-def test_the_expected_gradient_vanishes_at_the_exact_map_alone():
-    """Within four standard errors there, and beyond ten of them for a map that is 2 % off.
+@pytest.mark.representatives("0.04-10000")
+@pytest.mark.parametrize(("off", "batches"), [(0.04, 10_000), (0.02, 40_000)])
+def test_the_expected_gradient_vanishes_at_the_exact_map_alone(off, batches):
+    """Within four standard errors there, and beyond ten of them for a map that is a few per cent off.
 
     To second order the distance is a^2/(sigma sqrt pi), so that its slope at a = 0.02 sigma is 0.04/sqrt(pi) = 0.0226.
     """
-    batches, groups = 40_000, 8
-    at_truth, beside = (sampled(SIZE, 0.0, 1.0, a, b, batches, groups)[1] for a, b in ((0.0, 0.0), (0.02 * STD, 0.02)))
+    at_truth, beside = (sampled(SIZE, 0.0, 1.0, a, b, batches, 8)[1] for a, b in ((0.0, 0.0), (off * STD, off)))
     error = at_truth.std(0, ddof=1) / np.sqrt(batches)
     assert np.all(np.abs(at_truth.mean(0)) < 4 * error), at_truth.mean(0) / error
     error = beside.std(0, ddof=1) / np.sqrt(batches)
     assert np.max(np.abs(beside.mean(0)) / error) > 10, beside.mean(0) / error
     h = 1e-5
     slope = [
-        (energy(MEAN * 1.02 + 0.02 * STD + d * da, STD * (1.02 + 0.0 * d) + d * db, MEAN, STD))
+        (energy(MEAN * (1.0 + off) + off * STD + d * da, STD * (1.0 + off) + d * db, MEAN, STD))
         for d, da, db in ((h, 1, 0), (-h, 1, 0))
     ]
     assert abs(beside.mean(0)[0] - (slope[0] - slope[1]) / (2 * h)) < 4 * error[0]
@@ -125,7 +126,7 @@ def batch_of(groups, size=4, seed=0):
 OBJECTIVE = objectives.energy_distance(types.FlowMap(net), PATH, size=4)
 
 
-@pytest.mark.representatives("1-1-6", "8-2-16")
+@pytest.mark.representatives("8-1-16", "8-2-6")
 @pytest.mark.parametrize("groups", [16, 6])
 @pytest.mark.parametrize(("devices", "fsdp"), [(1, 1), (8, 1), (8, 2), (8, 8)])
 def test_one_device_and_eight_agree(devices, fsdp, groups, key):
@@ -251,7 +252,7 @@ def test_the_base_is_that_of_the_pairs(key):
 
 
 def test_the_example_runs():
-    lines = objectives.energy_distance.__doc__.split("to two classes::")[1].split("    Args:")[0]
+    lines = objectives.energy_distance.__doc__.split("classes::")[1].split("    Args:")[0]
     found = {}
     exec(textwrap.dedent(lines), found)
     assert found["loss"].shape == (8,) and np.isfinite(found["loss"]).all()

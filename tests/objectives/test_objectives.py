@@ -123,6 +123,8 @@ WRITTEN = [
 NOTHING_STOPPED = ("lmd", "emd", "fmm")
 
 
+# Methods see a path through its coefficients alone.
+@pytest.mark.representatives(*(f"linear-{name}" for name in WRITTEN if name != "sct"), "trigonometric-sct")
 @pytest.mark.parametrize("name", WRITTEN)
 @pytest.mark.parametrize("path_name", ["linear", "trigonometric"])
 def test_loss_and_gradient_follow_the_formula(name, path_name, key):
@@ -199,7 +201,7 @@ def test_losses_come_back_in_batch_order_with_the_mask_of_diagonal_rows(blocks, 
     assert np.all(np.abs(masks.mean(0) - 0.75) < 4.5 * np.sqrt(0.1875 / 200))
 
 
-@pytest.mark.representatives("flow_matching", "lsd", "psd_m", "mean_flow")
+@pytest.mark.representatives("flow_matching", "lsd", "psd_u")
 @pytest.mark.parametrize("name", ["flow_matching", *FLOW_MAP_METHODS, "fmm", "ctm", "consistency_distillation"])
 def test_methods_run_jitted_and_not_alike_once_traced_on_pytrees(name, key):
     def tree_velocity(params, s, t, x, cond=None, *, key=None):
@@ -236,7 +238,8 @@ def test_methods_run_jitted_and_not_alike_once_traced_on_pytrees(name, key):
         np.testing.assert_allclose(loss.mean(), weighted, rtol=1e-9)
 
 
-@pytest.mark.representatives("lsd", "ctm", "mean_flow", "consistency_distillation")
+# All methods go through one split of the batch: rows of one kind, of the other, and of both.
+@pytest.mark.representatives("flow_matching", "ect", "lsd")
 @pytest.mark.parametrize("name", sorted(objectives.METHODS))
 def test_one_device_and_eight_agree(name, key):
     objective = make(name, blocks=8)

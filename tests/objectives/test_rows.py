@@ -2,10 +2,10 @@
 
 import dataclasses
 import functools
-import importlib.util
+import importlib
 import inspect
+import itertools
 import pathlib
-import sys
 
 import jax
 import jax.numpy as jnp
@@ -13,11 +13,7 @@ import numpy as np
 import pytest
 
 import jflow
-from jflow import identities, interpolants, objectives, reductions, times, trees, types
-
-_spec = importlib.util.spec_from_file_location("properties", pathlib.Path(__file__).with_name("properties.py"))
-properties = sys.modules["properties"] = importlib.util.module_from_spec(_spec)
-_spec.loader.exec_module(properties)
+from jflow import identities, interpolants, objectives, reductions, testing, times, trees, types
 
 clone = jax.random.clone
 S, T = 0.2, 0.7
@@ -245,9 +241,9 @@ def test_a_method_of_one_row_takes_less_than_thirty_lines():
     assert len(inspect.getsource(n_legs).splitlines()) < 30
 
 
-@pytest.mark.parametrize("check", properties.CHECKS)
-def test_a_target_of_n_legs_gets_every_property(check):
-    check(N_LEGS)
+@pytest.mark.parametrize("path", ["linear", pytest.param("trigonometric", marks=pytest.mark.slow)])
+def test_a_target_of_n_legs_gets_every_property(path):
+    testing.check_method(N_LEGS, paths=[interpolants.INTERPOLANTS[path]()])
 
 
 def test_two_legs_are_midpoint_self_distillation(key):
@@ -264,15 +260,16 @@ def test_two_legs_are_midpoint_self_distillation(key):
 
 
 LEGS_OF = {"own": PARAMS, "ema": EMA, "teacher": TEACHER}
+STOPS = [("lsd", stop) for stop in ("velocity", "target", "none")]
+STOPS += [("esd", stop) for stop in ("spatial", "target", "velocity", "none")]
+STOPS += [(name, stop) for name in ("psd_m", "psd_u", "shortcut") for stop in ("target", "none")]
 
 
-@pytest.mark.parametrize("leg", LEGS_OF)
-@pytest.mark.parametrize(
-    ("name", "stop"),
-    [("lsd", stop) for stop in ("velocity", "target", "none")]
-    + [("esd", stop) for stop in ("spatial", "target", "velocity", "none")]
-    + [(name, stop) for name in ("psd_m", "psd_u", "shortcut") for stop in ("target", "none")],
+@pytest.mark.representatives(
+    *(f"{name}-{stop}-{leg}" for (name, stop), leg in zip(STOPS, itertools.cycle(LEGS_OF), strict=False))
 )
+@pytest.mark.parametrize("leg", LEGS_OF)
+@pytest.mark.parametrize(("name", "stop"), STOPS)
 def test_stop_and_leg_are_those_of_the_identities(name, stop, leg, key):
     """Loss and gradient of each row against ``identities``, with the leg at its own parameters."""
     levels = {"levels": 3} if name == "shortcut" else {}

@@ -45,7 +45,8 @@ def check_network(
       x: one sample, a pytree of floating-point arrays.
       cond: its condition, or None.
       step: the step of the differences. Of a network that computes in float32 whatever it is given, take 1e-2.
-      rtol: the error of the derivative that passes, over one plus its largest entry. Of such a network, take 1e-2.
+      rtol: the error of the derivative that passes, relative to its entry plus a tenth of (1 + the largest output). Of such
+        a network, take 1e-2.
       dtypes: the dtypes of x to try.
 
     Raises:
@@ -116,11 +117,11 @@ def _check_derivative(network: Network, params: Params, x: Event, cond: Cond, st
     (value, tangent, difference, plain), looped = map_to_numpy(run(times))
     scale = 1.0 + np.abs(value).max()
     meaning = "the network computes another value while it is differentiated"
-    expect.at_most("|value of jvp - value|", np.abs(value - plain), 1e-10 * scale, meaning)
+    expect.at_most("|value of jvp - value|", np.abs(value - plain), 1e-12 * scale, meaning)
     meaning = "jax.vmap does not give what single samples give"
-    expect.at_most("|vmap - loop|", np.abs(plain - looped), 1e-10 * scale, meaning)
+    expect.at_most("|vmap - loop|", np.abs(plain - looped), 1e-12 * scale, meaning)
     meaning = f"the forward-mode derivative is wrong (rows are the times {TIMES.tolist()})"
-    limit = rtol * (1.0 + np.abs(difference).max())
+    limit = rtol * (np.abs(difference) + 0.1 * scale)
     expect.at_most("|jvp - central difference|", np.abs(tangent - difference), limit, meaning)
 
 
