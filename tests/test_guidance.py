@@ -91,7 +91,7 @@ def test_outside_the_interval_it_is_the_strong_one(kind):
 
 
 @pytest.mark.parametrize("kind", GUIDES)
-@pytest.mark.parametrize("interval", [pytest.param(guidance.ALWAYS, marks=pytest.mark.slow), (0.2, 0.8)])
+@pytest.mark.parametrize("interval", [guidance.ALWAYS, (0.2, 0.8)])
 def test_gradients_are_those_of_the_formula(kind, interval):
     guided, params, *_ = make(kind, 2.0, waves, lambda *args, key=None: waves(*args) ** 2, interval=interval)
 
