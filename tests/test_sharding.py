@@ -126,9 +126,9 @@ def test_a_run_goes_on_on_fewer_devices(tmp_path):
 @pytest.mark.parametrize(
     ("method", "fsdp"),
     [
-        ("lsd", 1),
+        pytest.param("lsd", 1, marks=pytest.mark.slow),
         pytest.param("lsd", 2, marks=pytest.mark.slow),
-        pytest.param("flow_matching", 1, marks=pytest.mark.slow),
+        ("flow_matching", 1),
     ],
 )
 def test_devices_share_the_work(method, fsdp):
@@ -283,7 +283,7 @@ def test_gradients_through_rows_on_their_own():
     np.testing.assert_allclose(found, expected, rtol=1e-14)
 
 
-@pytest.mark.representatives("lsd")
+@pytest.mark.representatives("flow_matching")
 @pytest.mark.parametrize("method", METHODS)
 def test_objectives_run_under_pmap(method):
     """As code under pmap does it: a key per device, gradients averaged over the axis."""

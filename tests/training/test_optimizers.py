@@ -114,6 +114,9 @@ SKIPPING = {
 }
 
 
+@pytest.mark.representatives(
+    *(SKIPPING.keys() - {"as a transformation", "with extra arguments", "in a chain", "if finite, within"})
+)
 @pytest.mark.parametrize("name", SKIPPING)
 def test_averages_and_counts_move_when_the_optimizer_does(name):
     optimizer, at = SKIPPING[name]
@@ -229,6 +232,8 @@ ASKING = {
 }
 
 
+# "lbfgs if finite" holds the other two of the line searches of lbfgs.
+@pytest.mark.representatives(*(ASKING.keys() - {"lbfgs", "zoom"}))
 @pytest.mark.parametrize("name", ASKING)
 def test_optimizers_get_what_they_ask_for(name):
     optimizer = ASKING[name]
@@ -265,6 +270,7 @@ def test_a_plateau_is_noticed_through_multi_steps():
         assert float(optax.tree.get(states[-1].opt_state, "scale")) == 0.5**3
 
 
+@pytest.mark.representatives("bfloat16")
 @pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])
 def test_line_searches_in_the_parameters_own_dtype(dtype, compilations):
     rows = data(dtype)
@@ -279,6 +285,7 @@ def test_line_searches_in_the_parameters_own_dtype(dtype, compilations):
 
 
 @pytest.mark.skipif(jax.device_count() < 8, reason="needs 8 (virtual) devices")
+@pytest.mark.representatives("backtracking")
 @pytest.mark.parametrize("name", ["lbfgs", "backtracking", "zoom"])
 def test_line_searches_agree_on_eight_devices(name):
     step = make_step(objective, ASKING[name], ema=(0.9,))
@@ -292,9 +299,15 @@ def test_line_searches_agree_on_eight_devices(name):
     close((many.params, many.ema, metrics8), (one.params, one.ema, metrics1), rtol=1e-7)
 
 
+@functools.cache
+def chunk_of(optimizer, broken):
+    """Compiled once for all runs."""
+    return make_chunk(make_step(objective, optimizer, ema=(0.9,)), batches(broken))
+
+
 def run(optimizer, out, steps, *, broken=(), **kwargs):
     """``fit`` in chunks of 4 steps, with rows and checkpoints every 4."""
-    chunk = make_chunk(make_step(objective, optimizer, ema=(0.9,)), batches(broken))
+    chunk = chunk_of(optimizer, broken)
     state = init_state(params(), optimizer, jax.random.key(1), ema=(0.9,))
     loop = {"log_every": 4, "hooks": ()}
     loop |= {name: kwargs.pop(name) for name in (*loop, "chunk_steps", "forgive") if name in kwargs}
