@@ -39,13 +39,13 @@ def test_a_density_along_any_solver(choices):
 @pytest.mark.parametrize(
     ("choices", "counted"),
     [
-        ({"solver": "rk4", "steps": 16}, True),
+        pytest.param({"solver": "rk4", "steps": 16}, True, marks=pytest.mark.slow),
         pytest.param(
             {"solver": diffrax.Dopri5(), "adjoint": diffrax.RecursiveCheckpointAdjoint(), "rtol": 1e-7},
             True,
             marks=pytest.mark.slow,
         ),
-        pytest.param({"options": solvers.Options("heun", steps=64, adjoint="recursive")}, True, marks=pytest.mark.slow),
+        ({"options": solvers.Options("heun", steps=64, adjoint="recursive")}, True),
         pytest.param({"solver": diffrax.Kvaerno3(), "rtol": 1e-5}, False, marks=pytest.mark.slow),
     ],
     ids=["rk4", "adjoint", "options", "implicit"],
