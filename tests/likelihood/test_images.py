@@ -15,11 +15,11 @@ from jflow import likelihood
 )
 def test_the_levels_come_back_exactly(levels, dtype, key):
     """17 levels (scikit-learn's digits) are no power of two: x is rounded, and the cell must hold nevertheless."""
-    pixels = jnp.broadcast_to(jnp.arange(levels), (500, levels))
-    x = likelihood.dequantise(key, pixels, levels, dtype=dtype)
+    pixels = np.broadcast_to(np.arange(levels), (500, levels))
+    x = jax.jit(lambda key, pixels: likelihood.dequantise(key, pixels, levels, dtype=dtype))(key, pixels)
     assert x.dtype == dtype and x.shape == pixels.shape
-    assert jnp.min(x) > -1.0 and jnp.max(x) < 1.0
-    back = likelihood.quantise(x, levels)
+    assert np.min(x) > -1.0 and np.max(x) < 1.0
+    back = jax.jit(lambda x: likelihood.quantise(x, levels))(x)
     assert back.dtype == jnp.int32
     np.testing.assert_array_equal(back, pixels)
 

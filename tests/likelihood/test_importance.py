@@ -12,6 +12,8 @@ from jflow.types import FlowMap
 
 # The target is 5 times a normal density of mean 0.8 and deviation 0.6, the sampler a standard normal.
 MEAN, SPREAD, LOG_Z = 0.8, 0.6, np.log(5.0)
+# Jitted: eager, each would compile operation by operation.
+normalised, expectation = jax.jit(likelihood.normalised), jax.jit(likelihood.expectation)
 
 
 def log_normal(x, mean, spread):
@@ -20,7 +22,7 @@ def log_normal(x, mean, spread):
 
 def draw(seed, n):
     x = np.random.default_rng(seed).normal(size=n)
-    return x, likelihood.normalised(LOG_Z + log_normal(x, MEAN, SPREAD), log_normal(x, 0.0, 1.0))
+    return x, normalised(LOG_Z + log_normal(x, MEAN, SPREAD), log_normal(x, 0.0, 1.0))
 
 
 def test_expectations_and_the_normaliser_are_within_their_errors():
@@ -29,7 +31,7 @@ def test_expectations_and_the_normaliser_are_within_their_errors():
     np.testing.assert_allclose(jnp.sum(found.weights), 1.0, rtol=1e-12)
     assert abs(found.log_z - LOG_Z) < 4 * found.log_z_error < 0.05
     values = np.stack([x, (x - MEAN) ** 2], axis=1)
-    mean, error = likelihood.expectation(found.weights, values)
+    mean, error = expectation(found.weights, values)
     assert np.all(np.abs(mean - np.array([MEAN, SPREAD**2])) < 4 * error) and np.all(error < 0.02)
     # Without weights, or with their inverse, it is another law's.
     assert abs(x.mean() - MEAN) > 40 * error[0]
@@ -57,13 +59,13 @@ def test_the_effective_sample_size():
 def test_constants_cancel_and_a_target_may_vanish():
     x, found = draw(2, 50)
     target, sampler = log_normal(x, MEAN, SPREAD), log_normal(x, 0.0, 1.0)
-    moved = likelihood.normalised(target - 2000.0, sampler + 1000.0)
+    moved = normalised(target - 2000.0, sampler + 1000.0)
     np.testing.assert_allclose(moved.weights, found.weights, rtol=1e-9)
     np.testing.assert_allclose(moved.log_z, found.log_z - LOG_Z - 3000.0, rtol=1e-12)
-    cut = likelihood.normalised(np.where(x > 0, target, -np.inf), sampler)
+    cut = normalised(np.where(x > 0, target, -np.inf), sampler)
     kept = np.where(x > 0, found.weights, 0.0)
     np.testing.assert_allclose(cut.weights, kept / kept.sum(), rtol=1e-12)
-    equal = likelihood.normalised(np.zeros(3), np.zeros(3))
+    equal = normalised(np.zeros(3), np.zeros(3))
     np.testing.assert_allclose(equal.log_z_error, 0.0, atol=1e-8)
 
 
@@ -81,18 +83,21 @@ def test_weights_of_the_sampler_that_ran_are_right_and_of_one_probe_biased(asser
     def run(divergence, x0, key):
         return likelihood.along_ode(velocity, divergence, steps=8).push(None, x0, key=key).log_density
 
-    x0 = jax.random.normal(jax.random.key(0), (4000, 2))
-    keys = jax.random.split(jax.random.key(1), 4000)
-    true = jax.vmap(bases.STANDARD_NORMAL.log_density)(x0) - jnp.trace(matrix)
-    exact = jax.jit(jax.vmap(lambda x, key: run(None, x, key)))(x0, jax.random.clone(keys))
+    @jax.jit
+    @jax.vmap
+    def densities(x, key):
+        true = bases.STANDARD_NORMAL.log_density(x) - jnp.trace(matrix)
+        return true, run(None, x, None), run(likelihood.hutchinson(), x, key)
+
+    x0 = np.random.default_rng(0).normal(size=(4000, 2))
+    true, exact, estimated = map(np.asarray, densities(x0, jax.random.split(jax.random.key(1), 4000)))
     np.testing.assert_allclose(exact, true, rtol=0, atol=1e-9)
-    estimated = jax.jit(jax.vmap(lambda x, key: run(likelihood.hutchinson(), x, key)))(x0, keys)
     # Of signs, z'Az - tr A = +-(0.9 + 0.2): cosh of it is the factor, for densities and for weights alike.
     assert_mean(estimated - true, 0.0)
     for ratio in (np.exp(estimated - true), np.exp(true - estimated)):
         assert_mean(ratio, np.cosh(1.1))
         assert ratio.mean() - 1.0 > 8 * ratio.std() / np.sqrt(len(ratio))
-    found = likelihood.normalised(true, estimated)
+    found = normalised(true, estimated)
     assert found.log_z > 8 * found.log_z_error
 
 
@@ -113,15 +118,15 @@ def test_weights_with_the_sign_are_unbiased_where_the_map_folds(turn, assert_mea
         target = jnp.sum(log_normal(found.x, mean, SPREAD))
         return found, target
 
-    found, target = draw(jax.random.normal(jax.random.key(2), (40_000, 2)))
+    found, target = jax.tree.map(np.asarray, draw(np.random.default_rng(2).normal(size=(40_000, 2))))
     folded = np.mean(found.sign < 0)
     assert np.all(found.valid == (found.sign > 0)) and (0.2 < folded < 0.8 if turn else folded == 0.0)
     w = np.exp(target - found.log_density)
     values = np.stack([np.ones(len(w)), found.x[:, 0], found.x[:, 0] ** 2, found.x[:, 1] ** 2], axis=1)
     exact = np.array([1.0, MEAN, MEAN**2 + SPREAD**2, SPREAD**2])
     assert_mean((found.sign * w)[:, None] * values, exact)
-    weights = likelihood.normalised(target, found.log_density, found.sign)
-    estimate, error = likelihood.expectation(weights.weights, values)
+    weights = normalised(target, found.log_density, found.sign)
+    estimate, error = expectation(weights.weights, values)
     assert np.all(np.abs(estimate - exact)[1:] < 4 * error[1:]) and abs(weights.log_z) < 4 * weights.log_z_error
     if turn:
         # Without it each branch counts.
@@ -147,12 +152,12 @@ def test_a_sample_without_sign_is_drawn_and_has_no_weight():
     sign[:10] = 0.0
     target, sampler = LOG_Z + log_normal(x, MEAN, SPREAD), log_normal(x, 0.0, 1.0)
     target[0], sampler[1] = 2000.0, -2000.0
-    some = likelihood.normalised(target, sampler, sign)
-    few = likelihood.normalised(target[10:], sampler[10:])
+    some = normalised(target, sampler, sign)
+    few = normalised(target[10:], sampler[10:])
     np.testing.assert_allclose(some.weights, np.append(np.zeros(10), few.weights), rtol=1e-12)
     np.testing.assert_allclose(some.log_z, few.log_z + np.log(40 / 50), rtol=1e-12)
     # Narrow densities with a wide sign keep their dtype.
-    narrow = likelihood.normalised(target.astype(np.float32), sampler.astype(np.float32), sign)
+    narrow = normalised(target.astype(np.float32), sampler.astype(np.float32), sign)
     assert narrow.weights.dtype == np.float32
 
 

@@ -44,6 +44,8 @@ def build(name, shape=(2,), dtype="float64", **fields):
     return apply, random_params(net, time, time, x), x
 
 
+# The plain network concatenates its conditions; the decoupled one has tests of its own below.
+@pytest.mark.representatives("mlp", "mlp_plain", "mlp-silu-rms-octaves", "mlp-layer-fourier")
 @pytest.mark.parametrize("name", CASES)
 def test_derivatives_dtypes_edges_and_vmap(name):
     maker, more = CASES[name]
@@ -175,6 +177,7 @@ def test_formula_of_decoupled():
     np.testing.assert_allclose(apply(params, 0.2, 0.7, x), dense("output", g(2, 0.7, h)), rtol=1e-10)
 
 
+@pytest.mark.representatives("raw")
 @pytest.mark.parametrize("fields", [{}, {"times": "raw", "norm": "rms", "num_classes": 3}], ids=["default", "raw"])
 def test_decoupled_a_velocity_network_loads_unchanged_and_is_the_diagonal(fields):
     """Whatever ``decoupled`` it was trained with: parameters and diagonal are the same, off the diagonal it is a map."""

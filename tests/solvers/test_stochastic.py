@@ -54,7 +54,7 @@ def true_moments(path):
     return np.array([mean, WEIGHTS @ (variance + shift**2), WEIGHTS @ (3 * variance * shift + shift**3)])
 
 
-SAMPLES, STEPS = 10_000, 100
+SAMPLES, STEPS = 5_000, 100
 
 
 def run_sde(name, method, diffusion, *, turned=False):
