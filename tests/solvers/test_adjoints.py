@@ -120,10 +120,11 @@ def test_a_failing_way_back_of_a_callers_own_adjoint_raises_too():
     assert adjoints.make(diffrax.BacksolveAdjoint(throw=False)).kwargs["throw"] is False
 
 
+@pytest.mark.representatives("fixed-recursive")
 @pytest.mark.parametrize("adjoint", ["direct", "recursive", "backsolve"])
 @pytest.mark.parametrize(
     ("solver", "choices"),
-    [("heun", {"steps": 4}), pytest.param("tsit5", {"rtol": 1e-7}, marks=pytest.mark.slow)],
+    [("heun", {"steps": 4}), ("tsit5", {"rtol": 1e-7})],
     ids=["fixed", "adaptive"],
 )
 def test_gradients_of_a_part_that_does_not_depend_on_the_batch(adjoint, solver, choices):

@@ -367,6 +367,7 @@ def test_eager_calls_compile_once():
     assert len(traces) == once
 
 
+@pytest.mark.representatives("tsit5", "midpoint")
 @pytest.mark.parametrize(
     ("options", "tolerance"),
     [

@@ -114,6 +114,9 @@ SKIPPING = {
 }
 
 
+@pytest.mark.representatives(
+    "multi_steps", "in a chain", "one in another", "one group of two", "if finite, around", "masked"
+)
 @pytest.mark.parametrize("name", SKIPPING)
 def test_averages_and_counts_move_when_the_optimizer_does(name):
     optimizer, at = SKIPPING[name]
@@ -229,6 +232,7 @@ ASKING = {
 }
 
 
+@pytest.mark.representatives("lbfgs if finite", "backtracking", "plateau", "polyak")
 @pytest.mark.parametrize("name", ASKING)
 def test_optimizers_get_what_they_ask_for(name):
     optimizer = ASKING[name]
@@ -265,6 +269,7 @@ def test_a_plateau_is_noticed_through_multi_steps():
         assert float(optax.tree.get(states[-1].opt_state, "scale")) == 0.5**3
 
 
+@pytest.mark.representatives("bfloat16")
 @pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])
 def test_line_searches_in_the_parameters_own_dtype(dtype, compilations):
     rows = data(dtype)
@@ -279,6 +284,7 @@ def test_line_searches_in_the_parameters_own_dtype(dtype, compilations):
 
 
 @pytest.mark.skipif(jax.device_count() < 8, reason="needs 8 (virtual) devices")
+@pytest.mark.representatives("zoom")
 @pytest.mark.parametrize("name", ["lbfgs", "backtracking", "zoom"])
 def test_line_searches_agree_on_eight_devices(name):
     step = make_step(objective, ASKING[name], ema=(0.9,))
