@@ -1,4 +1,7 @@
-"""The code of the documentation's pages runs in its order; the numbers of steps and sizes are smaller here."""
+"""The code of the documentation's pages runs in its order; the numbers of steps and sizes are smaller here.
+
+The pages that train are among the slow tests.
+"""
 
 import contextlib
 import pathlib
@@ -96,6 +99,7 @@ def test_every_page_with_code_is_tested_here(page):
     assert len(code(page)) == PAGES.get(page, 0)
 
 
+@pytest.mark.slow
 def test_running_trains_and_reads_what_it_wrote(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     # The tests have their devices already.
@@ -138,6 +142,7 @@ def test_likelihood_weights_remove_the_bias_of_the_sampler():
     np.testing.assert_array_less(np.abs(space["mean"] - 0.3), 4 * space["error"])
 
 
+@pytest.mark.slow
 def test_getting_started_trains_resumes_compares_and_plots(run, tmp_path):
     space = run("getting-started.md")
     assert int(space["state"].step) == 20
@@ -156,6 +161,7 @@ def test_notation_reversed_time_carries_noise_to_data(run):
     np.testing.assert_allclose(run("notation.md")["end"], 2.0, atol=1e-3)
 
 
+@pytest.mark.slow
 def test_choosing_a_method_compares_methods_from_the_same_start(run):
     table = run("choosing-a-method.md")["table"]
     assert [row.nfe for row in table.rows] == [1, 2, 1, 2]
@@ -175,6 +181,7 @@ def test_own_network_every_kind_becomes_a_map_that_moves_a_point(run):
     np.testing.assert_allclose((solved - x) / 0.01, velocity, rtol=0.05, atol=0.02)
 
 
+@pytest.mark.slow
 def test_conditioning_guides_and_distils(run):
     space = run("conditioning.md")
     model, teacher, x = space["model"], space["teacher"], space["noise"][0]
@@ -190,6 +197,7 @@ def test_conditioning_guides_and_distils(run):
     assert any(np.any(a != b) for a, b in zip(*map(jax.tree.leaves, (space["student"], teacher)), strict=True))
 
 
+@pytest.mark.slow
 def test_training_log_describes_every_column(run):
     last = run("training-log.md")["last"]
     page = (DOCS / "training-log.md").read_text()
@@ -200,6 +208,7 @@ def test_training_log_describes_every_column(run):
         assert f"`{shown}`" in page, name
 
 
+@pytest.mark.slow
 def test_dtypes_bfloat16_products_keep_losses_and_outputs_in_float32(run):
     space = run("dtypes.md")
     assert space["loss"].dtype == space["output"].dtype == jnp.float32

@@ -25,7 +25,7 @@ def test_the_exact_map_is_stationary_as_declared(name, path):
     testing.check_stationary(METHODS[name], interpolants.INTERPOLANTS[path]())
 
 
-@pytest.mark.representatives("flow_matching", "lsd", "mean_flow", "psd_m", "ctm", "facm")
+@pytest.mark.representatives("flow_matching", "mean_flow", "psd_m")
 @pytest.mark.parametrize("name", sorted(METHODS))
 def test_report(name):
     testing.check_report(METHODS[name])

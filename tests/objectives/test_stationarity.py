@@ -87,7 +87,7 @@ CASES = [(target, "linear", method) for target in ("gaussian", "mixture") for me
 CASES += [("gaussian", "linear", "fmm")]
 
 
-@pytest.mark.representatives("gaussian-linear-flow_matching", "gaussian-linear-mean_flow", "mixture-linear-lsd")
+@pytest.mark.representatives("gaussian-linear-mean_flow", "mixture-linear-lsd")
 @pytest.mark.parametrize(("target", "path", "method"), CASES)
 def test_stationary_at_the_exact_map_alone(target, path, method):
     assert objectives.METHODS[method].stationary == "exact"

@@ -110,6 +110,15 @@ def with_error(along, epsilon):
 SOLVED = [(name, path) for name in ("gaussian", "quantile") for path in ("linear", "variance_exploding")]
 
 
+@pytest.mark.representatives(
+    "gaussian-linear",
+    "gaussian-cosine",
+    "gaussian-trigonometric",
+    "gaussian-variance_preserving",
+    "gaussian-variance_exploding",
+    "quantile-variance_exploding",
+    "mixture-linear",
+)
 @pytest.mark.parametrize(("name", "path"), CASES)
 def test_maps_densities_and_velocities_agree(name, path):
     solve = 1e-9 if (name, path) in SOLVED else None

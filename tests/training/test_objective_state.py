@@ -200,6 +200,7 @@ def test_a_state_is_restored_on_another_layout_to_the_last_bit(tmp_path):
         jax.tree.map(np.testing.assert_array_equal, got, want)
 
 
+@pytest.mark.slow
 def test_it_trains():
     """The running scale: losses near one; the discriminator learns to tell the samples from the data."""
     state, chunk, data = run_of("running scale")

@@ -115,7 +115,7 @@ SKIPPING = {
 
 
 @pytest.mark.representatives(
-    *(SKIPPING.keys() - {"as a transformation", "with extra arguments", "in a chain", "if finite, within"})
+    "multi_steps", "in a chain", "one in another", "one group of two", "if finite, around", "masked"
 )
 @pytest.mark.parametrize("name", SKIPPING)
 def test_averages_and_counts_move_when_the_optimizer_does(name):
@@ -232,8 +232,7 @@ ASKING = {
 }
 
 
-# "lbfgs if finite" holds the other two of the line searches of lbfgs.
-@pytest.mark.representatives(*(ASKING.keys() - {"lbfgs", "zoom"}))
+@pytest.mark.representatives("lbfgs if finite", "backtracking", "plateau", "polyak")
 @pytest.mark.parametrize("name", ASKING)
 def test_optimizers_get_what_they_ask_for(name):
     optimizer = ASKING[name]
@@ -285,7 +284,7 @@ def test_line_searches_in_the_parameters_own_dtype(dtype, compilations):
 
 
 @pytest.mark.skipif(jax.device_count() < 8, reason="needs 8 (virtual) devices")
-@pytest.mark.representatives("backtracking")
+@pytest.mark.representatives("zoom")
 @pytest.mark.parametrize("name", ["lbfgs", "backtracking", "zoom"])
 def test_line_searches_agree_on_eight_devices(name):
     step = make_step(objective, ASKING[name], ema=(0.9,))

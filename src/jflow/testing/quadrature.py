@@ -59,6 +59,9 @@ def independent_pairs(interpolant: Interpolant, scale: float = 1.0, *, component
     x1 = (means[:, None] + np.sqrt(variances)[:, None] * inner).ravel()
     x0, x1 = (grid.reshape(-1, 1) for grid in np.meshgrid(nodes, x1, indexing="ij"))
     joint = np.outer(weights, (shares[:, None] * inner_weights).ravel()).ravel()
+    # The others are so far out that all of them together weigh less than rounding.
+    kept = joint > 1e-16 * joint.max()
+    x0, x1, joint = x0[kept], x1[kept], joint[kept]
     batch = types.Batch(jnp.asarray(x1), jnp.asarray(x0))
     oracle = oracles.quantile(interpolant) if components == 2 else oracles.gaussian(interpolant)
     return Setting(oracle.flow_map, truth, batch, joint / joint.sum())
