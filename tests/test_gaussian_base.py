@@ -98,6 +98,7 @@ def test_density_score_denoiser_and_velocity_of_the_oracle(base, path):
     np.testing.assert_allclose(c.alpha_dot[:, None] * noise + c.beta_dot[:, None] * denoiser, b, rtol=1e-8, atol=1e-8)
 
 
+@pytest.mark.representatives("gaussian-entries", "mixture-entries")
 @pytest.mark.parametrize("base", [pytest.param("numbers", marks=pytest.mark.slow), "entries"])
 @pytest.mark.parametrize("name", ["gaussian", "mixture", "quantile"])
 def test_the_map_of_the_oracle_is_a_solve_of_its_velocity(name, base):

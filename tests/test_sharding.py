@@ -189,6 +189,7 @@ def test_the_batch_velocity_collects_the_data():
     assert collectives(objectives.lsd(FLOW_MAP, PATH, blocks=8, velocity=batch))["all-gather"] > 0
 
 
+@pytest.mark.slow
 def test_parts_stay_parts(plain):
     state, losses, _ = trained("lsd", mesh_of("1 x 8"), split=True)
     np.testing.assert_allclose(losses, plain("lsd")[1], rtol=1e-12)
@@ -247,6 +248,7 @@ def test_split_rows_read_only_their_own():
     np.testing.assert_array_equal(whole[13:], 0)
 
 
+@pytest.mark.slow
 def test_solves_do_not_wait_for_one_another():
     """Stiffer rows need more steps: the plain vmap asks every device at every step, ours asks none."""
 
@@ -283,6 +285,7 @@ def test_gradients_through_rows_on_their_own():
     np.testing.assert_allclose(found, expected, rtol=1e-14)
 
 
+@pytest.mark.slow
 @pytest.mark.representatives("flow_matching")
 @pytest.mark.parametrize("method", METHODS)
 def test_objectives_run_under_pmap(method):

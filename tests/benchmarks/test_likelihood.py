@@ -26,6 +26,7 @@ def test_the_network_is_the_documented_one():
     np.testing.assert_allclose(bench.velocity(layers, np.float32(0.7), x), want, rtol=1e-5)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("method", "divergence"), [("euler", "exact"), ("midpoint", "hutchinson")])
 def test_jflow_evaluates_the_velocity_as_often_as_its_steps_have_stages(method, divergence):
     assert bench.Case(SMALL, method, divergence, 3).evaluations() == bench.STAGES[method] * SMALL.steps

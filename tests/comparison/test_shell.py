@@ -61,6 +61,7 @@ def a_run(tmp_path):
     return tmp_path / "run"
 
 
+@pytest.mark.slow
 def test_a_function_is_compared_from_the_shell(tmp_path, capsys):
     arguments = ["tiny_subject:make", *FAST, "--distances", "energy", "frechet", "--out", str(tmp_path / "out")]
     shell.main(arguments)
@@ -76,6 +77,7 @@ def test_a_function_is_compared_from_the_shell(tmp_path, capsys):
     assert "out: expected a directory without results.json" in capsys.readouterr().err
 
 
+@pytest.mark.slow
 def test_a_run_is_compared_and_drawn_from(a_run, tmp_path):
     shell.main([str(a_run), *FAST, "--out", str(tmp_path / "out")])
     (row, *_) = json.loads((tmp_path / "out" / "results.json").read_text())["rows"]

@@ -21,6 +21,7 @@ from jflow.likelihood import LogDensity
 ROOT = pathlib.Path(__file__).resolve().parents[2]
 
 
+@pytest.mark.slow
 def test_the_targets_moments_are_those_of_its_samples(assert_mean):
     for dim in (2, 16):
         this = bias.exact(dim)
@@ -39,6 +40,7 @@ def gaussian_samples(n, width):
     return this, LogDensity(jnp.asarray(log_q), jnp.asarray(x), z, np.ones(n, bool), np.ones(n))
 
 
+@pytest.mark.slow
 def test_weights_remove_the_bias_of_a_sampler_of_known_density():
     this, found = gaussian_samples(4096, 1.3)
     row = bias.of_samples(found, this, jax.random.key(2))
@@ -53,6 +55,7 @@ def test_weights_remove_the_bias_of_a_sampler_of_known_density():
     assert weighted == row["without_sign"]
 
 
+@pytest.mark.slow
 def test_singular_samples_are_counted_and_have_no_weight():
     this, found = gaussian_samples(4096, 1.3)
     lost = np.arange(4096) < 1024
@@ -95,6 +98,7 @@ def test_errors_of_estimates_have_the_sign_of_the_estimate_and_leave_out_what_is
     assert found["rmse"] == pytest.approx(np.sqrt(0.3 / 3))
 
 
+@pytest.mark.slow
 def test_tables_are_means_over_seeds_and_take_what_is_there():
     this, found = gaussian_samples(256, 1.3)
     row = bias.of_samples(found, this, jax.random.key(2))

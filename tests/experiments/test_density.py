@@ -25,6 +25,7 @@ def config(data, **choices):
     return options.make(density.Config, **{"out": pathlib.Path("unused"), "data": data, **choices})
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("data", ["digits", "wine"])
 def test_one_gaussian_in_z_is_the_gaussian_of_the_training_data(data):
     """log N(x; m, C) by the log-volume is that of a Gaussian fitted to x, in x's own units."""
@@ -76,6 +77,7 @@ def test_the_summary_is_in_nats_of_x_and_in_bits():
     assert found["valid"] == pytest.approx(1 - 1 / events) and found["from_solve"] == pytest.approx(0.25)
 
 
+@pytest.mark.slow
 def test_the_classics_are_densities_and_choose_by_the_validation_data():
     """On normal data in the plane they are near the exact density."""
     keys = jax.random.split(jax.random.key(1), 3)

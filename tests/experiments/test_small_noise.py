@@ -20,6 +20,7 @@ def found():
     }
 
 
+@pytest.mark.slow
 def test_the_noise_brings_a_bias_of_second_order_and_the_plain_form_a_variance_without_bound(found):
     sizes, columns = found["noise"]
     assert np.max(columns["hutchinson_bias"]) < 1e-10
@@ -35,6 +36,7 @@ def test_the_squared_errors_of_a_diffusion_tend_to_hutchinsons_estimator_as_its_
     np.testing.assert_allclose(columns["squared_errors_deviation"][-1], columns["hutchinson_deviation"][-1], rtol=0.05)
 
 
+@pytest.mark.slow
 def test_a_quick_run_writes_its_tables_and_figure(tmp_path, found):
     """In this process, which has compiled the same programs for the tables above."""
     del found

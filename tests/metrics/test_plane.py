@@ -26,6 +26,7 @@ def board_density(x):
     return jnp.where(on_board(x), 0.5, 0.0)
 
 
+@pytest.mark.representatives("48-64000-0.008-0.0105", "50-64000-0.064-0.069")
 @pytest.mark.parametrize(
     ("bins", "samples", "low", "high"),
     [

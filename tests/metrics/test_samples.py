@@ -17,6 +17,7 @@ def sets(seed, n, m, dimension, mean=0.4, scale=1.5):
     return rng.normal(size=(n, dimension)), rng.normal(mean, scale, size=(m, dimension))
 
 
+@pytest.mark.representatives("12-energy_distance", "12-mmd", "12-sliced_wasserstein", "12-median_bandwidth")
 @pytest.mark.parametrize("name", ["energy_distance", "mmd", "sliced_wasserstein", "median_bandwidth"])
 @pytest.mark.parametrize("dimension", [2, 12])
 def test_a_common_offset_changes_no_digits(name, dimension):

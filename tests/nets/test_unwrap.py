@@ -63,6 +63,7 @@ def evaluating(kind, module):
     return module
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", KINDS)
 def test_a_restored_module_is_the_trained_network(kind, tmp_path):
     make, from_module, to_module = KINDS[kind]

@@ -25,7 +25,7 @@ def test_the_exact_map_is_stationary_as_declared(name, path):
     testing.check_stationary(METHODS[name], interpolants.INTERPOLANTS[path]())
 
 
-@pytest.mark.representatives("flow_matching", "mean_flow", "psd_m")
+@pytest.mark.representatives("mean_flow")
 @pytest.mark.parametrize("name", sorted(METHODS))
 def test_report(name):
     testing.check_report(METHODS[name])
@@ -254,7 +254,7 @@ def every_reduction(params, s, t, difference):
 UNTAUGHT = ("consistency_training", "ect", "ict")
 
 
-@pytest.mark.representatives("flow_matching", "lsd", "mean_flow", "psd_m", "ect")
+@pytest.mark.representatives("ect", "mean_flow")
 @pytest.mark.parametrize("name", sorted(METHODS))
 def test_every_method_takes_every_reduction_and_a_teacher(name, key):
     method = METHODS[name]

@@ -224,6 +224,7 @@ def test_a_sum_within_a_sequence_keeps_its_states(key):
     assert [after[1][1].count for _, after, *_ in found] == [0, 1, 2]
 
 
+@pytest.mark.slow
 def test_one_device_and_eight_agree_on_loss_and_state(key):
     whole = objectives.weighted_sum(
         objectives.lsd(MAP, PATH, blocks=8), scaled=(Scaled(), 0.25), game=(TwoPlayers(), 0.1)

@@ -126,6 +126,7 @@ def batch_of(groups, size=4, seed=0):
 OBJECTIVE = objectives.energy_distance(types.FlowMap(net), PATH, size=4)
 
 
+@pytest.mark.slow
 @pytest.mark.representatives("8-1-16", "8-2-6")
 @pytest.mark.parametrize("groups", [16, 6])
 @pytest.mark.parametrize(("devices", "fsdp"), [(1, 1), (8, 1), (8, 2), (8, 8)])

@@ -208,7 +208,7 @@ def given(name):
     return make(name, **choices), batch_of(16), types.Context(step=jnp.int32(0), ema=EMA, teacher=TEACHER)
 
 
-@pytest.mark.representatives("flow_matching", "reflow", "lsd", "ctm")
+@pytest.mark.representatives("lsd")
 @pytest.mark.parametrize("name", sorted(METHODS))
 def test_a_batch_from_what_is_unambiguous_and_a_refusal_of_the_rest(name, key):
     objective, batch, context = given(name)
@@ -329,7 +329,7 @@ def test_a_choice_that_a_method_does_not_read_is_refused(name, choice, half):
     assert " at 0x" not in str(caught.value)
 
 
-@pytest.mark.representatives("flow_matching", "mean_flow", "psd_u", "ect")
+@pytest.mark.representatives("ect")
 @pytest.mark.parametrize("name", sorted(METHODS))
 def test_a_choice_that_is_accepted_is_read(name, key):
     """Each changes the losses of the batch, or the gradient, with half of the rows on the diagonal."""

@@ -87,6 +87,8 @@ CASES = [(target, "linear", method) for target in ("gaussian", "mixture") for me
 CASES += [("gaussian", "linear", "fmm")]
 
 
+# Quick in test_catalogue, where each method is stationary on a mixture.
+@pytest.mark.slow
 @pytest.mark.representatives("gaussian-linear-mean_flow", "mixture-linear-lsd")
 @pytest.mark.parametrize(("target", "path", "method"), CASES)
 def test_stationary_at_the_exact_map_alone(target, path, method):

@@ -123,7 +123,7 @@ DISTILLED = {
 }
 
 
-@pytest.mark.representatives("lmd", "emd", "psd_m")
+@pytest.mark.representatives("lmd", "emd")
 @pytest.mark.parametrize("name", DISTILLED)
 def test_distillation_from_an_oracle_drives_nothing_at_the_exact_map(name, key):
     """The loss and its gradient vanish at the exact Gaussian map, row by row, and at no map beside it."""

@@ -25,6 +25,7 @@ DRAWN = {name: SAMPLERS[name] for name in ("jumps", "renoise", "heun")}
 LIKE = jax.ShapeDtypeStruct((2,), jnp.float64)
 
 
+@pytest.mark.slow
 @pytest.mark.representatives("renoise")
 @pytest.mark.parametrize("name", DRAWN)
 def test_draws_are_the_same_whatever_the_block_and_the_devices(name):

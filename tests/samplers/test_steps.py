@@ -26,6 +26,7 @@ SAMPLERS = {
 }
 
 
+@pytest.mark.representatives("renoise", "heun")
 @pytest.mark.parametrize("name", SAMPLERS)
 def test_run_is_the_steps_one_after_the_other(name):
     sampler, key = SAMPLERS[name], jax.random.key(0)
@@ -60,6 +61,7 @@ def test_info_says_where_the_map_jumped_and_what_noise_was_added():
     np.testing.assert_allclose(info.noise, np.sqrt(2 * c.alpha * c.w * 0.25), rtol=1e-12)
 
 
+@pytest.mark.representatives("renoise", "heun")
 @pytest.mark.parametrize("name", SAMPLERS)
 def test_states_are_pytrees_for_a_batch_of_particles_at_traced_times(name):
     """Steering needs this: it resamples between two steps, and each particle may be at its own time."""
@@ -150,6 +152,7 @@ class Counted:
         self.calls += 1
 
 
+@pytest.mark.representatives("3")
 @pytest.mark.parametrize("jumps", [2, 3, 5])
 def test_renoised_calls_the_map_once_for_each_jump_before_the_last(jumps):
     counted, n = Counted(), 3
@@ -295,6 +298,7 @@ def test_wrong_arguments_are_named(case):
         call()
 
 
+@pytest.mark.slow
 def test_states_may_be_resampled_between_steps():
     """As in the example of ``samplers.steps``: copies of one particle differ by the noise of the next step alone."""
     sampler, n = samplers.Renoise(BOUND, PATH, kappa=0.5), 3

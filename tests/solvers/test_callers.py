@@ -18,6 +18,7 @@ def linear(params, t, x, cond=None, *, key=None):
     return params * x
 
 
+@pytest.mark.representatives("options")
 @pytest.mark.parametrize(
     "choices",
     [

@@ -68,7 +68,7 @@ def test_rk4_is_the_classical_method():
 # ---- Diffrax's objects ----
 
 
-@pytest.mark.representatives("controller", "constant", "fixed", "grid")
+@pytest.mark.representatives("controller", "grid")
 @pytest.mark.parametrize(
     ("named", "own"),
     [
@@ -87,6 +87,8 @@ def test_a_name_and_the_object_it_names_give_the_same(named, own):
     assert [int(each) for each in a[1]] == [int(each) for each in b[1]]
 
 
+# Both go through adjoints.make, which test_adjoints tests.
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "adjoint",
     [pytest.param("direct", marks=pytest.mark.slow), "recursive", pytest.param("backsolve", marks=pytest.mark.slow)],
@@ -108,6 +110,7 @@ def test_an_adjoint_and_its_name_give_the_same_gradient(adjoint):
     np.testing.assert_allclose(by_object, want, rtol=1e-6)
 
 
+@pytest.mark.representatives("heun-choices3-True", "solver14-choices14-False", "solver9-choices9-True")
 @pytest.mark.parametrize(
     ("solver", "choices", "counted"),
     [
@@ -220,7 +223,7 @@ def test_counts_are_each_samples_own_under_vmap():
     assert stats.nfe.tolist() == alone and len(set(alone)) > 1
 
 
-@pytest.mark.representatives("bosh3", "fixed")
+@pytest.mark.representatives("fixed")
 @pytest.mark.parametrize(
     "choices",
     [

@@ -41,6 +41,7 @@ def of(kind=oracles.Oracle, mean_velocity=None):
     return kind("own", PATH, flow_map)
 
 
+@pytest.mark.representatives("1 %", "velocity")
 @pytest.mark.parametrize(
     ("oracle", "message"),
     [

@@ -33,6 +33,7 @@ def test_a_right_method_passes():
     testing.check_stationary(eulerian(), LINEAR)
 
 
+@pytest.mark.representatives("wrong sign of the time derivative")
 @pytest.mark.parametrize(
     "method",
     [
@@ -72,6 +73,7 @@ def test_a_report_without_a_tangent_fails():
         testing.check_report(of(residual))
 
 
+@pytest.mark.representatives("less")
 @pytest.mark.parametrize("cost", [{"forward": 2, "backward": 1}, {"forward": 4, "backward": 1}], ids=["less", "more"])
 def test_a_wrong_cost_fails(cost):
     wrong = dataclasses.replace(objectives.METHODS["psd_m"], cost=cost)

@@ -140,6 +140,7 @@ def run(problem, out, steps, *, hooks=(), **kwargs):
     return rows
 
 
+@pytest.mark.slow
 def test_the_loop_shows_and_keeps_it_and_resumed_runs_say_the_same(problem, tmp_path, capsys):
     whole, broken = tmp_path / "whole", tmp_path / "broken"
     rows = run(problem, whole, 72, hooks=[Progress()])

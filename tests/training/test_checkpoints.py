@@ -97,6 +97,7 @@ def test_the_position_of_the_data_comes_back(tmp_path):
         assert checkpoints.restore_latest(state_of(0))[1] == position
 
 
+@pytest.mark.slow
 @pytest.mark.representatives("4")
 @pytest.mark.parametrize("fsdp", [1, 4])
 def test_saved_on_eight_devices_restored_on_fewer(fsdp, tmp_path, assert_same):

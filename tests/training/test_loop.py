@@ -75,6 +75,7 @@ def test_resumed_runs_are_the_same_bit_for_bit(problem, unbroken, tmp_path, asse
     assert_same(restore_params(tmp_path, "0.99")[0], state.ema["0.99"])
 
 
+@pytest.mark.slow
 def test_resumed_runs_are_the_same_where_the_teacher_changes(problem, tmp_path, assert_same):
     def objective(params, key, batch, context):
         loss, aux = problem.objective(params, key, batch, context)
@@ -176,6 +177,7 @@ class Walk:
         self.random.bit_generator.state = state
 
 
+@pytest.mark.slow
 def test_data_from_the_host_go_on_where_they_were(problem, tmp_path, assert_same):
     chunk = make_chunk(problem.step, prefetch.batch)
     one, two = tmp_path / "one", tmp_path / "two"

@@ -132,6 +132,7 @@ def run_of(name, mesh=None):
     return make(), chunk, data
 
 
+@pytest.mark.slow
 @pytest.mark.representatives("two players")
 @pytest.mark.parametrize("name", OBJECTIVES)
 def test_the_state_moves_and_does_not_depend_on_the_layout(name):
@@ -172,6 +173,7 @@ def test_a_stage_that_is_not_in_force_keeps_its_state():
     assert int(first["steps"]) == 3 and int(second["steps"]) == 3
 
 
+@pytest.mark.slow
 @pytest.mark.representatives("weighted sum")
 @pytest.mark.parametrize("name", ["running scale", "weighted sum"])
 def test_a_resumed_run_is_the_unbroken_one(name, tmp_path, assert_same):
@@ -187,6 +189,7 @@ def test_a_resumed_run_is_the_unbroken_one(name, tmp_path, assert_same):
     assert_same(run(tmp_path / "broken", 8, resume=True), unbroken)
 
 
+@pytest.mark.slow
 def test_a_state_is_restored_on_another_layout_to_the_last_bit(tmp_path):
     state, chunk, data = run_of("two players", "4 x 2")
     state, _ = chunk(state, data, 2)

@@ -114,9 +114,7 @@ SKIPPING = {
 }
 
 
-@pytest.mark.representatives(
-    "multi_steps", "in a chain", "one in another", "one group of two", "if finite, around", "masked"
-)
+@pytest.mark.representatives("multi_steps", "one in another", "if finite, around")
 @pytest.mark.parametrize("name", SKIPPING)
 def test_averages_and_counts_move_when_the_optimizer_does(name):
     optimizer, at = SKIPPING[name]
@@ -232,7 +230,7 @@ ASKING = {
 }
 
 
-@pytest.mark.representatives("lbfgs if finite", "backtracking", "plateau", "polyak")
+@pytest.mark.representatives("lbfgs if finite", "plateau")
 @pytest.mark.parametrize("name", ASKING)
 def test_optimizers_get_what_they_ask_for(name):
     optimizer = ASKING[name]
@@ -283,6 +281,7 @@ def test_line_searches_in_the_parameters_own_dtype(dtype, compilations):
         assert state.params["w"].dtype == dtype and float(second["loss"].value()) < float(first["loss"].value())
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(jax.device_count() < 8, reason="needs 8 (virtual) devices")
 @pytest.mark.representatives("zoom")
 @pytest.mark.parametrize("name", ["lbfgs", "backtracking", "zoom"])
@@ -318,6 +317,7 @@ def rows_of(out):
     return [{k: v for k, v in row.items() if k not in TIMES} for row in read(out / "metrics.jsonl")]
 
 
+@pytest.mark.slow
 def test_resumed_in_the_middle_of_an_accumulation(tmp_path, assert_same):
     for name, optimizer in (("three", every(3)), ("lbfgs", ASKING["lbfgs"])):
         whole = run(optimizer, tmp_path / name / "whole", 16)
@@ -335,6 +335,7 @@ SURVIVORS = {
 }
 
 
+@pytest.mark.representatives("skip_not_finite")
 @pytest.mark.parametrize("name", SURVIVORS)
 def test_broken_steps_are_forgiven(name, tmp_path):
     optimizer, broken = SURVIVORS[name], (2, 5, 6)
@@ -356,6 +357,7 @@ def test_broken_steps_are_forgiven(name, tmp_path):
             assert row[entry] == pytest.approx(np.mean([float(metrics[n][entry]) for n in sound]), rel=1e-9)
 
 
+@pytest.mark.slow
 def test_runs_of_broken_steps_are_counted_over_chunks_and_resumptions(tmp_path, assert_same):
     optimizer, broken = SURVIVORS["apply_if_finite"], (2, 3, 4, 5, 6)
     for forgive in (3, 4):

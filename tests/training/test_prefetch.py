@@ -327,6 +327,7 @@ def test_other_refusals():
             feed.take()
 
 
+@pytest.mark.slow
 def test_the_thread_ends_with_its_feed():
     for ahead in (1, 2):
         feed = Feed(Reader(), ahead=ahead)

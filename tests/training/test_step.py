@@ -250,6 +250,8 @@ def test_non_finite_is_flagged_and_stays(problem):
     assert metrics["finite"].value()
 
 
+# test_sharding.test_loss_gradient_and_average_do_not_depend_on_the_layout is its quick counterpart.
+@pytest.mark.slow
 @pytest.mark.skipif(jax.device_count() < 8, reason="needs 8 (virtual) devices")
 def test_eight_devices_agree_with_one(problem64, compilations):
     mesh = jax.make_mesh((8,), ("data",), axis_types=(AxisType.Auto,))

@@ -49,6 +49,7 @@ def test_it_is_fit_with_the_usual_choices(problem, assert_same):
         found._replace(ema={}).averaged()
 
 
+@pytest.mark.slow
 def test_all_devices_and_one_agree(problem):
     def params(key):
         shift = jax.random.normal(key) / 4
@@ -61,6 +62,7 @@ def test_all_devices_and_one_agree(problem):
         np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-6)
 
 
+@pytest.mark.slow
 def test_a_directory_keeps_metrics_and_checkpoints_and_resumes(problem, tmp_path, assert_same):
     score = Evaluation(lambda state: {"size": jnp.sum(state.params["out"]["bias"] ** 2)}, 4)
     whole = call(problem, out_dir=tmp_path / "whole", evaluate=score)
@@ -86,6 +88,7 @@ def test_the_parameters_of_an_equinox_module_are_no_function(problem):
     assert isinstance(state.averaged(), eqx.nn.Linear) and np.any(state.params.weight != arrays.weight)
 
 
+@pytest.mark.slow
 def test_rows_come_at_a_divisor_of_what_else_is_due(problem, tmp_path):
     run = RunDirectory(tmp_path, checkpoint_every=10, snapshot_every=4)
     call(problem, steps=20, log_every=None, out_dir=run, evaluate=Evaluation(lambda state: {}, 6), ema=(0.9,))
