@@ -54,6 +54,8 @@ from jflow.likelihood import LogDensity
 from jflow.types import BoundFlowMap
 
 BASELINE = "flow_matching"
+# One of each kind: they draw by Euler steps, by jumps with new noise, and by jumps, with a teacher.
+QUICK_ROWS = (BASELINE, "consistency_training", "lsd, distilled")
 # Samples for the entropies of the targets.
 ENTROPY = 1_000_000
 
@@ -451,8 +453,9 @@ def collect(config: Config) -> dict[str, Any]:
 
 
 def quick(config: Config) -> Config:
-    """A small run of every row."""
-    few = {"points": 32, "likelihood_steps": 3, "likelihood_batch": 16, "head_steps": 6, "jumps": (2,), "seeds": 1}
+    """A small run in the first dimension, of a few rows unless others are named."""
+    few = {"dims": config.dims[:1], "methods": config.methods or QUICK_ROWS}
+    few |= {"points": 32, "likelihood_steps": 3, "likelihood_batch": 16, "head_steps": 6, "jumps": (2,), "seeds": 1}
     return options.quick(config, steps=6, log_every=3, warmup=2, samples=128, features=8, **few)
 
 

@@ -111,9 +111,14 @@ def test_a_network_of_another_dtype_samples_and_trains_as_one_of_the_same(method
     for out in (dtype, "float64"):
         flow_map = parameterizations.flow_map(net(out), V)
         objective = objectives.METHODS[method].constructor(flow_map, PATH)
-        sampled = samplers.jumps(flow_map.bind(jnp.float32(1.1)), x[0], jnp.asarray([0.0, 0.5, 1.0], jnp.float32))
-        loss = jax.grad(lambda p, o=objective: jnp.mean(o(p, jax.random.key(0), batch)[0]).astype(jnp.float32))
-        results.append((sampled, loss(jnp.float32(1.1))))
+
+        @jax.jit
+        def run(params, key, flow_map=flow_map, objective=objective):
+            sampled = samplers.jumps(flow_map.bind(params), x[0], jnp.asarray([0.0, 0.5, 1.0], jnp.float32))
+            loss = lambda p: jnp.mean(objective(p, key, batch)[0]).astype(jnp.float32)  # noqa: E731
+            return sampled, jax.grad(loss)(params)
+
+        results.append(run(jnp.float32(1.1), jax.random.key(0)))
     assert results[1][0].dtype == dtype
     jax.tree.map(lambda a, b: np.testing.assert_array_equal(a, b), *results)
 

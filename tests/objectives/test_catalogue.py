@@ -311,7 +311,7 @@ def test_what_a_method_lacks_is_named(key):
     path, flow_map = interpolants.linear(), types.FlowMap(small_map)
     params = {"a": jnp.array(0.7), "b": jnp.array(-0.4)}
     batch = types.Batch(jnp.ones((8, 2)))
-    run = lambda objective, b=batch: objective(params, jax.random.clone(key), b)  # noqa: E731
+    run = lambda objective, b=batch: jax.eval_shape(objective, params, key, b)  # noqa: E731
     for name in ("lmd", "emd", "ayf_emd", "pid", "progressive_distillation", "consistency_distillation"):
         with pytest.raises(ValueError, match="teacher"):
             run(METHODS[name].constructor(flow_map, path))

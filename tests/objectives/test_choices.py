@@ -219,7 +219,7 @@ def test_what_an_objective_is_made_of_is_checked(make, error, message):
 def test_what_a_call_is_given_is_checked(call, error, message):
     x = np.ones((8, 2), np.float32)
     with jax.enable_x64(False), pytest.raises(error, match=message):
-        call(objectives.lsd(FORWARD, LINEAR), jax.random.key(0), x)
+        jax.eval_shape(lambda key: call(objectives.lsd(FORWARD, LINEAR), key, x), jax.random.key(0))
 
 
 @pytest.mark.parametrize("wrong", [{"x1": np.full((8, 2), 1e40)}, {"cond": np.full(8, 2**32 + 1)}])

@@ -239,7 +239,7 @@ def test_the_base_is_that_of_the_pairs(key):
     ):
         objective = make(**chosen)
         assert objective.base == wide and objective.coupling == couplings.Independent(wide)
-        np.testing.assert_allclose(objective(jnp.zeros(2), clone(key), x1)[0], 5.0, atol=0.1)
+        np.testing.assert_allclose(jax.jit(objective)(jnp.zeros(2), clone(key), x1)[0], 5.0, atol=0.1)
     plain = make()
     assert plain.base is bases.STANDARD_NORMAL and plain.coupling == couplings.independent
     # A default gives way, a choice does not.

@@ -173,15 +173,19 @@ def test_flow_matching_follows_its_formula(key):
     path = interpolants.trigonometric()
     batch = batch_of(3)
     objective = objectives.flow_matching(FLOW_MAP, path, times=times.constant(0.3))
-    loss, aux = objective(PARAMS, clone(key), batch)
-    x = jax.vmap(lambda a, b: path.interpolate(0.3, a, b))(batch.x0, batch.x1)
-    target = jax.vmap(lambda a, b: path.derivative(0.3, a, b))(batch.x0, batch.x1)
-    v = jax.vmap(lambda x_: mean_velocity(PARAMS, 0.3, 0.3, x_))(x)
-    np.testing.assert_allclose(loss, jnp.sum((v - target) ** 2, 1), rtol=1e-12)
+    loss, aux = jax.jit(objective)(PARAMS, clone(key), batch)
+
+    @jax.jit
+    @jax.vmap
+    def formula(x0, x1):
+        v = mean_velocity(PARAMS, 0.3, 0.3, path.interpolate(0.3, x0, x1))
+        return jnp.sum((v - path.derivative(0.3, x0, x1)) ** 2)
+
+    np.testing.assert_allclose(loss, formula(batch.x0, batch.x1), rtol=1e-12)
     assert np.all(aux.metrics["diagonal_rows"].values)
     velocity = lambda p, t, x, cond=None, *, key=None: mean_velocity(p, t, t, x)  # noqa: E731
     bare = objectives.flow_matching(velocity, path, times=times.constant(0.3))
-    np.testing.assert_array_equal(bare(PARAMS, clone(key), batch)[0], loss)
+    np.testing.assert_array_equal(jax.jit(bare)(PARAMS, clone(key), batch)[0], loss)
 
 
 @pytest.mark.representatives("4")
@@ -267,13 +271,9 @@ def test_the_finite_difference_of_lsd_tends_to_its_derivative(key):
     from jflow import identities
 
     batch = batch_of(8)
-    exact, _ = make("lsd", diagonal=0.0)(PARAMS, clone(key), batch)
-    errors = [
-        np.abs(
-            make("lsd", diagonal=0.0, derivative=identities.finite_difference(h))(PARAMS, clone(key), batch)[0] - exact
-        ).max()
-        for h in (1e-2, 1e-3)
-    ]
+    run = lambda **choices: jax.jit(make("lsd", diagonal=0.0, **choices))(PARAMS, clone(key), batch)[0]  # noqa: E731
+    exact = run()
+    errors = [np.abs(run(derivative=identities.finite_difference(h)) - exact).max() for h in (1e-2, 1e-3)]
     assert 8 < errors[0] / errors[1] < 12  # first order
 
 
@@ -313,16 +313,24 @@ def test_the_batch_velocity_is_the_posterior_mean_over_the_batch(key):
     t = jnp.array([0.1, 0.3, 0.5, 0.7, 0.9, 1.0])
     for name in interpolants.INTERPOLANTS:
         path = interpolants.INTERPOLANTS[name]()
-        got = [objectives.velocity_estimates.batch(row_of(path, t[i], batch, i)) for i in range(6)]
+
+        @jax.jit
+        def run(batch, path=path):
+            rows = [row_of(path, t[i], batch, i) for i in range(6)]
+            pairs = jax.vmap(path.derivative)(t, batch.x0, batch.x1)
+            return [objectives.velocity_estimates.batch(row) for row in rows], jax.vmap(path.coefficients)(t), pairs
+
+        got, coefficients, pairs = jax.tree.map(np.asarray, run(batch))
         for i in range(6):
-            c = path.coefficients(t[i])
-            x = c.alpha * batch.x0[i] + c.beta * batch.x1[i]
+            c = jax.tree.map(lambda leaf, i=i: leaf[i], coefficients)
+            x0, x1 = np.asarray(batch.x0), np.asarray(batch.x1)
+            x = c.alpha * x0[i] + c.beta * x1[i]
             if c.alpha < 2e-2:
-                np.testing.assert_allclose(got[i], path.derivative(t[i], batch.x0[i], batch.x1[i]), rtol=1e-6)
+                np.testing.assert_allclose(got[i], pairs[i], rtol=1e-6)
                 continue
-            noise = (x[None] - c.beta * batch.x1) / c.alpha
+            noise = (x[None] - c.beta * x1) / c.alpha
             weight = np.exp(-0.5 * np.sum(noise**2, 1))
-            each = c.alpha_dot * noise + c.beta_dot * batch.x1
+            each = c.alpha_dot * noise + c.beta_dot * x1
             np.testing.assert_allclose(got[i], (weight[:, None] * each).sum(0) / weight.sum(), rtol=1e-8)
 
 
@@ -379,10 +387,9 @@ def test_a_choice_is_replaced_and_the_others_stay(key):
         again = dataclasses.replace(objective, blocks=2)
         assert (again.blocks, again.diagonal, again.domain) == (2, objective.diagonal, objective.domain)
     alone = dataclasses.replace(make("lsd"), diagonal=0.0)
-    expected, _ = make("lsd", diagonal=0.0)(PARAMS, clone(key), batch)
-    np.testing.assert_array_equal(alone(PARAMS, clone(key), batch)[0], expected)
+    run = lambda objective: jax.jit(objective)(PARAMS, clone(key), batch)[0]  # noqa: E731
+    np.testing.assert_array_equal(run(alone), run(make("lsd", diagonal=0.0)))
     wide = dataclasses.replace(make("lsd"), base=bases.Normal(std=2.0))
-    expected, _ = make("lsd", base=bases.Normal(std=2.0))(PARAMS, clone(key), batch)
-    np.testing.assert_array_equal(wide(PARAMS, clone(key), batch)[0], expected)
+    np.testing.assert_array_equal(run(wide), run(make("lsd", base=bases.Normal(std=2.0))))
     with pytest.raises(ValueError, match="times: expected no choice of it for lsd"):
         dataclasses.replace(make("lsd", times=times.constant(0.5)), diagonal=0.0)

@@ -119,12 +119,13 @@ def test_renoise_without_noise_is_jumps_and_with_all_of_it_needs_only_jumps_to_d
 def test_renoise_scales_with_the_base_and_draws_every_leaf_anew():
     path, x = PATHS["linear"], {"a": jnp.zeros(3), "b": jnp.zeros(3)}
     still = types.FlowMap(lambda p, s, t, x, c=None, *, key=None: jax.tree.map(jnp.zeros_like, x)).bind(None)
-    one, two = (
-        samplers.renoise(
-            still, x, [0.0, 0.3, 0.6], key=jax.random.key(5), interpolant=path, kappa=0.5, base=bases.Normal(std=std)
-        )
-        for std in (1.0, 2.0)
-    )
+
+    @jax.jit
+    def run(key, std):
+        base = bases.Normal(std=std)
+        return samplers.renoise(still, x, [0.0, 0.3, 0.6], key=key, interpolant=path, kappa=0.5, base=base)
+
+    one, two = (run(jax.random.key(5), std) for std in (1.0, 2.0))
     np.testing.assert_allclose(two["a"], 2 * one["a"], rtol=1e-12)
     values = np.concatenate([one["a"], one["b"]])
     assert len(np.unique(values)) == 6
