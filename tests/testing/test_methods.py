@@ -33,7 +33,6 @@ def test_a_right_method_passes():
     testing.check_stationary(eulerian(), LINEAR)
 
 
-@pytest.mark.representatives("wrong sign of the time derivative")
 @pytest.mark.parametrize(
     "method",
     [
@@ -45,7 +44,7 @@ def test_a_right_method_passes():
     ids=["wrong sign of the time derivative", "no stop-gradient", "conditional velocity in the Lagrangian identity"],
 )
 def test_a_wrong_method_is_not_stationary(method):
-    with pytest.raises(AssertionError, match="expected at most 5e-06: the exact map is not stationary"):
+    with pytest.raises(AssertionError, match="expected at most 1e-12: the exact map is not stationary"):
         testing.check_stationary(method, LINEAR, forms=("v",))
 
 

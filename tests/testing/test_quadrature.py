@@ -1,4 +1,4 @@
-"""The quadrature: its weights, its pairs against the exact map, and the student."""
+"""The pairs, against their exact map; and the student."""
 
 import jax
 import jax.numpy as jnp
@@ -11,13 +11,40 @@ from jflow.testing import quadrature
 LINEAR = interpolants.linear()
 
 
-def test_the_nodes_have_the_moments_of_the_target():
-    this = quadrature.independent_pairs(LINEAR, scale=2.0)
-    x0, x1 = np.asarray(this.batch.x0)[:, 0], np.asarray(this.batch.x1)[:, 0]
-    shares, means, variances = np.array([0.65, 0.35]), 2.0 * np.array([-0.4, 0.7]), 4.0 * np.array([0.35, 0.7])
-    moments = [1.0, 0.0, 1.0, shares @ means, shares @ (variances + means**2), 0.0]
-    found = [np.ones_like(x0), x0, x0**2, x1, x1**2, x0 * x1]
-    np.testing.assert_allclose([this.weights @ value for value in found], moments, atol=1e-12)
+@pytest.mark.parametrize("name", interpolants.INTERPOLANTS)
+def test_the_mean_of_the_noisy_slopes_is_the_velocity(name):
+    path = interpolants.INTERPOLANTS[name]()
+    this = quadrature.noisy_pairs(path, 1.5)
+    np.testing.assert_allclose(this.weights.sum(), 1.0, rtol=1e-15)
+
+    @jax.jit
+    def run(s):
+        batch = this.batch(s)
+        x, slope = (jax.vmap(f, (None, 0, 0))(s, batch.x0, batch.x1) for f in (path.interpolate, path.derivative))
+        return x, slope, jax.vmap(lambda x: this.exact.velocity(None, s, x))(x)
+
+    for s in (0.125, 0.2):
+        x, slope, velocity = (np.asarray(leaf).reshape(-1, 2) for leaf in run(s))
+        np.testing.assert_allclose(x, quadrature.POINTS[:, None] + np.zeros(2), rtol=1e-12, atol=1e-12)
+        weights = this.weights.reshape(-1, 2)
+        np.testing.assert_allclose((weights * (slope - velocity)).sum(1), 0.0, atol=1e-12)
+        assert np.abs(slope - velocity).min() > 0.1
+
+
+def test_the_map_of_noisy_pairs_is_the_flow_of_their_velocity():
+    """By its identities, each over a grid: the tangent, the Lagrangian, and the inverse."""
+    exact = quadrature.noisy_pairs(LINEAR, -2.0).exact
+    s, t, x = (jnp.asarray(leaf.ravel()) for leaf in np.meshgrid([0.0, 0.3, 0.8], [0.0, 0.4, 1.0], [-2.0, 0.1, 1.5]))
+
+    @jax.jit
+    @jax.vmap
+    def errors(s, t, x):
+        x = x[None]
+        end, slope = jax.jvp(lambda t: exact.jump(None, s, t, x), (t,), (jnp.ones_like(t),))
+        diagonal = exact.mean_velocity(None, s, s, x) - exact.velocity(None, s, x)
+        return slope - exact.velocity(None, t, end), diagonal, exact.jump(None, t, s, end) - x
+
+    assert max(np.abs(error).max() for error in errors(s, t, x)) < 1e-13
 
 
 @pytest.mark.parametrize("name", ["linear", "trigonometric"])
@@ -32,7 +59,8 @@ def test_the_map_of_solved_pairs_carries_each_pair(name):
         slope = path.derivative(0.2, x0, x1)
         return this.exact.jump(None, 0.2, 0.7, here) - there, this.exact.velocity(None, 0.2, here) - slope
 
-    assert max(np.abs(error).max() for error in errors(this.batch.x0, this.batch.x1)) < 1e-12
+    batch = this.batch(0.2)
+    assert max(np.abs(error).max() for error in errors(batch.x0, batch.x1)) < 1e-12
 
 
 def test_the_student_is_exact_at_zero_alone():
@@ -65,7 +93,7 @@ def test_times_lie_within_the_domain():
 
 
 def test_a_teacher_is_given_where_it_is_needed():
-    this = quadrature.independent_pairs(LINEAR)
+    this = quadrature.noisy_pairs(LINEAR)
     student = quadrature.student(this, LINEAR, False)
     for name in ("lmd", "lsd"):
         objective = quadrature.objective_of(objectives.METHODS[name], student, LINEAR, this.exact)

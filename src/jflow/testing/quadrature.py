@@ -1,8 +1,12 @@
-r"""Expected gradients of a method near the exact map, by quadrature.
+r"""Expected gradients of a method near a known flow map, as finite sums.
 
-The target is a mixture in one dimension with unequal weights and widths, whose flow map is known by its quantiles. The
-expectation over pairs (x0, x1) is a Gauss-Hermite sum, so that a gradient that should vanish does so to rounding, without a
-standard error. The student is
+The flow is that of dx/dt = kappa'(t) sqrt(1 + (x-mu)^2), in one dimension::
+
+    X_{s,t}(x) = mu + (x-mu) cosh K + sqrt(1 + (x-mu)^2) sinh K,    K = kappa(t) - kappa(s)
+
+It is nonlinear, depends on time, and has no symmetry. At the time s of a pair (s, t), I_s takes a few values, and at each of
+them I_s' takes two values, of unequal probability, whose mean is the velocity; x0 and x1 follow from I_s and I_s'. An
+expectation over pairs is therefore a finite sum, and a gradient that should vanish does so to rounding. The student is
 
     v = v_exact + c(s,t) Theta . phi(s, t, x)
 
@@ -12,21 +16,27 @@ factor of the network in the parameterization.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jflow import objectives, oracles, parameterizations, types
+from jflow import objectives, parameterizations, types
 from jflow.interpolants import Interpolant
 from jflow.types import Array, Cond, Event, Key, Params, Time
 
 FEATURES = 4
 # Parameters of a student that is not a flow.
 OFF = 0.3 * np.array([1.0, -1.0, 0.5, 0.8])
-BASE_NODES, DATA_NODES = 60, 16
+NODES = 60
+# Terms of the series of sinh K / K and (cosh K - 1)/K, enough for |K| < 2.
+TERMS = 12
+# Values of I_s and their probabilities; the probability of the upper value of I_s'.
+POINTS = np.array([-1.4, -0.8, -0.3, 0.1, 0.6, 1.1, 1.9])
+SHARES = np.array([0.08, 0.17, 0.13, 0.22, 0.09, 0.24, 0.07])
+UPPER = 0.3
 
 
 class Setting(NamedTuple):
@@ -35,36 +45,55 @@ class Setting(NamedTuple):
     Attributes:
       exact: the exact map.
       truth: its parameters.
-      batch: the nodes of the quadrature.
-      weights: the weights of the nodes, which sum to 1.
+      batch: ``s -> Batch``: the pairs for an expectation at time s.
+      weights: the probabilities of the pairs, which sum to 1.
     """
 
     exact: types.FlowMap
     truth: Any
-    batch: types.Batch
+    batch: Callable[[Any], types.Batch]
     weights: np.ndarray
 
 
-def independent_pairs(interpolant: Interpolant, scale: float = 1.0, *, components: int = 2) -> Setting:
-    """x1 from the mixture, times ``scale``, and x0 from a standard normal, independent of it.
+def noisy_pairs(interpolant: Interpolant, rate: float = 1.0) -> Setting:
+    """Pairs whose mean velocity at I_s is that of the flow above, with kappa(t) = rate (0.4 t + 0.3 t^2).
 
-    With one of the two components the exact map is a Gaussian's, which compiles faster.
+    Where w_s = alpha_s beta_s' - alpha_s' beta_s vanishes, I_s determines I_s', and x1 is 0.
+
+    Args:
+      interpolant: the path.
+      rate: the factor of the velocity; |rate| < 2.8. The flow mostly expands if it is positive, and contracts if negative.
     """
-    shares, means, variances = np.array([0.65, 0.35]), scale * np.array([-0.4, 0.7]), scale**2 * np.array([0.35, 0.7])
-    if components == 1:
-        shares, means, variances = np.ones(1), means[1:], variances[1:]
-    truth = oracles.mixture_params(shares, means[:, None], variances[:, None, None])
-    nodes, weights = np.polynomial.hermite_e.hermegauss(BASE_NODES)
-    inner, inner_weights = np.polynomial.hermite_e.hermegauss(DATA_NODES)
-    x1 = (means[:, None] + np.sqrt(variances)[:, None] * inner).ravel()
-    x0, x1 = (grid.reshape(-1, 1) for grid in np.meshgrid(nodes, x1, indexing="ij"))
-    joint = np.outer(weights, (shares[:, None] * inner_weights).ravel()).ravel()
-    # The others are so far out that all of them together weigh less than rounding.
-    kept = joint > 1e-16 * joint.max()
-    x0, x1, joint = x0[kept], x1[kept], joint[kept]
-    batch = types.Batch(jnp.asarray(x1), jnp.asarray(x0))
-    oracle = oracles.quantile(interpolant) if components == 2 else oracles.gaussian(interpolant)
-    return Setting(oracle.flow_map, truth, batch, joint / joint.sum())
+    centre = -0.3
+
+    def velocity(params: Params, t: Time, x: Event, cond: Cond = None, *, key: Key | None = None) -> Event:
+        return rate * (0.4 + 0.6 * t) * jnp.sqrt(1.0 + (x - centre) ** 2)
+
+    def mean_velocity(
+        params: Params, s: Time, t: Time, x: Event, cond: Cond = None, *, key: Key | None = None
+    ) -> Event:
+        mean_rate, away = rate * (0.4 + 0.3 * (s + t)), x - centre
+        square = (mean_rate * (t - s)) ** 2
+        sinh = cosh = jnp.zeros_like(square)
+        for n in range(TERMS, 0, -1):
+            sinh = 1.0 + square * sinh / (2 * n * (2 * n + 1))
+            cosh = 1.0 + square * cosh / ((2 * n + 1) * (2 * n + 2))
+        return mean_rate * (sinh * jnp.sqrt(1.0 + away**2) + 0.5 * mean_rate * (t - s) * cosh * away)
+
+    x = np.repeat(POINTS, 2)
+    # Of mean zero at each point, and larger on one side.
+    noise = np.tile([1.0 - UPPER, -UPPER], len(POINTS)) * (1.0 + 0.4 * np.sin(x))
+
+    def batch(s: Any) -> types.Batch:
+        c = interpolant.coefficients(s)
+        slope = velocity(None, s, jnp.asarray(x)) + noise
+        moves = jnp.abs(c.w) > 1e-6
+        x1 = jnp.where(moves, (c.alpha * slope - c.alpha_dot * x) / jnp.where(moves, c.w, 1.0), 0.0)
+        x0 = jnp.where(moves, (c.beta_dot * x - c.beta * slope) / jnp.where(moves, c.w, 1.0), x / c.alpha)
+        return types.Batch(x1[:, None], x0[:, None])
+
+    flow_map = types.FlowMap(mean_velocity, types.BOTH, velocity_override=velocity)
+    return Setting(flow_map, None, batch, np.repeat(SHARES, 2) * np.tile([UPPER, 1.0 - UPPER], len(POINTS)))
 
 
 def solved_pairs(interpolant: Interpolant) -> Setting:
@@ -82,19 +111,15 @@ def solved_pairs(interpolant: Interpolant) -> Setting:
         z = (x - interpolant.beta(s) * mean) / (interpolant.alpha(s) + interpolant.beta(s) * sigma)
         return interpolant.alpha_dd(s, t) * z + interpolant.beta_dd(s, t) * (mean + sigma * z)
 
-    nodes, weights = np.polynomial.hermite_e.hermegauss(BASE_NODES)
+    nodes, weights = np.polynomial.hermite_e.hermegauss(NODES)
     z = jnp.asarray(nodes)[:, None]
     flow_map = types.FlowMap(mean_velocity, types.BOTH, velocity_override=velocity)
-    return Setting(flow_map, None, types.Batch(mean + sigma * z, z), weights / weights.sum())
+    return Setting(flow_map, None, lambda s: types.Batch(mean + sigma * z, z), weights / weights.sum())
 
 
 def setting(method: objectives.Method, interpolant: Interpolant) -> Setting:
     """The pairs and the exact map for a method, by what it needs."""
-    # This is also called while tracing; the arrays are constants there.
-    with jax.ensure_compile_time_eval():
-        if "pairs" in method.needs:
-            return solved_pairs(interpolant)
-        return independent_pairs(interpolant)
+    return solved_pairs(interpolant) if "pairs" in method.needs else noisy_pairs(interpolant)
 
 
 def student(this: Setting, interpolant: Interpolant, by_x: Any, *, on_diagonal: bool = True) -> types.FlowMap:
@@ -126,7 +151,7 @@ def student(this: Setting, interpolant: Interpolant, by_x: Any, *, on_diagonal: 
 
 
 def times_within(domain: types.Domain) -> list[tuple[float, float]]:
-    """Two pairs of times of a domain, at which the nodes resolve the law of x1 given I_s."""
+    """Two pairs of times of a domain."""
     if domain.target is not None:
         return [(0.2, domain.target), (0.25, domain.target)]
     if domain.source is not None:
@@ -185,7 +210,7 @@ def expected_gradient(
     objective = objective_of(method, flow_map, interpolant, this.exact, **{**fixed, **choices})
 
     def mean(theta: Array) -> Array:
-        loss, _ = objective(theta, jax.random.key(0), this.batch, context_of(this, jax.lax.stop_gradient(theta)))
+        loss, _ = objective(theta, jax.random.key(0), this.batch(s), context_of(this, jax.lax.stop_gradient(theta)))
         return jnp.sum(jnp.asarray(this.weights) * loss)
 
     value, gradient = jax.value_and_grad(mean)(theta)
