@@ -179,6 +179,7 @@ def test_the_base_of_the_docstring_is_the_law_that_it_says():
     assert jax.eval_shape(space["objective"], None, jax.random.key(1), batch)[0].shape == (8,)
 
 
+@pytest.mark.slow
 def test_any_base_serves_densities_of_jumps_and_of_the_ode():
     """Uniform on [-1, 2]^2 comes out as uniform on [-1, 5]^2."""
     inside, outside = jnp.array([4.9, -0.9]), jnp.array([5.1, 0.0])

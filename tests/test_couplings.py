@@ -328,6 +328,7 @@ def test_the_marginals_of_a_pool(pool, assert_mean):
     assert not np.isin(np.round(x0, 9), np.round(drawn, 9)).any()
 
 
+@pytest.mark.slow
 def test_batches_of_a_pool_are_functions_of_the_step(pool):
     take = jax.jit(pool.batch)
     batch = take(pool.data, np.int32(5))

@@ -120,6 +120,7 @@ def test_report_is_the_root_mean_square_over_its_pairs():
     np.testing.assert_allclose(report["eulerian"], expected, rtol=1e-9)
 
 
+@pytest.mark.representatives("domain0-names0")
 @pytest.mark.parametrize(("domain", "names"), [(types.TO_DATA, {"eulerian"}), (types.dyadic(3), {"semigroup"})])
 def test_report_and_grid_hold_what_the_domain_defines(domain, names):
     report = diagnostics.consistency_report(gaussian(domain), PATH, jax.random.key(3), *pairs())
@@ -241,6 +242,7 @@ def test_compare_measures_the_error_of_every_map_on_every_grid():
     json.dumps(rows)
 
 
+@pytest.mark.slow
 def test_compare_ranks_solves_against_the_exact_map_of_a_mixture():
     oracle = oracles.quantile(PATH)
     params = oracles.mixture_params([0.8, 0.2], [[-0.5], [2.0]], [[0.09], [0.16]])

@@ -129,6 +129,7 @@ def test_running_trains_and_reads_what_it_wrote(tmp_path, monkeypatch):
     np.testing.assert_allclose(np.sum(space["fit"].coefficients), 1.0, atol=1e-5)
 
 
+@pytest.mark.slow
 def test_likelihood_weights_remove_the_bias_of_the_sampler():
     space = {
         "bound": FLOW_MAP.bind(MODULE.init(jax.random.key(0), 0.0, 0.0, jnp.zeros(2))["params"]),
@@ -168,6 +169,7 @@ def test_choosing_a_method_compares_methods_from_the_same_start(run):
     assert all(np.isfinite(row.distances["energy"].value) for row in table.rows)
 
 
+@pytest.mark.slow
 def test_own_network_every_kind_becomes_a_map_that_moves_a_point(run):
     space = run("own-network.md")
     x = jnp.array([0.5, -1.0], jnp.float32)
@@ -215,6 +217,7 @@ def test_dtypes_bfloat16_products_keep_losses_and_outputs_in_float32(run):
     assert all(leaf.dtype == jnp.float32 for leaf in jax.tree.leaves(space["params"]))
 
 
+@pytest.mark.slow
 def test_extending_examples_do_what_they_say(run):
     space = run("extending.md")
     assert space["loss"].shape == (16,) and np.all(np.isfinite(space["loss"]))

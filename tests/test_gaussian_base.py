@@ -98,7 +98,7 @@ def test_density_score_denoiser_and_velocity_of_the_oracle(base, path):
     np.testing.assert_allclose(c.alpha_dot[:, None] * noise + c.beta_dot[:, None] * denoiser, b, rtol=1e-8, atol=1e-8)
 
 
-@pytest.mark.representatives("gaussian-entries", "mixture-entries")
+@pytest.mark.representatives("gaussian-entries")
 @pytest.mark.parametrize("base", [pytest.param("numbers", marks=pytest.mark.slow), "entries"])
 @pytest.mark.parametrize("name", ["gaussian", "mixture", "quantile"])
 def test_the_map_of_the_oracle_is_a_solve_of_its_velocity(name, base):
@@ -218,6 +218,7 @@ def started(oracle, p, key, t=0.0, count=COUNT):
     return jax.jit(lambda key: oracle.sample(oracle.marginal(p, jnp.float64(t)), key, count))(key)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("base", "method", "diffusion"),
     [
@@ -261,8 +262,10 @@ def test_the_default_diffusion_is_proportional_to_the_deviation_and_its_correcti
         np.testing.assert_allclose(y.std(0), noise[0], rtol=4 / np.sqrt(8000))
 
 
+# Quick in samplers/test_renoising.
+@pytest.mark.slow
 @pytest.mark.parametrize("kappa", [0.5, pytest.param(1.0, marks=pytest.mark.slow)])
-@pytest.mark.parametrize("base", [pytest.param("numbers", marks=pytest.mark.slow), "entries"])
+@pytest.mark.parametrize("base", ["numbers", "entries"])
 def test_renoise_keeps_the_marginals(base, kappa):
     """By the exact map of a mixture on the line; without the base's mean or deviation it does not."""
     oracle, p, grid, count = make("quantile", base), PARAMS["quantile"], [0.1, 0.3, 0.6], COUNT // 2
@@ -294,7 +297,8 @@ def test_renoise_of_entries_with_laws_of_their_own():
 # --- likelihood -------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("base", [pytest.param("numbers", marks=pytest.mark.slow), "entries"])
+@pytest.mark.slow
+@pytest.mark.parametrize("base", ["numbers", "entries"])
 def test_the_density_along_the_ode_through_jumps_and_of_the_batch(base):
     oracle, p, law = make("gaussian", base), PARAMS["gaussian"], BASES[base]
     bound = oracle.flow_map.bind(p)
@@ -314,6 +318,7 @@ def test_the_density_along_the_ode_through_jumps_and_of_the_batch(base):
     assert np.all(np.abs(other - want) > 1e-2)
 
 
+@pytest.mark.slow
 def test_the_density_of_renoised_samples_tends_to_the_data():
     oracle, p, count = make("gaussian", "entries"), PARAMS["gaussian"], 4096
     bound = oracle.flow_map.bind(p)

@@ -72,6 +72,7 @@ def test_at_scale_one_it_is_the_strong_one_to_the_bit(kind, interval):
     np.testing.assert_array_equal(*jax.jit(traced)(1.0))
 
 
+@pytest.mark.representatives("classifier_free")
 @pytest.mark.parametrize("kind", GUIDES)
 def test_outside_the_interval_it_is_the_strong_one(kind):
     times = jnp.array([0.0, 0.19, 0.2, 0.5, 0.8, 0.81, 1.0])
@@ -298,7 +299,7 @@ def test_values_that_jax_would_cut_are_refused():
             guidance.classifier_free(echo, 2.0, 3)(None, 0.5, jnp.ones(1), np.int64(2**32 + 1))
 
 
-@pytest.mark.representatives("interval1")
+@pytest.mark.slow
 @pytest.mark.parametrize("interval", [guidance.ALWAYS, (0.2, 0.8)])
 def test_labels_outside_the_classes_are_refused_by_the_network_guided_or_not(interval):
     """As uint8, int32 or a Python number; in the condition or in the null; traced, they give NaN."""

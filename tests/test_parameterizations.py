@@ -14,6 +14,9 @@ CASES = [
     for path in sorted(interpolants.INTERPOLANTS)
     if form != "trigonometric" or path == "trigonometric"
 ]
+# Every form and every path.
+EACH = ["gaussian-cosine", "noise-linear", "noise-variance_preserving", "trigonometric-trigonometric", "v-linear"]
+EACH += ["x-trigonometric", "x-variance_exploding"]
 PAIRS = [(0.2, 0.7), (0.8, 0.3), (0.4, 0.4), (0.15, 0.9)]
 
 
@@ -29,6 +32,7 @@ def closed_form(form, path, s, t):
     }[form]()
 
 
+@pytest.mark.representatives(*EACH)
 @pytest.mark.parametrize(("form", "name"), CASES)
 def test_jump_is_a_x_plus_b_net(form, name):
     path = interpolants.INTERPOLANTS[name]()
@@ -50,6 +54,7 @@ def test_jump_is_a_x_plus_b_net(form, name):
     np.testing.assert_allclose(coefficients, by_hand, rtol=1e-9, atol=1e-10)
 
 
+@pytest.mark.representatives(*EACH)
 @pytest.mark.parametrize(("form", "name"), CASES)
 def test_identity_at_s_equals_t_and_finite_derivatives_everywhere(form, name):
     path = interpolants.INTERPOLANTS[name]()
@@ -85,6 +90,7 @@ def test_the_diagonal_of_each_form_is_what_it_claims():
     np.testing.assert_allclose(flow_map.velocity(x0, t, x1), jnp.pi / 2 * x0, rtol=1e-12)
 
 
+@pytest.mark.representatives(*EACH)
 @pytest.mark.parametrize(("form", "name"), CASES)
 def test_the_form_of_a_map_says_what_its_network_predicts(form, name):
     """Predicting, of one pair, what ``form`` names, the map carries I_s to I_t: the flow of that pair alone."""

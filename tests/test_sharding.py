@@ -123,6 +123,7 @@ def test_a_run_goes_on_on_fewer_devices(tmp_path):
             np.testing.assert_allclose(losses, expected[1:], rtol=1e-12)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("method", "fsdp"),
     [
@@ -286,7 +287,6 @@ def test_gradients_through_rows_on_their_own():
 
 
 @pytest.mark.slow
-@pytest.mark.representatives("flow_matching")
 @pytest.mark.parametrize("method", METHODS)
 def test_objectives_run_under_pmap(method):
     """As code under pmap does it: a key per device, gradients averaged over the axis."""

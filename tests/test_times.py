@@ -126,6 +126,7 @@ def test_by_step_is_the_law_in_force(key):
         np.testing.assert_array_equal(times.at_step(by_step, step)(jax.random.clone(key), 100), expected)
 
 
+@pytest.mark.slow
 def test_an_objective_takes_laws_by_step_wherever_it_takes_laws(key):
     """At every step the loss of the objective with the laws then in force, from one trace."""
 

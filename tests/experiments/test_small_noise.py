@@ -30,6 +30,7 @@ def test_the_noise_brings_a_bias_of_second_order_and_the_plain_form_a_variance_w
     np.testing.assert_allclose(columns["difference_deviation"][-1], columns["hutchinson_deviation"][-1], rtol=0.01)
 
 
+@pytest.mark.slow
 def test_the_squared_errors_of_a_diffusion_tend_to_hutchinsons_estimator_as_its_steps_shrink(found):
     sizes, columns = found["step"]
     assert abs(small_noise.slope(sizes, columns["squared_errors_bias"]) - 1.0) < 0.15

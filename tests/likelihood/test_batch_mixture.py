@@ -84,6 +84,7 @@ def test_weights_given_the_batch_are_unbiased_for_a_map_that_is_wrong(kappa, ass
     assert errors.max() > 20
 
 
+@pytest.mark.slow
 def test_the_divergence_given_the_batch_falls_to_the_samplers_own_from_above():
     """Of the exact map, whose own is zero: KL(q, target) and KL(target, q) over batches, by the number of samples."""
     oracle = oracles.gaussian(PATH)

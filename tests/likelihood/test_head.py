@@ -181,7 +181,7 @@ def loss_of(identity, sign, theta, key, *, teacher=False, **choices):
 
 
 # The Eulerian loss is the next test's.
-@pytest.mark.representatives("lagrangian", "semigroup")
+@pytest.mark.representatives("lagrangian")
 @pytest.mark.parametrize(
     ("identity", "choices"),
     [
@@ -249,6 +249,7 @@ def sizes(gradient):
     return np.array([np.max(np.abs(leaf)) for leaf in jax.tree.leaves(gradient)])
 
 
+@pytest.mark.slow
 def test_the_heads_loss_trains_the_head_alone(key):
     """By all three identities: nothing of a map with parameters of its own; of one network, not the map's output."""
     x1 = jax.random.normal(jax.random.key(1), (16, 2))

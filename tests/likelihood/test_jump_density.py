@@ -239,7 +239,7 @@ def folded(params, s, t, x, cond=None, *, key=None):
     return x * x
 
 
-@pytest.mark.representatives("negative", "singular", "back", "no inverse")
+@pytest.mark.representatives("singular", "no inverse")
 @pytest.mark.parametrize(
     ("call", "x", "message"),
     [

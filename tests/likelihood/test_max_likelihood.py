@@ -96,6 +96,7 @@ def test_the_gradient_is_that_of_the_steps_and_both_exact_adjoints_agree():
         np.testing.assert_allclose(a, b, rtol=1e-9, atol=1e-12)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("options", "low", "high"),
     [pytest.param(FINE, 0.0, 1e-7, marks=pytest.mark.slow), (FIXED, 1e-4, 0.5)],

@@ -56,6 +56,7 @@ def test_it_learns_the_logarithm_of_the_mean_square():
         assert float(log_weight(params, s, t)) == pytest.approx(2 * np.log(2 * (1 + t)), abs=0.1)
 
 
+@pytest.mark.slow
 def test_a_pair_of_parameters_goes_through_an_objective():
     def net(params, s, t, x, cond=None, *, key=None):
         return params["w"] * x + (t - s)

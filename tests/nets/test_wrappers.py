@@ -349,14 +349,7 @@ TRANSFORMS = {
 
 
 @pytest.mark.representatives(
-    "spectral-without a key-eager",
-    "spectral-with a key-jit",
-    "array-with a key-eager",
-    "array-without a key-vmap",
-    "variable-without a key-jit",
-    "variable-with a key-grad",
-    "new-with a key-vmap",
-    "new-without a key-grad",
+    "spectral-without a key-eager", "array-without a key-vmap", "variable-with a key-grad", "new-with a key-vmap"
 )
 @pytest.mark.parametrize("how", TRANSFORMS)
 @pytest.mark.parametrize("key", [None, KEY], ids=["without a key", "with a key"])

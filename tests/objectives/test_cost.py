@@ -84,13 +84,13 @@ def test_a_piece_costs_its_passes(piece):
     )
 
 
-@pytest.mark.representatives("lsd", "mean_flow", "ctm")
+@pytest.mark.representatives("mean_flow", "ctm")
 @pytest.mark.parametrize("name", objectives.METHODS)
 def test_a_method_costs_the_sum_of_its_parts(name):
     testing.check_cost(objectives.METHODS[name], uncounted=IN_LOOP.get(name, 0))
 
 
-@pytest.mark.representatives("mean_flow")
+@pytest.mark.slow
 @pytest.mark.parametrize("name", TAUGHT)
 def test_a_teacher_is_paid_for_where_it_is_asked(name):
     testing.check_cost(
@@ -98,7 +98,7 @@ def test_a_teacher_is_paid_for_where_it_is_asked(name):
     )
 
 
-@pytest.mark.representatives("lsd")
+@pytest.mark.slow
 @pytest.mark.parametrize("method", sorted(PLAIN))
 def test_plain_mlp(method):
     assert flops("plain", method) / flops("plain", "flow_matching") <= PLAIN[method]
@@ -116,7 +116,7 @@ def test_the_counts_are_those_of_the_passes():
     assert 0.95 < flops("plain", "flow_matching") / (3 * forward) < 1.1
 
 
-@pytest.mark.representatives("ctm")
+@pytest.mark.slow
 @pytest.mark.parametrize("name", IN_LOOP)
 def test_the_network_is_called_as_often_as_declared(name):
     """At run time, loops and all: on every row once for each forward pass of the registry."""

@@ -244,7 +244,8 @@ def test_methods_run_jitted_and_not_alike_once_traced_on_pytrees(name, key):
 
 
 # All methods go through one split of the batch: rows of one kind, of the other, and of both.
-@pytest.mark.representatives("flow_matching")
+# Quick in test_sharding.
+@pytest.mark.slow
 @pytest.mark.parametrize("name", sorted(objectives.METHODS))
 def test_one_device_and_eight_agree(name, key):
     objective = make(name, blocks=8)
@@ -359,6 +360,8 @@ def test_the_batch_velocity_refuses_pairs_that_are_not_independent(key):
         objective(PARAMS, key, batch_of(4))
 
 
+# Quick in test_combine.
+@pytest.mark.slow
 def test_sequence_computes_the_stage_in_force(key):
     alone, lsd = make("flow_matching"), make("lsd")
     both = objectives.sequence([(0, alone), (10, lsd)])

@@ -30,7 +30,7 @@ def far(dim, rows, scale):
     return types.Batch(x0 + scale / np.sqrt(dim), x0)
 
 
-@pytest.mark.representatives("28.0-mean_flow", "28.0-facm")
+@pytest.mark.representatives("28.0-facm")
 @pytest.mark.parametrize("name", WEIGHTED)
 @pytest.mark.parametrize("scale", [28.0, 3.0])
 def test_both_kinds_of_rows_weigh_the_same_at_784_entries(name, scale, key):
@@ -67,7 +67,7 @@ def test_both_kinds_of_rows_weigh_the_same_at_784_entries(name, scale, key):
         np.testing.assert_allclose(slopes[0], -2 * scale * np.sqrt(DIM) / (square + 0.01), rtol=1e-9)
 
 
-@pytest.mark.representatives("mean_flow", "facm")
+@pytest.mark.representatives("mean_flow")
 @pytest.mark.parametrize("name", WEIGHTED)
 def test_the_gradients_of_both_kinds_of_rows_are_in_balance(name, key):
     """On data of 784 entries and a map that is not trained: the norms of the two terms' gradients are of one order."""

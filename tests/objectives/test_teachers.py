@@ -52,6 +52,7 @@ TEACHERS = {
 }
 
 
+@pytest.mark.representatives("velocity", "flow map with a head", "oracle")
 @pytest.mark.parametrize("name", TEACHERS)
 def test_the_diagonal_learns_the_velocity_of_the_teacher_at_the_point(name, key):
     """A student that stands still has the loss |b_t(I_t)|^2, of the teacher and not of the pair."""
@@ -123,7 +124,7 @@ DISTILLED = {
 }
 
 
-@pytest.mark.representatives("lmd", "emd")
+@pytest.mark.representatives("lmd")
 @pytest.mark.parametrize("name", DISTILLED)
 def test_distillation_from_an_oracle_drives_nothing_at_the_exact_map(name, key):
     """The loss and its gradient vanish at the exact Gaussian map, row by row, and at no map beside it."""

@@ -26,7 +26,6 @@ LIKE = jax.ShapeDtypeStruct((2,), jnp.float64)
 
 
 @pytest.mark.slow
-@pytest.mark.representatives("renoise")
 @pytest.mark.parametrize("name", DRAWN)
 def test_draws_are_the_same_whatever_the_block_and_the_devices(name):
     sampler, key, n = DRAWN[name], jax.random.key(14), 37

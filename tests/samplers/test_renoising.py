@@ -40,6 +40,7 @@ def test_plan_solves_its_equations(name, dtype):
             np.testing.assert_array_equal(target, times if kappa == 0.0 else np.ones(6))
 
 
+@pytest.mark.representatives("variance_exploding", "trigonometric")
 @pytest.mark.parametrize("name", PATHS)
 def test_renoise_keeps_the_marginal(name):
     path, n = PATHS[name], 40_000

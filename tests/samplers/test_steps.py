@@ -26,7 +26,7 @@ SAMPLERS = {
 }
 
 
-@pytest.mark.representatives("renoise", "heun")
+@pytest.mark.representatives("renoise")
 @pytest.mark.parametrize("name", SAMPLERS)
 def test_run_is_the_steps_one_after_the_other(name):
     sampler, key = SAMPLERS[name], jax.random.key(0)
@@ -61,7 +61,7 @@ def test_info_says_where_the_map_jumped_and_what_noise_was_added():
     np.testing.assert_allclose(info.noise, np.sqrt(2 * c.alpha * c.w * 0.25), rtol=1e-12)
 
 
-@pytest.mark.representatives("renoise", "heun")
+@pytest.mark.representatives("renoise")
 @pytest.mark.parametrize("name", SAMPLERS)
 def test_states_are_pytrees_for_a_batch_of_particles_at_traced_times(name):
     """Steering needs this: it resamples between two steps, and each particle may be at its own time."""

@@ -44,13 +44,14 @@ REVERSE = {
 }
 
 
-@pytest.mark.representatives("grad of vmap", "trajectory", "default")
+@pytest.mark.representatives("grad of vmap", "default")
 @pytest.mark.parametrize("mode", REVERSE)
 def test_reverse_mode_through_a_forward_only_solve_names_adjoint(mode):
     with pytest.raises(ValueError, match=r"^adjoint: .*no reverse mode.*'recursive'.*'direct'"):
         REVERSE[mode]()
 
 
+@pytest.mark.slow
 def test_forward_mode_is_not_touched():
     """jvp of jvp, jacfwd and linearize against the same solve through the adjoint that has both modes."""
     both = solvers.solve(velocity, "euler", steps=2, adjoint="direct")
@@ -83,6 +84,7 @@ def test_the_guard_leaves_nothing_in_a_compiled_program():
     assert np.isnan(jax.jit(lambda x: jax.jvp(adjoints.forward_only, (x,), (nan,))[1])(x)["b"])
 
 
+@pytest.mark.representatives("recursive")
 @pytest.mark.parametrize("adjoint", ["recursive", "backsolve", diffrax.RecursiveCheckpointAdjoint()])
 def test_an_eager_jvp_through_a_reverse_only_solve_names_adjoint(adjoint):
     flow = solvers.solve(velocity, "heun", steps=2, adjoint=adjoint)
@@ -118,7 +120,7 @@ def test_a_failing_way_back_of_a_callers_own_adjoint_raises_too():
     assert adjoints.make(diffrax.BacksolveAdjoint(throw=False)).kwargs["throw"] is False
 
 
-@pytest.mark.representatives("fixed-direct-cond", "fixed-backsolve-x")
+@pytest.mark.representatives("fixed-backsolve-x")
 @pytest.mark.parametrize("batched", ["x", "cond"])
 @pytest.mark.parametrize("adjoint", ["direct", "recursive", "backsolve"])
 @pytest.mark.parametrize(

@@ -37,6 +37,7 @@ def test_a_density_along_any_solver(choices):
     np.testing.assert_allclose(found.log_density, want, rtol=1e-6)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("choices", "counted"),
     [
@@ -83,6 +84,7 @@ def test_encoding_solves_as_it_is_told():
     np.testing.assert_allclose(back, X * (1.0 - RATE / 4) ** 4, rtol=1e-12)
 
 
+@pytest.mark.slow
 def test_the_gradient_through_a_default_density_names_adjoint():
     density = likelihood.along_ode(linear)
     with pytest.raises(ValueError, match=r"^adjoint: .*no reverse mode"):

@@ -123,7 +123,7 @@ def test_order_of_convergence(method, order):
     assert abs(slope - order) < 0.1
 
 
-@pytest.mark.representatives("euler", "tsit5", "adaptive")
+@pytest.mark.representatives("adaptive")
 @pytest.mark.parametrize(
     ("method", "options"),
     [
@@ -311,7 +311,8 @@ def test_modes_of_differentiation_by_adjoint(flow, forward, reverse):
                 derivative(p)
 
 
-@pytest.mark.parametrize("adjoint", ["recursive", pytest.param("backsolve", marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("adjoint", ["recursive", "backsolve"])
 def test_one_key_serves_a_whole_solve_and_its_gradient(adjoint):
     """The noise is the same at every stage, and drawing it there is no reuse of the key."""
     p, s, t, x = args(0.1, 0.8)
@@ -329,6 +330,7 @@ def test_one_key_serves_a_whole_solve_and_its_gradient(adjoint):
     np.testing.assert_allclose([value, slope], [want, want_slope], rtol=1e-7)
 
 
+@pytest.mark.slow
 def test_a_way_back_that_fails_raises_and_gives_no_wrong_gradient():
     def stiffer_back(params, t, x, cond=None, *, key=None):
         return jnp.sin(params * x + 3.0 * t)
@@ -383,7 +385,7 @@ def test_eager_calls_compile_once():
     assert len(traces) == once
 
 
-@pytest.mark.representatives("tsit5", "midpoint")
+@pytest.mark.representatives("tsit5")
 @pytest.mark.parametrize(
     ("options", "tolerance"),
     [

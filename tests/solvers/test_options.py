@@ -68,7 +68,7 @@ def test_rk4_is_the_classical_method():
 # ---- Diffrax's objects ----
 
 
-@pytest.mark.representatives("controller", "grid")
+@pytest.mark.representatives("controller")
 @pytest.mark.parametrize(
     ("named", "own"),
     [
@@ -91,7 +91,7 @@ def test_a_name_and_the_object_it_names_give_the_same(named, own):
 @pytest.mark.slow
 @pytest.mark.parametrize(
     "adjoint",
-    [pytest.param("direct", marks=pytest.mark.slow), "recursive", pytest.param("backsolve", marks=pytest.mark.slow)],
+    ["direct", "recursive", "backsolve"],
 )
 def test_an_adjoint_and_its_name_give_the_same_gradient(adjoint):
     object_ = {
@@ -110,7 +110,7 @@ def test_an_adjoint_and_its_name_give_the_same_gradient(adjoint):
     np.testing.assert_allclose(by_object, want, rtol=1e-6)
 
 
-@pytest.mark.representatives("heun-choices3-True", "solver14-choices14-False", "solver9-choices9-True")
+@pytest.mark.representatives("heun-choices3-True")
 @pytest.mark.parametrize(
     ("solver", "choices", "counted"),
     [
@@ -193,6 +193,7 @@ def test_solvers_that_users_write_are_counted_by_their_tableau_or_not_at_all():
     np.testing.assert_allclose(v, solved("euler", steps=40)(P, 0.1, 0.8, X)[0], rtol=1e-12)
 
 
+@pytest.mark.representatives("implicit, fixed")
 @pytest.mark.parametrize(
     ("solver", "choices"),
     [
@@ -214,6 +215,7 @@ def test_other_solvers_reach_the_exact_end(solver, choices):
         np.testing.assert_allclose(v, exact_mean(P, s, t, X), atol=1e-4)
 
 
+@pytest.mark.slow
 def test_counts_are_each_samples_own_under_vmap():
     counted = solvers.solve_counted(velocity, diffrax.Dopri5(), stepsize_controller=CLIPPED)
     batch = jnp.asarray([[0.01], [0.9], [1.3]])

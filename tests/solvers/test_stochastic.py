@@ -80,6 +80,7 @@ def run_sde(name, method, diffusion, *, turned=False):
     return np.abs(got - true_moments(path)) / error
 
 
+@pytest.mark.representatives("sigma")
 @pytest.mark.parametrize(
     ("name", "method", "diffusion"),
     [
@@ -122,6 +123,7 @@ def test_without_noise_the_sde_is_the_ode_and_each_key_gives_its_own_path():
     assert abs(float(first["a"][0]) - float(first["b"])) > 0.05
 
 
+@pytest.mark.slow
 def test_the_sde_is_differentiable_in_both_modes():
     p, _, _, x = args(0.0, 1.0)
     grid = jnp.linspace(0.0, 1.0, 9)

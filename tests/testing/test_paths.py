@@ -34,6 +34,7 @@ WRONG = {
 }
 
 
+@pytest.mark.representatives("beta_dd", "a singular end", "ends")
 @pytest.mark.parametrize("name", WRONG)
 def test_a_wrong_path_fails(name):
     path, message = WRONG[name]

@@ -169,6 +169,7 @@ def test_the_loop_shows_and_keeps_it_and_resumed_runs_say_the_same(problem, tmp_
     assert capsys.readouterr().out == ""
 
 
+@pytest.mark.slow
 def test_it_is_shown_above_the_bar(problem, tmp_path, capsys, monkeypatch):
     monkeypatch.setenv("FORCE_COLOR", "1")
     monkeypatch.setenv("COLUMNS", "400")

@@ -98,7 +98,6 @@ def test_the_position_of_the_data_comes_back(tmp_path):
 
 
 @pytest.mark.slow
-@pytest.mark.representatives("4")
 @pytest.mark.parametrize("fsdp", [1, 4])
 def test_saved_on_eight_devices_restored_on_fewer(fsdp, tmp_path, assert_same):
     """And the other way: values to the last bit, laid out as the template is."""
@@ -264,6 +263,9 @@ def damaged(written, tmp_path):
     return make
 
 
+@pytest.mark.representatives(
+    "a byte flipped", "a file truncated", "the state deleted", "the meta of another step", "nothing in it"
+)
 @pytest.mark.parametrize("kind", DAMAGE)
 def test_a_damaged_checkpoint_is_named_and_the_one_before_it_used(kind, damaged, caplog, assert_same):
     directory = damaged(DAMAGE[kind])

@@ -211,6 +211,7 @@ def test_the_best_and_the_snapshots(problem, unbroken, tmp_path, assert_same):
         run(problem, tmp_path, 32, overwrite=True, **{**options, "best": "loss"})
 
 
+@pytest.mark.slow
 def test_work_and_traces(problem, tmp_path):
     run(problem, tmp_path, 24, hooks=[CountFlops(), Profile(tmp_path / "profile", 8, 12)])
     rows = rows_of(tmp_path)

@@ -133,7 +133,6 @@ def run_of(name, mesh=None):
 
 
 @pytest.mark.slow
-@pytest.mark.representatives("two players")
 @pytest.mark.parametrize("name", OBJECTIVES)
 def test_the_state_moves_and_does_not_depend_on_the_layout(name):
     results = {}
@@ -162,6 +161,8 @@ def test_the_state_moves_and_does_not_depend_on_the_layout(name):
             )
 
 
+# Quick in objectives/test_combine.
+@pytest.mark.slow
 def test_a_stage_that_is_not_in_force_keeps_its_state():
     state, chunk, data = run_of("sequence")
     state, _ = chunk(state, data, 2)
@@ -174,7 +175,6 @@ def test_a_stage_that_is_not_in_force_keeps_its_state():
 
 
 @pytest.mark.slow
-@pytest.mark.representatives("weighted sum")
 @pytest.mark.parametrize("name", ["running scale", "weighted sum"])
 def test_a_resumed_run_is_the_unbroken_one(name, tmp_path, assert_same):
     def run(directory, steps, **kwargs):

@@ -230,7 +230,7 @@ ASKING = {
 }
 
 
-@pytest.mark.representatives("lbfgs if finite", "plateau")
+@pytest.mark.representatives("plateau")
 @pytest.mark.parametrize("name", ASKING)
 def test_optimizers_get_what_they_ask_for(name):
     optimizer = ASKING[name]
@@ -267,7 +267,7 @@ def test_a_plateau_is_noticed_through_multi_steps():
         assert float(optax.tree.get(states[-1].opt_state, "scale")) == 0.5**3
 
 
-@pytest.mark.representatives("bfloat16")
+@pytest.mark.slow
 @pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])
 def test_line_searches_in_the_parameters_own_dtype(dtype, compilations):
     rows = data(dtype)
@@ -283,7 +283,6 @@ def test_line_searches_in_the_parameters_own_dtype(dtype, compilations):
 
 @pytest.mark.slow
 @pytest.mark.skipif(jax.device_count() < 8, reason="needs 8 (virtual) devices")
-@pytest.mark.representatives("zoom")
 @pytest.mark.parametrize("name", ["lbfgs", "backtracking", "zoom"])
 def test_line_searches_agree_on_eight_devices(name):
     step = make_step(objective, ASKING[name], ema=(0.9,))
@@ -387,6 +386,7 @@ def test_a_chunk_of_broken_steps_alone_has_no_mean(tmp_path):
     assert row["loss"] == pytest.approx(rows[1]["loss"], rel=1e-12) and row["broken_steps"] == 4
 
 
+@pytest.mark.representatives("optimizer0")
 @pytest.mark.parametrize(
     "optimizer",
     [optax.adam(0.1), optax.apply_if_finite(optax.adam(0.1), 1), optax.chain(optax.adam(0.1), optax.clip(1.0))],

@@ -111,6 +111,7 @@ def unbroken(problem, chunk):
         return train(problem.state(), chunk, feed, 0, TOTAL)
 
 
+@pytest.mark.slow
 def test_training_sees_the_batches_of_the_iterator(problem, unbroken):
     def take(data, step):
         index = (step * BATCH + jnp.arange(BATCH, dtype=jnp.int32)) % len(X)
