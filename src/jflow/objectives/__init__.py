@@ -1,10 +1,10 @@
-"""Objectives: ``(params, key, batch, context) -> (loss [B], aux)``, each method a choice of parts over the identities.
+"""Objectives: the training losses of the methods, as functions ``(params, key, batch, context) -> (loss [B], aux)``.
 
-``METHODS`` is the catalogue. A method is a function that makes an ``Objective`` of a ``Term``, with its row, ``method(...)``,
-above it; ``sequence`` and ``weighted_sum`` make objectives of objectives.
+``METHODS`` is the catalogue of methods. A method is a function that makes an ``Objective`` from a ``Term``; the decorator
+``method`` adds it to the catalogue. ``sequence`` and ``weighted_sum`` combine objectives.
 """
 
-# The families in the order of the catalogue, which is the order in which they are imported.
+# Methods are listed in the catalogue in the order in which these modules are imported.
 # isort: off
 from jflow.objectives import regression as _regression  # noqa: F401
 from jflow.objectives import lagrangian as _lagrangian  # noqa: F401
