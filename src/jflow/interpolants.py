@@ -91,7 +91,7 @@ class Interpolant:
         """Returns I_t = alpha_t x0 + beta_t x1, shaped like x0 and x1.
 
         Raises:
-          ValueError: if x0 and x1 differ in structure or shape, or t is not a scalar.
+          ValueError: if x0 and x1 differ in structure or shape, or t is not a scalar in [0, 1].
 
         Example:
           >>> import jax.numpy as jnp
@@ -108,7 +108,7 @@ class Interpolant:
         r"""Returns :math:`\dot I_t = \dot\alpha_t x_0 + \dot\beta_t x_1`, shaped like x0 and x1.
 
         Raises:
-          ValueError: if x0 and x1 differ in structure or shape, or t is not a scalar.
+          ValueError: if x0 and x1 differ in structure or shape, or t is not a scalar in [0, 1].
 
         Example:
           >>> import jax.numpy as jnp
@@ -129,7 +129,7 @@ class Interpolant:
         At s = t it is :math:`\dot I_t`.
 
         Raises:
-          ValueError: if x0 and x1 differ in structure or shape, or a time is not a scalar.
+          ValueError: if x0 and x1 differ in structure or shape, or a time is not a scalar in [0, 1].
         """
         checks.time("s", s)
         checks.time("t", t)
