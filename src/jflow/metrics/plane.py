@@ -45,14 +45,14 @@ def histogram_kl(
 ) -> Array:
     r"""Computes the KL divergence of a histogram of samples in the plane from a density.
 
-    .. math:: \mathrm{KL}(\rho \,\|\, \hat\rho) = \sum_{\text{bins}} \rho(c) \log\frac{\rho(c)}{\hat\rho(c)} \cdot \text{area},
-        \qquad c \text{ the centre of the bin}
+    .. math:: \mathrm{KL}(\rho \,\|\, \hat\rho) = \sum_c \rho(c) \log\frac{\rho(c)}{\hat\rho(c)} \cdot \mathrm{area}
 
-    :math:`\hat\rho` is the histogram divided by the number of *all* samples, including those outside the square, and by the
-    area of a bin, plus ``pseudo_density``. Empty bins dominate the result; also report ``mass_off_support`` and a transport
-    distance. Exact samples do not score zero (``histogram_kl_floor``): N samples of the checkerboard score about (bins on the
-    support)/(2N), which is 0.0104 for 64 bins and N = 100,000. With 50 bins, as published (2505.18825), cell edges fall on
-    bin centres, and exact samples score 0.0624, or 0.0664 at the published N = 64,000.
+    The sum is over the centres c of the bins, and area is that of a bin. :math:`\hat\rho` is the histogram divided by the
+    number of *all* samples, including those outside the square, and by the area of a bin, plus ``pseudo_density``. Empty bins
+    dominate the result; also report ``mass_off_support`` and a transport distance. Exact samples do not score zero
+    (``histogram_kl_floor``): N samples of the checkerboard score about (bins on the support)/(2N), which is 0.0104 for 64 bins
+    and N = 100,000. With 50 bins, as published (2505.18825), cell edges fall on bin centres, and exact samples score 0.0624,
+    or 0.0664 at the published N = 64,000.
 
     Args:
       samples: ``[N, 2]``.
