@@ -78,8 +78,8 @@ def from_scm(network: Callable[..., Event]) -> FlowMap:
     r"""Converts the network F of an sCM (2410.11081), for data of unit scale, to a FlowMap to t = 1.
 
     .. math::
-        X_{s,1}(x) = \cos(\tau)\, x - \sin(\tau)\, F(\tau, x), \quad \tau = \tfrac{\pi}{2} (1 - s), \qquad
-        b_t(x) = -\tfrac{\pi}{2}\, F\big( \tfrac{\pi}{2} (1 - t), x \big)
+        X_{s,1}(x) &= \cos(\tau)\, x - \sin(\tau)\, F(\tau, x), \qquad \tau = \tfrac{\pi}{2} (1 - s) \\
+        b_t(x) &= -\tfrac{\pi}{2}\, F\big( \tfrac{\pi}{2} (1 - t), x \big)
 
     The path is the trigonometric one. The signature of F is ``F(params, tau, x, cond, *, key)``.
     """

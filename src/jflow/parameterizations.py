@@ -1,9 +1,8 @@
 r"""Parameterizations: how a flow map is computed from a network's output.
 
 .. math::
-    X_{s,t}(x) = A(s,t)\, x + B(s,t)\, \mathrm{net}(s, t, x), \qquad
-    v_{s,t}(x) = a(s,t)\, x + c(s,t)\, \mathrm{net}(s, t, x), \qquad
-    a = \frac{A - 1}{t - s}, \quad c = \frac{B}{t - s}.
+    X_{s,t}(x) &= A(s,t)\, x + B(s,t)\, \mathrm{net}(s, t, x) \\
+    v_{s,t}(x) &= a(s,t)\, x + c(s,t)\, \mathrm{net}(s, t, x), \qquad a = \frac{A - 1}{t - s}, \quad c = \frac{B}{t - s}
 
 A(s,s) = 1 and B(s,s) = 0, so X_{s,s} is the identity by construction. a and c are finite at t = s: interpolants provide
 divided differences in closed form, and the code never divides by t - s. ``flow_map`` makes a FlowMap from a network, and

@@ -4,10 +4,9 @@ The methods minimise
 
 .. math:: \frac{1}{u-s}\, R\big( X_{s,1}(I_s) - \mathrm{sg}\, X_{u,1}(x_u) \big), \qquad u = s + \mathrm{fraction} \cdot (1-s).
 
-R is the reduction, :math:`|\cdot|^2` by default, and sg the stop-gradient. The point x_u belongs to the same pair as I_s
-(training), or a solver's step along a teacher's velocity ends there (distillation). The weight 1/(u-s) is that of 2310.14189
-and 2406.14548. As u tends to s, the gradient divided by 1-s tends to the gradient for the Eulerian identity. Costs are per
-sample, in forward passes of the network.
+The point x_u belongs to the same pair as I_s (training), or a solver's step along a teacher's velocity ends there
+(distillation). The weight 1/(u-s) is that of 2310.14189 and 2406.14548. As u tends to s, the gradient divided by 1-s tends
+to the gradient for the Eulerian identity. ``jflow.objectives`` explains the symbols of the formulas.
 """
 
 from __future__ import annotations

@@ -1,16 +1,7 @@
 r"""Methods of the Eulerian identity: the map does not change when its source moves along the flow.
 
-In the formulas, R is the reduction (:math:`|\cdot|^2` by default), sg the stop-gradient, b the teacher's velocity, and
-:math:`\dot I_s` the velocity of the pair (or the estimate chosen by ``velocity``). Maps are evaluated at x = I_s, and
-:math:`D_c` is the derivative along the velocity c:
-
-.. math:: D_c v_{s,t}(x) = \partial_s v_{s,t}(x) + \nabla v_{s,t}(x)\, c.
-
-A method with a tangent term also trains the velocity, on the ``diagonal`` share of the batch. Costs are per off-diagonal
-sample, in forward passes of the network.
-
 Every method takes ``derivative``, which is ``identities.forward_mode`` or a finite difference, and ``warmup``, a schedule r
-that multiplies the derivative (1 by default).
+that multiplies the derivative (1 by default). ``jflow.objectives`` explains the symbols of the formulas.
 """
 
 from __future__ import annotations

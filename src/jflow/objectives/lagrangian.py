@@ -1,12 +1,8 @@
 r"""Methods of the Lagrangian identity: the image of a point moves with the velocity at its own position.
 
-In the formulas, R is the reduction (:math:`|\cdot|^2` by default), sg the stop-gradient, and b the teacher's velocity. Maps
-are evaluated at x = I_s. A method with a tangent term also trains the velocity, on the ``diagonal`` share of the batch.
-Costs are per off-diagonal sample, in forward passes of the network.
-
 ``lmd``, ``lsd``, ``ayf_lmd`` and ``tvm`` take ``derivative``, which is ``identities.forward_mode`` or a finite difference,
 and ``warmup``, a schedule r that multiplies the derivative (1 by default). ``fmm`` takes ``derivative``. ``pid`` and
-``free_flow`` use a finite difference with their own ``step``.
+``free_flow`` use a finite difference with their own ``step``. ``jflow.objectives`` explains the symbols of the formulas.
 """
 
 from __future__ import annotations

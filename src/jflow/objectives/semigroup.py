@@ -1,12 +1,6 @@
 r"""Methods of the semigroup identity: two successive jumps equal one jump.
 
-In the formulas, R is the reduction (:math:`|\cdot|^2` by default), sg the stop-gradient, S an ODE solver, and u the middle
-time,
-
-.. math:: u = \gamma s + (1-\gamma) t.
-
-Maps are evaluated at x = I_s. A method with a tangent term also trains the velocity, on the ``diagonal`` share of the batch.
-Costs are per off-diagonal sample, in forward passes of the network.
+``jflow.objectives`` explains the symbols of the formulas.
 """
 
 from __future__ import annotations
@@ -302,8 +296,8 @@ def alpha_flow(
 
     .. math::
         R(\Delta/\alpha), \qquad
-        \Delta = v_{s,t} - \mathrm{sg}\big[ \alpha \dot I_s + (1-\alpha)\, v_{u,t}(x + (u-s) \dot I_s) \big], \qquad
-        u = s + \alpha (t-s)
+        \Delta &= v_{s,t} - \mathrm{sg}\big[ \alpha \dot I_s + (1-\alpha)\, v_{u,t}(x + (u-s) \dot I_s) \big] \\
+        u &= s + \alpha (t-s)
 
     There is a tangent term. In the gradient, the derivative of :math:`\Delta/\alpha` is replaced by that of v; with the
     squared reduction, the gradient is that of the paper's :math:`R(\Delta)/\alpha`. alpha falls from 1 (flow matching for

@@ -51,9 +51,8 @@ def batch(row: Row) -> Event:
     the probability p_j given x, and the estimate is
 
     .. math::
-        \dot I_s + \frac{w}{\alpha} \Big( \sum_j p_j\, x_1^{(j)} - x_1 \Big), \qquad
-        p_j \propto \exp\left( -\frac{1}{2 \alpha^2} \left| \frac{x - \beta x_1^{(j)} - \alpha m}{\sigma} \right|^2 \right),
-        \qquad w = \alpha \dot\beta - \dot\alpha \beta.
+        & \dot I_s + \frac{w}{\alpha} \Big( \sum_j p_j\, x_1^{(j)} - x_1 \Big), \quad w = \alpha \dot\beta - \dot\alpha \beta \\
+        & p_j \propto \exp\left( -\frac{1}{2 \alpha^2} \left| \frac{x - \beta x_1^{(j)} - \alpha m}{\sigma} \right|^2 \right).
 
     It is valid only for base points that are independent of the data, without conditioning. Where alpha < 1e-3 it is replaced
     by ``pair``, its limit.

@@ -4,14 +4,14 @@ The data is a mixture of Gaussians with weights w_k, and the base, drawn indepen
 The eigenvectors Q_k and eigenvalues of the covariances are taken in units of the base:
 
 .. math::
-    x_1 \sim \sum_k w_k N(m_k, C_k), \qquad x_0 \sim N(m_0, S^2), \quad S = \mathrm{diag}(\mathrm{std}), \qquad
-    S^{-1} C_k S^{-1} = Q_k\, \mathrm{diag}(\lambda_k)\, Q_k^\top.
+    x_1 &\sim \sum_k w_k N(m_k, C_k), \qquad S^{-1} C_k S^{-1} = Q_k\, \mathrm{diag}(\lambda_k)\, Q_k^\top \\
+    x_0 &\sim N(m_0, S^2), \qquad S = \mathrm{diag}(\mathrm{std}).
 
 I_t is then a mixture as well:
 
 .. math::
-    I_t \sim \sum_k w_k N\big( m_k(t),\, S Q_k\, \mathrm{diag}(\sigma_k^2)\, Q_k^\top S \big), \qquad
-    m_k(t) = \alpha_t m_0 + \beta_t m_k, \qquad \sigma_k^2 = \alpha_t^2 + \beta_t^2 \lambda_k.
+    I_t &\sim \sum_k w_k N\big( m_k(t),\, S Q_k\, \mathrm{diag}(\sigma_k^2)\, Q_k^\top S \big) \\
+    m_k(t) &= \alpha_t m_0 + \beta_t m_k, \qquad \sigma_k^2 = \alpha_t^2 + \beta_t^2 \lambda_k.
 
 With :math:`z_k = Q_k^\top S^{-1} (x - m_k(t))` and the responsibilities :math:`r_k(t, x)`, the score, the denoiser and the
 velocity are

@@ -178,8 +178,8 @@ def quantile(interpolant: Interpolant, *, base: bases.Base = bases.STANDARD_NORM
 
     .. math::
         0 &= \frac{F_t(x + (t-s)\, y) - F_s(x)}{t-s} = \sum_k w_k\, \Phi[a_k(s), a_k(t)]\, a_k[s,t] \\
-        a_k[s,t] &= \frac{N_k[s,t]\, \sigma_s - N_k(s)\, \sigma[s,t]}{\sigma_s \sigma_t}, \qquad
-        N_k(s) = x - m_k(s), \qquad N_k[s,t] = y - m_k[s,t],
+        a_k[s,t] &= \frac{N_k[s,t]\, \sigma_s - N_k(s)\, \sigma[s,t]}{\sigma_s \sigma_t} \\
+        N_k(s) &= x - m_k(s), \qquad N_k[s,t] = y - m_k[s,t],
 
     all in units of the base's standard deviation. The code does not divide by t - s. The sum increases with y, and it changes
     sign between the mean velocities of the single components. The positive weights :math:`w_k \Phi[\cdot, \cdot]` are

@@ -93,8 +93,8 @@ def tilt(params: MixtureParams, a: ArrayLike, precision: ArrayLike | None = None
     :math:`M = I + R^\top P R` and :math:`g = R^\top (a - P m)`:
 
     .. math::
-        C^* = R M^{-1} R^\top, \qquad m^* = m + R M^{-1} g, \qquad
-        w^* \propto w\, |M|^{-1/2} \exp\left( a^\top m - \tfrac12 m^\top P m + \tfrac12 g^\top M^{-1} g \right).
+        C^* &= R M^{-1} R^\top, \qquad m^* = m + R M^{-1} g \\
+        w^* &\propto w\, |M|^{-1/2} \exp\left( a^\top m - \tfrac12 m^\top P m + \tfrac12 g^\top M^{-1} g \right).
 
     For P = 0, this is :math:`m^* = m + C a` and :math:`w^* \propto w\, e^{a^\top m + a^\top C a / 2}`.
 

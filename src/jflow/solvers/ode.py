@@ -1,17 +1,10 @@
 r"""Solves the ODE of any Velocity with Diffrax, as a FlowMap or as a trajectory.
 
-The mean velocity is the final value of an ODE in rescaled time tau,
+The mean velocity is the final value of an ODE in rescaled time (see ``solve``). The ODE is valid for s < t, s > t and s = t,
+and the derivatives in s, t and x are correct on the diagonal.
 
-.. math::
-    \frac{dy}{d\tau} = b_{s + \tau (t-s)}\big( x + (t-s)\, y \big), \quad y(0) = 0, \quad \tau \in [0, 1], \qquad
-    v_{s,t}(x) = y(1).
-
-It holds for s < t, s > t and s = t: there is no division by t - s, and the derivatives in s, t and x are correct on the
-diagonal.
-
-If a solve does not reach its end within ``max_steps``, a call outside ``jit`` raises RuntimeError. Under ``jit``, ``vmap`` or
-differentiation, the result and its derivatives are NaN instead, and ``SolveStats.success`` is False. The compiled program
-therefore needs no host callback and returns no wrong numbers.
+A solve that does not finish under ``jit``, ``vmap`` or differentiation returns NaN, and ``SolveStats.success`` is False. The
+compiled program therefore needs no host callback and returns no wrong numbers.
 
 Diffrax is imported on first use.
 """
@@ -77,7 +70,16 @@ def tolerance_floor(dtype: jax.typing.DTypeLike) -> float:
 def solve(
     velocity: Velocity, solver: SolverLike | None = None, *, domain: Domain = BOTH, **choices: Unpack[Choices]
 ) -> FlowMap:
-    """Returns the flow map of a velocity, computed by an ODE solve in rescaled time (see the module's formula).
+    r"""Returns the flow map of a velocity, computed by an ODE solve in rescaled time.
+
+    The mean velocity is the final value of the following ODE, which needs no division by t - s:
+
+    .. math::
+        \frac{dy}{d\tau} = b_{s + \tau (t-s)}\big( x + (t-s)\, y \big), \quad y(0) = 0, \quad \tau \in [0, 1], \qquad
+        v_{s,t}(x) = y(1).
+
+    If a solve does not reach its end within ``max_steps``, a call outside ``jit`` raises RuntimeError. Under ``jit``,
+    ``vmap`` or differentiation, the result and its derivatives are NaN instead.
 
     For example::
 
