@@ -91,7 +91,7 @@ def fmm(
     derivative: Derivative = identities.forward_mode,
     **choices: Unpack[Choices],
 ) -> Objective:
-    r"""Flow map matching (2406.07507): the map returns a sampled point with the velocity of its pair.
+    r"""Flow map matching (2406.07507): the Lagrangian identity for the jump back to a sampled point, and the cycle condition.
 
     With :math:`y = X_{s,t}(I_s)`, the residual has two parts, the velocity at the returned point and the cycle condition:
 

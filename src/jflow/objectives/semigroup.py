@@ -79,7 +79,7 @@ def progressive_distillation(
     solver: str | None = None,
     **choices: Unpack[Choices],
 ) -> Objective:
-    r"""Progressive distillation (2202.00512; 2406.07507 for flow maps): one jump learns two jumps of the teacher.
+    r"""Progressive distillation (2202.00512; 2406.07507 for flow maps): one jump is trained to equal two jumps of the teacher.
 
     With the midpoint u and the teacher's mean velocity v' and jump X', it minimises
 
@@ -123,7 +123,7 @@ def psd_m(
     stop: str = "target",
     **choices: Unpack[Choices],
 ) -> Objective:
-    r"""Progressive self-distillation with the midpoint (2505.18825): one jump learns two jumps of the map itself.
+    r"""Progressive self-distillation with the midpoint (2505.18825): one jump is trained to equal two jumps of the map.
 
     .. math:: R\Big( v_{s,t} - \mathrm{sg}\, \tfrac12 \big[ v_{s,u} + v_{u,t}(X_{s,u}) \big] \Big)
 
@@ -197,8 +197,8 @@ def shortcut(
     """Shortcut models (2410.12557): ``psd_m`` on the dyadic grid of 2^levels cells, with legs at the averaged parameters.
 
     An eighth of the batch is off the diagonal. Legs shorter than a cell are evaluated at s = t, as in the paper. A jump over
-    one cell therefore learns two Euler steps of the velocity, and a longer jump learns two jumps over its halves. The
-    network should take (s, t - s) as inputs, as ``nets.MLP`` does. Cost: 5 passes.
+    one cell is therefore trained to equal two Euler steps of the velocity, and a longer jump to equal two jumps over its
+    halves. The network should take (s, t - s) as inputs, as ``nets.MLP`` does. Cost: 5 passes.
     """
     defaults = {"diagonal": 0.875, "pairs": times.dyadic(levels), "domain": types.dyadic(levels)}
     term = semigroup_term(leg, stop, 2.0**-levels)

@@ -24,7 +24,7 @@ velocity are
 
 All are finite at both ends, except where a path is singular. The functions that make an oracle differ in the flow map:
 ``gaussian`` (closed form), ``mixture`` (a Diffrax solve at a given tolerance) and ``quantile`` (one dimension, by matching
-quantiles). They do not use the identities of a flow map, so tests can compare these with them.
+quantiles). They do not use the identities of a flow map, so tests can check the identities with them.
 """
 
 from jflow.oracles.exact import ORACLES, Oracle, gaussian, mixture, quantile

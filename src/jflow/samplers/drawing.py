@@ -27,7 +27,7 @@ def draw(
     block: int = 1024,
     mesh: Mesh | None = None,
 ) -> Event:
-    """Draws n samples with a sampler, from given base points or from base points that it draws.
+    """Draws n samples with a sampler. The base points are given, or drawn from the base.
 
     For example::
 
