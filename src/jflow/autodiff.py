@@ -1,8 +1,8 @@
-"""Forward-mode differentiation, with an error that names the alternatives if a kernel has only a reverse rule.
+"""Forward-mode differentiation, with an error that names the alternatives if a kernel has only a reverse-mode rule.
 
 Fused attention (cuDNN, every Pallas kernel shipped with jax) defines its gradient with ``jax.custom_vjp``, which
-``jax.jvp`` cannot differentiate. jax raises only when the program is compiled or run, outside of the function that asked
-for the derivative. The functions here therefore trace the derivative and look for the missing rule.
+``jax.jvp`` cannot differentiate. jax raises an error only when the program is compiled or run, outside the function that
+requested the derivative. The functions of this module therefore trace the derivative and look for the missing rule.
 """
 
 from __future__ import annotations
@@ -17,9 +17,9 @@ import jax.numpy as jnp
 
 Out = TypeVar("Out")
 PyTree = Any
-# The operation that jax traces in place of the missing forward rule of a jax.custom_vjp function.
+# The primitive that jax traces in place of the missing forward-mode rule of a jax.custom_vjp function.
 MISSING_RULE = "custom_lin"
-# Parts of the messages with which jax, equinox and diffrax refuse forward mode.
+# Parts of the error messages of jax, equinox and diffrax for a missing forward mode.
 REFUSALS = ("custom_vjp", "custom_lin", "forward-mode", "JVP", "Differentiation rule for")
 MESSAGE = (
     "forward mode: the function has no forward-mode derivative (a kernel with a reverse rule alone, jax.custom_vjp, as "
@@ -31,18 +31,18 @@ MESSAGE = (
 
 
 def jvp(function: Callable[..., Out], primals: tuple, tangents: tuple) -> tuple[Out, Out]:
-    """Computes the value of ``function`` and its directional derivative, as ``jax.jvp``.
+    """Computes the value of ``function`` and its directional derivative, like ``jax.jvp``.
 
     Args:
-      function: of the primals; pytrees of arrays in and out.
-      primals: where to differentiate.
+      function: a function of the primals; inputs and outputs are pytrees of arrays.
+      primals: the point at which to differentiate.
       tangents: the direction, shaped like the primals.
 
     Returns:
       (value, derivative).
 
     Raises:
-      TypeError: for a function without forward-mode derivative, naming what to use instead.
+      TypeError: if the function has no forward-mode derivative. The message names the alternatives.
     """
     with _refused():
         traced, out = jax.make_jaxpr(lambda p, t: jax.jvp(function, p, t), return_shape=True)(primals, tangents)
@@ -52,10 +52,10 @@ def jvp(function: Callable[..., Out], primals: tuple, tangents: tuple) -> tuple[
 
 
 def linearize(function: Callable[..., Out], *primals: PyTree) -> tuple[Out, Callable[..., Out]]:
-    """Computes the value of ``function`` and its derivative as a linear function of a tangent, as ``jax.linearize``.
+    """Computes the value of ``function`` and its derivative as a linear function of the tangents, like ``jax.linearize``.
 
     Raises:
-      TypeError: for a function without forward-mode derivative, naming what to use instead.
+      TypeError: if the function has no forward-mode derivative. The message names the alternatives.
     """
     with _refused():
         value, linear = jax.linearize(function, *primals)
@@ -65,7 +65,7 @@ def linearize(function: Callable[..., Out], *primals: PyTree) -> tuple[Out, Call
 
 @contextlib.contextmanager
 def _refused() -> Iterator[None]:
-    """Replaces the message of a derivative that does not exist."""
+    """Replaces the error message for a missing forward-mode derivative."""
     try:
         yield
     except (TypeError, ValueError, NotImplementedError) as error:
@@ -80,7 +80,7 @@ def _check(traced: jax.extend.core.ClosedJaxpr) -> None:
 
 
 def _operations(jaxpr: jax.extend.core.Jaxpr) -> Iterator[str]:
-    """The names of all operations, those of inner functions (loops, jit, remat) included."""
+    """Yields the names of all primitives, including those of inner functions (loops, jit, remat)."""
     for equation in jaxpr.eqns:
         yield equation.primitive.name
         for inner in jax.tree.leaves(equation.params, is_leaf=lambda node: hasattr(node, "eqns")):

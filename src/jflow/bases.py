@@ -1,18 +1,18 @@
-r"""Bases: the law of x0, at time 0, as an object that samples and knows its log-density and score.
+r"""Bases: the law of x0 at time 0, as an object that can be sampled and has a log-density and a score.
 
-Its members::
+A base has four members::
 
-    sample(key, like, shape=())   points shaped like the event ``like``, with leading axes ``shape``
-    log_density(x)                log rho_0(x) of one event, in nats
-    score(x)                      grad log rho_0(x) of one event
-    name                          its name in error messages
+    sample(key, like, shape=())   draws points shaped like the event ``like``, with leading axes ``shape``
+    log_density(x)                returns log rho_0(x) of one event, in nats
+    score(x)                      returns grad log rho_0(x) of one event
+    name                          the name in error messages
 
-Every function that needs a base takes one as ``base=``, ``STANDARD_NORMAL`` by default. Jumps, solves, couplings, objectives
-and densities accept any object with these members. Formulas that hold for independent normal entries only (conversions to
-and from the score, the SDE, re-noising, the batch's velocity, oracles) read the mean and standard deviation of a ``Normal``
-and refuse every other base by name (``gaussian``).
+Every function that needs a base takes the argument ``base=``, ``STANDARD_NORMAL`` by default. Jumps, solves, couplings,
+objectives and densities accept any object with these members. Formulas that hold only for independent normal entries
+(conversions to and from the score, the SDE, re-noising, the batch's velocity, oracles) use the mean and standard deviation of
+a ``Normal`` and raise ValueError for any other base (``gaussian``).
 
-A base of your own is a class with these members. This one is for events of a single array::
+A custom base is a class with these members. This one is for events of a single array::
 
     class Laplace:
         name = "laplace"
@@ -48,7 +48,7 @@ _HALF_LOG_TAU = 0.5 * float(np.log(2.0 * np.pi))
 class Base(Protocol):
     """The law of x0: any object with these four members.
 
-    To pass a base to a ``jax.jit`` function as an argument, register its class as a pytree, as ``Normal`` is.
+    To pass a custom base as an argument to a ``jax.jit`` function, register its class as a pytree; ``Normal`` is registered.
     """
 
     @property
@@ -62,39 +62,39 @@ class Base(Protocol):
         Args:
           key: a PRNG key.
           like: one event, arrays or ``jax.ShapeDtypeStruct``; only shapes and dtypes are read.
-          shape: leading axes: ``(n,)`` for a batch of n points.
+          shape: leading axes, for example ``(n,)`` for a batch of n points.
 
         Returns:
-          Leaves shaped ``shape + leaf.shape``, in the dtypes of ``like``.
+          Points with leaves of shape ``shape + leaf.shape``, in the dtypes of ``like``.
         """
         ...
 
     def log_density(self, x: Event) -> Array:
-        """log rho_0(x) of one event in nats, a scalar; minus infinity outside the support."""
+        """Returns log rho_0(x) of one event in nats, a scalar; minus infinity outside the support."""
         ...
 
     def score(self, x: Event) -> Event:
-        """grad log rho_0(x) of one event, shaped like x."""
+        """Returns grad log rho_0(x) of one event, shaped like x."""
         ...
 
 
 @jax.tree_util.register_pytree_node_class
 @dataclasses.dataclass(frozen=True, repr=False, eq=False)
 class Normal:
-    """The normal law with independent entries, N(mean, diag(std^2)); a pytree of mean and std.
+    """The normal law with independent entries, N(mean, diag(std^2)). It is a pytree of mean and std.
 
-    Two are equal if their entries are, so that objectives which hold one are static arguments of ``jax.jit``. One with
-    traced entries equals only itself.
+    Two Normals are equal if their entries are equal, so an objective that holds one can be a static argument of ``jax.jit``.
+    A Normal with traced entries equals only a Normal of the same tracers.
 
     Attributes:
       mean: a number for all entries, or a pytree with the structure of an event, whose leaves are numbers or arrays of
         the event's shapes.
-      std: standard deviation, positive; likewise.
+      std: the standard deviation, positive, in the same format as the mean.
 
     Raises:
-      TypeError: if an entry is not a real number or an array of them.
-      ValueError: if a concrete entry is not finite, or a standard deviation is not positive; at a call, if mean or std
-        does not have the structure and shapes of the event.
+      TypeError: if an entry is not a real number or an array of real numbers.
+      ValueError: if a concrete entry is not finite, or a standard deviation is not positive; when a method is called, if
+        mean or std does not have the structure and shapes of the event.
 
     Example:
       >>> import jax
@@ -124,10 +124,10 @@ class Normal:
         return hash(self._values())
 
     def _values(self) -> tuple[Any, ...]:
-        """The structure and values of mean and std, for comparison."""
+        """Returns the structure and values of mean and std, for comparison."""
         leaves, structure = jax.tree.flatten((self.mean, self.std))
         values = map(checks.concrete, leaves)
-        # Adding zero makes one of -0.0 and 0.0, which are equal and have different bytes.
+        # Adding zero turns -0.0 into 0.0: the two are equal but have different bytes.
         return structure, *(
             id(leaf) if value is None else (value.shape, (value.astype(np.float64) + 0.0).tobytes())
             for leaf, value in zip(leaves, values, strict=True)
@@ -139,27 +139,27 @@ class Normal:
         return "normal"
 
     def moments(self, like: Event) -> tuple[Event, Event]:
-        """Mean and standard deviation with the structure and dtypes of an event.
+        """Returns the mean and standard deviation with the structure and dtypes of an event.
 
         Args:
           like: one event, arrays or ``jax.ShapeDtypeStruct``.
 
         Returns:
-          (mean, std); each leaf is a scalar or has the shape of the leaf of ``like``.
+          (mean, std). Each leaf is a scalar or has the shape of the leaf of ``like``.
 
         Raises:
-          ValueError: for a mean or std with another structure or other shapes.
+          ValueError: if mean or std has another structure or other shapes.
         """
         return _fitted("mean", self.mean, like), _fitted("std", self.std, like)
 
     def sample(self, key: Key, like: Event, shape: tuple[int, ...] = ()) -> Event:
-        """mean + std z with z ~ N(0, I), drawn in at least float32 with a key for each leaf; see ``Base.sample``."""
+        """Draws mean + std z with z ~ N(0, I), in at least float32, with a separate key for each leaf; see ``Base.sample``."""
         leaves, structure = jax.tree.flatten(like)
         keys = jax.random.split(key, len(leaves))
 
         def draw(key: Key, leaf: Any, mean: Array, std: Array) -> Array:
             z = jax.random.normal(key, (*shape, *leaf.shape), mean.dtype)
-            # Broadcast explicitly, because jax may be set to refuse rank promotion, [n, d] + [d].
+            # Broadcast explicitly, because jax may be configured to reject rank promotion, [n, d] + [d].
             mean, std = jnp.broadcast_to(mean, z.shape), jnp.broadcast_to(std, z.shape)
             return (mean + std * z).astype(leaf.dtype)
 
@@ -167,10 +167,15 @@ class Normal:
         return jax.tree.unflatten(structure, list(map(draw, keys, leaves, *moments)))
 
     def log_density(self, x: Event) -> Array:
-        """The log-density of x, ``-sum(|(x - mean)/std|^2/2 + log std + (1/2) log 2 pi)``, in at least float32.
+        r"""Returns the log-density of x, computed in at least float32.
+
+        With the mean m and the standard deviation sigma it is
+
+        .. math::
+            \log \rho_0(x) = -\sum_i \left( \frac{(x_i - m_i)^2}{2 \sigma_i^2} + \log \sigma_i + \tfrac12 \log 2\pi \right).
 
         Raises:
-          TypeError: for x that is not floating-point.
+          TypeError: if x is not floating-point.
 
         Example:
           >>> import jax.numpy as jnp
@@ -188,10 +193,10 @@ class Normal:
         return -0.5 * trees.sq_norm(whitened) - sum(jax.tree.leaves(logs)) - size * _HALF_LOG_TAU
 
     def score(self, x: Event) -> Event:
-        """-(x - mean)/std^2, computed in at least float32, shaped and typed like x.
+        """Returns the score -(x - mean)/std^2, computed in at least float32, with the shape and dtype of x.
 
         Raises:
-          TypeError: for x that is not floating-point.
+          TypeError: if x is not floating-point.
         """
         checks.floating("x", x)
         x = jax.tree.map(jnp.asarray, x)
@@ -201,12 +206,12 @@ class Normal:
         )
 
     def tree_flatten(self) -> tuple[tuple[Any, Any], None]:
-        """For jax: the children are mean and std."""
+        """Flattens for jax; the children are mean and std."""
         return (self.mean, self.std), None
 
     @classmethod
     def tree_unflatten(cls, _: None, children: tuple[Any, Any]) -> Normal:
-        """For jax, which also puts objects that are not arrays into pytrees: without the checks."""
+        """Unflattens for jax, without checks, because jax also puts objects that are not arrays into pytrees."""
         self = object.__new__(cls)
         object.__setattr__(self, "mean", children[0])
         object.__setattr__(self, "std", children[1])
@@ -214,10 +219,10 @@ class Normal:
 
 
 def check(base: Base, name: str = "base") -> None:
-    """Refuses an object that is not a base.
+    """Checks that an argument is a base.
 
     Raises:
-      TypeError: naming the argument and what came.
+      TypeError: if the argument is not a base.
     """
     if isinstance(base, type) or not isinstance(base, Base):
         got = base.__name__ + " itself" if isinstance(base, type) else type(base).__name__
@@ -227,15 +232,15 @@ def check(base: Base, name: str = "base") -> None:
 
 
 def gaussian(base: Base, who: str) -> Normal:
-    """The base, if it is a ``Normal``.
+    """Returns the base if it is a ``Normal``.
 
     Args:
       base: any base.
-      who: the function that holds for a normal base only, for the message.
+      who: the name of the function that requires a normal base, for the error message.
 
     Raises:
-      TypeError: if it is not a base.
-      ValueError: if it is another base, naming it and ``who``.
+      TypeError: if ``base`` is not a base.
+      ValueError: if ``base`` is not a ``Normal``.
     """
     check(base)
     if not isinstance(base, Normal):
@@ -244,12 +249,12 @@ def gaussian(base: Base, who: str) -> Normal:
 
 
 def _is_number(value: Any) -> bool:
-    """Whether one number serves all entries: a Python or numpy number, or an array without axes."""
+    """Returns whether the value is a single number: a Python or numpy number, or an array without axes."""
     return jax.tree.structure(value) == jax.tree.structure(0) and np.shape(value) == ()
 
 
 def _fitted(name: str, value: Any, like: Event) -> Event:
-    """The value for each leaf of the event, in its dtype."""
+    """Returns the value for each leaf of the event, in the leaf's dtype."""
     leaves, structure = jax.tree.flatten(like)
     if _is_number(value):
         values = [value] * len(leaves)
@@ -270,7 +275,7 @@ def _fitted(name: str, value: Any, like: Event) -> Event:
 
 
 def _widened(like: Event) -> Event:
-    """Shapes of an event, with dtypes of at least float32."""
+    """Returns the shapes of an event, with dtypes of at least float32."""
     return jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, trees.at_least_float32(leaf)), like)
 
 
@@ -296,7 +301,7 @@ def _check_entries(name: str, value: Any, above: float) -> None:
 
 
 def _short(value: Any) -> str:
-    """A number as it is, arrays by dtype and shape."""
+    """Formats a number as itself, and an array by its dtype and shape."""
 
     def of(leaf: Any) -> str:
         if not hasattr(leaf, "dtype"):

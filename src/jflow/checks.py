@@ -1,6 +1,6 @@
-"""Checks of arguments, shared by every public function: the message names the argument, what came, what was expected.
+"""Checks of arguments, shared by all public functions. Messages name the argument, the expected value and the given one.
 
-Static values (shapes, dtypes, Python numbers) are checked while tracing. Values of arrays are checked where they are
+Static values (shapes, dtypes, Python numbers) are checked while tracing. Values of arrays are checked if they are
 concrete; ``concrete`` returns None for a traced array, and the caller then skips the check.
 """
 
@@ -15,9 +15,9 @@ from typing import Any, TypeVar
 import jax
 import numpy as np
 
-# Times that differ by less are the same: arithmetic in float32 may leave 1.0000001 of a one.
+# Times that differ by less than this count as equal: float32 arithmetic may give 1.0000001 instead of 1.
 ROUNDING = 1e-6
-# Elements of an array that ``fits`` looks at together, so that of a memory-mapped array little is in memory.
+# The number of elements that ``fits`` reads at a time, so that little of a memory-mapped array is in memory.
 _BLOCK = 2**20
 
 PyTree = Any
@@ -26,7 +26,7 @@ Choice = TypeVar("Choice")
 
 
 def concrete(value: object) -> np.ndarray | None:
-    """The value as a numpy array, or None while it is being traced."""
+    """Returns the value as a numpy array, or None if it is traced."""
     try:
         return np.asarray(value)
     except jax.errors.TracerArrayConversionError:
@@ -34,11 +34,11 @@ def concrete(value: object) -> np.ndarray | None:
 
 
 def number(name: str, value: object, *, low: float = -np.inf, high: float = np.inf, open_low: bool = False) -> float:
-    """A concrete finite number in [low, high] (or in (low, high] with ``open_low``).
+    """Checks that a value is a concrete finite number in [low, high], or in (low, high] with ``open_low``.
 
     Raises:
-      TypeError: if it is not a real number, or an array of one.
-      ValueError: if it is not finite or outside.
+      TypeError: if it is neither a real number nor a concrete scalar array.
+      ValueError: if it is not finite or outside the interval.
     """
     if isinstance(value, (np.ndarray, jax.Array)) and np.ndim(value) == 0 and (found := concrete(value)) is not None:
         value = found[()]
@@ -51,11 +51,11 @@ def number(name: str, value: object, *, low: float = -np.inf, high: float = np.i
 
 
 def integer(name: str, value: object, *, low: int = 0, high: int | None = None) -> int:
-    """A concrete whole number of at least ``low`` and at most ``high``.
+    """Checks that a value is a concrete integer in [low, high].
 
     Raises:
-      TypeError: when it is no whole number.
-      ValueError: when it is outside.
+      TypeError: if it is not an integer.
+      ValueError: if it is outside the interval.
     """
     if isinstance(value, (bool, np.bool_)) or not isinstance(value, (int, np.integer)):
         raise TypeError(f"{name}: expected a whole number, got {type(value).__name__} {value!r}")
@@ -66,27 +66,27 @@ def integer(name: str, value: object, *, low: int = 0, high: int | None = None) 
 
 
 def choice(name: str, value: Choice, allowed: Collection[object]) -> Choice:
-    """One of the allowed values.
+    """Checks that a value is one of the allowed values, and returns it.
 
     Raises:
-      ValueError: when it is none of them; the message lists them.
+      ValueError: if it is not; the message lists the allowed values.
     """
-    # True is not 1 here.
+    # Do not accept True for 1.
     if not any(isinstance(value, bool) is isinstance(each, bool) and value == each for each in allowed):
         raise ValueError(f"{name}: expected one of {', '.join(map(repr, allowed))}, got {value!r}")
     return value
 
 
 def function(name: str, value: object, what: str) -> None:
-    """Something that can be called.
+    """Checks that a value can be called and is not a class.
 
     Args:
-      name: the argument.
+      name: the argument's name in messages.
       value: the function.
-      what: its signature, for the message.
+      what: its expected signature, for the message.
 
     Raises:
-      TypeError: for anything that cannot be called, and for a class, of which the caller forgot to make an instance.
+      TypeError: if the value is not callable, or is a class instead of an instance.
     """
     if isinstance(value, type):
         raise TypeError(
@@ -97,19 +97,19 @@ def function(name: str, value: object, what: str) -> None:
 
 
 def accepts(name: str, value: Any, what: str, positional: int, *, model: bool = True) -> None:
-    """A function that can be called with this many positional arguments, and with ``key=`` if it is a model.
+    """Checks that a function accepts this number of positional arguments, and ``key=`` if it is a model.
 
-    A function whose signature Python does not know passes.
+    A function whose signature Python cannot inspect is accepted.
 
     Args:
-      name: the argument.
+      name: the argument's name in messages.
       value: the function.
-      what: its signature, for the message.
-      positional: the number of positional arguments that it will be called with.
-      model: whether it is a Velocity or its like, whose last two positional arguments are x and cond.
+      what: its expected signature, for the message.
+      positional: the number of positional arguments with which it will be called.
+      model: whether it is a model, such as a Velocity, whose last two positional arguments are x and cond.
 
     Raises:
-      TypeError: for anything that is not a function, and for a function of other arguments.
+      TypeError: if the value is not a function, or does not accept these arguments.
     """
     function(name, value, what)
     try:
@@ -118,7 +118,8 @@ def accepts(name: str, value: Any, what: str, positional: int, *, model: bool = 
         return
     places = (inspect.Parameter.POSITIONAL_ONLY, inspect.Parameter.POSITIONAL_OR_KEYWORD)
     parameters = [each for each in signature.parameters.values() if each.kind in places and each.name != "key"]
-    # If the last argument must be given, is not called cond, and another follows it, it is x: the function takes one time more.
+    # If the last argument is required, is not named cond, and is followed by another, it is x: the function takes one more
+    # time than expected.
     last = parameters[positional - 1] if len(parameters) > positional else None
     shifted = model and last is not None and last.default is inspect.Parameter.empty and last.name != "cond"
     try:
@@ -130,10 +131,10 @@ def accepts(name: str, value: Any, what: str, positional: int, *, model: bool = 
 
 
 def key(name: str, value: Any) -> None:
-    """A PRNG key of jax: a typed one (``jax.random.key``), or the raw one of ``jax.random.PRNGKey``.
+    """Checks that a value is a PRNG key of jax: a typed key (``jax.random.key``), or a raw key (``jax.random.PRNGKey``).
 
     Raises:
-      TypeError: for anything else.
+      TypeError: if it is not a PRNG key.
     """
     dtype = getattr(value, "dtype", None)
     typed = dtype is not None and jax.numpy.issubdtype(dtype, jax.dtypes.prng_key)
@@ -143,10 +144,10 @@ def key(name: str, value: Any) -> None:
 
 
 def shape(name: str, value: Any, expected: Sequence[int | None]) -> None:
-    """An array of the expected shape, in which None stands for any length.
+    """Checks the shape of an array; None in the expected shape stands for any length.
 
     Raises:
-      ValueError: when the shape is another.
+      ValueError: if the shape differs.
     """
     got = np.shape(value)
     if len(got) != len(expected) or any(e is not None and g != e for g, e in zip(got, expected, strict=True)):
@@ -155,20 +156,20 @@ def shape(name: str, value: Any, expected: Sequence[int | None]) -> None:
 
 
 def scalar(name: str, value: Any) -> None:
-    """A scalar: the library's functions take one sample, and batches come through ``jax.vmap``.
+    """Checks that a value is a scalar. The library's functions take one sample; batches use ``jax.vmap``.
 
     Raises:
-      ValueError: when it has axes.
+      ValueError: if the value has axes.
     """
     if np.shape(value) != ():
         raise ValueError(f"{name}: expected a scalar (one sample; jax.vmap over a batch), got shape {np.shape(value)}")
 
 
 def time(name: str, value: Any) -> None:
-    """A scalar time in [0, 1], but for rounding; the value of a traced one cannot be looked at and passes.
+    """Checks that a value is a scalar time in [0, 1], up to rounding. The value of a traced time is not checked.
 
     Raises:
-      ValueError: when it has axes, or is outside.
+      ValueError: if the value has axes, or is outside [0, 1].
     """
     scalar(name, value)
     number = concrete(value)
@@ -177,10 +178,10 @@ def time(name: str, value: Any) -> None:
 
 
 def rows(name: str, tree: PyTree) -> int:
-    """The length of the leading axis that all leaves of a pytree share: the number of rows of a batch.
+    """Returns the number of rows of a batch: the length of the leading axis, which must be equal for all leaves.
 
     Raises:
-      ValueError: when there are no leaves or no rows, or the lengths differ.
+      ValueError: if there are no leaves or no rows, or the lengths differ.
     """
     sizes = {np.shape(leaf)[:1] for leaf in jax.tree.leaves(tree)}
     if len(sizes) != 1 or sizes & {(), (0,)}:
@@ -190,10 +191,10 @@ def rows(name: str, tree: PyTree) -> int:
 
 
 def floating(name: str, value: PyTree) -> None:
-    """A pytree whose leaves are all floating-point arrays.
+    """Checks that all leaves of a pytree are floating-point arrays.
 
     Raises:
-      TypeError: naming the dtype that came.
+      TypeError: if a leaf has another dtype.
     """
     for leaf in jax.tree.leaves(value):
         dtype = jax.dtypes.result_type(leaf)
@@ -202,10 +203,10 @@ def floating(name: str, value: PyTree) -> None:
 
 
 def same_structure(name: str, value: PyTree, like_name: str, like: PyTree) -> None:
-    """Two pytrees of the same structure and leaf shapes.
+    """Checks that two pytrees have the same structure and leaf shapes.
 
     Raises:
-      ValueError: naming both.
+      ValueError: if the structures or shapes differ.
     """
     if jax.tree.structure(value) != jax.tree.structure(like):
         raise ValueError(
@@ -218,18 +219,18 @@ def same_structure(name: str, value: PyTree, like_name: str, like: PyTree) -> No
 
 
 def fits(name: str, tree: PyTree) -> None:
-    """Host arrays whose values the dtypes that jax gives them on a device can hold.
+    """Checks that the values of host arrays fit the dtypes to which jax converts them.
 
-    Where jax has no 64-bit types (``jax_enable_x64`` is off) int64 becomes int32, uint64 uint32, float64 float32 and
-    complex128 complex64. Whole numbers must come out unchanged, and finite ones finite: rounding is allowed, underflow to
-    zero included. Values that are NaN or infinite already stay so. Arrays of jax are on a device already, and pass.
+    If ``jax_enable_x64`` is off, int64 becomes int32, uint64 becomes uint32, float64 becomes float32, and complex128 becomes
+    complex64. Integers must not change, and finite values must stay finite. Rounding is allowed, including underflow to zero.
+    NaN and infinite values are accepted. jax arrays are not checked, because they have already been converted.
 
     Args:
-      name: the argument.
-      tree: numpy arrays or their like; read once, in blocks, and only where the dtype changes.
+      name: the argument's name in messages.
+      tree: numpy or similar arrays. They are read once, in blocks, and only if the dtype changes.
 
     Raises:
-      ValueError: naming the leaf, the first value that does not fit, and both dtypes.
+      ValueError: if a value does not fit. The message names the leaf, the first such value, and both dtypes.
     """
     for path, leaf in jax.tree_util.tree_leaves_with_path(tree):
         if isinstance(leaf, jax.Array):
@@ -250,7 +251,7 @@ def fits(name: str, tree: PyTree) -> None:
 
 
 def _blocks(array: np.ndarray) -> Iterator[np.ndarray]:
-    """The array in parts of about ``_BLOCK`` elements, each with at least one axis."""
+    """Yields the array in blocks of about ``_BLOCK`` elements, each with at least one axis."""
     array = np.atleast_1d(array)
     rows = max(1, _BLOCK // max(1, math.prod(array.shape[1:])))
     for start in range(0, len(array), rows):
@@ -258,8 +259,8 @@ def _blocks(array: np.ndarray) -> Iterator[np.ndarray]:
 
 
 def _lost(values: np.ndarray, dtype: np.dtype) -> np.ndarray:
-    """Which values a cast would change: any whole number, and finite numbers that become infinite."""
-    # What overflows is what is looked for here.
+    """Returns a mask of the values that a cast would lose: integers that change, and finite numbers that become infinite."""
+    # Overflow is expected here: it is what the mask reports.
     with np.errstate(over="ignore", invalid="ignore"):
         cast = values.astype(dtype)
     return cast != values if values.dtype.kind in "iu" else np.isfinite(values) & ~np.isfinite(cast)
@@ -267,7 +268,7 @@ def _lost(values: np.ndarray, dtype: np.dtype) -> np.ndarray:
 
 @contextlib.contextmanager
 def of_one_sample(x: Any) -> Iterator[None]:
-    """Adds to an error raised within what a model was given, for a batch in place of a sample fails deep inside of it."""
+    """Adds the shapes of x to an error raised inside a model, because a batch in place of one sample fails deep inside it."""
     try:
         yield
     except (TypeError, ValueError) as error:
@@ -279,24 +280,24 @@ def of_one_sample(x: Any) -> Iterator[None]:
 
 
 def output(name: str, value: PyTree, x: Tree) -> Tree:
-    """What a function of events returned, cast leaf by leaf to the dtypes of the event x that it was given.
+    """Checks the output of a function of an event x, and casts it to the dtypes of x, leaf by leaf.
 
     Args:
-      name: how messages call the value.
-      value: a pytree of floating-point arrays, shaped like x.
-      x: a pytree of floating-point arrays.
+      name: the output's name in messages.
+      value: the output, a pytree of floating-point arrays, shaped like x.
+      x: the event, a pytree of floating-point arrays.
 
     Returns:
-      The value in the dtypes of x.
+      The output in the dtypes of x.
 
     Raises:
-      ValueError: for another structure or other shapes than those of x.
-      TypeError: for leaves that are not floating-point: casting complex numbers or integers would lose or hide something.
+      ValueError: if the structure or shapes differ from those of x.
+      TypeError: if a leaf is not floating-point. Casting complex numbers or integers could hide a mistake.
     """
     same_structure(name, value, "x", x)
 
     def cast(leaf: Any, like: Any) -> jax.Array:
-        # An eager cast to the same dtype costs as much as a small network.
+        # Skip a cast to the same dtype: called eagerly, it costs as much as a small network.
         dtype = getattr(like, "dtype", None)
         if isinstance(leaf, jax.Array) and leaf.dtype == dtype and jax.numpy.issubdtype(leaf.dtype, jax.numpy.floating):
             return leaf

@@ -1,17 +1,18 @@
-r"""Converters for networks that follow the signs and time direction of other papers.
+r"""Converters for networks that use the signs and the time direction of other papers.
 
-The converters::
+In the following, primed times are those of the papers:
 
-    theirs                                          to ours
-    MeanFlow, improved and pixel MeanFlow, alpha-Flow (source t', target r')   s = 1 - t', t = 1 - r', v = -u
-    terminal velocity matching, Align Your Flow, IMM  (source t', target s')   s = 1 - t', t = 1 - s', v = -u
-    sCM: x_tau = cos(tau) data + sin(tau) noise       trigonometric path, t = 1 - 2 tau/pi, b = -(pi/2) dx/dtau
-    EDM, CTM: x_sigma = data + sigma noise            alpha/beta = sigma, after rescaling x by 1/beta
+- MeanFlow, improved MeanFlow, pixel MeanFlow, alpha-Flow (source t', target r'): s = 1 - t', t = 1 - r', v = -u
+- terminal velocity matching, Align Your Flow, IMM (source t', target s'): s = 1 - t', t = 1 - s', v = -u
+- sCM, :math:`x_\tau = \cos\tau \cdot \mathrm{data} + \sin\tau \cdot \mathrm{noise}`: the trigonometric path with
+  :math:`t = 1 - 2\tau/\pi` and :math:`b = -\tfrac{\pi}{2}\, dx/d\tau`
+- EDM, CTM, :math:`x_\sigma = \mathrm{data} + \sigma \cdot \mathrm{noise}`: :math:`\alpha/\beta = \sigma`, after rescaling x by
+  :math:`1/\beta`
 
-Boffi et al., shortcut models and the flow_matching package already run from noise at 0 to data at 1.
+Boffi et al., shortcut models and the flow_matching package already run from noise at time 0 to data at time 1.
 
-What their functions return is cast to the dtypes of x, leaf by leaf. When called, the converted functions raise ValueError
-for an output that is not shaped like x, and TypeError for one that is not floating-point.
+The outputs of the networks are cast to the dtypes of x, leaf by leaf. When called, the converted functions raise ValueError
+if an output is not shaped like x, and TypeError if it is not floating-point.
 """
 
 from __future__ import annotations
@@ -28,10 +29,12 @@ from jflow.types import FORWARD, TO_DATA, Cond, Domain, Event, FlowMap, Key, Par
 
 
 def from_reversed_time(mean_velocity: Callable[..., Event], domain: Domain = FORWARD) -> FlowMap:
-    """Converts ``u(params, source, target, x, cond, *, key)``, whose time is 0 at the data and 1 at the noise, to a FlowMap.
+    r"""Converts a mean velocity u whose time is 0 at the data and 1 at the noise to a FlowMap.
 
-    v_{s,t}(x) = -u(1 - s, 1 - t, x). (source, target) is MeanFlow's (t', r') and terminal velocity matching's (t', s').
-    ``domain`` is in our times.
+    .. math:: v_{s,t}(x) = -u(1 - s, 1 - t, x)
+
+    The signature of u is ``u(params, source, target, x, cond, *, key)``, where (source, target) is (t', r') in MeanFlow and
+    (t', s') in terminal velocity matching. ``domain`` is in jflow's times.
 
     Example:
       >>> import jax.numpy as jnp
@@ -50,7 +53,11 @@ def from_reversed_time(mean_velocity: Callable[..., Event], domain: Domain = FOR
 
 
 def velocity_from_reversed_time(velocity: Callable[..., Event]) -> Velocity:
-    """Converts ``u(params, t', x, cond, *, key)`` with t' = 0 at the data to a Velocity: b_t(x) = -u(1 - t, x).
+    r"""Converts a velocity u whose time is 0 at the data and 1 at the noise to a Velocity.
+
+    .. math:: b_t(x) = -u(1 - t, x)
+
+    The signature of u is ``u(params, t, x, cond, *, key)``.
 
     Example:
       >>> import jax.numpy as jnp
@@ -68,9 +75,13 @@ def velocity_from_reversed_time(velocity: Callable[..., Event]) -> Velocity:
 
 
 def from_scm(network: Callable[..., Event]) -> FlowMap:
-    """Converts sCM's ``F(params, tau, x, cond, *, key)`` for data of unit scale, tau = pi (1 - t)/2 (2410.11081), to a FlowMap.
+    r"""Converts the network F of an sCM (2410.11081), for data of unit scale, to a FlowMap to t = 1.
 
-    X_{s,1}(x) = cos(tau) x - sin(tau) F and b_t = -(pi/2) F, on the trigonometric path; its domain is t = 1.
+    .. math::
+        X_{s,1}(x) &= \cos(\tau)\, x - \sin(\tau)\, F(\tau, x), \qquad \tau = \tfrac{\pi}{2} (1 - s) \\
+        b_t(x) &= -\tfrac{\pi}{2}\, F\big( \tfrac{\pi}{2} (1 - t), x \big)
+
+    The path is the trigonometric one. The signature of F is ``F(params, tau, x, cond, *, key)``.
     """
 
     def apply(params: Params, s: Time, t: Time, x: Event, cond: Cond = None, *, key: Key | None = None) -> Any:
@@ -82,10 +93,14 @@ def from_scm(network: Callable[..., Event]) -> FlowMap:
 
 
 def velocity_from_edm(denoiser: Callable[..., Event], interpolant: Interpolant) -> Velocity:
-    """Converts EDM's denoiser ``D(params, sigma, x, cond, *, key)`` to a Velocity on any of our paths (2206.00364).
+    r"""Converts a denoiser D of EDM (2206.00364) to a Velocity on any interpolant.
 
-    With sigma = alpha_t/beta_t, D(x/beta_t, sigma) predicts the data. If beta_t = 0 there is no finite sigma; therefore
-    beta_t is clamped to at least 1e-6.
+    The expected data is
+
+    .. math:: \mathbb{E}[x_1 \mid I_t = x] = D(x/\beta_t, \sigma), \qquad \sigma = \alpha_t/\beta_t.
+
+    The signature of D is ``D(params, sigma, x, cond, *, key)``. beta_t is clamped to at least 1e-6, because sigma is infinite
+    at beta_t = 0.
     """
 
     def ours(params: Params, t: Time, x: Event, cond: Cond = None, *, key: Key | None = None) -> Event:

@@ -1,24 +1,23 @@
-r"""Couplings: the joint law pi of base points x0 and data x1, whose marginals are the base and the data.
+r"""Couplings: joint laws of base points x0 and data x1, whose marginals are the base and the data.
 
-The couplings::
+- ``Independent(base)`` draws x0 from the base, independently of x1. ``independent`` is this coupling for N(0, I).
+- ``sinkhorn`` is entropic optimal transport between the B rows of a batch, on the device. It needs ott-jax.
+- ``assignment`` is exact optimal transport between the B rows of a batch, on the host.
+- ``reflow`` makes the pairs (x0, X_{0,1}(x0)) of a flow map (2209.03003).
 
-    independent   x0 ~ base, independent of x1: ``Independent(base)``, and ``independent`` for N(0, I)
-    sinkhorn      entropic optimal transport between the B rows of a batch, on the device; needs ott-jax
-    assignment    exact optimal transport between the B rows of a batch, on the host
-    reflow        x1 = X_{0,1}(x0), the pairs of a map (2209.03003)
+The first two are functions ``(key, x1, cond=None) -> x0`` of a batch, which an objective calls in the training step. The
+last two belong to the input pipeline: they put x0 into the ``Batch``, and the objective does not draw it.
 
-The first two are device couplings, ``(key, x1, cond=None) -> x0`` on a batch, which an objective calls within the training
-step. The last two belong to the input pipeline: they put x0 into the ``Batch``, and the objective draws none.
+Minibatch optimal transport (2302.00482, 2304.14772) draws B points of each law and pairs them by the permutation p with the
+least cost:
 
-Minibatch optimal transport (2302.00482, 2304.14772) draws B points of each law and pairs them at the least cost::
+.. math:: \min_p \frac{1}{B} \sum_i \left| x_1^{(i)} - x_0^{(p(i))} \right|^2
 
-    min over permutations p of  (1/B) sum_i |x1_i - x0_p(i)|^2.
-
-The law of a pair is the mean of such pairings over all minibatches. Its marginals are exact, since each minibatch keeps its
-points. It is not the optimal plan of base and data: its cost is higher, and falls to the optimum only as B grows.
+The law of a pair is the average of these pairings over all minibatches. Its marginals are exact, because each minibatch keeps
+its points. It is not the optimal plan between base and data: its cost is higher and tends to the optimum only as B grows.
 
 With conditioning, x0 must have the base's law *given cond*, because generation draws x0 from the base for every cond. Pairing
-rows of different labels breaks this, so only rows of equal labels are permuted.
+rows of different labels would violate this, so only rows of equal labels are permuted.
 """
 
 from __future__ import annotations
@@ -35,23 +34,23 @@ import numpy as np
 from jflow import bases, checks, trees
 from jflow.types import Array, Batch, BoundFlowMap, Cond, Event, Key, PyTree
 
-# (key, x1, cond=None) -> x0, on a batch: leaves [B, ...], x0 shaped and typed like x1.
+# (key, x1, cond=None) -> x0 for a batch, leaves [B, ...]; x0 has the shapes and dtypes of x1.
 Coupling = Callable[[Key, Event, Cond], Event]
 
-# Sinkhorn stops once the error of the marginal of x0 sums to this; rounding the plan removes the rest.
+# Sinkhorn stops when the total error of the marginal of x0 is below this; rounding the plan removes the rest.
 _MARGINAL_ERROR = 1e-3
 
 
 @dataclasses.dataclass(frozen=True)
 class Independent:
-    """The independent coupling of a base: called with ``(key, x1, cond=None)``, it draws x0 independently of both.
+    """The independent coupling: called with ``(key, x1, cond=None)``, it draws x0 from the base, independently of x1 and cond.
 
     Attributes:
       base: the law of x0.
 
     Raises:
-      TypeError: if ``base`` is not a base; at a call, as its ``sample``.
-      ValueError: at a call, for leaves of x1 without one common leading axis.
+      TypeError: if ``base`` is not a base; when called, if its ``sample`` raises TypeError.
+      ValueError: when called, if the leaves of x1 do not have a common leading axis.
 
     Example:
       >>> import jax
@@ -68,7 +67,7 @@ class Independent:
         bases.check(self.base)
 
     def __call__(self, key: Key, x1: Event, cond: Cond = None) -> Event:
-        """x0 ~ base, shaped and typed like x1, ``[B, ...]``."""
+        """Draws x0 ~ base, ``[B, ...]``, with the shapes and dtypes of x1."""
         del cond
         size = checks.rows("x1", x1)
         one = jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape[1:], leaf.dtype), x1)
@@ -81,35 +80,38 @@ independent = Independent()
 def sinkhorn(
     epsilon: float = 0.05, iterations: int = 2000, labels: bool = True, *, base: bases.Base = bases.STANDARD_NORMAL
 ) -> Coupling:
-    r"""Entropic optimal transport within a batch, by ott-jax: works under ``jit``, without a host callback.
+    r"""Returns the coupling by entropic optimal transport within a batch. It uses ott-jax and works under ``jit``.
 
-    Draws x0_j ~ base, j = 1..B. The cost C_ij is ``|x1_i - x0_j|^2``, of points whose mean over the batch is subtracted,
-    divided by its mean over all B^2 pairs. Subtracting the means changes no plan and makes epsilon independent of where the
-    data lie. The plan is::
+    It draws B points x0 from the base. The cost C_ij is the squared distance of x1_i and x0_j, after subtraction of the
+    batch means, divided by the mean over all B^2 pairs. Subtracting the means does not change the plan, and it makes epsilon
+    independent of the location of the data. The plan is
 
-        P = argmin  sum_ij P_ij C_ij + epsilon sum_ij P_ij log P_ij,    row and column sums 1/B.
+    .. math::
+        P = \operatorname{argmin}_P \sum_{ij} P_{ij} C_{ij} + \epsilon \sum_{ij} P_{ij} \log P_{ij}, \qquad
+        \sum_i P_{ij} = \sum_j P_{ij} = \frac{1}{B}.
 
-    Each x1_i gets one x0_j, drawn with probability B P_ij, so an x0 may be used twice and another not at all. The iterations
+    Each x1_i gets one x0_j, drawn with probability B P_ij, so one x0 may be used twice and another not at all. The iterations
     leave an error in the column sums; rounding P onto its marginals (1705.09634, Algorithm 2) removes it. Each x0_j is then
-    used once in expectation, and x0 ~ base holds for any epsilon and any number of iterations. With too few iterations only
-    the transport cost is higher. The pairs tend to those of ``assignment`` as epsilon -> 0, to independence as epsilon ->
-    infinity.
+    used once in expectation, and x0 ~ base holds for any epsilon and any number of iterations. Too few iterations only
+    increase the transport cost. The pairs tend to those of ``assignment`` as epsilon tends to 0, and to independent pairs as
+    epsilon tends to infinity.
 
     Args:
-      epsilon: strength of the entropy, in units of the mean cost; the number of iterations needed grows about as
+      epsilon: the strength of the entropy, relative to the mean cost. The required number of iterations grows about as
         1/epsilon.
       iterations: the largest number of iterations, in steps of ten; each reads the B x B costs.
-      labels: if cond is given, pair only rows of equal cond (a finite cost keeps the others apart, and the mass that it
-        lets through is dropped). False ignores cond; x0 given cond then no longer has the base's law.
+      labels: if cond is given, pair only rows of equal cond: other pairs get a large finite cost, and their remaining mass
+        is dropped. False ignores cond; then x0 given cond does not have the base's law.
       base: the law of x0.
 
     Returns:
-      ``(key, x1, cond=None) -> x0``; cond's leaves are whole numbers or booleans ``[B, ...]``, x0 is shaped like x1.
+      ``(key, x1, cond=None) -> x0``. The leaves of cond are integers or booleans ``[B, ...]``; x0 is shaped like x1.
 
     Raises:
       ImportError: if ott-jax is not installed.
-      ValueError, TypeError: for numbers out of range or of the wrong type; at a call, for leading axes that differ, x1
-        that is not floating-point, or cond that is (with ``labels``).
+      ValueError: if a number is out of range; when called, if leading axes differ.
+      TypeError: if an argument has a wrong type; when called, if x1 is not floating-point, or, with ``labels``, if cond
+        holds values other than integers and booleans.
     """
     checks.number("epsilon", epsilon, low=0.0, open_low=True)
     checks.integer("iterations", iterations, low=1)
@@ -133,14 +135,16 @@ def sinkhorn(
 
 
 def transport_cost(x0: Event, x1: Event) -> Array:
-    """The cost of the pairs, ``(1/B) sum_i |x1_i - x0_i|^2``, a scalar: in squared units of the data, not per dimension.
+    r"""Returns the mean squared distance of the pairs, a scalar.
 
-    For the independent coupling of N(0, I) its mean is ``d + E|x1|^2`` in d dimensions. Summed in at least float32;
-    works under ``jit``.
+    .. math:: \frac{1}{B} \sum_i \left| x_1^{(i)} - x_0^{(i)} \right|^2
+
+    It is in squared units of the data and summed over dimensions. For the independent coupling with N(0, I) in d dimensions,
+    its expectation is :math:`d + \mathbb{E}|x_1|^2`. It is computed in at least float32 and works under ``jit``.
 
     Raises:
-      ValueError: for other shapes of x0 than of x1, or leading axes that differ.
-      TypeError: for arrays that are not floating-point.
+      ValueError: if the shapes of x0 and x1 differ, or the leaves have different leading axes.
+      TypeError: if an array is not floating-point.
 
     Example:
       >>> import jax.numpy as jnp
@@ -156,10 +160,11 @@ class Assignment(NamedTuple):
     """An exact pairing of a minibatch.
 
     Attributes:
-      x0: the base points, permuted: row i is the partner of row i of x1; numpy arrays, typed as they came.
-      cost: ``(1/B) sum_i |x1_i - x0_i|^2`` of these pairs, in squared units of the data, not per dimension.
-      independent_cost: the same of the pairs that came in; for x0 drawn independently an unbiased estimate of the
-        independent coupling's.
+      x0: the permuted base points, numpy arrays in their input dtypes; row i is the partner of row i of x1.
+      cost: the mean squared distance of these pairs (``transport_cost``), in squared units of the data, summed over
+        dimensions.
+      independent_cost: the mean squared distance of the input pairs. If x0 was drawn independently, it is an unbiased
+        estimate of the cost of the independent coupling.
     """
 
     x0: Event
@@ -168,25 +173,25 @@ class Assignment(NamedTuple):
 
 
 def assignment(x0: Event, x1: Event, labels: PyTree = None) -> Assignment:
-    """The permutation of x0 with the least mean squared distance to x1, by scipy's ``linear_sum_assignment``.
+    """Permutes x0 to the least mean squared distance to x1, with scipy's ``linear_sum_assignment``.
 
     It belongs to the input pipeline: it takes and returns numpy arrays, computes in float64 and does not work under
-    ``jit``. The time grows about as B^3: 256 rows take some 10 ms, 1024 rows about a second. ``datasets.coupled`` brings
-    the pairs into training.
+    ``jit``. The time grows about as B^3: 256 rows take about 10 ms, 1024 rows about a second. ``datasets.coupled`` uses
+    the pairs in training.
 
     Args:
       x0: base points, leaves ``[B, ...]``.
       x1: data, of the same structure and shapes.
-      labels: whole numbers or booleans, leaves ``[B, ...]``, or None. Rows are exchanged only where the labels are equal
-        in every entry, so that the law of x0 given the labels is kept.
+      labels: integers or booleans, leaves ``[B, ...]``, or None. Rows are permuted only among rows whose labels are equal
+        in every entry, which preserves the law of x0 given the labels.
 
     Returns:
-      Assignment. Its cost is never above that of the pairs that came in, up to rounding.
+      The Assignment. Its cost is at most that of the input pairs, up to rounding.
 
     Raises:
       ImportError: if scipy is not installed.
-      ValueError: for structures or shapes that differ, or points that are not finite.
-      TypeError: for points that are not floating-point, labels that are, or traced arrays.
+      ValueError: if structures or shapes differ, or points are not finite.
+      TypeError: if points are not floating-point, labels are not integers or booleans, or arrays are traced.
 
     Example:
       >>> import numpy as np
@@ -206,7 +211,7 @@ def assignment(x0: Event, x1: Event, labels: PyTree = None) -> Assignment:
     groups = [np.arange(size)] if labels is None else _groups(labels, size)
     order = np.arange(size)
     for rows in groups:
-        # |x1 - x0|^2 and -x1.x0 differ by sums over rows and columns, as do points and their differences from a mean.
+        # The permutation that maximises sum(x1 . x0) minimises sum(|x1 - x0|^2); subtracting the means does not change it.
         gain = (data[rows] - data[rows].mean(axis=0)) @ (base[rows] - base[rows].mean(axis=0)).T
         order[rows] = rows[linear_sum_assignment(gain, maximize=True)[1]]
     return Assignment(
@@ -226,28 +231,28 @@ def reflow(
     *,
     base: bases.Base = bases.STANDARD_NORMAL,
 ) -> Batch:
-    """Makes pairs by a map (2209.03003): z ~ base and x1 = X_{0,1}(z), for ``ArrayDataset`` to train on.
+    """Makes training pairs with a map (2209.03003): z ~ base and x1 = X_{0,1}(z). Train on them with ``ArrayDataset``.
 
-    The map is a solve of any velocity, ``solvers.solve(...).bind(params)``, or a learned map. x0 has the base's
-    law. x1 has the law of the map's samples, with its errors, and not that of the data. The map is jitted and runs on blocks
-    of ``chunk`` samples.
+    The map is a solve of any velocity, ``solvers.solve(...).bind(params)``, or a learned map. x0 has the base's law. x1 has
+    the law of the map's samples, including the map's errors, not that of the data. The map is jitted and runs on ``chunk``
+    samples at a time.
 
     Args:
-      bound: the map with its parameters, called without a key.
-      key: a PRNG key, for the base points.
+      bound: the map with its parameters; it is called without a key.
+      key: a PRNG key for the base points.
       like: one event, without a batch axis: arrays, or ``jax.ShapeDtypeStruct``.
       n: the number of pairs.
       cond: conditioning, leaves ``[n, ...]``, or None.
-      chunk: number of samples that are mapped at once.
+      chunk: the number of samples that are mapped at once.
       base: the law of z.
 
     Returns:
-      Batch(x1, x0 = z, cond), leaves ``[n, ...]``.
+      ``Batch(x1=X_{0,1}(z), x0=z, cond=cond)``, leaves ``[n, ...]``.
 
     Raises:
-      ValueError: if (0, 1) is outside the map's domain, for a cond of another length, or for numbers out of range.
-      TypeError: if ``like`` is not floating-point, or for numbers of the wrong type.
-      RuntimeError: if pairs are not finite, because a solve did not reach its end or the map diverges.
+      ValueError: if (0, 1) is outside the map's domain, cond does not have length n, or a number is out of range.
+      TypeError: if ``like`` is not floating-point, or an argument has a wrong type.
+      RuntimeError: if an x1 is not finite, because a solve did not reach t = 1 or the map diverges.
     """
     checks.integer("n", n, low=1)
     checks.integer("chunk", chunk, low=1)
@@ -276,42 +281,43 @@ def _ends(bound: BoundFlowMap, z: Event, cond: Cond, chunk: int) -> Event:
 
 @jax.jit
 def _not_finite(x: Event) -> Array:
-    """The number of rows that hold a number that is not finite."""
+    """Counts the rows that contain a value that is not finite."""
     finite = [jnp.all(jnp.isfinite(leaf), axis=tuple(range(1, leaf.ndim))) for leaf in jax.tree.leaves(x)]
     return jnp.sum(~jnp.all(jnp.stack(finite), axis=0))
 
 
 def _plan(x0: Array, x1: Array, same: Array, epsilon: float, iterations: int) -> Array:
-    """The entropic plan ``[B, B]``, zero where not ``same``, with exact marginals; row i belongs to x1_i."""
+    """Computes the entropic plan ``[B, B]`` with exact marginals. It is zero where not ``same``; row i belongs to x1_i."""
     from ott.geometry.geometry import Geometry
     from ott.problems.linear.linear_problem import LinearProblem
     from ott.solvers.linear.sinkhorn import Sinkhorn
 
     x0, x1 = x0 - jnp.mean(x0, axis=0, keepdims=True), x1 - jnp.mean(x1, axis=0, keepdims=True)
-    # Accelerators would round the factors to half precision, and the costs are small differences of their products.
+    # By default, accelerators round the factors to lower precision; the costs are small differences of large products.
     products = jnp.matmul(x1, x0.T, precision=jax.lax.Precision.HIGHEST)
     squares = jnp.sum(x1 * x1, axis=1)[:, None] + jnp.sum(x0 * x0, axis=1)[None, :]
     cost = jnp.maximum(squares - 2.0 * products, 0.0)
     mean = jnp.mean(cost)
-    # One row, less its mean, has no spread.
+    # In a batch of one row, the mean cost is zero.
     cost = cost / jnp.where(mean > 0.0, mean, 1.0)
-    # Potentials are bounded by the largest cost: across labels there is less than e^-100 of the mass.
+    # Potentials are bounded by the largest cost, so pairs of different labels get less than e^-100 of the mass.
     apart = 2.0 * jnp.max(cost) + 100.0 * epsilon
-    # Ott relies on promotions that jax may be set to refuse.
+    # ott relies on promotions that jax may be configured to reject.
     with jax.numpy_rank_promotion("allow"), jax.numpy_dtype_promotion("standard"):
         geometry = Geometry(cost_matrix=jnp.where(same, cost, cost + apart), epsilon=epsilon)
         solver = Sinkhorn(threshold=_MARGINAL_ERROR, max_iterations=iterations)
         solved = solver(LinearProblem(geometry))
-    # The other potential is not needed: it only makes the rows sum to 1/B.
+    # The potential f is not needed: it only makes the rows sum to 1/B, which softmax does here.
     potential = solved.g.astype(cost.dtype)[None, :]
     plan = jax.nn.softmax(jnp.where(same, (potential - cost) / epsilon, -jnp.inf), axis=1) / x1.shape[0]
     return _round(plan, same)
 
 
 def _round(plan: Array, same: Array) -> Array:
-    """The plan ``[B, B]``, whose row sums are 1/B at most, moved onto marginals 1/B, rows to columns of equal labels.
+    """Rounds a plan ``[B, B]`` with row sums of at most 1/B to marginals 1/B, within equal labels.
 
-    Columns that hold too much are scaled down, and what the rows lack then goes to the columns that lack it.
+    Columns with too large a sum are scaled down. The missing mass of the rows is then added to the columns with too small a
+    sum.
     """
     share = 1.0 / plan.shape[0]
     plan = plan * jnp.minimum(share / jnp.maximum(jnp.sum(plan, axis=0), share), 1.0)[None, :]
@@ -322,13 +328,13 @@ def _round(plan: Array, same: Array) -> Array:
 
 
 def _points(x: Event) -> Array:
-    """The rows as vectors ``[B, d]``, in the widest dtype of the leaves or float32."""
+    """Returns the rows as vectors ``[B, d]``, in the widest dtype of the leaves and float32."""
     dtype = trees.at_least_float32(x)
     return jnp.concatenate([jnp.reshape(leaf, (len(leaf), -1)).astype(dtype) for leaf in jax.tree.leaves(x)], axis=1)
 
 
 def _host_points(name: str, x: Event) -> np.ndarray:
-    """The rows as vectors ``[B, d]`` in float64, which must be finite."""
+    """Returns the rows as vectors ``[B, d]`` in float64. Raises ValueError if they are not finite."""
     leaves = [_on_host(name, leaf) for leaf in jax.tree.leaves(x)]
     points = np.concatenate([leaf.reshape(len(leaf), -1).astype(np.float64) for leaf in leaves], axis=1)
     bad = np.count_nonzero(~np.isfinite(points).all(axis=1))
@@ -345,7 +351,7 @@ def _on_host(name: str, leaf: Array) -> np.ndarray:
 
 
 def _pair_rows(x0: Event, x1: Event) -> int:
-    """B of two batches of points that fit each other."""
+    """Checks that two batches of points match, and returns their length B."""
     checks.floating("x0", x0)
     checks.floating("x1", x1)
     checks.same_structure("x0", x0, "x1", x1)
@@ -353,7 +359,7 @@ def _pair_rows(x0: Event, x1: Event) -> int:
 
 
 def _discrete(name: str, labels: PyTree, size: int) -> list[Array]:
-    """The labels' leaves, checked."""
+    """Checks the labels, and returns their leaves."""
     leaves = jax.tree.leaves(labels)
     for leaf in leaves:
         dtype = jax.dtypes.result_type(leaf)
@@ -368,7 +374,7 @@ def _discrete(name: str, labels: PyTree, size: int) -> list[Array]:
 
 
 def _same(cond: Cond, size: int) -> Array:
-    """Whether two rows have the same cond, ``[B, B]``; all do where there is none."""
+    """Returns whether two rows have the same cond, ``[B, B]``; all True if cond is None."""
     same = jnp.ones((size, size), bool)
     for leaf in [] if cond is None else _discrete("cond", cond, size):
         flat = jnp.reshape(leaf, (size, -1))
@@ -377,9 +383,9 @@ def _same(cond: Cond, size: int) -> Array:
 
 
 def _groups(labels: PyTree, size: int) -> list[np.ndarray]:
-    """The rows of each label."""
+    """Returns the row indices of each distinct label."""
     leaves = [_on_host("labels", leaf).reshape(size, -1) for leaf in _discrete("labels", labels, size)]
-    # One leaf after the other: concatenated, unlike dtypes would be promoted.
+    # Treat each leaf separately: concatenation would promote different dtypes.
     names = np.stack([np.unique(leaf, axis=0, return_inverse=True)[1].reshape(size) for leaf in leaves], axis=1)
     _, group = np.unique(names, axis=0, return_inverse=True)
     group = group.reshape(size)

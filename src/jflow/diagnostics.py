@@ -1,15 +1,13 @@
 r"""Diagnostics of flow maps: identity residuals, and comparison with a reference.
 
-The functions::
+- ``residual_grid`` computes the RMS of the tangent, Eulerian, Lagrangian and semigroup residuals on a grid of (s, t).
+- ``consistency_report`` averages the same residuals over a law of (s, t) and returns a few numbers to log.
+- ``compare`` compares K jumps of several maps with one jump of a reference.
 
-    residual_grid       RMS of the tangent, Eulerian, Lagrangian and semigroup residuals on a grid of (s, t)
-    consistency_report  the same, averaged over a law of (s, t): a few numbers to log
-    compare             K jumps of several maps against one jump of a reference
-
-Residuals are those of the mean velocity (``jflow.identities``), and every RMS is over samples and entries of
-x, in the units of a velocity. With the map's own diagonal as the velocity, the identities only test whether the
-map is some flow: X = id passes. A reference's velocity, and the tangent residual against it, test whether it is the
-right one.
+The residuals are those of the mean velocity (``jflow.identities``). Every RMS is over samples and entries of x, in the
+units of a velocity. If the velocity in the residuals is the map's own diagonal, they only test whether the map is the flow
+of some velocity; X = id passes. With a reference's velocity, they and the tangent residual test whether it is the flow of
+that velocity.
 """
 
 from __future__ import annotations
@@ -34,17 +32,17 @@ IDENTITIES = ("tangent", "eulerian", "lagrangian", "semigroup")
 
 
 class ResidualGrid(NamedTuple):
-    """RMS residuals at every pair of source and target time; numpy arrays.
+    """The RMS residuals at every pair of source and target time, numpy arrays.
 
     Entries are NaN where the map's domain does not define the residual (``defined``).
 
     Attributes:
-      s: source times, ``[n_s]``.
-      t: target times, ``[n_t]``.
-      tangent: v_{s,s} - b_s against the reference's velocity, ``[n_s]``; NaN without a reference.
-      eulerian: ``[n_s, n_t]``.
-      lagrangian: ``[n_s, n_t]``.
-      semigroup: ``[n_s, n_t]``.
+      s: the source times, ``[n_s]``.
+      t: the target times, ``[n_t]``.
+      tangent: the RMS of v_{s,s} - b_s with the reference's velocity b, ``[n_s]``; NaN without a reference.
+      eulerian: the RMS of the Eulerian residual, ``[n_s, n_t]``.
+      lagrangian: the RMS of the Lagrangian residual, ``[n_s, n_t]``.
+      semigroup: the RMS of the semigroup residual, ``[n_s, n_t]``.
     """
 
     s: np.ndarray
@@ -56,13 +54,13 @@ class ResidualGrid(NamedTuple):
 
 
 def defined(domain: Domain, identity: str, s: float, t: float, gamma: float = 0.5) -> bool:
-    """Whether the map's domain holds all that a residual at (s, t) needs.
+    """Returns whether a residual at (s, t) needs only pairs of times inside the map's domain.
 
-    The pair itself must be inside. Derivatives need neighbours: on a dyadic grid there are none, and a fixed
-    target time has none in t. The semigroup residual needs both of its legs.
+    The pair itself must be inside. A derivative also needs neighbouring times: a dyadic grid has none, and neither has a
+    fixed target time in t or a fixed source time in s. The semigroup residual needs both of its legs.
 
     Raises:
-      ValueError: for an unknown identity.
+      ValueError: if the identity is unknown.
     """
     checks.choice("identity", identity, IDENTITIES)
     if identity == "tangent":
@@ -77,7 +75,7 @@ def defined(domain: Domain, identity: str, s: float, t: float, gamma: float = 0.
 
 
 class _Squares(NamedTuple):
-    """Mean squares over the entries of one sample's residuals, and of its velocity; scalars."""
+    """The mean squares over the entries of one sample's residuals, and of its velocity; scalars."""
 
     tangent: Array
     eulerian: Array
@@ -102,7 +100,7 @@ def _residuals(
         return reference.velocity(t_, x_, cond)
 
     here = b(s, x)
-    # The diagonal as the map offers it to samplers, which an override may have changed.
+    # Use the map's ``velocity``, as samplers do; an override may differ from v on the diagonal.
     tangent = identities.tangent(lambda s_, _, x_: bound.velocity(s_, x_, cond), s, x, here)
     found = (
         tangent.difference,
@@ -138,7 +136,7 @@ def _squares_at_samples(
     gamma: Array,
     batch_size: int | None,
 ) -> _Squares:
-    """Means over samples, each with its own pair (s, t), ``[N]``."""
+    """Computes means over samples, each with its own pair (s, t), ``[N]``."""
 
     def one(s_: Array, t_: Array, x0_: Event, x1_: Event, cond_: Cond) -> _Squares:
         return _residuals(bound, reference, s_, t_, interpolant.interpolate(s_, x0_, x1_), cond_, gamma)
@@ -159,7 +157,7 @@ def _squares_at_pairs(
     gamma: Array,
     batch_size: int | None,
 ) -> _Squares:
-    """Means over all samples at every pair (s, t); ``[P]``."""
+    """Computes means over all samples at every pair (s, t), ``[P]``."""
 
     def at_pair(pair: tuple[Array, Array]) -> _Squares:
         s_, t_ = (jnp.broadcast_to(time, (_count(x0),)) for time in pair)
@@ -206,23 +204,23 @@ def residual_grid(
     """Computes the RMS residuals of a map at every (s, t), at points I_s of the same pairs (x0, x1).
 
     Args:
-      bound: the flow map with its parameters. The residuals take its jumps as x + (t-s) v, without an override.
-      interpolant: the path that makes I_s of the pairs.
-      x0: base points, ``[N, ...]`` (a pytree of such).
+      bound: the flow map with its parameters. The residuals compute its jumps as x + (t-s) v, without ``jump_override``.
+      interpolant: the path, which gives the points I_s.
+      x0: base points, a pytree of arrays ``[N, ...]``.
       x1: data points, shaped like x0.
       s: source times, ``[n_s]``.
-      t: target times, ``[n_t]``. Pairs with s > t count where the domain goes backward.
-      reference: the map whose velocity enters the residuals; None takes the map's own diagonal.
-      gamma: where the middle time of the semigroup residual lies, u = gamma s + (1 - gamma) t; in [0, 1].
+      t: target times, ``[n_t]``. Pairs with s > t are used if the domain goes backward.
+      reference: the map whose velocity enters the residuals; if None, the map's own diagonal.
+      gamma: the position of the middle time of the semigroup residual, u = gamma s + (1 - gamma) t, in [0, 1].
       cond: conditioning, leaves ``[N, ...]``.
-      batch_size: how many samples go through the map at a time; None for all.
+      batch_size: the number of samples evaluated at a time; None for all.
 
     Returns:
-      The ResidualGrid, NaN where the domain does not define a residual.
+      The ResidualGrid. Entries are NaN where the domain does not define a residual.
 
     Raises:
-      ValueError: for x0 and x1 of different shapes, no samples, or times outside [0, 1].
-      TypeError: for x0 or x1 that are not floating-point.
+      ValueError: if x0 and x1 have different shapes, there are no samples, or a time is outside [0, 1].
+      TypeError: if x0 or x1 is not floating-point.
 
     Example:
       >>> import jax.numpy as jnp
@@ -236,7 +234,7 @@ def residual_grid(
     x0, x1, cond = _check_samples(x0, x1, cond, batch_size)
     gamma = checks.number("gamma", gamma, low=0.0, high=1.0)
     s, t = _check_times("s", s), _check_times("t", t)
-    # Every source time once on its diagonal (the tangent), then the pairs inside the domain.
+    # First each source time on the diagonal, for the tangent residual, then the pairs inside the domain.
     inside = [(i, j) for i in range(s.size) for j in range(t.size) if bound.domain.contains(s[i], t[j])]
     sources = np.concatenate([s, [s[i] for i, _ in inside]])
     targets = np.concatenate([s, [t[j] for _, j in inside]])
@@ -272,7 +270,7 @@ def _check_times(name: str, given: Sequence[float] | np.ndarray, least: int = 1)
 
 def _law_of(domain: Domain) -> PairLaw:
     if domain.levels is not None:
-        # Gaps of two cells and more, whose midpoints lie on the grid.
+        # Draw gaps of at least two cells, so that the midpoints lie on the grid.
         both_ends = times.independent(times.constant(0.0), times.constant(1.0))
         return times.dyadic(domain.levels - 1) if domain.levels > 1 else both_ends
     if domain.target is not None:
@@ -295,27 +293,28 @@ def consistency_report(
     cond: Cond = None,
     batch_size: int | None = None,
 ) -> dict[str, float]:
-    """Computes RMS residuals over samples, each at its own pair (s, t): a few numbers to log while a map learns.
+    """Computes RMS residuals over samples, each at its own pair (s, t), as a few numbers to log during training.
 
     Args:
       bound: as in ``residual_grid``.
       interpolant: as in ``residual_grid``.
-      key: a PRNG key, for the times.
+      key: a PRNG key for the times.
       x0: base points, ``[N, ...]``.
       x1: data points, shaped like x0.
       reference: as in ``residual_grid``.
-      pairs: the law of (s, t), which must stay inside the domain; None draws uniformly from it.
-      gamma: as in ``residual_grid``; on a dyadic grid 1/2.
+      pairs: the law of (s, t), which must stay inside the domain; if None, a law that covers the domain, uniform except on a
+        dyadic grid.
+      gamma: as in ``residual_grid``; use 1/2 on a dyadic grid.
       cond: conditioning, leaves ``[N, ...]``.
-      batch_size: how many samples go through the map at a time; None for all.
+      batch_size: the number of samples evaluated at a time; None for all.
 
     Returns:
-      RMS by name, of "tangent" (with a reference), "eulerian", "lagrangian", "semigroup", without those that
-      the domain does not define; and "velocity", the RMS of the velocity itself, which gives the scale.
+      The RMS of "tangent" (with a reference), "eulerian", "lagrangian" and "semigroup", without the residuals that the
+      domain does not define; and of "velocity", the velocity itself, for scale.
 
     Raises:
-      ValueError: as ``residual_grid``, and for a law with a pair outside the domain.
-      TypeError: for x0 or x1 that are not floating-point.
+      ValueError: as ``residual_grid``, and if the law draws a pair outside the domain.
+      TypeError: if x0 or x1 is not floating-point.
     """
     x0, x1, cond = _check_samples(x0, x1, cond, batch_size)
     gamma = checks.number("gamma", gamma, low=0.0, high=1.0)
@@ -347,17 +346,17 @@ def consistency_report(
 
 
 class Comparison(NamedTuple):
-    """Errors of several maps on several grids against a reference's one jump; numpy arrays.
+    """The errors of several maps on several grids, compared with one jump of a reference; numpy arrays.
 
-    An error is the root mean square over the entries of one sample's difference at the end, in units of x.
+    The error of a sample is the root mean square over the entries of the difference at the end of the grid, in units of x.
 
     Attributes:
-      maps: names of the maps, ``n_m`` of them.
-      grids: names of the grids, ``n_g`` of them.
-      jumps: how many jumps each grid takes, ``[n_g]``.
-      errors: one per sample, ``[n_m, n_g, N]``; NaN where a map's domain does not hold the grid.
-      rmse: root mean square over samples, ``[n_m, n_g]``.
-      median: over samples, ``[n_m, n_g]``.
+      maps: the names of the maps, ``n_m`` of them.
+      grids: the names of the grids, ``n_g`` of them.
+      jumps: the number of jumps of each grid, ``[n_g]``.
+      errors: the errors of the samples, ``[n_m, n_g, N]``; NaN if the grid is outside a map's domain.
+      rmse: the root mean square over samples, ``[n_m, n_g]``.
+      median: the median over samples, ``[n_m, n_g]``.
     """
 
     maps: tuple[str, ...]
@@ -368,7 +367,7 @@ class Comparison(NamedTuple):
     median: np.ndarray
 
     def rows(self) -> list[dict[str, str | int | float]]:
-        """The table as rows (map, grid, jumps, rmse, median), without grids that the map's domain does not hold."""
+        """Returns the table as rows (map, grid, jumps, rmse, median), without grids outside the map's domain."""
         return [
             {
                 "map": name,
@@ -402,23 +401,23 @@ def compare(
     cond: Cond = None,
     batch_size: int | None = None,
 ) -> Comparison:
-    """Computes the errors of several maps' jumps (learned, solved, exact) against a reference's one jump from the same x0.
+    """Computes the errors of the jumps of several maps, compared with one jump of a reference from the same x0.
 
     Args:
-      maps: bound flow maps by name.
+      maps: bound flow maps (learned, solved or exact) by name.
       reference: the bound flow map taken as exact: an oracle, or a solve at a fine tolerance.
-      x0: states at the first time of every grid, ``[N, ...]`` (a pytree of such).
+      x0: the states at the first time of every grid, a pytree of arrays ``[N, ...]``.
       grids: grids of times by name, or numbers of equal jumps from 0 to 1.
       cond: conditioning, leaves ``[N, ...]``.
-      batch_size: how many samples go through a map at a time; None for all.
+      batch_size: the number of samples evaluated at a time; None for all.
 
     Returns:
       The Comparison.
 
     Raises:
-      ValueError: if there are no maps, grids or samples, for a grid without two times in [0, 1], or for a reference whose
-        domain does not hold the jump from a grid's first time to its last.
-      TypeError: for x0 that is not floating-point.
+      ValueError: if there are no maps, grids or samples, a grid has fewer than two times or times outside [0, 1], or the
+        jump from a grid's first time to its last is outside the reference's domain.
+      TypeError: if x0 is not floating-point.
     """
     x0, _, cond = _check_samples(x0, x0, cond, batch_size)
     if not isinstance(grids, Mapping):

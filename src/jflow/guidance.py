@@ -1,15 +1,15 @@
-r"""Guidance: a velocity extrapolated from one velocity through another.
+r"""Guidance: a velocity extrapolated from a weak velocity through a strong one.
 
-The kinds of guidance::
+.. math:: b_t(x) = b^{\mathrm{weak}}_t(x) + w \left( b^{\mathrm{strong}}_t(x) - b^{\mathrm{weak}}_t(x) \right)
 
-    classifier-free    b_t(x | null) + w ( b_t(x | cond) - b_t(x | null) )     one model, two conditions   (2207.12598)
-    autoguidance       weak_t(x) + w ( strong_t(x) - weak_t(x) )               two models, one condition   (2406.02507)
+- Classifier-free guidance (2207.12598) uses one model: strong has the condition, weak the null condition.
+- Autoguidance (2406.02507) uses two models with the same condition.
 
-The formula holds at times within an interval (2404.07724); outside, the velocity is the conditional or the strong one. Both
-are evaluated as strong + (w - 1)(strong - weak), which equals strong bit for bit at w = 1.
+Guidance applies at times within an interval (2404.07724); outside the interval, the velocity is the strong one. The formula
+is evaluated as strong + (w - 1)(strong - weak), which is exactly strong at w = 1.
 
-The result is a Velocity like any other: it can be solved, distilled into a flow map, or guided again. Its flow does not, in
-general, carry the base to the data law tilted by a power of the likelihood.
+The result is a Velocity: it can be solved, distilled into a flow map, or guided again. In general, its flow does not map the
+base to the data law tilted by a power of the likelihood.
 """
 
 from __future__ import annotations
@@ -29,12 +29,11 @@ KINDS = (jnp.bool_, jnp.integer, jnp.floating, jnp.complexfloating)
 
 
 class Guided(NamedTuple):
-    """The parameters of two models, one guiding the other.
+    """The parameters of two models, of which one guides the other.
 
     Attributes:
-      strong: the parameters of the model that is guided.
-      weak: the parameters of the model that it is guided away from: a smaller one, or one trained for less time, on the
-        same task.
+      strong: the parameters of the guided model.
+      weak: the parameters of the model to guide away from, for the same task: a smaller model, or one trained for less time.
     """
 
     strong: Params
@@ -44,36 +43,40 @@ class Guided(NamedTuple):
 def classifier_free(
     velocity: Velocity | FlowMap, scale: float | Array, null: Cond, interval: tuple[float, float] = ALWAYS
 ) -> Velocity:
-    """b_null + scale (b_cond - b_null) at times in the interval, b_cond outside (2207.12598, 2404.07724).
+    r"""Returns a velocity with classifier-free guidance (2207.12598).
+
+    .. math:: b_t(x \mid \mathrm{null}) + w \left( b_t(x \mid \mathrm{cond}) - b_t(x \mid \mathrm{null}) \right)
+
+    Outside the interval, it is the conditional velocity (2404.07724).
 
     Cost: two passes inside the interval; one outside, if the batch shares t (t is not vmapped); one everywhere if the scale
-    is a concrete 1. With a null condition and no interval, the two passes are one vmapped call, which computes once what
-    does not depend on the condition. An eager call makes two calls of the network instead, so that the network sees concrete
-    labels and can refuse labels outside its classes. Traced labels cannot be refused; the networks of ``jflow.nets`` return
-    NaN for them.
+    is a concrete 1. With a null condition and no interval, the two passes are one vmapped call, in which computations that do
+    not depend on the condition are done once. An eager call makes two calls of the network instead, so that the network gets
+    concrete labels and can raise an error for labels outside its classes. For traced labels outside the classes, the
+    networks of ``jflow.nets`` return NaN.
 
-    ``cond`` and ``null`` may differ in dtype if both are integers, both floating-point, or ``null`` is a whole number beside
-    a floating-point ``cond``. No value changes, except that a Python float may be rounded: ``null`` is cast to the dtype of
-    ``cond`` if that keeps its value, else both are promoted (uint8 labels and the null label 256 become int32). The value of
-    a traced ``null`` is not known. It is therefore always promoted by its dtype, even where its value would fit, and must be
-    of the kind of ``cond``: pass it in the dtype of ``cond`` for the network to see that dtype.
+    ``cond`` and ``null`` may differ in dtype if both are integers, if both are floating-point, or if ``null`` is an integer
+    and ``cond`` floating-point. Values do not change, except that a Python float may be rounded: ``null`` is cast to the
+    dtype of ``cond`` if this keeps its value; otherwise both are promoted (uint8 labels and the null label 256 become int32).
+    A traced ``null`` has no known value. It must be of the same kind as ``cond``, and both are promoted if their dtypes
+    differ. To keep the dtype of ``cond``, pass ``null`` in this dtype.
 
     Args:
-      velocity: a conditional model; of a FlowMap, its velocity v_{t,t}.
-      scale: the weight w, a scalar: 0 is unconditional, 1 conditional; it may be traced.
-      null: the condition of one sample that stands for no condition: a pytree like ``cond``, or None if the model takes
-        None for that; it may be traced.
+      velocity: a conditional Velocity, or a FlowMap, whose velocity v_{t,t} is used.
+      scale: the weight w, a scalar: 0 is unconditional, 1 conditional. It may be traced.
+      null: the condition of one sample that means "unconditional": a pytree like ``cond``, or None if the model takes
+        None for this. It may be traced.
       interval: the first and the last time t at which to guide, both included, within [0, 1]; 0 is the noise.
 
     Returns:
-      A Velocity with the model's own parameters.
+      A Velocity with the parameters of the model.
 
     Raises:
-      ValueError: for a scale that is not a finite scalar, or an interval that is not 0 <= first <= last <= 1; when called,
-        without a condition, or with one unlike ``null`` in structure or shapes.
-      TypeError: for a model that cannot be called, or a scale or time that is not a number; when called, for ``cond`` and
-        ``null`` of different kinds (labels and floating-point numbers, or bool labels and an integer), or of dtypes whose
-        values no common dtype holds (uint64 and int64).
+      ValueError: if the scale is not a finite scalar, or the interval is not 0 <= first <= last <= 1; when called, if there
+        is no condition, or its structure or shapes differ from those of ``null``.
+      TypeError: if the model is not a function, or the scale or a time is not a number; when called, if ``cond`` and
+        ``null`` are of different kinds (labels and floating-point numbers, or bool labels and an integer), or no dtype holds
+        the values of both (uint64 and int64).
 
     Example:
       >>> import jax.numpy as jnp
@@ -116,24 +119,27 @@ def autoguided(
     scale: float | Array,
     interval: tuple[float, float] = ALWAYS,
 ) -> Velocity:
-    """weak + scale (strong - weak) at times in the interval, the strong one outside (2406.02507, 2404.07724).
+    r"""Returns a velocity with autoguidance (2406.02507): a strong model guided away from a weak one.
 
-    Both models see the same condition and key. Cost: one pass of each inside the interval. The strong model alone runs
-    outside, if the batch shares t, and everywhere if the scale is a concrete 1.
+    .. math:: b^{\mathrm{weak}}_t(x) + w \left( b^{\mathrm{strong}}_t(x) - b^{\mathrm{weak}}_t(x) \right)
+
+    Outside the interval, it is the strong velocity (2404.07724). Both models get the same condition and key. Cost: one pass
+    of each model inside the interval. Outside, only the strong model runs if the batch shares t. If the scale is a concrete
+    1, only the strong model runs everywhere.
 
     Args:
-      strong: the model to be guided; of a FlowMap, its velocity v_{t,t}.
-      weak: the model to be guided away from, likewise; it may be the same function.
-      scale: the weight w, a scalar: 0 is the weak model, 1 the strong one; it may be traced.
+      strong: the model to guide, a Velocity, or a FlowMap, whose velocity v_{t,t} is used.
+      weak: the model to guide away from, of the same types; it may be the same function.
+      scale: the weight w, a scalar: 0 is the weak model, 1 the strong one. It may be traced.
       interval: the first and the last time t at which to guide, both included, within [0, 1]; 0 is the noise.
 
     Returns:
       A Velocity whose parameters are ``Guided(strong, weak)``.
 
     Raises:
-      ValueError: for a scale that is not a finite scalar, or an interval that is not 0 <= first <= last <= 1.
-      TypeError: for a model that cannot be called, or a scale or time that is not a number; when called, for parameters
-        that are not ``Guided``.
+      ValueError: if the scale is not a finite scalar, or the interval is not 0 <= first <= last <= 1.
+      TypeError: if a model is not a function, or the scale or a time is not a number; when called, if the parameters are
+        not a ``Guided``.
 
     Example:
       >>> import jax.numpy as jnp
@@ -162,7 +168,7 @@ def autoguided(
 def _extrapolate(
     strong: Event, weak: Callable[[], Event], scale: float | Array, interval: tuple[float, float], t: Time
 ) -> Event:
-    """strong + (scale - 1)(strong - weak()) at times within the interval, strong outside."""
+    """Returns strong + (scale - 1)(strong - weak()) at times within the interval, and strong outside."""
 
     def correction() -> Event:
         return trees.scale(scale - 1.0, trees.sub(strong, weak()))
@@ -174,23 +180,23 @@ def _extrapolate(
         jnp.asarray(value).astype(trees.at_least_float32(strong)) for value in (interval[0], t, interval[1])
     )
     inside = (first <= t) & (t <= last)
-    # A branch, so that the weak model does not run outside; under a vmap over t it becomes a selection.
+    # With ``cond``, the weak model does not run outside the interval. Under a vmap over t it becomes a ``select``.
     return trees.add(strong, jax.lax.cond(inside, correction, lambda: trees.zeros_like(strong)))
 
 
 def _eager(*trees: Any) -> bool:
-    """Whether nothing is traced."""
+    """Returns whether no leaf is traced."""
     return all(checks.concrete(leaf) is not None for leaf in jax.tree.leaves(trees))
 
 
 def _pair(stacked: Any) -> tuple[Any, Any]:
-    """The two entries of the leading axis."""
+    """Returns the two entries of the leading axis."""
     return tuple(jax.tree.map(lambda leaf, i=i: leaf[i], stacked) for i in range(2))
 
 
 def _stack(path: Any, cond: Any, null: Any) -> Array:
-    """[cond, null] in a dtype that holds both."""
-    # Before jnp.asarray: under jit that makes a traced array of a concrete value.
+    """Stacks cond and null in a dtype that holds both."""
+    # Read the value before jnp.asarray, which makes a traced array of a concrete value under jit.
     value = checks.concrete(null)
     cond, null = jnp.asarray(cond), jnp.asarray(null)
     dtype = _common(jax.tree_util.keystr(path), cond, null, value)
@@ -198,16 +204,16 @@ def _stack(path: Any, cond: Any, null: Any) -> Array:
 
 
 def _common(path: str, cond: Array, null: Array, value: np.ndarray | None) -> np.dtype:
-    """The dtype of the condition if it holds the null condition, else the promotion of both dtypes."""
+    """Returns the dtype of the condition if it holds the null condition, else the promotion of both dtypes."""
     if cond.dtype == null.dtype:
         return cond.dtype
     of_cond, of_null = (next((k for k in KINDS if jnp.issubdtype(z.dtype, k)), None) for z in (cond, null))
-    # A null of 0 is common beside floating-point conditions.
+    # An integer null of 0 is common with floating-point conditions.
     if value is not None and (of_cond is of_null or (of_cond, of_null) == (jnp.floating, jnp.integer)):
         if _survives(value, cond.dtype, rounding=of_null is jnp.floating and null.weak_type):
             return cond.dtype
     if of_cond is of_null:
-        # Explicit promotion, whichever rules the session has for the implicit one.
+        # Promote with the standard rules, whatever the setting of jax_numpy_dtype_promotion.
         with jax.numpy_dtype_promotion("standard"):
             dtype = jnp.promote_types(_promotable(cond.dtype), _promotable(null.dtype))
         if of_cond is not jnp.integer or all(_holds(dtype, z.dtype) for z in (cond, null)):
@@ -220,7 +226,7 @@ def _common(path: str, cond: Array, null: Array, value: np.ndarray | None) -> np
 
 
 def _promotable(dtype: np.dtype) -> np.dtype:
-    """A dtype that has all values of one that jax promotes with no other: floats of 8 bits, integers of less."""
+    """Replaces a dtype that jax does not promote (8-bit floats, integers below 8 bits) by a wider one with all its values."""
     if jnp.issubdtype(dtype, jnp.floating) and jnp.finfo(dtype).bits <= 8:
         return jnp.dtype(jnp.bfloat16)
     if jnp.issubdtype(dtype, jnp.integer) and jnp.iinfo(dtype).bits < 8:
@@ -229,8 +235,8 @@ def _promotable(dtype: np.dtype) -> np.dtype:
 
 
 def _survives(value: np.ndarray, dtype: np.dtype, *, rounding: bool) -> bool:
-    """Whether a cast to the dtype keeps the value; with ``rounding``, whether it keeps a finite value finite."""
-    # numpy has no casts between different integers of less than 8 bits.
+    """Returns whether a cast to the dtype keeps the value, or, with ``rounding``, whether it keeps finite values finite."""
+    # numpy cannot cast between different integers of less than 8 bits.
     value = value.astype(_promotable(value.dtype))
     with np.errstate(over="ignore", invalid="ignore"):
         cast = value.astype(dtype)
@@ -238,12 +244,12 @@ def _survives(value: np.ndarray, dtype: np.dtype, *, rounding: bool) -> bool:
             return bool(np.all(np.isfinite(cast) == np.isfinite(value)))
         back = cast.astype(value.dtype)
         same = np.array_equal(back, value, equal_nan=True)
-    # A value that wraps around between signed and unsigned integers comes back as itself.
+    # A value that wraps around between signed and unsigned integers passes the round trip, so compare the signs as well.
     return same and np.array_equal(cast < 0, value < 0)
 
 
 def _holds(wide: np.dtype, narrow: np.dtype) -> bool:
-    """Whether an integer dtype has every value of another."""
+    """Returns whether an integer dtype has every value of another."""
     if not jnp.issubdtype(wide, jnp.integer):
         return False
     a, b = jnp.iinfo(wide), jnp.iinfo(narrow)
@@ -251,7 +257,7 @@ def _holds(wide: np.dtype, narrow: np.dtype) -> bool:
 
 
 def _scale(scale: Any) -> tuple[float | Array, bool]:
-    """The scale, checked, and whether it is known to be 1."""
+    """Checks the scale, and returns it and whether it is known to be 1."""
     checks.scalar("scale", scale)
     value = checks.concrete(scale)
     if value is None:

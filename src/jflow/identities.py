@@ -1,7 +1,7 @@
-r"""The identities that a flow map obeys, as (prediction, target) of one sample; the residual is their difference.
+r"""The identities that a flow map satisfies, as pairs (prediction, target) for one sample.
 
-For the exact map each residual is zero, whichever parts are under a stop-gradient, which changes no value.
-The residuals of the tangent, Eulerian, Lagrangian and semigroup identities are
+The residual is prediction - target. It is zero for the exact map. A stop-gradient on either part does not change its
+value. The residuals of the tangent, Eulerian, Lagrangian and semigroup identities are
 
 .. math::
     R_T &= v_{t,t}(x) - b_t(x) \\
@@ -9,9 +9,9 @@ The residuals of the tangent, Eulerian, Lagrangian and semigroup identities are
     R_L &= v_{s,t}(x) + (t-s)\, \partial_t v_{s,t}(x) - c_t(X_{s,t}(x)) \\
     R_S &= v_{s,t}(x) - (1-\gamma) v_{s,u}(x) - \gamma v_{u,t}(X_{s,u}(x)), \quad u = \gamma s + (1-\gamma) t
 
-Here c is a velocity estimate (from the pair, the map's own diagonal, a teacher, ...), and v any function
-``(s, t, x) -> v_{s,t}(x)``: a bound FlowMap's ``mean_velocity``, or one with conditioning filled in. With c the map's own
-diagonal the last three say only that the map is *a* flow; X = id satisfies them. The tangent identity says which
+Here c is a velocity estimate (from the pair, the map's own diagonal, a teacher, ...), and v is any function
+``(s, t, x) -> v_{s,t}(x)``, such as a bound FlowMap's ``mean_velocity``. If c is the map's own diagonal, the last three
+identities hold for the flow map of any velocity, even for X = id. The tangent identity determines the velocity
 (2406.07507, 2505.18825).
 """
 
@@ -37,14 +37,14 @@ Derivative = Callable[..., tuple[Event, tuple[Event, ...]]]
 
 
 class Residual(NamedTuple):
-    """One sample's residual.
+    """The residual of an identity for one sample.
 
     Attributes:
-      prediction: the side that is trained, shaped like x.
+      prediction: the trained side, shaped like x.
       target: the other side, shaped like x.
-      tangent: the derivative term without its factor t - s, or its finite difference, shaped like x; None or zeros where
-        there is none. Its norm shows a tangent that explodes.
-      weight: what the reduced loss is multiplied with, a scalar; it gets no gradient.
+      tangent: the derivative term without its factor t - s, or its finite difference, shaped like x. None or zeros if the
+        residual contains no derivative. A growing norm of it indicates unstable training.
+      weight: a scalar factor of the reduced loss; no gradient flows through it.
     """
 
     prediction: Event
@@ -54,13 +54,15 @@ class Residual(NamedTuple):
 
     @property
     def difference(self) -> Event:
-        """prediction - target."""
+        """The residual's value, prediction - target."""
         return trees.sub(self.prediction, self.target)
 
     def rescaled(self, *, prediction: Array | float, difference: Array | float) -> Residual:
-        """The residual of ``prediction`` times this prediction whose value is ``difference`` times this difference.
+        """Returns a residual with the prediction and the difference multiplied by separate factors.
 
-        Only for a target that gets no gradient: the two factors then act on the gradient and on the value alone.
+        The new target is chosen so that the new difference is ``difference`` times this one, and it is under a
+        stop-gradient. Use it only if this target gets no gradient: then ``prediction`` scales the derivative of the residual
+        and ``difference`` its value.
         """
         scaled = trees.scale(prediction, self.prediction)
         away = trees.scale(difference, self.difference)
@@ -68,10 +70,10 @@ class Residual(NamedTuple):
 
 
 def forward_mode(function: Callable[..., Event], primals: tuple, *tangents: tuple) -> tuple[Event, tuple[Event, ...]]:
-    """The value of a function and its exact directional derivatives along each tangent, with one pass for the value.
+    """Computes a function's value and its exact directional derivative along each tangent; the value is computed once.
 
     Raises:
-      TypeError: if the function has no forward-mode derivative, as fused attention has none; the message names
+      TypeError: if the function has no forward-mode derivative (fused attention kernels, for example). The message suggests
         ``central_difference``.
     """
     if len(tangents) == 1:
@@ -82,16 +84,21 @@ def forward_mode(function: Callable[..., Event], primals: tuple, *tangents: tupl
 
 
 def finite_difference(step: Array | float) -> Derivative:
-    """Directional derivatives as (f(p + h d) - f(p))/h, without forward-mode differentiation; an error of order h.
+    r"""Returns a one-sided finite-difference derivative, which needs no forward-mode differentiation.
+
+    The derivative of f at p along d, with an error of order h, is
+
+    .. math:: \frac{f(p + h d) - f(p)}{h}.
+
+    The time moves by h even if it then lies outside [0, 1] or beyond s = t. A FlowMap raises ValueError for a concrete time
+    outside [0, 1], so an eager call can fail near that end. Under ``jit``, times are traced, and the function is evaluated
+    outside. ``central_difference`` stays inside.
 
     Args:
-      step: h, a number, or a traced scalar that is not zero; negative for a backward difference. The function is evaluated
-        at the time plus h, also where that lies outside [0, 1] or beyond s = t. A FlowMap refuses concrete times outside
-        [0, 1] with a ValueError: an eager call within h of that end therefore raises, and under ``jit``, where times are
-        traced, the function is evaluated outside. ``central_difference`` stays within.
+      step: h, a number or a traced scalar, not zero; negative for a backward difference.
 
     Raises:
-      ValueError: if the step is zero.
+      ValueError: if the step is zero or not finite.
       TypeError: if the step is not a number.
     """
     if not isinstance(step, jax.Array):
@@ -108,20 +115,25 @@ def finite_difference(step: Array | float) -> Derivative:
 
 
 def central_difference(step: Array | float) -> Derivative:
-    """Directional derivatives as (f(p + h d) - f(p - h d))/(2h), without forward-mode differentiation; an error of order h^2.
+    r"""Returns a central finite-difference derivative, which needs no forward-mode differentiation.
 
-    It suits networks whose kernels have a reverse rule alone (cuDNN and Pallas attention). It costs two more calls of the
-    function for each direction; ``jax.grad`` differentiates all of them.
+    The derivative of f at p along d, with an error of order h^2, is
+
+    .. math:: \frac{f(p + h d) - f(p - h d)}{2h}.
+
+    Use it for networks whose kernels have only a reverse-mode rule (cuDNN and Pallas attention). It costs two more calls of
+    the function for each direction; ``jax.grad`` differentiates all of them.
 
     The identities give it the interval in which the time may move without leaving [0, 1] or crossing s = t (a map of one
-    direction is not trained beyond its diagonal), so that it also works at the ends of [0, 1] in eager calls, where a FlowMap
-    refuses times outside. Called by itself, without an interval, it evaluates both sides. Where h does not fit on one side, the
-    difference is one-sided::
+    direction is not trained beyond its diagonal). It therefore also works in eager calls at the ends of [0, 1], where a
+    FlowMap rejects times outside. Without an interval, it evaluates both sides. If h does not fit on one side, the difference
+    is one-sided,
 
-        ( -3 f(p) + 4 f(p + h d) - f(p + 2 h d) )/(2h)
+    .. math:: \frac{-3 f(p) + 4 f(p + h d) - f(p + 2 h d)}{2h},
 
-    or the same with -h, also of second order, with twice the error. Where neither side has room, h is three tenths of the
-    interval. In an interval of length 0 the derivative is zero: there s = t, and the identities multiply it with t - s.
+    or the same with -h. It is also of second order, with twice the error. h is at most three tenths of the interval, so
+    that one side always has room. In an interval of length 0 the derivative is zero; there s = t, and the identities
+    multiply the derivative by t - s.
 
     Args:
       step: h > 0, in units of time: a number, or a traced scalar. Rounding adds an error of order eps/h: about 5e-3 suits
@@ -138,7 +150,7 @@ def central_difference(step: Array | float) -> Derivative:
 
 @dataclasses.dataclass(frozen=True)
 class _CentralDifference:
-    """``central_difference``, of functions whose first argument is a time in the interval, if there is one."""
+    """Implements ``central_difference``. If there is an interval, the function's first argument is a time inside it."""
 
     step: Array | float
     interval: Interval | None = None
@@ -150,7 +162,7 @@ class _CentralDifference:
         near, far, room = _stencil(self.step, primals[0], self.interval)
         out = []
         for direction in tangents:
-            # Without room the function is asked at the point itself, and the difference is zero.
+            # In an interval of length 0, room is 0: the function is evaluated at the point itself.
             there = (function(*_moved(primals, room * a, direction)) for a in (near, far))
             at_near, at_far = (trees.sub(moved, value) for moved in there)
             # The three-point formula of nodes 0, a and b: (b/a (f_a - f_0) - a/b (f_b - f_0))/(b - a).
@@ -163,7 +175,7 @@ class _CentralDifference:
 
 
 def _stencil(step: Array | float, time: Array, interval: Interval | None) -> tuple[Array, Array, Array]:
-    """The two offsets at which a three-point difference asks, and 1; or 0 in an interval of length 0, without room."""
+    """Returns the two offsets of a three-point difference, and a factor: 0 in an interval of length 0, else 1."""
     if interval is None:
         h = jnp.asarray(step)
         return -h, h, jnp.ones_like(h)
@@ -182,32 +194,32 @@ def _moved(primals: tuple, step: Array | float, direction: tuple) -> tuple:
 
 
 def source_interval(s: Time, t: Time) -> Interval:
-    """How far the source s may move without leaving [0, 1] or crossing t: [0, t] if s <= t, else [t, 1]."""
+    """Returns the interval in which s may move without leaving [0, 1] or crossing t: [0, t] if s <= t, else [t, 1]."""
     return jnp.where(s <= t, jnp.zeros_like(t), t), jnp.where(s <= t, t, jnp.ones_like(t))
 
 
 def target_interval(s: Time, t: Time) -> Interval:
-    """How far the target t may move without leaving [0, 1] or crossing s: [s, 1] if s <= t, else [0, s]."""
+    """Returns the interval in which t may move without leaving [0, 1] or crossing s: [s, 1] if s <= t, else [0, s]."""
     return jnp.where(s <= t, s, jnp.zeros_like(s)), jnp.where(s <= t, jnp.ones_like(s), s)
 
 
 def within(derivative: Derivative, interval: Interval) -> Derivative:
-    """The derivative for functions whose first argument is a time that must stay in [low, high].
+    """Restricts a derivative to an interval of times, for functions whose first argument is a time.
 
-    ``central_difference`` then evaluates the function only within the interval. Other derivatives are returned unchanged.
+    ``central_difference`` then evaluates the function only inside the interval. Other derivatives are returned unchanged.
     """
     limit = getattr(derivative, "within", None)
     return derivative if limit is None else limit(interval)
 
 
 def scaled(derivative: Derivative, factor: Array | float) -> Derivative:
-    """Derivatives times a factor: r from 0 to 1 is the tangent warm-up (2410.11081, 2506.14603)."""
+    """Multiplies derivatives by a factor. A factor r that rises from 0 to 1 is the tangent warm-up (2410.11081, 2506.14603)."""
     return _Scaled(derivative, factor)
 
 
 @dataclasses.dataclass(frozen=True)
 class _Scaled:
-    """``scaled``: derivatives times a factor."""
+    """Implements ``scaled``."""
 
     derivative: Derivative
     factor: Array | float
@@ -223,7 +235,11 @@ class _Scaled:
 
 
 def tangent(v: MeanVelocityFn, t: Time, x: Event, velocity: Event) -> Residual:
-    """v_{t,t}(x) - b: the map's diagonal against a velocity estimate at (t, x), which gets no gradient.
+    r"""Computes the residual of the tangent identity: the map's diagonal minus a velocity estimate b at (t, x).
+
+    .. math:: R_T = v_{t,t}(x) - b
+
+    The estimate gets no gradient.
 
     Example:
       >>> import jax.numpy as jnp
@@ -248,7 +264,9 @@ def eulerian(
     stop: str = "target",
     derivative: Derivative = forward_mode,
 ) -> Residual:
-    """v - c_s(x) - (t-s) ( d/ds v + grad v c'_s(x) ): the map does not change when its source moves along the flow.
+    r"""Computes the residual of the Eulerian identity: the map does not change when its source moves along the flow.
+
+    .. math:: R_E = v_{s,t}(x) - c_s(x) - (t-s) \left( \partial_s v_{s,t}(x) + \nabla v_{s,t}(x)\, c'_s(x) \right)
 
     Args:
       v: the mean velocity, ``(s, t, x) -> v``.
@@ -256,16 +274,16 @@ def eulerian(
       t: target time, a scalar.
       x: the point at time s.
       velocity: c_s(x), the estimate that enters linearly.
-      tangent_velocity: c'_s(x), the one along which v is differentiated; by default ``velocity``.
-      stop: what gets no gradient: "target", all but the leading v (2505.13447); "spatial", the velocity and the
-        spatial derivative (2505.18825); "velocity", the velocities alone; "none".
+      tangent_velocity: c'_s(x), the velocity along which v is differentiated; by default ``velocity``.
+      stop: the parts under a stop-gradient: "target", everything except the leading v (2505.13447); "spatial", the velocity
+        and the spatial derivative (2505.18825); "velocity", the velocities; "none", nothing.
       derivative: ``forward_mode``, ``central_difference(h)`` or ``finite_difference(h)``.
 
     Returns:
       The Residual.
 
     Raises:
-      ValueError: if ``stop`` is not one of these.
+      ValueError: if ``stop`` is not one of these strings.
 
     Example:
       >>> import jax.numpy as jnp
@@ -308,24 +326,26 @@ def lagrangian(
     stop: str = "velocity",
     derivative: Derivative = forward_mode,
 ) -> Residual:
-    """v + (t-s) d/dt v - c_t( X_{s,t}(x) ): the image moves with the velocity at the point where it is.
+    r"""Computes the residual of the Lagrangian identity: the image of x moves with the velocity at its own position.
+
+    .. math:: R_L = v_{s,t}(x) + (t-s)\, \partial_t v_{s,t}(x) - c_t(X_{s,t}(x))
 
     Args:
       v: the mean velocity, ``(s, t, x) -> v``.
       s: source time, a scalar.
       t: target time, a scalar.
       x: the point at time s.
-      velocity: c, ``(t, x) -> c_t(x)``; called at X_{s,t}(x), which was not drawn with a pair, so that a conditional
-        velocity has no place here.
-      stop: what gets no gradient: "velocity", c and its argument (2505.18825); "target", all but the leading v
-        (2506.14603); "none" (2406.07507).
+      velocity: c, ``(t, x) -> c_t(x)``. It is called at X_{s,t}(x), a point that was not sampled with a pair. Do not use a
+        conditional velocity.
+      stop: the parts under a stop-gradient: "velocity", c and its argument (2505.18825); "target", everything except the
+        leading v (2506.14603); "none", nothing (2406.07507).
       derivative: ``forward_mode``, ``central_difference(h)`` or ``finite_difference(h)``.
 
     Returns:
       The Residual.
 
     Raises:
-      ValueError: if ``stop`` is not one of these.
+      ValueError: if ``stop`` is not one of these strings.
 
     Example:
       >>> import jax.numpy as jnp
@@ -357,27 +377,30 @@ def semigroup(
     first: Event | None = None,
     stop: str = "target",
 ) -> Residual:
-    """v_{s,t}(x) - (1-gamma) v_{s,u}(x) - gamma v_{u,t}( X_{s,u}(x) ), u = gamma s + (1-gamma) t: two jumps are one.
+    r"""Computes the residual of the semigroup identity: the jump from s to t equals the jumps from s to u and from u to t.
 
-    The residual of X is t - s times this one. Divided by 1 - gamma it is that of the map's source moved by u - s::
+    .. math:: R_S = v_{s,t}(x) - (1-\gamma)\, v_{s,u}(x) - \gamma\, v_{u,t}(X_{s,u}(x)), \qquad u = \gamma s + (1-\gamma) t
 
-        (X_{s,t}(x) - X_{u,t}(x'))/(u - s),   x' = x + (u-s) first
+    In terms of the jumps, where x' is the end of the first leg, it satisfies
+
+    .. math:: X_{s,t}(x) - X_{u,t}(x') = (t - s)\, R_S, \qquad \frac{X_{s,t}(x) - X_{u,t}(x')}{u - s} = \frac{R_S}{1 - \gamma}.
 
     Args:
       v: the mean velocity, ``(s, t, x) -> v``.
       s: source time, a scalar.
       t: target time, a scalar.
       x: the point at time s.
-      gamma: where u lies: 1 at s, 0 at t, 1/2 the midpoint.
-      legs: the mean velocity of the two legs; by default v (2505.18825), or an average's or a teacher's (2202.00512).
-      first: the mean velocity of the first leg where it is another than ``legs``': the pair's, a solver's step.
-      stop: what gets no gradient: "target", both legs; "none".
+      gamma: the position of u: 1 at s, 0 at t, 1/2 at the midpoint.
+      legs: the mean velocity of the two legs: v by default (2505.18825), or that of a moving average or a teacher
+        (2202.00512).
+      first: the mean velocity of the first leg, if it does not come from ``legs`` but from the pair or a solver's step.
+      stop: the parts under a stop-gradient: "target", both legs; "none", nothing.
 
     Returns:
-      The Residual; its tangent is ( v_{u,t}(x') - v_{s,t}(x) )/(u - s), zero at u = s.
+      The Residual. Its tangent is (v_{u,t}(x') - v_{s,t}(x))/(u - s), or zero at u = s.
 
     Raises:
-      ValueError: if ``stop`` is not one of these.
+      ValueError: if ``stop`` is not one of these strings.
 
     Example:
       >>> import jax.numpy as jnp

@@ -1,19 +1,24 @@
-r"""Interpolants I_t = alpha_t x0 + beta_t x1 between base and data, and conversions between predictions.
-
-Every path gives alpha and beta, their divided differences alpha[s,t] = (alpha_t - alpha_s)/(t - s) in a closed form that
-is finite and differentiable at s = t, its values at both ends, and the times at which it is singular. Derivatives in time
-come from automatic differentiation of alpha and beta.
-
-With w_t = alpha_t beta_t' - alpha_t' beta_t and the velocity b_t(x) = E[I_t' | I_t = x], the expected data
-and noise are, for any base,
+r"""Interpolants between base and data, and conversions between predictions.
 
 .. math::
-    E[x_1 | I_t = x] = (\alpha b - \dot\alpha x) / w, \qquad E[x_0 | I_t = x] = (\dot\beta x - \beta b) / w,
+    I_t = \alpha_t x_0 + \beta_t x_1, \qquad b_t(x) = \mathbb{E}[\dot I_t \mid I_t = x], \qquad
+    w_t = \alpha_t \dot\beta_t - \dot\alpha_t \beta_t
 
-and the score, for a base N(m, diag(s^2)) that is independent of the data, is entry by entry
+Every path provides alpha and beta, their divided differences alpha[s,t] = (alpha_t - alpha_s)/(t - s) in a closed form that
+is finite and differentiable at s = t, the values at both ends, and the times at which the path is singular. Derivatives in
+time come from automatic differentiation of alpha and beta.
+
+For any base, the expected data and noise follow from the velocity b:
 
 .. math::
-    \nabla \log \rho_t(x) = -(E[x_0 | I_t = x] - m) / (\alpha s^2) = (\beta b - \dot\beta x + w m) / (\alpha w s^2).
+    \mathbb{E}[x_1 \mid I_t = x] = \frac{\alpha b - \dot\alpha x}{w}, \qquad
+    \mathbb{E}[x_0 \mid I_t = x] = \frac{\dot\beta x - \beta b}{w}.
+
+For a base :math:`N(m, \mathrm{diag}(\sigma^2))` that is independent of the data, the score is, entry by entry,
+
+.. math::
+    \nabla \log \rho_t(x) = -\frac{\mathbb{E}[x_0 \mid I_t = x] - m}{\alpha \sigma^2}
+    = \frac{\beta b - \dot\beta x + w m}{\alpha w \sigma^2}.
 """
 
 from __future__ import annotations
@@ -33,7 +38,7 @@ KINDS = ("velocity", "score", "noise", "data")
 
 
 class Coefficients(NamedTuple):
-    """alpha, beta, their derivatives in time and w = alpha beta' - alpha' beta at one time; scalars."""
+    """alpha, beta, their derivatives in time, and w = alpha beta_dot - alpha_dot beta, at one time; scalars."""
 
     alpha: Array
     beta: Array
@@ -44,10 +49,10 @@ class Coefficients(NamedTuple):
 
 @dataclasses.dataclass(frozen=True)
 class Interpolant:
-    """A path I_t = alpha_t x0 + beta_t x1.
+    """A path I_t = alpha_t x0 + beta_t x1 between base and data.
 
     Attributes:
-      name: as in ``INTERPOLANTS``.
+      name: the key in ``INTERPOLANTS``.
       alpha, beta: the coefficients, functions of the time.
       alpha_dd, beta_dd: the divided differences alpha[s,t] and beta[s,t]; at s = t the derivatives.
       endpoints: (alpha_0, beta_0, alpha_1, beta_1).
@@ -63,19 +68,19 @@ class Interpolant:
     singular: tuple[float, ...] = ()
 
     def alpha_dot(self, t: Time) -> Array:
-        """d alpha / dt."""
+        r"""Returns :math:`\dot\alpha_t`."""
         return self.coefficients(t).alpha_dot
 
     def beta_dot(self, t: Time) -> Array:
-        """d beta / dt."""
+        r"""Returns :math:`\dot\beta_t`."""
         return self.coefficients(t).beta_dot
 
     def wronskian(self, t: Time) -> Array:
-        """w_t = alpha beta' - alpha' beta."""
+        r"""Returns :math:`w_t = \alpha_t \dot\beta_t - \dot\alpha_t \beta_t`."""
         return self.coefficients(t).w
 
     def coefficients(self, t: Time) -> Coefficients:
-        """All coefficients at one time."""
+        """Returns all coefficients at one time."""
         checks.time("t", t)
         t = jnp.asarray(t)
         alpha, alpha_dot = jax.jvp(self.alpha, (t,), (jnp.ones_like(t),))
@@ -83,10 +88,10 @@ class Interpolant:
         return Coefficients(alpha, beta, alpha_dot, beta_dot, alpha * beta_dot - alpha_dot * beta)
 
     def interpolate(self, t: Time, x0: Event, x1: Event) -> Event:
-        """I_t = alpha_t x0 + beta_t x1, shaped like x0 and x1.
+        """Returns I_t = alpha_t x0 + beta_t x1, shaped like x0 and x1.
 
         Raises:
-          ValueError: if x0 and x1 differ in structure or shape, or t is not a scalar.
+          ValueError: if x0 and x1 differ in structure or shape, or t is not a scalar in [0, 1].
 
         Example:
           >>> import jax.numpy as jnp
@@ -100,10 +105,10 @@ class Interpolant:
         return trees.combine(self.alpha(t), x0, self.beta(t), x1)
 
     def derivative(self, t: Time, x0: Event, x1: Event) -> Event:
-        """I_t' = alpha_t' x0 + beta_t' x1, shaped like x0 and x1.
+        r"""Returns :math:`\dot I_t = \dot\alpha_t x_0 + \dot\beta_t x_1`, shaped like x0 and x1.
 
         Raises:
-          ValueError: if x0 and x1 differ in structure or shape, or t is not a scalar.
+          ValueError: if x0 and x1 differ in structure or shape, or t is not a scalar in [0, 1].
 
         Example:
           >>> import jax.numpy as jnp
@@ -117,10 +122,14 @@ class Interpolant:
         return trees.combine(c.alpha_dot, x0, c.beta_dot, x1)
 
     def mean_derivative(self, s: Time, t: Time, x0: Event, x1: Event) -> Event:
-        """(I_t - I_s)/(t - s) = alpha[s,t] x0 + beta[s,t] x1: the mean velocity of the pair's own path; I_t' at s = t.
+        r"""Returns the mean velocity of the pair's own path from s to t.
+
+        .. math:: \frac{I_t - I_s}{t - s} = \alpha[s,t]\, x_0 + \beta[s,t]\, x_1
+
+        At s = t it is :math:`\dot I_t`.
 
         Raises:
-          ValueError: if x0 and x1 differ in structure or shape.
+          ValueError: if x0 and x1 differ in structure or shape, or a time is not a scalar in [0, 1].
         """
         checks.time("s", s)
         checks.time("t", t)
@@ -129,10 +138,10 @@ class Interpolant:
 
 
 def check(interpolant: Interpolant, name: str = "interpolant") -> None:
-    """Refuses anything but an Interpolant, such as its name or the function that makes it.
+    """Checks that an argument is an Interpolant, not its name or the function that makes it.
 
     Raises:
-      TypeError: naming the argument and what came.
+      TypeError: if the argument is not an Interpolant.
     """
     if not isinstance(interpolant, Interpolant):
         raise TypeError(f"{name}: expected an Interpolant, such as interpolants.linear(), got {described(interpolant)}")
@@ -149,16 +158,23 @@ def convert(
     base: bases.Base = bases.STANDARD_NORMAL,
     floor: float = 1e-6,
 ) -> Event:
-    """Converts a prediction at (t, x) from one kind to another: velocity, score, noise or data.
+    r"""Converts a prediction at (t, x) from one kind to another: velocity, score, noise or data.
 
-    Every kind is turned into the pair (noise, data) with alpha noise + beta data = x, and the pair into the target::
+    The value is first converted to the expected noise :math:`\hat x_0` and data :math:`\hat x_1`, for which
+    :math:`\alpha \hat x_0 + \beta \hat x_1 = x`:
 
-        velocity -> noise = (beta' x - beta b)/w, data = (alpha b - alpha' x)/w     and back alpha' noise + beta' data
-        score    -> noise = m - alpha s^2 score,  data = (x - alpha noise)/beta     and back -(noise - m)/(alpha s^2)
-        noise    ->                               data = (x - alpha noise)/beta
-        data     -> noise = (x - beta data)/alpha
+    - velocity b: :math:`\hat x_0 = (\dot\beta x - \beta b)/w` and :math:`\hat x_1 = (\alpha b - \dot\alpha x)/w`
+    - score: :math:`\hat x_0 = m - \alpha \sigma^2\, \mathrm{score}` and :math:`\hat x_1 = (x - \alpha \hat x_0)/\beta`
+    - noise: :math:`\hat x_1 = (x - \alpha \hat x_0)/\beta`
+    - data: :math:`\hat x_0 = (x - \beta \hat x_1)/\alpha`
 
-    The score holds for a base N(m, diag(s^2)) that is independent of the data; the other kinds for any base and coupling.
+    The velocity and the score follow from these:
+
+    .. math::
+        b = \dot\alpha \hat x_0 + \dot\beta \hat x_1, \qquad \mathrm{score} = -\frac{\hat x_0 - m}{\alpha \sigma^2}.
+
+    The formulas of the score require a base :math:`N(m, \mathrm{diag}(\sigma^2))` that is independent of the data. The others
+    hold for any base and coupling.
 
     Args:
       interpolant: the path.
@@ -166,18 +182,18 @@ def convert(
       x: the point, of any event shape.
       value: the prediction, shaped like x.
       source: the kind of ``value``.
-      target: the kind wanted.
-      base: the law of x0; only conversions to and from the score look at it.
-      floor: alpha and beta are clamped to it from below where they divide. At the ends where they vanish (score and
-        data-prediction at alpha = 0, noise-prediction and score at beta = 0) a value is finite and carries no information.
+      target: the kind of the result.
+      base: the law of x0; used only in conversions to and from the score.
+      floor: the smallest value of alpha and beta in a denominator. Where alpha = 0 (to a score, or from data) or beta = 0
+        (from noise or a score), the result is finite but carries no information.
 
     Returns:
       The prediction of kind ``target``, shaped like x.
 
     Raises:
-      ValueError: for an unknown kind, if value and x differ in structure or shape, or for a score of a base that is not
-        a ``bases.Normal`` or does not fit x.
-      TypeError: for an object that is not a base.
+      ValueError: if a kind is unknown, value and x differ in structure or shape, or the score is converted with a base
+        that is not a ``bases.Normal`` or does not fit x.
+      TypeError: if ``interpolant`` is not an Interpolant, or ``base`` is not a base.
 
     Example:
       >>> import jax.numpy as jnp
@@ -212,19 +228,21 @@ def convert(
 
 
 def _noise_of_score(base: bases.Base, alpha: Array, score: Event) -> Event:
-    """E[x0 | I_t = x] = m - alpha s^2 score."""
+    """Returns E[x0 | I_t = x] = m - alpha std^2 score."""
     mean, std = bases.gaussian(base, "interpolants.convert from the score").moments(score)
     return jax.tree.map(lambda m, s, each: m - alpha.astype(each.dtype) * s * s * each, mean, std, score)
 
 
 def _score_of_noise(base: bases.Base, alpha: Array, noise: Event) -> Event:
-    """-(E[x0 | I_t = x] - m)/(alpha s^2)."""
+    """Returns the score, -(E[x0 | I_t = x] - m)/(alpha std^2)."""
     mean, std = bases.gaussian(base, "interpolants.convert to the score").moments(noise)
     return jax.tree.map(lambda m, s, each: (m - each) / (alpha.astype(each.dtype) * s * s), mean, std, noise)
 
 
 def linear() -> Interpolant:
-    """alpha = 1 - t, beta = t (2209.03003, 2210.02747).
+    r"""The linear path (2209.03003, 2210.02747).
+
+    .. math:: \alpha_t = 1 - t, \qquad \beta_t = t
 
     Example:
       >>> from jflow import interpolants
@@ -242,7 +260,9 @@ def linear() -> Interpolant:
 
 
 def trigonometric() -> Interpolant:
-    """alpha = cos(pi t / 2), beta = sin(pi t / 2) (2209.15571, 2410.11081).
+    r"""The trigonometric path (2209.15571, 2410.11081).
+
+    .. math:: \alpha_t = \cos(\pi t / 2), \qquad \beta_t = \sin(\pi t / 2)
 
     Example:
       >>> from jflow import interpolants
@@ -254,7 +274,7 @@ def trigonometric() -> Interpolant:
     # cos b - cos a = -2 sin((a + b)/2) sin((b - a)/2), and jnp.sinc is smooth at zero to every order.
     return Interpolant(
         "trigonometric",
-        # The sine of the complement is exactly zero at t = 1, where the cosine of a rounded pi/2 is not.
+        # sin(pi (1 - t)/2) is exactly zero at t = 1; the cosine of a rounded pi/2 is not.
         alpha=lambda t: jnp.sin(half * (1.0 - jnp.asarray(t))),
         beta=lambda t: jnp.sin(half * jnp.asarray(t)),
         alpha_dd=lambda s, t: -half * jnp.sin(0.5 * half * _sum(s, t)) * jnp.sinc(0.25 * _gap(s, t)),
@@ -263,14 +283,19 @@ def trigonometric() -> Interpolant:
 
 
 def cosine(offset: float = 0.008, epsilon: float = 1.0 / 4000.0) -> Interpolant:
-    """The cosine schedule with its offset: beta^2 = cos^2(theta)/cos^2(theta_0), alpha^2 = 1 - beta^2 (2102.09672).
+    r"""The path of the cosine schedule with its offset (2102.09672).
 
-    theta = (pi/2)(tau + offset)/(1 + offset), theta_0 its value at tau = 0. The paper's time tau runs from 1 to
-    ``epsilon`` while t runs from 0 to 1; at epsilon = 0, alpha' is infinite at t = 1 and the path declares it singular.
-    The default is the first step of the paper's 4,000.
+    .. math::
+        \beta = \frac{\cos\theta}{\cos\theta_0}, \qquad \alpha^2 = 1 - \beta^2, \qquad
+        \theta = \frac{\pi}{2} \cdot \frac{\tau + \mathrm{offset}}{1 + \mathrm{offset}}
+
+    :math:`\theta_0` is the value at :math:`\tau = 0`. The paper's time :math:`\tau` runs from 1 to ``epsilon`` while t runs
+    from 0 to 1. If epsilon = 0, :math:`\dot\alpha` is infinite at t = 1, and the path declares t = 1 as singular. The default
+    epsilon is the first of the paper's 4,000 steps.
 
     Raises:
-      ValueError: for offset or epsilon outside [0, 1); TypeError if they are not numbers.
+      ValueError: if offset or epsilon is outside [0, 0.99].
+      TypeError: if offset or epsilon is not a number.
     """
     checks.number("offset", offset, low=0.0, high=0.99)
     checks.number("epsilon", epsilon, low=0.0, high=0.99)
@@ -278,7 +303,7 @@ def cosine(offset: float = 0.008, epsilon: float = 1.0 / 4000.0) -> Interpolant:
     first = rate * offset
     scale = float(1.0 / jnp.cos(first))
 
-    # With the complement angle pi/2 - theta = rate (1 - tau) the value at tau = 1 is exactly zero.
+    # beta is the sine of pi/2 - theta = rate (1 - tau), which is exactly zero at tau = 1.
     def complement(t: Time) -> Array:
         return rate * (1.0 - epsilon) * jnp.asarray(t)
 
@@ -286,7 +311,7 @@ def cosine(offset: float = 0.008, epsilon: float = 1.0 / 4000.0) -> Interpolant:
         return scale * jnp.sin(complement(t))
 
     def alpha(t: Time) -> Array:
-        # cos^2(theta_0) - cos^2(theta) = sin(theta - theta_0) sin(theta + theta_0), without cancellation at the data.
+        # cos^2(theta_0) - cos^2(theta) = sin(theta - theta_0) sin(theta + theta_0) avoids cancellation near the data.
         tau = epsilon + (1.0 - epsilon) * (1.0 - jnp.asarray(t))
         return scale * jnp.sqrt(jnp.sin(rate * tau) * jnp.sin(rate * tau + 2.0 * first))
 
@@ -298,14 +323,19 @@ def cosine(offset: float = 0.008, epsilon: float = 1.0 / 4000.0) -> Interpolant:
 
 
 def variance_preserving(beta_min: float = 0.1, beta_max: float = 20.0, epsilon: float = 1e-3) -> Interpolant:
-    """The variance-preserving path of the linear noise schedule: beta = exp(g), alpha^2 = 1 - beta^2 (2011.13456).
+    r"""The variance-preserving path of the linear noise schedule (2011.13456).
 
-    g = -(beta_max - beta_min) tau^2/4 - beta_min tau/2. The paper's time tau runs from 1 to ``epsilon`` while t runs from
-    0 to 1; at epsilon = 0, alpha' is infinite at t = 1 and the path declares it singular. The default is the paper's own
-    cut for sampling. beta_0 is small and not zero.
+    .. math::
+        \beta = \exp\left( -\tfrac14 (\beta_{\max} - \beta_{\min})\, \tau^2 - \tfrac12 \beta_{\min}\, \tau \right), \qquad
+        \alpha^2 = 1 - \beta^2
+
+    The paper's time :math:`\tau` runs from 1 to ``epsilon`` while t runs from 0 to 1. If epsilon = 0, :math:`\dot\alpha` is
+    infinite at t = 1, and the path declares t = 1 as singular. The default epsilon is the paper's cut-off for sampling.
+    beta_0 is small but not zero.
 
     Raises:
-      ValueError: for a schedule that is not 0 < beta_min <= beta_max; TypeError if they are not numbers.
+      ValueError: unless 0 < beta_min <= beta_max, or if epsilon is outside [0, 0.99].
+      TypeError: if an argument is not a number.
     """
     checks.number("beta_min", beta_min, low=0.0, open_low=True)
     checks.number("beta_max", beta_max, low=beta_min)
@@ -337,14 +367,18 @@ def variance_preserving(beta_min: float = 0.1, beta_max: float = 20.0, epsilon: 
 
 
 def variance_exploding(sigma_min: float = 0.002, sigma_max: float = 80.0, rho: int = 7) -> Interpolant:
-    """The variance-exploding path of EDM, x1 + sigma x0, rescaled by 1/sqrt(1 + sigma^2) (2206.00364).
+    r"""The variance-exploding path of EDM, x1 + sigma x0, rescaled by 1/sqrt(1 + sigma^2) (2206.00364).
 
-    alpha = sigma/sqrt(1 + sigma^2), beta = 1/sqrt(1 + sigma^2), so alpha/beta = sigma, and with u = 1/rho
-    sigma(t) = (sigma_max^u + t (sigma_min^u - sigma_max^u))^rho. Data should have about unit scale. Neither end is
-    exact: beta_0 is about 1/sigma_max, alpha_1 about sigma_min.
+    .. math::
+        \alpha = \frac{\sigma}{\sqrt{1 + \sigma^2}}, \qquad \beta = \frac{1}{\sqrt{1 + \sigma^2}}, \qquad
+        \sigma(t) = \left( (1 - t)\, \sigma_{\max}^{1/\rho} + t\, \sigma_{\min}^{1/\rho} \right)^\rho
+
+    alpha/beta is sigma. The data should have about unit scale. Neither end is exact: beta_0 is about 1/sigma_max, and alpha_1
+    about sigma_min.
 
     Raises:
-      ValueError: unless 0 < sigma_min < sigma_max, or rho is not a positive whole number; TypeError if they are not numbers.
+      ValueError: unless 0 < sigma_min < sigma_max, or if rho is not positive.
+      TypeError: if sigma_min or sigma_max is not a number, or rho is not an integer.
     """
     checks.number("sigma_min", sigma_min, low=0.0, open_low=True)
     checks.number("sigma_max", sigma_max, low=sigma_min, open_low=True)
@@ -379,7 +413,7 @@ def _variance_preserving(
     beta_dd: Callable[[Time, Time], Array],
     singular: tuple[float, ...],
 ) -> Interpolant:
-    """A path with alpha^2 + beta^2 = 1: alpha[s,t] = -beta[s,t] (beta_s + beta_t)/(alpha_s + alpha_t)."""
+    """Makes a path with alpha^2 + beta^2 = 1, for which alpha[s,t] = -beta[s,t] (beta_s + beta_t)/(alpha_s + alpha_t)."""
 
     def alpha_dd(s: Time, t: Time) -> Array:
         return -beta_dd(s, t) * (beta(s) + beta(t)) / (alpha(s) + alpha(t))
@@ -400,7 +434,7 @@ def _gap(s: Time, t: Time) -> Array:
 
 
 def _expm1_ratio(x: Array) -> Array:
-    """(e^x - 1)/x, smooth at zero: a Taylor series within 1/2, where 14 terms are exact to float64."""
+    """Returns (e^x - 1)/x, smooth at zero. For abs(x) < 1/2 it uses 14 terms of the Taylor series, exact in float64."""
     near = jnp.abs(x) < 0.5
     series = jnp.ones_like(x)
     for k in range(14, 1, -1):

@@ -1,4 +1,4 @@
-"""Functions that print as the call that made them: ``logit_normal(mean=0.4, std=1.0)``."""
+"""Functions whose ``repr`` is the call that made them, such as ``logit_normal(mean=0.4, std=1.0)``."""
 
 from __future__ import annotations
 
@@ -14,12 +14,12 @@ R = TypeVar("R")
 class Named(Generic[P, R]):
     """A function whose ``repr`` is the call that made it.
 
-    ``inspect.signature`` gives the signature of the function.
+    ``inspect.signature`` returns the signature of the wrapped function.
 
     Attributes:
       name: the name of the function that made it.
       arguments: the arguments of that call, by name.
-      function: the function itself.
+      function: the wrapped function.
     """
 
     name: str
@@ -27,11 +27,11 @@ class Named(Generic[P, R]):
     function: Callable[P, R]
 
     def __post_init__(self) -> None:
-        # Where ``inspect.signature`` looks; otherwise it would find the (*args, **kwargs) of __call__.
+        # ``inspect.signature`` reads __wrapped__; otherwise it would return the (*args, **kwargs) of __call__.
         object.__setattr__(self, "__wrapped__", self.function)
 
     def __call__(self, *args: P.args, **kwargs: P.kwargs) -> R:
-        """The function's value."""
+        """Calls the wrapped function."""
         return self.function(*args, **kwargs)
 
     def __repr__(self) -> str:
@@ -39,12 +39,12 @@ class Named(Generic[P, R]):
 
 
 def named(name: str, function: Callable[P, R], **arguments: object) -> Named[P, R]:
-    """The function, printed as ``name(**arguments)``."""
+    """Wraps a function so that it prints as ``name(**arguments)``."""
     return Named(name, arguments, function)
 
 
 def described(value: object) -> str:
-    """A value with its type, for "got ..." in a message: ``str 'linear'``, ``function linear``, ``FlowMap``."""
+    """Describes a value with its type, for error messages: ``str 'linear'``, ``function linear``, ``FlowMap``."""
     kind, text = type(value).__name__, shown(value)
     if isinstance(value, Named):
         return text
@@ -52,9 +52,9 @@ def described(value: object) -> str:
 
 
 def shown(value: object) -> str:
-    """A short text for a value: the name of a function, the entries of a tuple; the type where the text would be long.
+    """Returns a short text for a value: the name of a function, the entries of a tuple, or the type if the text would be long.
 
-    A ``Named`` is shown as the call that made it, without its arguments if they are long: ``mixed(...)``.
+    For a ``Named`` it is the call that made it, without the arguments if they are long: ``mixed(...)``.
     """
     if isinstance(value, tuple) and type(value) is tuple:
         return f"({', '.join(map(shown, value))}{',' if len(value) == 1 else ''})"

@@ -1,8 +1,12 @@
-"""Parameterizations: what a network's output means, as X_{s,t}(x) = A(s,t) x + B(s,t) net(s, t, x).
+r"""Parameterizations: how a flow map is computed from a network's output.
 
-A(s,s) = 1 and B(s,s) = 0, so that X_{s,s} = id by construction. The mean velocity is a x + c net with
-a = (A - 1)/(t - s) and c = B/(t - s), both finite at t = s: interpolants supply divided differences in closed form, and
-nothing divides by t - s. ``flow_map`` makes a FlowMap of a network, ``from_velocity`` one that starts from a velocity.
+.. math::
+    X_{s,t}(x) &= A(s,t)\, x + B(s,t)\, \mathrm{net}(s, t, x) \\
+    v_{s,t}(x) &= a(s,t)\, x + c(s,t)\, \mathrm{net}(s, t, x), \qquad a = \frac{A - 1}{t - s}, \quad c = \frac{B}{t - s}
+
+A(s,s) = 1 and B(s,s) = 0, so X_{s,s} is the identity by construction. a and c are finite at t = s: interpolants provide
+divided differences in closed form, and the code never divides by t - s. ``flow_map`` makes a FlowMap from a network, and
+``from_velocity`` makes one that starts from a velocity.
 """
 
 from __future__ import annotations
@@ -23,12 +27,12 @@ NetworkApply = Callable[..., Any]
 
 @dataclasses.dataclass(frozen=True)
 class Parameterization:
-    """The coefficients of the mean velocity v = a(s,t) x + c(s,t) net.
+    """The coefficients a and c of the mean velocity v = a(s,t) x + c(s,t) net.
 
     Attributes:
-      name: as in ``PARAMETERIZATIONS``.
+      name: the key in ``PARAMETERIZATIONS``.
       coefficients: ``(s, t) -> (a, c)``, scalars.
-      singular: the source times at which the form is singular, and its clamp in force.
+      singular: the source times at which the form is singular, and where it is therefore clamped.
     """
 
     name: str
@@ -36,7 +40,7 @@ class Parameterization:
     singular: tuple[float, ...] = ()
 
     def jump_coefficients(self, s: Time, t: Time) -> tuple[Array, Array]:
-        """(A, B) of X_{s,t}(x) = A x + B net, with A = 1 + (t - s) a and B = (t - s) c.
+        """Returns A = 1 + (t - s) a and B = (t - s) c, the coefficients of X_{s,t}(x) = A x + B net.
 
         Example:
           >>> from jflow import parameterizations
@@ -50,7 +54,13 @@ class Parameterization:
 
 
 def mean_velocity_form(interpolant: Interpolant | None = None) -> Parameterization:
-    """A = 1, B = t - s: the network predicts v_{s,t}(x) (2505.13447, 2505.18825). The path does not enter."""
+    """The v-formulation: the network predicts the mean velocity v_{s,t}(x) (2505.13447, 2505.18825).
+
+    The coefficients are A = 1 and B = t - s. They do not depend on the interpolant.
+
+    Raises:
+      TypeError: if ``interpolant`` is neither None nor an Interpolant.
+    """
     if interpolant is not None:
         interpolants.check(interpolant)
 
@@ -62,17 +72,20 @@ def mean_velocity_form(interpolant: Interpolant | None = None) -> Parameterizati
 
 
 def data_form(interpolant: Interpolant, clamp: float = 0.05) -> Parameterization:
-    """A = alpha_t/alpha_s, B = beta_t - alpha_t beta_s/alpha_s: the network predicts the data end (DDIM, 2010.02502).
+    r"""The x-formulation: the network predicts the data (DDIM, 2010.02502).
+
+    .. math:: A = \frac{\alpha_t}{\alpha_s}, \qquad B = \beta_t - \frac{\alpha_t \beta_s}{\alpha_s}
 
     On the diagonal the network is the denoiser. The form is singular where alpha_s = 0 (s = 1 on the linear path), so
-    max(alpha_s, clamp) replaces alpha_s in the denominators. X_{s,s} = id still holds, and the value for the exact network is
-    finite. Wherever alpha_s < clamp, the same network gives another map than without the clamp.
+    max(alpha_s, clamp) replaces alpha_s in the denominators of a and c. X_{s,s} = id still holds, and the value for the exact
+    network is finite. Where alpha_s < clamp, the same network gives a different map than without the clamp.
 
     On the linear path, pixel MeanFlow (2601.22158) clamps differently: v = (net - x)/max(1 - s, 0.05), regressed on the
-    velocity of the pair clamped in the same way. The two forms agree where 1 - s >= clamp.
+    velocity of the pair clamped in the same way. The two forms agree where 1 - s is at least both clamps.
 
     Raises:
-      ValueError: for a clamp outside (0, 1]; TypeError if it is not a number, or for anything but an Interpolant.
+      ValueError: if the clamp is outside (0, 1].
+      TypeError: if the clamp is not a number, or ``interpolant`` is not an Interpolant.
 
     Example:
       >>> from jflow import interpolants, parameterizations
@@ -93,13 +106,16 @@ def data_form(interpolant: Interpolant, clamp: float = 0.05) -> Parameterization
 
 
 def noise_form(interpolant: Interpolant, clamp: float = 0.05) -> Parameterization:
-    """A = beta_t/beta_s, B = alpha_t - beta_t alpha_s/beta_s: the network predicts the base end.
+    r"""The noise form: the network predicts the base point.
 
-    It is singular where beta_s = 0 (s = 0 on the linear path), so max(beta_s, clamp) replaces beta_s in the denominators, as
-    in ``data_form``.
+    .. math:: A = \frac{\beta_t}{\beta_s}, \qquad B = \alpha_t - \frac{\beta_t \alpha_s}{\beta_s}
+
+    The form is singular where beta_s = 0 (s = 0 on the linear path), so max(beta_s, clamp) replaces beta_s in the
+    denominators of a and c, as in ``data_form``.
 
     Raises:
-      ValueError: for a clamp outside (0, 1]; TypeError if it is not a number, or for anything but an Interpolant.
+      ValueError: if the clamp is outside (0, 1].
+      TypeError: if the clamp is not a number, or ``interpolant`` is not an Interpolant.
     """
     interpolants.check(interpolant)
     checks.number("clamp", clamp, low=0.0, high=1.0, open_low=True)
@@ -113,18 +129,20 @@ def noise_form(interpolant: Interpolant, clamp: float = 0.05) -> Parameterizatio
 
 
 def gaussian_form(interpolant: Interpolant, base: bases.Base = bases.STANDARD_NORMAL) -> Parameterization:
-    """A = sigma_t/sigma_s with sigma^2 = alpha^2 std^2 + beta^2, B = t - s: the network predicts v minus the mean velocity of
-    data ~ N(0, I).
+    r"""The Gaussian form: the network predicts v minus the mean velocity for data ~ N(0, I).
 
-    For centred data of unit scale the linear part is the exact map of the Gaussian with the same moments, and the network
-    learns the rest: the preconditioning of EDM (2206.00364), for two times. sigma has no zero.
+    .. math:: A = \frac{\sigma_t}{\sigma_s}, \qquad B = t - s, \qquad \sigma_t^2 = \alpha_t^2\, \mathrm{std}^2 + \beta_t^2
+
+    If the data has mean zero and identity covariance, the linear part is the exact map of the Gaussian with the same moments,
+    and the network learns the rest. This is the preconditioning of EDM (2206.00364) for two times. sigma is never zero.
 
     Args:
       interpolant: the path.
-      base: a centred ``bases.Normal`` whose std is a number.
+      base: a ``bases.Normal`` with mean 0, whose std is a number.
 
     Raises:
-      ValueError: for another base; TypeError for anything but an Interpolant and a base.
+      ValueError: if the base is not such a Normal.
+      TypeError: if ``interpolant`` is not an Interpolant, or ``base`` is not a base.
     """
     interpolants.check(interpolant)
     normal = bases.gaussian(base, "gaussian_form")
@@ -142,12 +160,15 @@ def gaussian_form(interpolant: Interpolant, base: bases.Base = bases.STANDARD_NO
 
 
 def trigonometric_form(interpolant: Interpolant) -> Parameterization:
-    """A = cos(pi (t-s)/2), B = sin(pi (t-s)/2), on the trigonometric path (2410.11081).
+    r"""The trigonometric form, on the trigonometric path (2410.11081).
 
-    The network predicts -F of that paper, for data of unit scale; the velocity is (pi/2) net.
+    .. math:: A = \cos\left( \tfrac{\pi}{2} (t-s) \right), \qquad B = \sin\left( \tfrac{\pi}{2} (t-s) \right)
+
+    The network predicts -F of that paper, for data of unit scale. The velocity is (pi/2) net.
 
     Raises:
-      ValueError: on another path; TypeError for anything but an Interpolant.
+      ValueError: if the path is not the trigonometric one.
+      TypeError: if ``interpolant`` is not an Interpolant.
     """
     interpolants.check(interpolant)
     if interpolant.name != "trigonometric":
@@ -173,21 +194,23 @@ PARAMETERIZATIONS: dict[str, Callable[..., Parameterization]] = {
 
 
 def flow_map(apply: NetworkApply, parameterization: Parameterization, domain: Domain = FORWARD) -> FlowMap:
-    """A FlowMap made of a network: v_{s,t}(x) = a(s,t) x + c(s,t) apply(params, s, t, x).
+    r"""Makes a FlowMap from a network and a parameterization.
+
+    .. math:: v_{s,t}(x) = a(s,t)\, x + c(s,t)\, \mathrm{net}(s, t, x)
 
     Args:
-      apply: ``(params, s, t, x, cond=None, *, key=None) -> net``, of one sample, shaped like x (see ``jflow.nets``). Its
-        output is cast to the dtypes of x, leaf by leaf.
-      parameterization: what the network predicts.
-      domain: the pairs of times on which it will be trained.
+      apply: the network, ``(params, s, t, x, cond=None, *, key=None) -> net``, for one sample; its output is shaped like x
+        (see ``jflow.nets``) and is cast to the dtypes of x, leaf by leaf.
+      parameterization: the meaning of the network's output.
+      domain: the pairs of times on which the map will be trained.
 
     Returns:
-      The FlowMap; its params are the network's.
+      The FlowMap. Its params are the network's.
 
     Raises:
-      ValueError: (when called) for a time that is not a scalar, or a network whose output is not shaped like x.
-      TypeError: for a network that cannot be called, or a form that is not a Parameterization; (when called) for an x or an
-        output that is not floating point.
+      ValueError: when called, if a time is not a scalar, or the network's output is not shaped like x.
+      TypeError: if ``apply`` is not a function of these arguments, or ``parameterization`` is not a Parameterization; when
+        called, if x or the output is not floating-point.
 
     Example:
       >>> import jax.numpy as jnp
@@ -231,8 +254,8 @@ class Started(NamedTuple):
     """The parameters of a map made by ``from_velocity``.
 
     Attributes:
-      velocity: those of the velocity that it starts from, b.
-      correction: those of the network that learns the rest.
+      velocity: the parameters of the velocity b.
+      correction: the parameters of the network that learns the remainder.
     """
 
     velocity: Params
@@ -242,31 +265,35 @@ class Started(NamedTuple):
 def from_velocity(
     velocity: Velocity | FlowMap, apply: NetworkApply, *, frozen: bool = False, domain: Domain = FORWARD
 ) -> FlowMap:
-    r"""A FlowMap that starts from a velocity. Its diagonal is exactly that velocity, before and after training.
+    r"""Makes a FlowMap that starts from a velocity. Its diagonal is exactly this velocity, before and after training.
 
     .. math:: v_{s,t}(x) = b_s(x) + (t - s)\, \mathrm{net}(s, t, x), \qquad v_{t,t} = b_t
 
-    The velocity is taken at the source, since x is a point of time s. By Taylor's formula the network's target is then
-    finite: (d/ds b + grad b b)/2 as t -> s. With an output layer that starts at zero (that of ``nets.MLP``) the
-    map starts as one Euler step of b. Where b has been learned, the objective needs few diagonal rows, or none if frozen.
+    The velocity is evaluated at s, because x is a point at time s. By Taylor's formula, the network's target is then finite:
 
-    Cost: one pass of each network; on the diagonal, one pass of the velocity alone. The derivative in t is that of the
-    network alone, so Lagrangian methods cost least here. For one pass in all, ``nets.MLP.decoupled`` starts from the weights
+    .. math:: \mathrm{net}(s, t, x) \to \tfrac12 \left( \partial_s b_s + \nabla b_s\, b_s \right)(x) \quad \text{as } t \to s.
+
+    With an output layer that starts at zero (that of ``nets.MLP``), the map starts as one Euler step of b. If b is already
+    trained, the objective needs few diagonal rows, or none if b is frozen.
+
+    Cost: one pass of each network; on the diagonal, only one pass of the velocity. Only the network depends on t, so
+    Lagrangian methods are the cheapest here. For a map of one pass in total, ``nets.MLP.decoupled`` starts from the weights
     of a velocity network.
 
     Args:
-      velocity: b; of a FlowMap, its velocity v_{t,t}.
-      apply: ``(params, s, t, x, cond=None, *, key=None) -> net``, of one sample, shaped like x (see ``jflow.nets``).
-      frozen: whether the velocity's parameters get no gradient. An optimizer's weight decay must be masked as well.
-      domain: the pairs of times on which it will be trained.
+      velocity: b, a Velocity or a FlowMap, whose velocity v_{t,t} is used.
+      apply: the network, ``(params, s, t, x, cond=None, *, key=None) -> net``, for one sample; its output is shaped like x
+        (see ``jflow.nets``).
+      frozen: whether to stop gradients to the velocity's parameters. An optimizer's weight decay must be masked as well.
+      domain: the pairs of times on which the map will be trained.
 
     Returns:
-      The FlowMap; its params are ``Started(velocity, correction)``. Both networks see the same condition and key.
+      The FlowMap. Its params are ``Started(velocity, correction)``. Both networks get the same condition and key.
 
     Raises:
-      TypeError: for a velocity or a network that cannot be called as one; when called, for params that are not ``Started``,
-        or an x or outputs that are not floating-point.
-      ValueError: when called, for a time that is not a scalar, or outputs that are not shaped like x.
+      TypeError: if ``velocity`` or ``apply`` does not have its signature; when called, if params is not a ``Started``, or x
+        or an output is not floating-point.
+      ValueError: when called, if a time is not a scalar, or an output is not shaped like x.
     """
     b = types.as_velocity("velocity", velocity)
     _check_network(apply)

@@ -1,7 +1,7 @@
-"""Parameters made of named parts, one for each of several functions that are trained or used together.
+"""Parameters with named parts, one part for each of several functions that are trained or used together.
 
-A NamedTuple class names the parts: ``Weighted(map, log_weight)``, ``Started(velocity, correction)``. Functions of one part
-become functions of the whole, which any optimizer, average or checkpoint takes as one pytree.
+A NamedTuple class names the parts: ``Weighted(map, log_weight)``, ``Started(velocity, correction)``. ``on_part`` converts a
+function of one part to a function of the whole. The whole is one pytree for optimizers, averages and checkpoints.
 """
 
 from __future__ import annotations
@@ -14,10 +14,10 @@ from jflow.types import FlowMap, Params
 
 
 def take(params: Params, kind: type, name: str) -> Params:
-    """The part ``name`` of parameters that must be of the NamedTuple class ``kind``.
+    """Returns the part ``name`` of parameters of the NamedTuple class ``kind``.
 
     Raises:
-      TypeError: for parameters of another type; the message names the class and its parts.
+      TypeError: if the parameters have another type. The message names the class and its parts.
     """
     if not isinstance(params, kind):
         parts = ", ".join(getattr(kind, "_fields", ()))
@@ -26,15 +26,15 @@ def take(params: Params, kind: type, name: str) -> Params:
 
 
 def on_part(kind: type, name: str, function: Callable[..., Any]) -> Callable[..., Any]:
-    """``function(params, ...)`` as a function of the whole parameters, of which it is given the part ``name``.
+    """Converts a function of the part ``name`` of the parameters to a function of the whole parameters.
 
     Args:
       kind: the NamedTuple class of the whole parameters.
       name: the field that holds the parameters of ``function``.
-      function: ``(params, *args, **kwargs) -> anything``: a Velocity, a mean velocity, a head, a log weight.
+      function: a function ``(params, *args, **kwargs)``, such as a Velocity, a mean velocity, a head or a log weight.
 
     Returns:
-      The function; called with parameters of another type it raises TypeError.
+      The function of the whole parameters. It raises TypeError if the parameters have another type.
     """
 
     def routed(params: Any, *args: Any, **kwargs: Any) -> Any:
@@ -44,7 +44,7 @@ def on_part(kind: type, name: str, function: Callable[..., Any]) -> Callable[...
 
 
 def map_on_part(kind: type, name: str, flow_map: FlowMap) -> FlowMap:
-    """A FlowMap as one of the whole parameters, with the same domain, form and overrides (see ``on_part``)."""
+    """Converts a FlowMap of one part to a FlowMap of the whole parameters, with the same domain, form and overrides."""
 
     def routed(function: Callable[..., Any] | None) -> Any:
         return None if function is None else on_part(kind, name, function)

@@ -1,28 +1,29 @@
-r"""Reductions: from one sample's residual D = prediction - target to its loss, a scalar.
+r"""Reductions: functions that turn the residual of one sample, D = prediction - target, into its loss, a scalar.
 
-Every reduction has the signature ``(params, s, t, difference) -> loss``; only the learned ones read the first three.
-``|D|^2`` is the sum over all leaves and axes of the event. With sg the stop-gradient::
+Every reduction has the signature ``(params, s, t, difference) -> loss``. Only the learned ones read the first three
+arguments. :math:`|D|^2` is the sum over all leaves and axes of the event, and sg is the stop-gradient:
 
-    squared            |D|^2
-    adaptive           |D|^2 / sg(|D|^2 + c)^p                       (2505.13447)
-    pseudo-Huber       sqrt(|D|^2 + c^2) - c                         (2310.14189)
-    Cauchy             (c^2/2) log(1 + |D|^2/c^2)                    (2510.24474)
-    learned            e^{-w} |D|^2 + w, w = w(s, t)                 (2312.02696)
-    learned Cauchy     log(1 + e^{-w} |D|^2) + w/2                   (2510.24474)
+- ``squared``: :math:`|D|^2`
+- ``adaptive``: :math:`|D|^2 / \mathrm{sg}(|D|^2 + c)^p` (2505.13447)
+- ``pseudo_huber``: :math:`\sqrt{|D|^2 + c^2} - c` (2310.14189)
+- ``cauchy``: :math:`\tfrac12 c^2 \log(1 + |D|^2/c^2)` (2510.24474)
+- ``learned``: :math:`e^{-w} |D|^2 + w` with a trained :math:`w(s, t)` (2312.02696)
+- ``learned_cauchy``: :math:`\log(1 + e^{-w} |D|^2) + w/2` with a trained :math:`w(s, t)` (2510.24474)
 
-``per_entry`` makes ``|D|^2`` a mean over entries. Three more replace the value of D, keep its derivative, and apply any of the
-above (``then``)::
+``per_entry`` replaces :math:`|D|^2` by the mean over entries. Three more replace the value of D, keep its derivative, and
+apply any of the above (``then``):
 
-    normalised         D/(|D| + c): the tangent normalisation of 2410.11081 and 2506.14603
-    clipped            D min(1, c/|D|)
-    clamped            every entry of D cut off at +-c               (2507.03738)
+- ``normalised``: :math:`D/(|D| + c)`, the tangent normalisation of 2410.11081 and 2506.14603
+- ``clipped``: :math:`D \min(1, c/|D|)`
+- ``clamped``: every entry of D clipped to [-c, c] (2507.03738)
 
-A warm-up of the tangent is not a reduction, because it scales one term of D: it is a choice of the method's derivative
+A tangent warm-up is not a reduction, because it scales one term of D. It belongs to the method's derivative
 (``identities.scaled``).
 
-Where the target holds a velocity from the pair (MeanFlow) only a weight that does not depend on D keeps the exact map
-stationary: all but ``squared`` and ``learned`` bias it wherever x1 given x is skewed. In the other methods the residual of
-the exact map is zero for every sample, or its target is the regression of flow matching, biased in the same way.
+If the target contains the velocity of the pair (MeanFlow), the exact map is stationary only for a weight that does not
+depend on D. All reductions except ``squared`` and ``learned`` then bias the map wherever x1 given x is skewed. In the other
+methods, the residual of the exact map is zero for every sample, except in the flow-matching (tangent) term, which is biased
+in the same way.
 """
 
 from __future__ import annotations
@@ -43,16 +44,16 @@ _LOSS = "(params, s, t, difference) -> loss, such as reductions.squared"
 
 
 def check(name: str, reduction: Reduction) -> None:
-    """Refuses anything but a reduction: a number, or a function that makes one in its place.
+    """Checks that an argument is a reduction, not a number or a function that makes a reduction.
 
     Raises:
-      TypeError: naming the argument, and what was expected.
+      TypeError: if the argument is not a reduction.
     """
     checks.accepts(name, reduction, _LOSS, 4, model=False)
 
 
 def squared(params: Params, s: Time, t: Time, difference: Event) -> Array:
-    """The squared norm, ``|D|^2``.
+    r"""The squared norm :math:`|D|^2`.
 
     Example:
       >>> import jax.numpy as jnp
@@ -66,10 +67,14 @@ def squared(params: Params, s: Time, t: Time, difference: Event) -> Array:
 
 
 def weighted(weight: Callable[[Array], Array]) -> Reduction:
-    """The squared norm with a weight that depends on it and has no gradient, ``sg(weight(|D|^2)) |D|^2``; ``adaptive`` is one.
+    r"""Returns the squared norm times a weight that depends on it; no gradient flows through the weight.
+
+    .. math:: \mathrm{sg}\big( \mathrm{weight}(|D|^2) \big)\, |D|^2
+
+    ``adaptive`` is an example.
 
     Raises:
-      TypeError: for a weight that is not a function of one argument.
+      TypeError: if ``weight`` is not a function of one argument.
     """
     checks.accepts("weight", weight, "|D|^2 -> weight", 1, model=False)
 
@@ -82,11 +87,14 @@ def weighted(weight: Callable[[Array], Array]) -> Reduction:
 
 
 def adaptive(p: float = 1.0, c: float = 0.01) -> Reduction:
-    """The squared norm with MeanFlow's adaptive weight, ``|D|^2 / sg(|D|^2 + c)^p``.
+    r"""Returns the squared norm with MeanFlow's adaptive weight.
+
+    .. math:: \frac{|D|^2}{\mathrm{sg}(|D|^2 + c)^p}
 
     Raises:
-      ValueError: if p is negative or c not positive; when called, if c^p or its inverse is not a normal number of the
-        dtype of ``|D|^2``. TypeError if they are not numbers.
+      ValueError: if p is negative or c is not positive; when called, if c^p or its inverse is not a normal number of the
+        dtype of ``|D|^2``.
+      TypeError: if p or c is not a number.
 
     Example:
       >>> import jax.numpy as jnp
@@ -106,12 +114,14 @@ def adaptive(p: float = 1.0, c: float = 0.01) -> Reduction:
 
 
 def shaped(shape: Callable[[Event], Event], then: Reduction = squared) -> Reduction:
-    """``then`` of D + sg(shape(D) - D): the value is that of shape(D), the derivative that of D.
+    r"""Returns a reduction of D with the value of shape(D) and the derivative of D.
 
-    With ``then`` squared, half the gradient is shape(D) times that of the prediction.
+    .. math:: \mathrm{then}\big( D + \mathrm{sg}( \mathrm{shape}(D) - D ) \big)
+
+    If ``then`` is ``squared``, the gradient is that of D contracted with 2 shape(D).
 
     Raises:
-      TypeError: for a shape that is not a function of one argument, or anything but a reduction.
+      TypeError: if ``shape`` is not a function of one argument, or ``then`` is not a reduction.
     """
     checks.accepts("shape", shape, "D -> another D", 1, model=False)
     check("then", then)
@@ -124,11 +134,11 @@ def shaped(shape: Callable[[Event], Event], then: Reduction = squared) -> Reduct
 
 
 def normalised(c: float = 0.1, then: Reduction = squared) -> Reduction:
-    """Tangent normalisation: ``then`` of ``D/(|D| + c)``, with the derivative of D.
+    r"""Returns the tangent normalisation: ``then`` with the value of :math:`D/(|D| + c)` and the derivative of D.
 
     Raises:
       ValueError: if c is not positive; when called, if c or its inverse is not a normal number of the dtype of ``|D|``.
-      TypeError: if it is not a number, or for anything but a reduction.
+      TypeError: if c is not a number, or ``then`` is not a reduction.
 
     Example:
       >>> import jax.numpy as jnp
@@ -142,17 +152,18 @@ def normalised(c: float = 0.1, then: Reduction = squared) -> Reduction:
     def shape(d: Event) -> Event:
         norm = jnp.sqrt(trees.sq_norm(d)) + c
         _representable("c", c, 1.0, norm.dtype)
-        # Divided in the wide dtype: the inverse of a small norm overflows in 16 bits.
+        # Divide in the wide dtype: the inverse of a small norm overflows in 16 bits.
         return jax.tree.map(lambda leaf: (leaf.astype(norm.dtype) / norm).astype(leaf.dtype), d)
 
     return named("normalised", shaped(shape, then), c=c, then=then)
 
 
 def clipped(c: float = 1.0, then: Reduction = squared) -> Reduction:
-    """Clipping: ``then`` of ``D min(1, c/|D|)``, with the derivative of D.
+    r"""Returns norm clipping: ``then`` with the value of :math:`D \min(1, c/|D|)` and the derivative of D.
 
     Raises:
-      ValueError: if c is not positive; TypeError if it is not a number, or for anything but a reduction.
+      ValueError: if c is not positive.
+      TypeError: if c is not a number, or ``then`` is not a reduction.
 
     Example:
       >>> import jax.numpy as jnp
@@ -167,10 +178,11 @@ def clipped(c: float = 1.0, then: Reduction = squared) -> Reduction:
 
 
 def clamped(c: float = 1.0, then: Reduction = squared) -> Reduction:
-    """``then`` of D with every entry cut off at +-c, with the derivative of D.
+    """Returns entrywise clipping: ``then`` with the value of D clipped to [-c, c] and the derivative of D.
 
     Raises:
-      ValueError: if c is not positive; TypeError if it is not a number, or for anything but a reduction.
+      ValueError: if c is not positive.
+      TypeError: if c is not a number, or ``then`` is not a reduction.
     """
     checks.number("c", c, low=0.0, open_low=True)
     shape = shaped(lambda d: jax.tree.map(lambda leaf: jnp.clip(leaf, -c, c), d), then)
@@ -178,13 +190,14 @@ def clamped(c: float = 1.0, then: Reduction = squared) -> Reduction:
 
 
 def per_entry(then: Reduction = squared) -> Reduction:
-    """``then`` of D/sqrt(d), d counting the entries of the event: ``|D|^2`` becomes its mean over the entries.
+    r"""Returns ``then`` of :math:`D/\sqrt{d}` for an event with d entries, so that :math:`|D|^2` becomes the mean over entries.
 
-    Published losses are often means over pixels and channels. A cut-off of entries goes outside:
+    Published losses are often means over pixels and channels. To clip entries as well, put ``clamped`` outside:
     ``clamped(1.0, then=per_entry(adaptive(0.5, 1e-3)))``.
 
     Raises:
-      TypeError: for anything but a reduction. ValueError when called, for an event without entries.
+      TypeError: if ``then`` is not a reduction.
+      ValueError: when called, if the event has no entries.
 
     Example:
       >>> import jax.numpy as jnp
@@ -205,10 +218,11 @@ def per_entry(then: Reduction = squared) -> Reduction:
 
 
 def scaled(factor: float, of: Reduction) -> Reduction:
-    """``factor`` times a reduction.
+    """Returns a reduction multiplied by ``factor``.
 
     Raises:
-      ValueError: if the factor is not positive and finite; TypeError if it is not a number, or for anything but a reduction.
+      ValueError: if the factor is not positive and finite.
+      TypeError: if the factor is not a number, or ``of`` is not a reduction.
     """
     checks.number("factor", factor, low=0.0, open_low=True)
     check("of", of)
@@ -220,15 +234,20 @@ def scaled(factor: float, of: Reduction) -> Reduction:
 
 
 def pseudo_huber(c: float = 0.03, *, times_root_size: bool = False) -> Reduction:
-    """The pseudo-Huber loss, ``sqrt(|D|^2 + c^2) - c``; with c = 0 it is ``|D|``, whose gradient at D = 0 is taken as zero.
+    r"""Returns the pseudo-Huber loss.
+
+    .. math:: \sqrt{|D|^2 + c^2} - c
+
+    With c = 0 it is :math:`|D|`, with a zero gradient at D = 0.
 
     Args:
-      c: in the units of ``|D|``, at least 0.
-      times_root_size: whether c is multiplied with sqrt(d), d counting the entries of the event: 0.00054 sqrt(d) in
-        improved consistency training (2310.14189).
+      c: the width, in the units of ``|D|``, at least 0.
+      times_root_size: whether to multiply c by sqrt(d) for an event with d entries. Improved consistency training
+        (2310.14189) uses 0.00054 sqrt(d).
 
     Raises:
-      ValueError: if c is negative; TypeError if it is not a number.
+      ValueError: if c is negative.
+      TypeError: if c is not a number.
 
     Example:
       >>> import jax.numpy as jnp
@@ -244,7 +263,7 @@ def pseudo_huber(c: float = 0.03, *, times_root_size: bool = False) -> Reduction
         square = trees.sq_norm(difference)
         width = c * trees.size(difference) ** 0.5 if times_root_size else c
         within = square + width * width
-        # The difference of two nearly equal numbers, without the cancellation; and no root of zero.
+        # This form avoids cancellation for small D, and the derivative of a root of zero.
         root = jnp.sqrt(jnp.where(within == 0.0, 1.0, within))
         return jnp.where(within == 0.0, 0.0, square / (root + width))
 
@@ -252,11 +271,13 @@ def pseudo_huber(c: float = 0.03, *, times_root_size: bool = False) -> Reduction
 
 
 def cauchy(c: float = 1.0) -> Reduction:
-    """The Cauchy loss, ``(c^2/2) log(1 + |D|^2/c^2)``.
+    r"""Returns the Cauchy loss.
+
+    .. math:: \frac{c^2}{2} \log\left( 1 + \frac{|D|^2}{c^2} \right)
 
     Raises:
-      ValueError: if c is not positive; when called, if c^2 is not a normal number of the dtype of ``|D|^2``.
-      TypeError: if it is not a number.
+      ValueError: if c is not positive; when called, if c^2 or its inverse is not a normal number of the dtype of ``|D|^2``.
+      TypeError: if c is not a number.
 
     Example:
       >>> import jax.numpy as jnp
@@ -271,7 +292,7 @@ def cauchy(c: float = 1.0) -> Reduction:
         del params, s, t
         square = trees.sq_norm(difference)
         _representable("c", c, 2.0, square.dtype)
-        # log(1 + r) = log(1 + 1/r) + log(r), which cannot overflow; where it is not taken, its argument is one.
+        # For large r, log(1 + r) = log(1 + 1/r) + log(r) cannot overflow. In the branch not taken, the argument is one.
         large = square > c * c
         outside = jnp.where(large, square, 1.0)
         log = jnp.log1p(jnp.where(large, c * c / outside, square / (c * c)))
@@ -281,12 +302,15 @@ def cauchy(c: float = 1.0) -> Reduction:
 
 
 def learned(log_weight: Callable[[Params, Time, Time], Array], of: Reduction = squared) -> Reduction:
-    """e^{-w} of(D) + w with w = log_weight(params, s, t), a scalar trained along; at its optimum e^w = E[of(D)].
+    r"""Returns a reduction with a learned weight (2312.02696).
 
-    Divide w by the event's size beforehand if ``|D|^2`` should count per dimension.
+    .. math:: e^{-w}\, \mathrm{of}(D) + w, \qquad w = \mathrm{log\_weight}(\mathrm{params}, s, t)
+
+    The scalar w is trained together with the map. At its optimum, :math:`e^w = \mathbb{E}[\mathrm{of}(D)]`. Use
+    ``of=per_entry()`` to weight the mean over entries instead of the sum.
 
     Raises:
-      TypeError: for a log_weight that is not a function of three arguments, or anything but a reduction.
+      TypeError: if ``log_weight`` is not a function of three arguments, or ``of`` is not a reduction.
     """
     checks.accepts("log_weight", log_weight, _LOG_WEIGHT, 3, model=False)
     check("of", of)
@@ -300,10 +324,12 @@ def learned(log_weight: Callable[[Params, Time, Time], Array], of: Reduction = s
 
 
 def learned_cauchy(log_weight: Callable[[Params, Time, Time], Array]) -> Reduction:
-    """The Cauchy loss of learned scale e^{w/2}: ``log(1 + e^{-w} |D|^2) + w/2`` with w = log_weight(params, s, t).
+    r"""Returns the Cauchy loss with a learned scale :math:`e^{w/2}` (2510.24474).
+
+    .. math:: \log\left( 1 + e^{-w} |D|^2 \right) + \frac{w}{2}, \qquad w = \mathrm{log\_weight}(\mathrm{params}, s, t)
 
     Raises:
-      TypeError: for a log_weight that is not a function of three arguments.
+      TypeError: if ``log_weight`` is not a function of three arguments.
     """
     checks.accepts("log_weight", log_weight, _LOG_WEIGHT, 3, model=False)
 
@@ -316,7 +342,7 @@ def learned_cauchy(log_weight: Callable[[Params, Time, Time], Array]) -> Reducti
 
 
 def _representable(name: str, value: float, power: float, dtype: jnp.dtype) -> None:
-    """Refuses a positive value if value^power or its inverse is not a normal number of the dtype."""
+    """Raises ValueError if the positive value, value^power or its inverse is not a normal number of the dtype."""
     least, most = float(jnp.finfo(dtype).tiny), float(jnp.finfo(dtype).max)
     exponent = power * math.log(value)
     if not (math.log(least) <= exponent <= math.log(most) and -exponent <= math.log(most)) or value < least:

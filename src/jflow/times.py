@@ -1,13 +1,13 @@
-"""Laws of times: ``(key, n) -> [n]`` for one time, ``(key, n) -> (s [n], t [n])`` for a pair.
+"""Laws of times: functions that draw training times, ``(key, n) -> t [n]``, or pairs, ``(key, n) -> (s [n], t [n])``.
 
-A law draws the times of a whole batch in one call, so that it can spread them (``stratified``); the rows of a batch are
-exchangeable. ``n`` is a Python number, and jax must be able to trace a law. A law of pairs returns a tuple.
+A law draws the times of a whole batch in one call, so that it can stratify them; the rows of a batch are exchangeable. ``n``
+is a Python integer. Laws must be traceable by jax. A law of pairs returns a tuple.
 
-The functions below make laws: ``times.uniform()`` is a law, ``times.uniform`` is not. Where a law is an argument, anything
-else is refused with a TypeError or ValueError that names the argument: a function that makes laws, a function of other
-arguments, a law of pairs in the place of a law of one time, and the reverse.
+The functions of this module make laws: ``times.uniform()`` is a law, ``times.uniform`` is not. A function that takes a law
+raises a TypeError or ValueError for anything else: a function that makes laws, a function with other arguments, a law of pairs
+in place of a law of one time, and the reverse.
 
-In papers that put the data at time 0, laws are reversed: MeanFlow's logit-normal(-0.4, 1) is logit-normal(+0.4, 1) here.
+In papers with the data at time 0, laws are reversed: MeanFlow's logit-normal(-0.4, 1) is logit-normal(+0.4, 1) here.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ from jflow import checks
 from jflow.named import described, named, shown
 from jflow.types import FINEST_LEVELS, Array, Domain, Key
 
-# The number of times that are drawn when a law is checked.
+# The number of times drawn to check a law.
 DRAWN = 256
 
 Law = Callable[[Key, int], Array]
@@ -33,20 +33,20 @@ PairLaw = Callable[[Key, int], tuple[Array, Array]]
 AnyLaw = TypeVar("AnyLaw", Law, PairLaw)
 
 _ARRAYS = (jax.Array, np.ndarray, jax.ShapeDtypeStruct)
-# What laws take and return, for messages.
+# The signatures of laws, for error messages.
 _ONE = "(key, n) -> times, a law of jflow.times such as uniform()"
 _PAIR = "(key, n) -> (s, t), a law of pairs of jflow.times such as triangle()"
 
 
 @dataclasses.dataclass(frozen=True)
 class ByStep(Generic[AnyLaw]):
-    """A law that changes with the optimizer's step: ``law(step)`` is the law at that step, which may be traced.
+    """A law that changes with the optimizer's step: ``law(step)`` is the law at that step. The step may be traced.
 
     An objective takes a ByStep wherever it takes a law: ``ByStep(lambda step: cells(2 ** (step // 1000)))``. The functions
-    of this module that combine laws do not; put ByStep around their results: ``ByStep(lambda step: ordered(...))``.
+    of this module that combine laws do not take a ByStep. Put it around their results: ``ByStep(lambda step: ordered(...))``.
 
     Raises:
-      TypeError: for anything that is not a function of a step, such as a law.
+      TypeError: if ``law`` is not a function of a step; a law, for example, is not.
     """
 
     law: Callable[[Array], AnyLaw]
@@ -54,7 +54,7 @@ class ByStep(Generic[AnyLaw]):
     def __post_init__(self) -> None:
         what = "step -> law, such as lambda step: uniform()"
         checks.function("law", self.law, what)
-        # Of the makers, ``cells`` alone takes a traced number.
+        # ``cells`` is the only function of this module that makes a law from a traced number.
         if _makes_laws(self.law) and self.law is not cells:
             raise TypeError(f"law: expected a function {what}, got the function {shown(self.law)}")
         checks.accepts("law", self.law, what, 1, model=False)
@@ -64,19 +64,20 @@ class ByStep(Generic[AnyLaw]):
 
 
 def at_step(law: AnyLaw | ByStep[AnyLaw], step: Array | int) -> AnyLaw:
-    """The law at a step; ``law`` itself unless it is a ``ByStep``."""
+    """Returns the law at a step: ``law`` itself unless it is a ``ByStep``."""
     if not isinstance(law, ByStep):
         return law
-    # Steps may be mixed with floats, as in an optax schedule.
+    # The function may mix the step with floats, as optax schedules do.
     with jax.numpy_dtype_promotion("standard"):
         return law.law(jnp.asarray(step))
 
 
 def uniform(low: float = 0.0, high: float = 1.0, *, stratified: bool = False) -> Law:
-    """Uniform on [low, high); ``stratified`` puts one sample into each of n equal cells, in random order.
+    """Returns the uniform law on [low, high). ``stratified`` draws one sample from each of n equal cells, in random order.
 
     Raises:
-      ValueError: unless 0 <= low < high <= 1; TypeError if they are not numbers.
+      ValueError: unless 0 <= low < high <= 1.
+      TypeError: if low or high is not a number.
 
     Example:
       >>> import jax
@@ -99,10 +100,11 @@ def uniform(low: float = 0.0, high: float = 1.0, *, stratified: bool = False) ->
 
 
 def logit_normal(mean: float = 0.0, std: float = 1.0) -> Law:
-    """sigmoid(mean + std z), z ~ N(0, 1) (2403.03206).
+    """Returns the logit-normal law (2403.03206): t = sigmoid(mean + std z) with z ~ N(0, 1).
 
     Raises:
-      ValueError: if std is not positive; TypeError if they are not numbers.
+      ValueError: if std is not positive, or a number is not finite.
+      TypeError: if mean or std is not a number.
 
     Example:
       >>> import jax
@@ -121,10 +123,11 @@ def logit_normal(mean: float = 0.0, std: float = 1.0) -> Law:
 
 
 def constant(value: float) -> Law:
-    """The fixed time ``value``.
+    """Returns the law of a fixed time.
 
     Raises:
-      ValueError: if it is outside [0, 1]; TypeError if it is not a number.
+      ValueError: if ``value`` is outside [0, 1].
+      TypeError: if ``value`` is not a number.
 
     Example:
       >>> import jax
@@ -137,9 +140,10 @@ def constant(value: float) -> Law:
 
 
 def triangle(*, stratified: bool = False) -> PairLaw:
-    """Uniform on the triangle 0 <= s < t <= 1; ``stratified`` draws the gap t - s from one stratum for each row.
+    """Returns the uniform law on the triangle 0 <= s < t <= 1.
 
-    The gap has density 2 (1 - g), hence g = 1 - sqrt(1 - u) with u uniform; s is uniform on [0, 1 - g].
+    The gap g = t - s has density 2 (1 - g) and is drawn as g = 1 - sqrt(1 - u) with u uniform on [0, 1). s is uniform on
+    [0, 1 - g]. ``stratified`` draws u from ``uniform(stratified=True)``.
 
     Example:
       >>> import jax
@@ -160,10 +164,12 @@ def triangle(*, stratified: bool = False) -> PairLaw:
 
 
 def ordered(law: Law, other: Law | None = None) -> PairLaw:
-    """Two independent draws, s the smaller (2505.13447): of one law, or of two (2510.24474).
+    """Returns the law of two independent draws in increasing order: s is the smaller, t the larger (2505.13447).
+
+    The second draw is from ``other`` if it is given (2510.24474), else from ``law``.
 
     Raises:
-      ValueError, TypeError: for anything but laws of one time.
+      ValueError, TypeError: if an argument is not a law of one time.
     """
     _check_one("law", law)
     if other is not None:
@@ -179,20 +185,20 @@ def ordered(law: Law, other: Law | None = None) -> PairLaw:
 
 
 def source(pair: PairLaw) -> Law:
-    """The law of s in a law of pairs: ``source(ordered(law))`` is the law of the smaller of two draws.
+    """Returns the law of s in a law of pairs. For example, ``source(ordered(law))`` is the law of the smaller of two draws.
 
     Raises:
-      ValueError, TypeError: for anything but a law of pairs.
+      ValueError, TypeError: if ``pair`` is not a law of pairs.
     """
     _check_pair("pair", pair)
     return named("source", lambda key, n: pair(key, n)[0], pair=pair)
 
 
 def independent(source: Law, target: Law) -> PairLaw:
-    """s and t, each drawn from its own law: ``constant`` fixes an end, two uniforms give both directions.
+    """Returns the law of independent s and t. Use ``constant`` to fix one of them, and two uniforms for both directions.
 
     Raises:
-      ValueError, TypeError: for anything but laws of one time.
+      ValueError, TypeError: if an argument is not a law of one time.
 
     Example:
       >>> import jax
@@ -212,10 +218,10 @@ def independent(source: Law, target: Law) -> PairLaw:
 
 
 def gapped(gap: Law) -> PairLaw:
-    """The gap t - s is drawn from a law, then s uniformly from [0, 1 - gap].
+    """Returns the law of pairs whose gap t - s is drawn from a law, and then s uniformly from [0, 1 - gap].
 
     Raises:
-      ValueError, TypeError: for anything but a law of one time.
+      ValueError, TypeError: if ``gap`` is not a law of one time.
     """
     _check_one("gap", gap)
 
@@ -229,16 +235,16 @@ def gapped(gap: Law) -> PairLaw:
 
 
 def mixed(laws: Sequence[PairLaw], weights: Sequence[float]) -> PairLaw:
-    """Every row is drawn from one of several laws of pairs, chosen with the given probabilities.
+    """Returns the mixture of several laws of pairs: each row is drawn from one of them, with the given probabilities.
 
     Args:
       laws: the laws of pairs, at least one.
-      weights: their probabilities, numbers.
+      weights: their probabilities.
 
     Raises:
-      ValueError: for weights that do not match the laws, are negative, or do not sum to one.
-      TypeError: for weights that are not numbers, or anything but sequences.
-      ValueError, TypeError: for anything but laws of pairs.
+      ValueError: if the numbers of weights and laws differ or are zero, a weight is negative, the weights do not sum to one,
+        or an entry of ``laws`` does not return pairs of times.
+      TypeError: if an argument is not a sequence, a weight is not a number, or an entry of ``laws`` is not a law.
     """
     for name, value, what in (("laws", laws, "laws of pairs"), ("weights", weights, "numbers")):
         if not isinstance(value, Sequence | np.ndarray) or isinstance(value, str):
@@ -262,19 +268,20 @@ def mixed(laws: Sequence[PairLaw], weights: Sequence[float]) -> PairLaw:
 
 
 def to_data(source: Law | None = None) -> PairLaw:
-    """t = 1 always, s from a law (uniform by default): the pairs of consistency models (2303.01469).
+    """Returns the law of the pairs of consistency models (2303.01469): t = 1, and s from a law, uniform by default.
 
     Raises:
-      ValueError, TypeError: for anything but a law of one time.
+      ValueError, TypeError: if ``source`` is not a law of one time.
     """
     return independent(uniform() if source is None else source, constant(1.0))
 
 
 def cells(count: Array | int) -> PairLaw:
-    """A uniformly chosen cell [s, t] of a grid of ``count`` equal cells (2202.00512); the count may be traced.
+    """Returns the law of a uniformly chosen cell [s, t] in a grid of ``count`` equal cells (2202.00512).
 
     Raises:
-      ValueError: if a concrete count is below one; TypeError for a Python number that is not whole.
+      ValueError: if ``count`` is concrete and below one. It may be traced.
+      TypeError: if ``count`` is neither an integer nor a jax array.
     """
     if not isinstance(count, jax.Array):
         checks.integer("count", count, low=1)
@@ -292,12 +299,14 @@ def cells(count: Array | int) -> PairLaw:
 
 
 def dyadic(levels: int) -> PairLaw:
-    """The law of the shortcut model (2410.12557): a gap 2^-k, k uniform on 0..levels, and s uniform on its multiples.
+    """Returns the law of the shortcut model (2410.12557): the gap is 2^-k with k uniform on 0..levels.
 
-    The smallest gap of the grid is drawn too; in the paper's code it comes in the flow-matching rows.
+    s is uniform on the multiples of the gap below 1. The smallest gap of the grid is included; in the paper's code it occurs
+    in the flow-matching rows.
 
     Raises:
-      ValueError: for levels outside 1 to ``types.FINEST_LEVELS``; TypeError if it is not a whole number.
+      ValueError: if ``levels`` is not between 1 and ``types.FINEST_LEVELS``.
+      TypeError: if ``levels`` is not an integer.
     """
     checks.integer("levels", levels, low=1, high=FINEST_LEVELS)
 
@@ -313,43 +322,43 @@ def dyadic(levels: int) -> PairLaw:
 
 
 def check_law(name: str, law: Law) -> np.ndarray | None:
-    """Draws from a law of one time, and refuses anything but ``[n]`` times in [0, 1].
+    """Draws from a law of one time, and checks that it returns times in [0, 1] of shape ``[n]``.
 
-    It draws concrete times under ``jit`` too, unless the law closes over traced values; the values of traced times are not
-    checked.
+    The drawn times are concrete, also under ``jit``, unless the law closes over traced values. The values of traced times
+    are not checked.
 
     Args:
-      name: how messages call it.
+      name: the law's name in error messages.
       law: ``(key, n) -> [n]``.
 
     Returns:
-      The times that were drawn, in float64; None if they are traced.
+      The drawn times in float64, or None if they are traced.
 
     Raises:
-      ValueError: for another shape, or times outside [0, 1] or not finite.
-      TypeError: for anything that is not a law, or times that are not floating-point.
+      ValueError: if the times do not have shape ``[n]``, or a time is outside [0, 1] or not finite.
+      TypeError: if ``law`` is not a law, or the times are not floating-point.
     """
     return _check_values(name, _draw(name, law, _ONE), "times")
 
 
 def check_pairs(name: str, law: PairLaw, domain: Domain) -> tuple[np.ndarray, np.ndarray] | None:
-    """Draws from a law of pairs, and refuses anything but a tuple of two arrays ``[n]`` of times within the domain.
+    """Draws from a law of pairs, and checks that it returns a tuple (s, t) of times ``[n]`` inside the domain.
 
-    It draws concrete times under ``jit`` too, unless the law closes over traced values; the values of traced times are not
-    checked.
+    The drawn times are concrete, also under ``jit``, unless the law closes over traced values. The values of traced times
+    are not checked.
 
     Args:
-      name: how messages call it.
+      name: the law's name in error messages.
       law: ``(key, n) -> (s [n], t [n])``.
-      domain: of the map that is trained at these times.
+      domain: the domain of the map that is trained at these times.
 
     Returns:
-      The pairs (s, t) that were drawn, in float64; None if they are traced.
+      The drawn pairs (s, t) in float64, or None if they are traced.
 
     Raises:
-      ValueError: for anything but a tuple of two (a list, too), another shape, times outside [0, 1] or not finite, or a
-        pair outside the domain.
-      TypeError: for anything that is not a law, or times that are not floating-point.
+      ValueError: if the law does not return a tuple of two arrays of shape ``[n]``, a time is outside [0, 1] or not finite,
+        or a pair is outside the domain. A list is not accepted.
+      TypeError: if ``law`` is not a law, or the times are not floating-point.
     """
     first, second = _as_pair(name, _draw(name, law, _PAIR))
     s, t = _check_values(name, first, "s"), _check_values(name, second, "t")
@@ -365,33 +374,33 @@ def check_pairs(name: str, law: PairLaw, domain: Domain) -> tuple[np.ndarray, np
 
 
 def _check_one(name: str, law: Any) -> None:
-    """Refuses anything but a law of one time; nothing is computed."""
+    """Raises an error if the argument is not a law of one time. The law is only traced."""
     _check_array(name, _shapes(name, law, _ONE), "times")
 
 
 def _check_pair(name: str, law: Any) -> None:
-    """Refuses anything but a law of pairs; nothing is computed."""
+    """Raises an error if the argument is not a law of pairs. The law is only traced."""
     for drawn, which in zip(_as_pair(name, _shapes(name, law, _PAIR)), ("s", "t"), strict=True):
         _check_array(name, drawn, which)
 
 
 def _shapes(name: str, law: Any, what: str) -> Any:
-    """What a law returns, as shapes and dtypes."""
+    """Returns the shapes and dtypes of a law's output."""
     _check_is_law(name, law, what)
-    # The key is made within the trace: laws are also made at import, when jax must not start its backend.
+    # Make the key inside the trace: laws are also made at import, when jax must not initialise its backend.
     return jax.eval_shape(lambda: law(jax.random.key(0), DRAWN))
 
 
 def _draw(name: str, law: Any, what: str) -> Any:
-    """What a law returns, concrete where it can be."""
+    """Draws from a law; the times are concrete if possible."""
     _check_is_law(name, law, what)
-    # Under jit the times would otherwise be traced, and their values could not be checked.
+    # Otherwise the times would be traced under jit, and their values could not be checked.
     with jax.ensure_compile_time_eval():
         return law(jax.random.key(0), DRAWN)
 
 
 def _check_is_law(name: str, law: Any, what: str) -> None:
-    """Refuses anything but a function of a key and a number."""
+    """Raises TypeError if the argument is not a function of a key and a number."""
     checks.function(name, law, what)
     if _makes_laws(law):
         raise TypeError(
@@ -401,7 +410,7 @@ def _check_is_law(name: str, law: Any, what: str) -> None:
 
 
 def _makes_laws(law: Any) -> bool:
-    """Whether it is a function of this module, not the law that it returns."""
+    """Returns whether the argument is a function of this module, which makes laws, and not a law."""
     return inspect.isfunction(law) and law.__module__ == __name__
 
 
@@ -412,7 +421,7 @@ def _as_pair(name: str, drawn: Any) -> tuple[Any, Any]:
 
 
 def _check_array(name: str, drawn: Any, which: str) -> None:
-    """Refuses anything but a floating-point array ``[n]``."""
+    """Raises an error if a drawn value is not a floating-point array ``[n]``."""
     if not isinstance(drawn, _ARRAYS):
         raise ValueError(f"{name}: expected a law that returns an array of {which}, it returned {_kind(drawn)}")
     shape, dtype = drawn.shape, drawn.dtype
@@ -423,14 +432,14 @@ def _check_array(name: str, drawn: Any, which: str) -> None:
 
 
 def _kind(drawn: Any) -> str:
-    """What a law returned, for messages."""
+    """Describes what a law returned, for error messages."""
     if isinstance(drawn, _ARRAYS):
         return "one array"
     return f"a {type(drawn).__name__}" + (f" of {len(drawn)}" if isinstance(drawn, tuple | list) else "")
 
 
 def _check_values(name: str, drawn: Any, which: str) -> np.ndarray | None:
-    """The times as numpy, checked; None if they are traced."""
+    """Checks the drawn times, and returns them as a numpy array, or None if they are traced."""
     _check_array(name, drawn, which)
     values = checks.concrete(drawn)
     if values is None:

@@ -1,6 +1,6 @@
-"""Arithmetic on events: pytrees of arrays, of one sample.
+"""Arithmetic on events. An event is one sample, a pytree of arrays.
 
-Scalars are cast to the dtype of each leaf, so that float32 times move bfloat16 states without promoting them.
+Scalars are cast to the dtype of each leaf, so that multiplying a bfloat16 state by a float32 time does not promote it.
 """
 
 from __future__ import annotations
@@ -19,43 +19,43 @@ Tree = TypeVar("Tree")
 
 
 def scale(a: Scalar, x: Tree) -> Tree:
-    """a x."""
+    """Returns a x."""
     return jax.tree.map(lambda leaf: jnp.asarray(a).astype(leaf.dtype) * leaf, x)
 
 
 def add(x: Tree, y: Tree) -> Tree:
-    """x + y."""
+    """Returns x + y."""
     return jax.tree.map(jnp.add, x, y)
 
 
 def sub(x: Tree, y: Tree) -> Tree:
-    """x - y."""
+    """Returns x - y."""
     return jax.tree.map(jnp.subtract, x, y)
 
 
 def axpy(a: Scalar, x: Tree, y: Tree) -> Tree:
-    """a x + y."""
+    """Returns a x + y."""
     return add(scale(a, x), y)
 
 
 def combine(a: Scalar, x: Tree, b: Scalar, y: Tree) -> Tree:
-    """a x + b y."""
+    """Returns a x + b y."""
     return add(scale(a, x), scale(b, y))
 
 
 def sq_norm(x: PyTree) -> Array:
-    """The squared norm ``|x|^2``, summed over all leaves and axes, accumulated in at least float32; a scalar."""
+    """Returns the squared norm ``|x|^2``, a scalar: the sum over all leaves and axes, accumulated in at least float32."""
     dtype = at_least_float32(x)
     return sum((jnp.sum(jnp.square(leaf.astype(dtype))) for leaf in jax.tree.leaves(x)), start=jnp.zeros((), dtype))
 
 
 def size(x: PyTree) -> int:
-    """The number of entries of all leaves."""
+    """Returns the number of entries of all leaves."""
     return sum(int(np.size(leaf)) for leaf in jax.tree.leaves(x))
 
 
 def at_least_float32(x: PyTree) -> jnp.dtype:
-    """The widest dtype of the leaves, or float32 where all are narrower: for times, sums and random draws."""
+    """Returns the widest dtype of the leaves, or float32 if all are narrower. It is used for times, sums and random draws."""
     return max((jnp.dtype(leaf.dtype) for leaf in (*jax.tree.leaves(x), jnp.zeros((), jnp.float32))), key=_bits)
 
 
@@ -64,17 +64,17 @@ def _bits(dtype: jnp.dtype) -> int:
 
 
 def zeros_like(x: Tree) -> Tree:
-    """Zeros, shaped and typed like x."""
+    """Returns zeros with the shapes and dtypes of x."""
     return jax.tree.map(jnp.zeros_like, x)
 
 
 def is_key(leaf: object) -> bool:
-    """Whether a leaf is an array of typed PRNG keys."""
+    """Returns whether a leaf is an array of typed PRNG keys."""
     return isinstance(leaf, jax.Array) and jnp.issubdtype(leaf.dtype, jax.dtypes.prng_key)
 
 
 def on_words(function: Callable[[Any], Any], leaf: Any) -> Any:
-    """``function(leaf)`` for an array of numbers; of typed PRNG keys, keys whose words are ``function`` of theirs."""
+    """Applies ``function`` to an array of numbers, or to the key data of typed PRNG keys, and returns numbers or keys."""
     if not is_key(leaf):
         return function(leaf)
     return jax.random.wrap_key_data(function(jax.random.key_data(leaf)), impl=jax.random.key_impl(leaf))

@@ -1,13 +1,17 @@
-"""The two types of the library, and the time convention that everything shares.
+r"""Velocities and flow maps, the two types of the library, and the time convention.
 
-Time runs from t = 0, the base (noise), to t = 1, the data. ``s`` is the source time and ``t`` the target:
-generation has s < t, encoding s > t. All functions work on one sample: ``s`` and ``t`` are scalars, ``x`` is a
-pytree of arrays of any event shape, and callers ``jax.vmap``.
+Time runs from t = 0, the base (noise), to t = 1, the data. ``s`` is the source time and ``t`` the target time.
+Generation has s < t, encoding s > t. All functions work on one sample: ``s`` and ``t`` are scalars, and ``x`` is a
+pytree of arrays of any shape. Use ``jax.vmap`` for batches.
 
-The types::
+A ``Velocity`` is the right-hand side b of a probability-flow ODE. A ``FlowMap`` holds the mean velocity v of its jumps X:
 
-    Velocity:  (params, t, x, cond=None, *, key=None)     -> b_t(x)
-    FlowMap:   (params, s, t, x, cond=None, *, key=None)  -> v_{s,t}(x),  the mean velocity
+.. math:: \frac{dx}{dt} = b_t(x), \qquad v_{s,t}(x) = \frac{X_{s,t}(x) - x}{t - s}, \qquad v_{t,t}(x) = b_t(x).
+
+The signatures of the two functions are::
+
+    velocity(params, t, x, cond=None, *, key=None)           returns b_t(x)
+    mean_velocity(params, s, t, x, cond=None, *, key=None)   returns v_{s,t}(x)
 """
 
 from __future__ import annotations
@@ -24,26 +28,26 @@ import numpy as np
 from jflow import checks, trees
 
 Array = jax.Array
-# jax has no type for pytrees. A time is a scalar, a number or an array; functions that callers write, such as a Velocity,
-# may annotate theirs as they like, which a union here would forbid.
+# jax has no type for pytrees. A time is a Python number or a scalar array. ``Time`` is Any, not a union, so that callers
+# may annotate the times of their own functions as they like.
 PyTree = Any
 Params = Any
 Event = Any
 Cond = Any
 Key = Array
 Time = Any
-# jaxlib comes without types, so that to a type checker the class is a variable.
+# jaxlib has no type annotations, so a type checker takes the class for a variable.
 Device: TypeAlias = jax.Device  # pyright: ignore[reportInvalidTypeForm]
 
 
 class Velocity(Protocol):
-    """The velocity b_t(x) of a probability-flow ODE dx/dt = b_t(x), of one sample; shaped like x."""
+    """The velocity b_t(x) of a probability-flow ODE dx/dt = b_t(x), for one sample. The output is shaped like x."""
 
     def __call__(self, params: Params, t: Time, x: Event, /, cond: Cond = None, *, key: Key | None = None) -> Event: ...
 
 
 class MeanVelocity(Protocol):
-    """The mean velocity v_{s,t}(x) = (X_{s,t}(x) - x)/(t - s) of one sample; shaped like x."""
+    """The mean velocity v_{s,t}(x) = (X_{s,t}(x) - x)/(t - s), for one sample. The output is shaped like x."""
 
     def __call__(
         self, params: Params, s: Time, t: Time, x: Event, /, cond: Cond = None, *, key: Key | None = None
@@ -55,11 +59,12 @@ class Domain:
     """The pairs (s, t) at which a flow map is defined, all within [0, 1].
 
     Attributes:
-      name: how error messages call it.
-      backward: whether s > t is inside (encoding, data to noise).
+      name: the domain's name in error messages.
+      backward: whether the domain includes s > t (encoding, data to noise).
       target: the one target time allowed, or None for any.
       source: the one source time allowed, or None for any.
-      levels: for a dyadic grid, s and t must be multiples of 2^-levels and their gap a power of two; else None.
+      levels: for a dyadic grid: s and t must be multiples of 2^-levels, and their gap must be a power of two. None for
+        other domains.
     """
 
     name: str
@@ -76,15 +81,15 @@ class Domain:
             raise TypeError(f"name: expected a string, got {type(self.name).__name__}")
 
     def contains(self, s: float, t: float) -> bool:
-        """Whether the pair of concrete times (s, t) lies in the domain; the diagonal s = t always does.
+        """Returns whether the pair of concrete times (s, t) lies in the domain. Pairs with s = t always do.
 
-        Times that differ by less than ``checks.ROUNDING`` count as equal: 0.1 + 0.2 is 0.3 here, and a float32 sum of
-        steps that ends at 1.0000001 ends at 1.
+        Times that differ by less than ``checks.ROUNDING`` count as equal, so that rounding in a sum of steps
+        (0.1 + 0.2, or a float32 sum that ends at 1.0000001) does not leave the domain.
         """
         return bool(self.contains_all(np.asarray(s, np.float64), np.asarray(t, np.float64)))
 
     def contains_all(self, s: np.ndarray, t: np.ndarray) -> np.ndarray:
-        """``contains`` for arrays of concrete times, entry by entry."""
+        """Applies ``contains`` to arrays of concrete times, elementwise."""
         rounding = checks.ROUNDING
         inside = (np.minimum(s, t) >= -rounding) & (np.maximum(s, t) <= 1.0 + rounding)
         allowed = np.ones_like(inside)
@@ -96,7 +101,7 @@ class Domain:
             allowed &= np.abs(s - self.source) <= rounding
         if self.levels is not None:
             cells = 2**self.levels
-            # float32 grids hold a dyadic number exactly only up to rounding of the caller's own arithmetic.
+            # The tolerance allows for rounding in the caller's arithmetic; float32 itself holds dyadic numbers exactly.
             start, gap = s * cells, np.abs(t - s) * cells
             power = np.log2(np.maximum(gap, 1e-30))
             allowed &= (np.abs(start - np.round(start)) < 1e-3) & (np.abs(power - np.round(power)) < 1e-3)
@@ -139,7 +144,7 @@ class Domain:
                 )
 
 
-# The signatures of the library's two types, for messages.
+# The signatures of a Velocity and a mean velocity, for error messages.
 _ONE_TIME = "(params, t, x, cond=None, *, key=None) -> b_t(x)"
 _TWO_TIMES = "(params, s, t, x, cond=None, *, key=None) -> v_{s,t}(x)"
 
@@ -149,12 +154,12 @@ TO_DATA = Domain("t = 1 only", target=1.0)
 FROM_NOISE = Domain("s = 0 only", source=0.0)
 
 
-# A finer dyadic grid has neighbours near t = 1 that float32 cannot tell apart.
+# On a finer dyadic grid, float32 cannot represent neighbouring times near t = 1.
 FINEST_LEVELS = 23
 
 
 def dyadic(levels: int) -> Domain:
-    """The dyadic grid of the shortcut model: multiples of 2^-levels, gaps that are powers of two.
+    """Returns the dyadic domain of the shortcut model: times are multiples of 2^-levels, and gaps are powers of two.
 
     Raises:
       ValueError: if ``levels`` is not between 1 and ``FINEST_LEVELS``.
@@ -166,22 +171,24 @@ def dyadic(levels: int) -> Domain:
 
 @dataclasses.dataclass(frozen=True)
 class FlowMap:
-    r"""A flow map, given by its mean velocity v. Its jump X and its velocity b are
+    r"""A flow map, given by its mean velocity v.
+
+    Its jump X and its velocity b are
 
     .. math:: X_{s,t}(x) = x + (t - s)\, v_{s,t}(x), \qquad b_t(x) = v_{t,t}(x).
 
     Attributes:
-      mean_velocity: ``(params, s, t, x, cond=None, *, key=None) -> v_{s,t}(x)``, of one sample.
-      domain: where the map is defined.
+      mean_velocity: ``(params, s, t, x, cond=None, *, key=None) -> v_{s,t}(x)``, for one sample.
+      domain: the pairs (s, t) at which the map is defined.
       jump_override: a more accurate X_{s,t}, where one exists (an oracle's closed form).
-      velocity_override: a more accurate or cheaper v_{t,t} (a closed form, or a head of its own).
+      velocity_override: a more accurate or cheaper v_{t,t} (a closed form, or a separate head).
       form: the name of the parameterization that made the map, or "". Some methods require a form.
 
-    Its functions raise ValueError for times that are not scalars, and for concrete times outside [0, 1] or a jump outside
-    the domain. Traced times are not checked.
+    The methods raise ValueError if a time is not a scalar, if a concrete time is outside [0, 1], or if a concrete jump is
+    outside the domain. Traced times are not checked.
 
-    Outputs are cast to the dtypes of x, leaf by leaf. The functions raise ValueError if the shapes differ from those of x,
-    and TypeError if a leaf is not floating-point.
+    Outputs are cast to the dtypes of x, leaf by leaf. The methods raise ValueError if the output's shapes differ from those
+    of x, and TypeError if a leaf is not floating-point.
 
     Example:
       >>> import jax.numpy as jnp
@@ -203,7 +210,7 @@ class FlowMap:
     def __post_init__(self) -> None:
         if not isinstance(self.domain, Domain):
             raise TypeError(f"domain: expected a Domain, such as types.FORWARD, got {type(self.domain).__name__}")
-        # Anew at every ``dataclasses.replace``, which may have changed the domain.
+        # Wrap again after ``dataclasses.replace``, which may have changed the domain.
         for field, name in (("mean_velocity", "mean velocity"), ("jump_override", "jump")):
             if (function := getattr(self, field)) is not None:
                 inner = function.function if isinstance(function, _Checked) else function
@@ -215,20 +222,20 @@ class FlowMap:
             object.__setattr__(self, "velocity_override", _CheckedVelocity(velocity, "velocity"))
 
     def jump(self, params: Params, s: Time, t: Time, x: Event, cond: Cond = None, *, key: Key | None = None) -> Event:
-        """X_{s,t}(x), shaped like x."""
+        """Returns X_{s,t}(x), shaped like x."""
         if self.jump_override is not None:
             return self.jump_override(params, s, t, x, cond, key=key)
         v = self.mean_velocity(params, s, t, x, cond, key=key)
         return move(x, s, t, v)
 
     def velocity(self, params: Params, t: Time, x: Event, cond: Cond = None, *, key: Key | None = None) -> Event:
-        """b_t(x) = v_{t,t}(x), shaped like x."""
+        """Returns b_t(x) = v_{t,t}(x), shaped like x."""
         if self.velocity_override is not None:
             return self.velocity_override(params, t, x, cond, key=key)
         return self.mean_velocity(params, t, t, x, cond, key=key)
 
     def bind(self, params: Params) -> BoundFlowMap:
-        """The same map with its first argument filled in.
+        """Returns the map with its parameters filled in.
 
         Example:
           >>> import jax.numpy as jnp
@@ -242,9 +249,9 @@ class FlowMap:
 
 @dataclasses.dataclass(frozen=True)
 class _Checked:
-    """A function of two times: concrete times are checked, its output is checked and cast to the dtypes of x.
+    """Wraps a function of two times: checks concrete times, and checks its output and casts it to the dtypes of x.
 
-    Equal functions on equal domains make equal ones.
+    Wrappers of equal functions on equal domains are equal.
     """
 
     function: MeanVelocity
@@ -262,9 +269,9 @@ class _Checked:
 
 @dataclasses.dataclass(frozen=True)
 class _CheckedVelocity:
-    """A velocity: a concrete time is checked, its output is checked and cast to the dtypes of x.
+    """Wraps a velocity: checks a concrete time, and checks its output and casts it to the dtypes of x.
 
-    Equal functions make equal ones.
+    Wrappers of equal functions are equal.
     """
 
     function: Velocity
@@ -280,7 +287,7 @@ class _CheckedVelocity:
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class BoundFlowMap:
-    """A flow map with its parameters: the same methods without the first argument.
+    """A flow map with its parameters. It has the methods of FlowMap, without their first argument.
 
     It is a pytree whose leaves are the parameters, so it can be passed through ``jax.jit``.
     """
@@ -290,40 +297,43 @@ class BoundFlowMap:
 
     @property
     def domain(self) -> Domain:
-        """Where the map is defined."""
+        """The pairs (s, t) at which the map is defined."""
         return self.flow_map.domain
 
     def mean_velocity(self, s: Time, t: Time, x: Event, cond: Cond = None, *, key: Key | None = None) -> Event:
-        """v_{s,t}(x), shaped like x."""
+        """Returns v_{s,t}(x), shaped like x."""
         return self.flow_map.mean_velocity(self.params, s, t, x, cond, key=key)
 
     def jump(self, s: Time, t: Time, x: Event, cond: Cond = None, *, key: Key | None = None) -> Event:
-        """X_{s,t}(x), shaped like x."""
+        """Returns X_{s,t}(x), shaped like x."""
         return self.flow_map.jump(self.params, s, t, x, cond, key=key)
 
     def velocity(self, t: Time, x: Event, cond: Cond = None, *, key: Key | None = None) -> Event:
-        """b_t(x) = v_{t,t}(x), shaped like x."""
+        """Returns b_t(x) = v_{t,t}(x), shaped like x."""
         return self.flow_map.velocity(self.params, t, x, cond, key=key)
 
 
 def move(x: Event, s: Time, t: Time, v: Event) -> Event:
-    """x + (t - s) v, leaf by leaf: the jump of mean velocity v."""
+    """Returns the jump x + (t - s) v with mean velocity v, leaf by leaf."""
     return trees.axpy(jnp.asarray(t) - jnp.asarray(s), v, x)
 
 
 def as_velocity(name: str, model: Velocity | FlowMap) -> Velocity:
-    """The velocity of a model: v_{t,t} of a FlowMap, or a Velocity itself, whose output is cast to the dtypes of x.
+    """Converts a model to a Velocity whose output is cast to the dtypes of x.
+
+    The velocity of a FlowMap is v_{t,t}.
 
     Args:
-      name: the argument, for messages.
-      model: a FlowMap, or ``(params, t, x, cond=None, *, key=None) -> b_t(x)`` of one sample.
+      name: the argument's name in error messages.
+      model: a FlowMap, or ``(params, t, x, cond=None, *, key=None) -> b_t(x)`` for one sample.
 
     Returns:
-      The Velocity; equal models give equal ones, which jit compiles once. Called, it raises ValueError for a concrete time
-      outside [0, 1] or an output that is not shaped like x, and TypeError for an output that is not floating-point.
+      The Velocity. Equal models give equal results, so ``jit`` compiles once for both. When called, it raises ValueError if
+      a concrete time is outside [0, 1] or the output is not shaped like x, and TypeError if the output is not
+      floating-point.
 
     Raises:
-      TypeError: if ``model`` is neither, for example a network of two times.
+      TypeError: if ``model`` is neither a Velocity nor a FlowMap, for example a network of two times.
     """
     if isinstance(model, FlowMap):
         return model.velocity
@@ -343,7 +353,7 @@ def as_velocity(name: str, model: Velocity | FlowMap) -> Velocity:
 def as_flow_map(name: str, model: Velocity | FlowMap) -> FlowMap:
     """Converts a model to a FlowMap. A FlowMap is returned unchanged.
 
-    The FlowMap of a Velocity is defined for s = t only; its jumps raise ValueError.
+    The FlowMap of a Velocity can be evaluated at s = t only, by its ``velocity``; its jumps raise ValueError.
 
     Raises:
       TypeError: if ``model`` is neither a Velocity nor a FlowMap.
@@ -359,12 +369,12 @@ def as_flow_map(name: str, model: Velocity | FlowMap) -> FlowMap:
 
 
 class Batch(NamedTuple):
-    """What an objective learns from, with a leading batch axis everywhere.
+    """The training data of one step. Every leaf has a leading batch axis.
 
     Attributes:
-      x1: data, ``[B, ...]`` (a pytree of such).
+      x1: data, a pytree of arrays ``[B, ...]``.
       x0: base points paired with x1, ``[B, ...]``. If None, the objective draws them independently.
-      cond: conditioning, ``[B, ...]`` leaves, or None.
+      cond: conditioning, a pytree of arrays ``[B, ...]``, or None.
     """
 
     x1: Event
@@ -372,16 +382,19 @@ class Batch(NamedTuple):
     cond: Cond = None
 
 
-# What an objective accepts as its batch: see ``as_batch``.
+# The types that an objective accepts as its batch; see ``as_batch``.
 BatchLike: TypeAlias = Batch | Array | np.ndarray | dict[str, Any]
 
 
 def as_batch(batch: BatchLike, name: str = "batch") -> Batch:
-    """Converts a batch: an array is its data, and a dictionary has the keys x1, x0 and cond, at least x1 or x0.
+    """Converts an array or a dictionary to a Batch.
+
+    An array becomes x1. A dictionary may have the keys x1, x0 and cond, and must have x1 or x0. A plain tuple is rejected,
+    because it could mean (data, labels) or (data, base points).
 
     Raises:
-      TypeError: if ``batch`` is of another type. A plain tuple could mean (data, labels) as well as (data, base points).
-      ValueError: for values of a host array that do not fit the dtype that jax makes of them (``checks.fits``).
+      TypeError: if ``batch`` has another type or other keys.
+      ValueError: if a value of a host array does not fit the dtype to which jax converts it (``checks.fits``).
     """
     if isinstance(batch, (jax.Array, np.ndarray)):
         batch = Batch(batch)
@@ -399,13 +412,13 @@ def as_batch(batch: BatchLike, name: str = "batch") -> Batch:
 
 
 class Context(NamedTuple):
-    """What a method needs beside parameters and data, and a checkpoint keeps: traced pytrees only.
+    """The inputs of an objective besides parameters and data. Checkpoints save them. All are traced pytrees.
 
     Attributes:
-      step: the number of optimizer steps taken, an int32 scalar (curricula).
+      step: the number of optimizer steps taken, an int32 scalar; curricula depend on it.
       ema: exponential moving average of the parameters, or None.
       teacher: frozen parameters of the teacher, or None.
-      state: the objective's own state, ``()`` for an objective without one (``objectives.init``).
+      state: the objective's state (``objectives.init``); ``()`` for an objective without state.
     """
 
     step: Array | int = 0
@@ -415,10 +428,10 @@ class Context(NamedTuple):
 
 
 def as_context(context: Context | None) -> Context:
-    """A Context as it is; ``Context()`` for None.
+    """Returns the context unchanged, or ``Context()`` if it is None.
 
     Raises:
-      TypeError: for anything else.
+      TypeError: if ``context`` is neither a Context nor None.
     """
     if context is None:
         return Context()
@@ -430,11 +443,11 @@ def as_context(context: Context | None) -> Context:
 
 
 class Aux(NamedTuple):
-    """What an objective returns beside the loss.
+    """The second output of an objective, next to the loss.
 
     Attributes:
-      state: the objective's next state, of the structure, shapes and dtypes of ``context.state``.
-      metrics: reports by name (``jflow.reports``): what a person wants to look at.
+      state: the objective's next state, with the structure, shapes and dtypes of ``context.state``.
+      metrics: the metrics to log, reports by name (``jflow.reports``).
     """
 
     state: PyTree = ()
@@ -442,9 +455,9 @@ class Aux(NamedTuple):
 
 
 class ObjectiveFn(Protocol):
-    """What is trained: the loss of each row of a batch, ``[B]``; the caller averages.
+    """The training objective: a function that returns the loss of each row of a batch, ``[B]``. The caller averages.
 
-    An objective with a state of its own also has ``init(key, params) -> state``; see ``objectives.init``.
+    An objective with state also has a method ``init(key, params) -> state``; see ``objectives.init``.
     """
 
     def __call__(self, params: Params, key: Key, batch: Batch, context: Context) -> tuple[Array, Aux]: ...

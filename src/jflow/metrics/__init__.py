@@ -1,19 +1,17 @@
 r"""Distances between samples and a distribution, or between two sets of samples.
 
-The distances::
+- ``energy_distance``: :math:`2\,\mathbb{E}|X-Y| - \mathbb{E}|X-X'| - \mathbb{E}|Y-Y'|`
+- ``mmd``: :math:`\mathbb{E}\,k(X,X') + \mathbb{E}\,k(Y,Y') - 2\,\mathbb{E}\,k(X,Y)` with a mixture k of Gaussian kernels
+- ``kernel_distance``: the same with the cubic kernel of KID (1801.01401), for features
+- ``frechet_distance``: the Fréchet distance of fitted Gaussians, as in the FID (1706.08500), for features
+- ``sliced_wasserstein``: the Wasserstein distance of one-dimensional projections, averaged over directions
+- ``histogram_kl``: the KL divergence of a histogram in the plane, the checkerboard's score (2505.18825)
+- ``mass_off_support``: the share of the samples outside the support
 
-    energy_distance       2 E|X-Y| - E|X-X'| - E|Y-Y'|
-    mmd                   E k(X,X') + E k(Y,Y') - 2 E k(X,Y),  k a mixture of Gaussian kernels
-    kernel_distance       the same with the cubic kernel of KID (1801.01401), over features
-    frechet_distance      |m_x - m_y|² + tr(C_x + C_y - 2 (C_x C_y)^½), the FID (1706.08500), over features
-    sliced_wasserstein    W_p of one-dimensional projections, averaged over directions
-    histogram_kl          KL(ρ ‖ histogram) in the plane, the checkerboard's score (2505.18825)
-    mass_off_support      share of the samples outside the support
-
-These functions take batches: samples are ``[N, ...]``, flattened to ``[N, d]`` and cast to float32 or wider. The mean of the
-first set is subtracted from both sets, in float64 if they are concrete, so that a large common offset costs no digits. All
-functions also run under ``jax.jit``. The values of traced samples cannot be checked; samples that are not finite then give
-NaN.
+These functions take batches: samples are ``[N, ...]``, flattened to ``[N, d]`` and cast to float32 or wider. The functions of
+two sets subtract the mean of the first set from both, in float64 if they are concrete, so that a large common offset does not
+reduce the accuracy. All functions also run under ``jax.jit``. The values of traced samples cannot be checked; samples that
+are not finite then give NaN.
 """
 
 from jflow.metrics.kernels import MEDIAN_MULTIPLES, energy_distance, kernel_distance, median_bandwidth, mmd

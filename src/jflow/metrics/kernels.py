@@ -1,4 +1,4 @@
-"""Two-sample statistics of a kernel: energy distance, maximum mean discrepancy, and the kernel distance of features."""
+"""Two-sample kernel statistics: energy distance, maximum mean discrepancy, and the kernel distance of features."""
 
 from __future__ import annotations
 
@@ -14,13 +14,13 @@ from jflow.metrics.samples import Estimate, Points, as_pair
 from jflow.types import Array, Params
 
 _CHUNK = 512
-# Up to this dimension pair differences are taken directly; above it, by a matrix product.
+# Up to this dimension, pair differences are computed directly; above it, by a matrix product.
 _DIRECT_DIMENSIONS = 8
 MEDIAN_MULTIPLES = (0.5, 1.0, 2.0)
 
 
 def _squared_distances(x: Array, y: Array) -> Array:
-    """The squared distances ``|x_i - y_j|²`` as [n, m]."""
+    """Returns the squared distances ``|x_i - y_j|²``, [n, m]."""
     if x.shape[1] <= _DIRECT_DIMENSIONS:
         squares = (jnp.square(x[:, k, None] - y[None, :, k]) for k in range(x.shape[1]))
         return sum(squares, start=jnp.zeros((), x.dtype))
@@ -35,17 +35,17 @@ def _minus_distance(_: None, x: Array, y: Array) -> Array:
 
 def _gaussians(bandwidths: Array, x: Array, y: Array) -> Array:
     squares = _squared_distances(x, y)
-    # XLA vectorises the exponential in a loop of its own, but not fused into the sums over rows and columns.
+    # XLA vectorises the exponential in a separate loop, but not when it is fused into the sums over rows and columns.
     terms = jax.lax.map(lambda h: jnp.exp(-squares / (2 * h * h)), bandwidths)
     return jnp.mean(terms, axis=0)
 
 
 def _cubic(centre: Array, x: Array, y: Array) -> Array:
-    """k(a,b) - k(a,c) - k(c,b) + k(c,c) with k(a,b) = (a·b/d + 1)³, of points x = a - c and y = b - c.
+    """Returns k(a,b) - k(a,c) - k(c,b) + k(c,c) with k(a,b) = (a·b/d + 1)³, for the points x = a - c and y = b - c.
 
-    Terms that depend on one point alone cancel in the statistic and in its jackknife error. They are left out here by algebra:
-    if the mean c of the features is large, k itself would lose most of its digits. With p = c·x/d, r = c·y/d,
-    q = x·y/d, ``g = 1 + |c|²/d`` and w = g + p + r the rest is 3 p r (g + w) + q (3 w² + 3 w q + q²).
+    Terms that depend on only one point cancel in the statistic and in its jackknife error. They are omitted, because k itself
+    would lose most of its digits if the mean c of the features is large. With p = c·x/d, r = c·y/d, q = x·y/d,
+    ``g = 1 + |c|²/d`` and w = g + p + r, the remainder is 3 p r (g + w) + q (3 w² + 3 w q + q²).
     """
     d = x.shape[1]
     p, r = (jnp.sum(z * centre[None, :], axis=1) / d for z in (x, y))
@@ -56,9 +56,9 @@ def _cubic(centre: Array, x: Array, y: Array) -> Array:
 
 
 def _pair_means(kernel: Callable, params: Params, x: Array, y: Array, chunk: int, same: bool) -> tuple[Array, Array]:
-    """Means of k(x_i, y_j) over j, [n], and over i, [m], with no pair matrix larger than chunk by chunk.
+    """Computes the means of k(x_i, y_j) over j, [n], and over i, [m], in blocks of chunk by chunk.
 
-    With ``same`` (y is x), the pairs i = j are left out and only half of the blocks are visited.
+    With ``same`` (y is x), the pairs i = j are omitted, and only half of the blocks are visited.
     """
     n, m = x.shape[0], y.shape[0]
     chunk = min(chunk, max(n, m))
@@ -77,7 +77,7 @@ def _pair_means(kernel: Callable, params: Params, x: Array, y: Array, chunk: int
         values = jnp.where(keep, kernel(params, x[i], y[j]), 0)
         across, down = sums
         across = across.at[i].add(jnp.sum(values, axis=1))
-        # With y = x a block off the diagonal stands for its mirror image too; one on it is complete.
+        # With y = x, an off-diagonal block also represents its mirror image; a diagonal block is complete.
         down = down.at[j].add(jnp.where(same & (i == j), 0, jnp.sum(values, axis=0)))
         return (across, down), None
 
@@ -90,7 +90,7 @@ def _pair_means(kernel: Callable, params: Params, x: Array, y: Array, chunk: int
 
 
 def _jackknife(within: Array, between: Array) -> Array:
-    """Jackknife variance of the U-statistic from one side's mean kernels, [n]: exact leave-one-out values."""
+    """Computes the jackknife variance of the U-statistic for one set, from its mean kernels, [n]."""
     n = within.shape[0]
     change = 2 * (between - jnp.mean(between)) / (n - 1) - 2 * (within - jnp.mean(within)) / (n - 2)
     return (n - 1) / n * jnp.sum(change * change)
@@ -98,36 +98,38 @@ def _jackknife(within: Array, between: Array) -> Array:
 
 @functools.partial(jax.jit, static_argnames=("kernel", "chunk"))
 def _two_samples(kernel: Callable, params: Params, x: Array, y: Array, biased: bool, chunk: int) -> Estimate:
-    """E k(X,X') + E k(Y,Y') - 2 E k(X,Y) with its jackknife standard error."""
+    """Estimates E k(X,X') + E k(Y,Y') - 2 E k(X,Y), with its jackknife standard error."""
     xx, _ = _pair_means(kernel, params, x, x, chunk, True)
     yy, _ = _pair_means(kernel, params, y, y, chunk, True)
     xy, yx = _pair_means(kernel, params, x, y, chunk, False)
     error = jnp.sqrt(_jackknife(xx, xy) + _jackknife(yy, yx))
     own = jax.vmap(lambda a: kernel(params, a[None], a[None])[0, 0])
     xx, yy = (k + jnp.where(biased, (own(z) - k) / z.shape[0], 0) for k, z in ((xx, x), (yy, y)))
-    # Differences first, means after: the three terms nearly cancel, and float32 sums of each would not.
+    # Subtract before averaging: the three terms nearly cancel, and separate float32 means would lose accuracy.
     return Estimate(jnp.mean(xx - xy) + jnp.mean(yy - yx), error)
 
 
 def energy_distance(x: Points, y: Points, *, biased: bool = False, chunk: int = _CHUNK) -> Estimate:
-    """The (squared) energy distance ``2 E|X-Y| - E|X-X'| - E|Y-Y'|``, zero only for equal laws.
+    r"""Estimates the (squared) energy distance of two sets of samples, which is zero only for equal laws.
 
-    Unbiased by default (a U-statistic, which may be slightly negative); ``biased`` gives the V-statistic,
-    which pairs each sample with itself too and is never negative, up to rounding. Cost: (n² + m²)/2 + nm distances, in
-    blocks: on one CPU core a minute for two sets of 100,000 in the plane.
+    .. math:: 2\, \mathbb{E}|X-Y| - \mathbb{E}|X-X'| - \mathbb{E}|Y-Y'|
+
+    The default is the unbiased U-statistic, which may be slightly negative. ``biased`` gives the V-statistic, which also
+    pairs each sample with itself and is never negative, up to rounding. Cost: (n² + m²)/2 + nm distances, in blocks; one
+    minute on one CPU core for two sets of 100,000 in the plane.
 
     Args:
       x: samples ``[n, ...]``, n >= 3.
       y: samples ``[m, ...]`` of the same event size, m >= 3.
-      biased: the V-statistic instead of the U-statistic.
-      chunk: pairs are visited in blocks of chunk by chunk.
+      biased: whether to compute the V-statistic instead of the U-statistic.
+      chunk: the block size; pairs are visited in blocks of chunk by chunk.
 
     Returns:
-      The distance, in the units of x, and the jackknife standard error of the U-statistic. At equal laws the
-      statistic is degenerate (its law is not normal, of order 1/n), and the jackknife is conservative there.
+      The distance, in the units of x, and the jackknife standard error of the U-statistic. For equal laws, the statistic is
+      degenerate (of order 1/n, and not normal), and the jackknife error is conservative.
 
     Raises:
-      ValueError: for too few samples, unequal dimensions or a sample that is not finite.
+      ValueError: if there are too few samples, the dimensions differ, or a sample is not finite.
 
     Example:
       >>> import jax.numpy as jnp
@@ -141,7 +143,7 @@ def energy_distance(x: Points, y: Points, *, biased: bool = False, chunk: int = 
 
 
 def median_bandwidth(x: Points, y: Points, *, points: int = 1000) -> Array:
-    """The median of ``|a - b|`` over pairs of the first ``points`` of each set, pooled; in the units of x.
+    """Returns the median distance ``|a - b|`` over all pairs of the pooled first ``points`` samples of each set.
 
     Raises:
       ValueError: as ``mmd``.
@@ -167,23 +169,26 @@ def mmd(
     biased: bool = False,
     chunk: int = _CHUNK,
 ) -> Estimate:
-    """The squared maximum mean discrepancy, with ``k(a,b)`` the mean over h of ``exp(-|a-b|²/(2h²))`` (0805.2368).
+    r"""Estimates the squared maximum mean discrepancy with a mixture of H Gaussian kernels (0805.2368).
+
+    .. math::
+        \mathbb{E}\,k(X,X') + \mathbb{E}\,k(Y,Y') - 2\, \mathbb{E}\,k(X,Y), \qquad
+        k(a, b) = \frac{1}{H} \sum_h \exp\left( -\frac{|a - b|^2}{2 h^2} \right)
 
     Args:
       x: samples ``[n, ...]``, n >= 3.
       y: samples ``[m, ...]``, m >= 3.
-      bandwidths: the h, in the units of x; None takes ``median_bandwidth`` times each of MEDIAN_MULTIPLES,
-        which depends on the samples, so state the bandwidths to compare several runs.
-      biased: the V-statistic, never negative up to rounding; else unbiased.
-      chunk: pairs are visited in blocks of chunk by chunk.
+      bandwidths: the values of h, in the units of x. None uses ``median_bandwidth`` times each of MEDIAN_MULTIPLES, which
+        depends on the samples; give the bandwidths to compare several runs.
+      biased: whether to compute the V-statistic, which is never negative up to rounding, instead of the unbiased U-statistic.
+      chunk: the block size; pairs are visited in blocks of chunk by chunk.
 
     Returns:
-      The squared discrepancy, dimensionless, in [0, 2] up to noise, and its jackknife standard error
-      (conservative at equal laws).
+      The squared discrepancy, dimensionless, in [0, 2] up to noise, and its jackknife standard error (conservative for equal
+      laws).
 
     Raises:
-      ValueError: for too few samples, unequal dimensions, a sample that is not finite, or a bandwidth that is
-        not positive.
+      ValueError: if there are too few samples, the dimensions differ, a sample is not finite, or a bandwidth is not positive.
 
     Example:
       >>> import jax.numpy as jnp
@@ -205,18 +210,20 @@ def mmd(
 
 
 def kernel_distance(x: Points, y: Points, *, chunk: int = _CHUNK) -> Estimate:
-    """The kernel distance of features, KID (1801.01401): the unbiased MMD² with k(a,b) = (a·b/d + 1)³.
+    r"""Estimates the kernel distance of features, the KID (1801.01401): the unbiased squared MMD with a cubic kernel.
+
+    .. math:: k(a, b) = \left( \frac{a \cdot b}{d} + 1 \right)^3
 
     Args:
       x: features ``[n, d]``, n >= 3.
       y: features ``[m, d]``, m >= 3.
-      chunk: pairs are visited in blocks of chunk by chunk.
+      chunk: the block size; pairs are visited in blocks of chunk by chunk.
 
     Returns:
       The squared discrepancy and its jackknife standard error.
 
     Raises:
-      ValueError: for too few samples, unequal dimensions or a feature that is not finite.
+      ValueError: if there are too few samples, the dimensions differ, or a feature is not finite.
     """
     x, y, centre = as_pair(x, y, least=3)
     return _two_samples(_cubic, centre, x, y, False, checks.integer("chunk", chunk, low=1))

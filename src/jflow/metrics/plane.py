@@ -1,4 +1,4 @@
-"""Samples against a density: a histogram in the plane, and the mass off the support."""
+"""Compares samples with a density: by a histogram in the plane, and by the mass outside the support."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from jflow.types import Array, Key
 
 
 def bin_centres(bins: int, *, low: float = -1.0, high: float = 1.0) -> np.ndarray:
-    """Centres of the bins of [low, high]², float64 ``[bins, bins, 2]``; the first axis first."""
+    """Returns the centres of the bins of [low, high]², float64 ``[bins, bins, 2]``, with "ij" indexing."""
     side = low + (np.arange(checks.integer("bins", bins, low=1)) + 0.5) * ((high - low) / bins)
     return np.stack(np.meshgrid(side, side, indexing="ij"), axis=-1)
 
@@ -43,29 +43,31 @@ def histogram_kl(
     high: float = 1.0,
     pseudo_density: float = 1e-8,
 ) -> Array:
-    """KL(ρ ‖ ρ̂) = Σ over bins of ρ(c) log(ρ(c)/ρ̂(c)) area, c the bin's centre, of samples in the plane.
+    r"""Computes the KL divergence of a histogram of samples in the plane from a density.
 
-    ρ̂ is the histogram divided by the number of *all* samples (mass outside the square counts as lost) and by
-    the area of a bin, plus ``pseudo_density``. Empty bins dominate it: also report ``mass_off_support`` and a
-    transport distance. Exact samples do not score zero (``histogram_kl_floor``): with N of the
-    checkerboard they score about (bins on the support)/(2N), 0.0104 at 64 bins and N = 100,000. At 50 bins,
-    the published number (2505.18825), cell edges fall on bin centres and they score 0.0624, or 0.0664 at the
-    published N = 64,000.
+    .. math:: \mathrm{KL}(\rho \,\|\, \hat\rho) = \sum_c \rho(c) \log\frac{\rho(c)}{\hat\rho(c)} \cdot \mathrm{area}
+
+    The sum is over the centres c of the bins, and area is that of a bin. :math:`\hat\rho` is the histogram divided by the
+    number of *all* samples, including those outside the square, and by the area of a bin, plus ``pseudo_density``. Empty bins
+    dominate the result; also report ``mass_off_support`` and a transport distance. Exact samples do not score zero
+    (``histogram_kl_floor``): N samples of the checkerboard score about (bins on the support)/(2N), which is 0.0104 for 64 bins
+    and N = 100,000. With 50 bins, as published (2505.18825), cell edges fall on bin centres, and exact samples score 0.0624,
+    or 0.0664 at the published N = 64,000.
 
     Args:
       samples: ``[N, 2]``.
       density: ρ, a function of one point [2], or its values at ``bin_centres``, ``[bins, bins]``.
-      bins: bins along each side.
-      low: lower end of both axes.
-      high: upper end of both axes (inside the last bin).
-      pseudo_density: what empty bins count as, a density.
+      bins: the number of bins along each axis.
+      low: the lower end of both axes.
+      high: the upper end of both axes; it belongs to the last bin.
+      pseudo_density: the density added to every bin, so that empty bins give a finite value.
 
     Returns:
       The divergence in nats, a scalar.
 
     Raises:
-      ValueError: for samples that are not ``[N, 2]`` or not finite, a density that is negative, not finite or
-        of another shape, or an empty square. Under ``jit`` samples that are not finite give NaN.
+      ValueError: if samples are not ``[N, 2]`` or not finite, a density is negative, not finite or of a wrong shape, or
+        ``high`` is not larger than ``low``. Under ``jit``, samples that are not finite give NaN.
     """
     points = as_points("samples", samples, dimension=2)
     bins = checks.integer("bins", bins, low=1)
@@ -82,7 +84,7 @@ def _histogram_kl(points: Array, rho: Array, low: float, high: float, pseudo_den
     area = ((high - low) / bins) ** 2
     place = jnp.floor((points - low) * (bins / (high - low)))
     inside = jnp.all((points >= low) & (points <= high), axis=1)
-    # The upper edge belongs to the last bin. Clipped before the cast, in which a far sample could wrap around.
+    # The upper edge belongs to the last bin. Clip before the cast, because the index of a far sample could overflow.
     index = jnp.clip(place, 0, bins - 1).astype(jnp.int32)
     counts = jnp.zeros((bins, bins), jnp.int32).at[index[:, 0], index[:, 1]].add(inside.astype(jnp.int32))
     estimate = counts.astype(rho.dtype) / (points.shape[0] * area) + pseudo_density
@@ -108,21 +110,22 @@ def histogram_kl_floor(
     repeats: int = 4,
     **options: Unpack[HistogramChoices],
 ) -> Estimate:
-    """The score of exact samples in ``histogram_kl``: the floor under every score with the same options.
+    """Estimates the score of exact samples in ``histogram_kl``, the lowest score to expect with the same options.
 
     Args:
-      key: split into one per repeat.
-      sample: the exact sampler, (key, n) -> ``[n, 2]``.
+      key: a PRNG key.
+      sample: the exact sampler, ``(key, n) -> [n, 2]``.
       density: as in ``histogram_kl``.
-      samples: how many samples in each set.
-      repeats: how many independent sets, at least 2.
+      samples: the number of samples in each set.
+      repeats: the number of independent sets, at least 2.
       **options: bins, low, high, pseudo_density of ``histogram_kl``.
 
     Returns:
       The mean over the sets, in nats, and its standard error.
 
     Raises:
-      ValueError: as ``histogram_kl``.
+      ValueError: as ``histogram_kl``, and if ``repeats`` is less than 2.
+      TypeError: if ``repeats`` is not an integer.
     """
     keys = jax.random.split(key, checks.integer("repeats", repeats, low=2))
     scores = jnp.stack([histogram_kl(sample(k, samples), density, **options) for k in keys])
@@ -130,7 +133,7 @@ def histogram_kl_floor(
 
 
 def mass_off_support(samples: Points, indicator: Callable[[Array], Array]) -> Estimate:
-    """The share of samples outside the support.
+    """Computes the share of samples outside the support.
 
     Args:
       samples: ``[N, ...]``.
@@ -140,8 +143,8 @@ def mass_off_support(samples: Points, indicator: Callable[[Array], Array]) -> Es
       The share in [0, 1] and its binomial standard error.
 
     Raises:
-      ValueError: for no samples or samples that are not finite.
-      TypeError: when the indicator returns something else than a boolean scalar.
+      ValueError: if there are no samples, or samples are not finite.
+      TypeError: if the indicator does not return a boolean scalar.
 
     Example:
       >>> import jax.numpy as jnp

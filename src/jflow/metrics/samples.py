@@ -1,4 +1,4 @@
-"""Samples as checked arrays of points, and the type of a number that is measured on them."""
+"""Checks and conversions of samples to arrays of points, and the type of an estimate."""
 
 from __future__ import annotations
 
@@ -11,12 +11,12 @@ import numpy as np
 from jflow import checks
 from jflow.types import Array
 
-# What a caller gives: an array of jax, or of numpy on the host.
+# The input type of samples: an array of jax, or of numpy on the host.
 Points = Array | np.ndarray
 
 
 class Estimate(NamedTuple):
-    """A number measured on samples.
+    """An estimate from samples.
 
     Attributes:
       value: the estimate, a scalar.
@@ -28,26 +28,26 @@ class Estimate(NamedTuple):
 
 
 def _wide(dtype: np.dtype) -> np.dtype:
-    """Float32, or a wider dtype itself; strict promotion would refuse to compare them."""
+    """Returns the dtype if it is wider than float32, else float32. Strict promotion would reject a promotion of the two."""
     return dtype if dtype.itemsize > 4 else np.dtype("float32")
 
 
 def as_points(name: str, samples: Points, *, least: int = 1, dimension: int | None = None) -> Array:
-    """Samples ``[N, ...]`` as ``[N, d]`` in float32 or wider, checked.
+    """Checks samples ``[N, ...]``, and returns them as ``[N, d]`` in float32 or wider.
 
     Raises:
-      TypeError: for samples that are not floating-point numbers.
-      ValueError: for fewer than ``least`` samples, another dimension than asked, a value that is not finite, or one that
-        does not fit the dtype that jax gives it.
+      TypeError: if samples are not floating-point.
+      ValueError: if there are fewer than ``least`` samples, the dimension is not ``dimension``, or a value is not finite or
+        does not fit the dtype to which jax converts it.
     """
     points = rows(name, samples, least=least, dimension=dimension)
     return jnp.asarray(points).astype(_wide(jax.dtypes.result_type(points)))
 
 
 def rows(name: str, samples: Points, *, least: int, dimension: int | None = None, device: bool = True) -> Points:
-    """Samples as [N, d] in their own dtype, checked: a numpy array, or a traced one.
+    """Checks samples, and returns them as [N, d] in their own dtype: a numpy array, or a traced array.
 
-    With ``device`` their values must also fit the dtype that jax gives them (``checks.fits``).
+    With ``device``, their values must also fit the dtype to which jax converts them (``checks.fits``).
     """
     if np.ndim(samples) < 1:
         raise ValueError(f"{name}: expected samples [N, ...], got shape {np.shape(samples)}")
@@ -71,7 +71,7 @@ def rows(name: str, samples: Points, *, least: int, dimension: int | None = None
 
 
 def both(x: Points, y: Points, *, least: int, device: bool = True) -> tuple[Points, Points]:
-    """Two sets of one dimension, [n, d] and [m, d], each as ``rows`` gives it."""
+    """Applies ``rows`` to two sets, [n, d] and [m, d], and checks that their dimensions are equal."""
     x, y = rows("x", x, least=least, device=device), rows("y", y, least=least, device=device)
     if x.shape[1] != y.shape[1]:
         raise ValueError(f"y: expected samples of the dimension of x, {x.shape[1]}, got {y.shape[1]}")
@@ -79,7 +79,7 @@ def both(x: Points, y: Points, *, least: int, device: bool = True) -> tuple[Poin
 
 
 class Pair(NamedTuple):
-    """Two sets [n, d] and [m, d] of one dtype, from which their ``centre`` [d], the mean of the first, is subtracted."""
+    """Two sets [n, d] and [m, d] of one dtype, after subtraction of ``centre`` [d], the mean of the first set."""
 
     x: Array
     y: Array
@@ -87,11 +87,11 @@ class Pair(NamedTuple):
 
 
 def as_pair(x: Points, y: Points, *, least: int) -> Pair:
-    """Two sets as a Pair in float32 or wider."""
+    """Checks two sets, and returns them as a Pair in float32 or wider."""
     x, y = both(x, y, least=least)
     dtype = max((_wide(z.dtype) for z in (x, y)), key=lambda dtype: dtype.itemsize)
     if isinstance(x, np.ndarray) and isinstance(y, np.ndarray):
-        # Centred before float64 samples become float32 (without jax_enable_x64), where the offset would cost digits.
+        # Centre before float64 samples become float32 (without jax_enable_x64), because a large offset would cost digits.
         return Pair(*(jnp.asarray(z.astype(dtype)) for z in centred(x, y)))
     first, second = (jnp.asarray(z).astype(dtype) for z in (x, y))
     centre = jnp.mean(first, axis=0)
@@ -99,6 +99,6 @@ def as_pair(x: Points, y: Points, *, least: int) -> Pair:
 
 
 def centred(x: np.ndarray, y: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Both sets minus the mean of the first, and that mean, in float64."""
+    """Returns both sets minus the mean of the first, and this mean, in float64."""
     centre = np.asarray(np.mean(x, axis=0, dtype=np.float64))
     return x.astype(np.float64) - centre, y.astype(np.float64) - centre, centre

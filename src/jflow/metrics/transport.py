@@ -1,4 +1,4 @@
-"""Distances of transport: the Fréchet distance of fitted Gaussians, and the sliced Wasserstein distance."""
+"""Transport distances: the Fréchet distance of fitted Gaussians, and the sliced Wasserstein distance."""
 
 from __future__ import annotations
 
@@ -14,30 +14,34 @@ from jflow.types import Array, Key
 
 
 def frechet_distance(x: Points, y: Points) -> Array | np.ndarray:
-    """The Fréchet distance ``|m_x - m_y|² + tr(C_x + C_y - 2 (C_x C_y)^½)`` of Gaussians fitted to features.
+    r"""Computes the (squared) Fréchet distance of Gaussians fitted to features.
 
-    The FID (1706.08500) if the features are Inception's. It is biased upward, by an amount that falls as 1/n and grows with
-    the dimension.
+    .. math:: |m_x - m_y|^2 + \mathrm{tr}\left( C_x + C_y - 2 (C_x C_y)^{1/2} \right)
 
-    numpy computes it on the host in float64, whatever ``jax_enable_x64`` says; under ``jit`` a callback does. It has no
-    derivative. With factors C = A'A of the centred features it is ``|m_x - m_y|²`` plus the minimum over orthogonal Q of
-    ``|A_x - Q A_y|²``, which needs neither a covariance nor the root of one: low rank and a large common offset cost no
-    digits, the distance is never negative, and no intermediate result overflows. Its rounding error is about 1e-30 times the
-    traces of the covariances. Cost: a QR decomposition of each set, and the singular vectors of one matrix of min(d, max(n,
-    m)) rows.
+    It is the FID (1706.08500) if the features are those of Inception. It is biased upward, by an amount that falls as 1/n and
+    grows with the dimension.
+
+    It is computed by numpy on the host in float64, independently of ``jax_enable_x64``; under ``jit``, by a callback. It has
+    no derivative. With factors :math:`C = A^\top A` of the centred features, it is evaluated as
+
+    .. math:: |m_x - m_y|^2 + \min_{Q^\top Q = I} |A_x - Q A_y|^2,
+
+    without covariances or their roots. Low rank and a large common offset therefore do not reduce the accuracy, the distance
+    is never negative, and no intermediate result overflows. The rounding error is about 1e-30 times the traces of the
+    covariances. Cost: a QR decomposition of each set, and the singular vectors of one matrix of min(d, max(n, m)) rows.
 
     Args:
       x: features ``[n, d]``, n > 1; fewer than d are enough.
       y: features ``[m, d]``, m > 1.
 
     Returns:
-      The squared distance in squared feature units: a float64 scalar of numpy; under ``jit`` a scalar of jax's default
+      The squared distance in squared feature units: a float64 scalar of numpy; under ``jit``, a scalar of jax's default
       float, infinite if it exceeds that dtype.
 
     Raises:
-      TypeError: for features that are not floating-point numbers; from ``jax.grad`` and ``jax.jvp``.
-      ValueError: for too few samples, unequal dimensions, a feature that is not finite, or a squared distance that exceeds
-        float64. Under ``jit`` features that are not finite give NaN.
+      TypeError: if features are not floating-point, or it is differentiated by ``jax.grad`` or ``jax.jvp``.
+      ValueError: if there are too few samples, the dimensions differ, a feature is not finite, or the squared distance
+        exceeds float64. Under ``jit``, features that are not finite give NaN.
     """
     a, b = both(x, y, least=2, device=False)
     if isinstance(a, np.ndarray) and isinstance(b, np.ndarray):
@@ -67,16 +71,16 @@ def _(primals: tuple[Points, Points], tangents: tuple[Points, Points]) -> tuple[
 
 
 def _frechet(x: np.ndarray, y: np.ndarray) -> float:
-    """The squared distance; NaN for features that are not finite, infinite if it exceeds float64."""
+    """Returns the squared distance: NaN if features are not finite, infinite if it exceeds float64."""
     x, y = x.astype(np.float64), y.astype(np.float64)
     if not (np.isfinite(x).all() and np.isfinite(y).all()):
         return np.nan
-    # The offset is a sample, not a mean, so that a constant feature leaves exact zeros; a quarter of a difference cannot
-    # overflow.
+    # Subtract a sample instead of a mean, so that a constant feature gives exact zeros. Divide by 4 first, so that the
+    # difference cannot overflow.
     x, y, exponent = _scaled(x / 4.0 - x[:1] / 4.0, y / 4.0 - x[:1] / 4.0)
     mean_x, mean_y = np.mean(x, axis=0), np.mean(y, axis=0)
     a, b = _factor(x - mean_x), _factor(y - mean_y)
-    # Rows of zeros give both the same size, so that one can be rotated onto the other.
+    # Pad with rows of zeros to equal sizes, so that one factor can be rotated onto the other.
     rows = max(len(a), len(b))
     a, b = (np.pad(z, ((0, rows - len(z)), (0, 0))) for z in (a, b))
     left, _, right = np.linalg.svd(a @ b.T)
@@ -86,18 +90,18 @@ def _frechet(x: np.ndarray, y: np.ndarray) -> float:
 
 
 def _scaled(x: np.ndarray, y: np.ndarray) -> tuple[np.ndarray, np.ndarray, int]:
-    """Both sets times 2^-e, which costs no digits, with the largest number in [1/2, 1); and e."""
+    """Returns both sets times 2^-e, such that the largest number is in [1/2, 1), and e. This scaling is exact."""
     exponent = int(np.frexp(max(np.abs(x).max(), np.abs(y).max()))[1])
     return np.ldexp(x, -exponent), np.ldexp(y, -exponent), exponent
 
 
 def _factor(points: np.ndarray) -> np.ndarray:
-    """A with A'A = C, the covariance of centred points, [min(n, d), d]."""
+    """Returns A with A'A = C, the covariance of centred points, [min(n, d), d]."""
     return np.linalg.qr(points, mode="r") / np.sqrt(len(points) - 1)
 
 
 def _quantile_pairs(n: int, m: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """How n and m equally weighted sorted points are coupled: indices into each, the mass of every pair."""
+    """Couples n and m equally weighted sorted points: returns indices into each, and the mass of every pair."""
     steps = [np.arange(n + 1, dtype=np.int64) * m, np.arange(m + 1, dtype=np.int64) * n]
     levels = np.unique(np.concatenate(steps))
     return levels[:-1] // m, levels[:-1] // n, np.diff(levels) / (n * m)
@@ -118,24 +122,26 @@ def _sliced_wasserstein(
 
 
 def sliced_wasserstein(key: Key, x: Points, y: Points, *, p: int = 2, projections: int = 128) -> Array:
-    """The sliced Wasserstein distance (mean over θ of W_p(θ·X, θ·Y)^p)^{1/p}, θ uniform on the sphere.
+    r"""Computes the sliced Wasserstein distance, with directions θ drawn uniformly from the sphere.
 
-    Each one-dimensional distance is exact, for unequal sizes too: the quantile functions are integrated piece
-    by piece. A shift by a gives ``|a|/√d`` at p = 2. Two sets from one law give a positive floor of order
-    n^{-1/2}: measure that floor too.
+    .. math:: \left( \mathbb{E}_\theta\, W_p(\theta \cdot X, \theta \cdot Y)^p \right)^{1/p}
+
+    Each one-dimensional distance is exact, also for sets of unequal size: the quantile functions are integrated piece by
+    piece. For p = 2, a shift by a gives ``|a|/√d`` in expectation. Two sets from one law give a positive value of order
+    n^{-1/2}; measure this floor as well.
 
     Args:
-      key: of the directions.
+      key: a PRNG key for the directions.
       x: samples ``[n, ...]``.
       y: samples ``[m, ...]``.
       p: 1 or 2.
-      projections: how many directions.
+      projections: the number of directions.
 
     Returns:
       The distance, a scalar in the units of x (not squared).
 
     Raises:
-      ValueError: for no samples, unequal dimensions, a sample that is not finite, or another p.
+      ValueError: if there are no samples, the dimensions differ, a sample is not finite, or p is neither 1 nor 2.
 
     Example:
       >>> import jax

@@ -1,10 +1,23 @@
-"""Objectives: ``(params, key, batch, context) -> (loss [B], aux)``, each method a choice of parts over the identities.
+r"""Objectives: the training losses of the methods, as functions ``(params, key, batch, context) -> (loss [B], aux)``.
 
-``METHODS`` is the catalogue. A method is a function that makes an ``Objective`` of a ``Term``, with its row, ``method(...)``,
-above it; ``sequence`` and ``weighted_sum`` make objectives of objectives.
+``METHODS`` is the catalogue of methods. A method is a function that makes an ``Objective`` from a ``Term``; the decorator
+``method`` adds it to the catalogue. ``sequence`` and ``weighted_sum`` combine objectives.
+
+The formulas of the methods use these symbols:
+
+- :math:`R` is the reduction, by default the squared norm (``reductions.squared``), and sg the stop-gradient.
+- :math:`\dot I_s` is the velocity of the pair, or the estimate chosen by ``velocity``. :math:`b` is the teacher's velocity.
+- Maps are evaluated at :math:`x = I_s` unless their argument is given.
+- :math:`u = \gamma s + (1-\gamma) t` is a middle time, and :math:`S_{s,u}` an ODE solver from s to u.
+- :math:`D_c v_{s,t} = \partial_s v_{s,t} + \nabla v_{s,t}\, c` is the derivative along the velocity c.
+- :math:`r` is the schedule ``warmup``, which multiplies the derivative; it is 1 by default.
+
+A method with a tangent term also trains the velocity, by flow matching on the ``diagonal`` share of the batch. Costs are per
+off-diagonal sample, in forward passes of the network. Methods with a derivative take ``derivative``, which is
+``identities.forward_mode`` or a finite difference; ``pid`` and ``free_flow`` always use a finite difference.
 """
 
-# The families in the order of the catalogue, which is the order in which they are imported.
+# Methods are listed in the catalogue in the order in which these modules are imported.
 # isort: off
 from jflow.objectives import regression as _regression  # noqa: F401
 from jflow.objectives import lagrangian as _lagrangian  # noqa: F401

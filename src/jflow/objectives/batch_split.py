@@ -1,4 +1,4 @@
-"""The split of a batch into diagonal and off-diagonal rows: static numbers, chosen at random within equal blocks."""
+"""Splits a batch into diagonal and off-diagonal rows: fixed numbers of each, chosen at random within equal blocks."""
 
 from __future__ import annotations
 
@@ -11,14 +11,14 @@ from jflow.types import Array, Key, PyTree
 
 
 class BatchSplit(NamedTuple):
-    """Places of both kinds of rows within each block; None where all rows are of one kind.
+    """The positions of diagonal and off-diagonal rows within each block.
 
-    Rows are taken within blocks, so that no row leaves its device where each device holds whole blocks.
+    Rows are selected within blocks, so no row leaves its device if each device holds whole blocks.
 
     Attributes:
-      diagonal: ``[blocks, n]``, or None.
-      off_diagonal: ``[blocks, m]``, or None.
-      counts: the numbers of rows of either kind in the batch.
+      diagonal: positions of the diagonal rows, ``[blocks, n]``; None if all rows are of one kind.
+      off_diagonal: positions of the other rows, ``[blocks, m]``; None if all rows are of one kind.
+      counts: the numbers of diagonal and of off-diagonal rows in the batch.
     """
 
     diagonal: Array | None
@@ -27,17 +27,17 @@ class BatchSplit(NamedTuple):
 
     @property
     def mask(self) -> Array:
-        """Which rows are on the diagonal, ``[B]``."""
+        """A mask of the diagonal rows, ``[B]``."""
         on, off = self.counts
         return self.put(jnp.ones((on,), bool) if on else None, jnp.zeros((off,), bool) if off else None)
 
     def take(self, tree: PyTree) -> tuple[PyTree, PyTree]:
-        """The rows of either kind, block after block; None where there is none."""
+        """Returns the diagonal and the off-diagonal rows, ordered by block; None for a kind without rows."""
         on, off = self.counts
         return (_take(tree, self.diagonal) if on else None), (_take(tree, self.off_diagonal) if off else None)
 
     def put(self, on: Array | None, off: Array | None) -> Array:
-        """Values of the rows of either kind, in batch order, ``[B]``; None for a kind that has no rows."""
+        """Merges the values of diagonal and off-diagonal rows into batch order, ``[B]``; pass None for a kind without rows."""
         if on is None or off is None or self.diagonal is None or self.off_diagonal is None:
             whole = off if on is None else on
             assert whole is not None
@@ -51,10 +51,10 @@ class BatchSplit(NamedTuple):
 
 
 def split_batch(key: Key, size: int, share: float, blocks: int) -> BatchSplit:
-    """A random split with the nearest number of diagonal rows in each block.
+    """Draws a random split. Each block has ``share`` times its size diagonal rows, rounded.
 
     Raises:
-      ValueError: for a size that the blocks do not divide, or one too small for the share of either kind.
+      ValueError: if ``size`` is not divisible by ``blocks``, or a block is too small to hold rows of both kinds.
     """
     if size % blocks:
         raise ValueError(f"batch: expected a size divisible by blocks = {blocks}, got {size}")

@@ -1,4 +1,4 @@
-"""Calls any objective: makes its state before the first step, and checks what it returns."""
+"""Calls an objective: creates its initial state, and checks what it returns."""
 
 from __future__ import annotations
 
@@ -9,15 +9,15 @@ import jax.numpy as jnp
 from jflow import checks
 from jflow.types import Array, Aux, Batch, Context, Key, ObjectiveFn, Params, PyTree, as_context
 
-# The signature of an objective, for messages.
+# The signature of an objective, for error messages.
 CALL = "(params, key, batch, context) -> (loss [B], aux)"
 
 
 def init(objective: ObjectiveFn, key: Key, params: Params) -> PyTree:
-    """The state of an objective before the first step: the result of its ``init(key, params)``, or ``()`` if it has none.
+    """Returns an objective's initial state: the result of its ``init(key, params)``, or ``()`` if it has no such method.
 
     Raises:
-      TypeError: for an objective that is not a function, or a key that is not a PRNG key.
+      TypeError: if the objective is not a function, or the key is not a PRNG key.
     """
     checks.accepts("objective", objective, CALL, 4, model=False)
     checks.key("key", key)
@@ -26,13 +26,13 @@ def init(objective: ObjectiveFn, key: Key, params: Params) -> PyTree:
 
 
 def call(objective: ObjectiveFn, params: Params, key: Key, batch: Batch, context: Context) -> tuple[Array, Aux]:
-    """The loss and the Aux of an objective, checked.
+    """Calls an objective, and checks and returns its loss and its Aux.
 
-    An objective may return a mapping of metrics in place of an Aux; its state then stays as it was.
+    An objective may return a mapping of metrics instead of an Aux; its state then stays unchanged.
 
     Raises:
-      TypeError: for anything but a loss and an Aux or a mapping, or a key that is not a PRNG key.
-      ValueError: for a loss that is not of rank one.
+      TypeError: if the objective does not return a loss and an Aux or a mapping, or the key is not a PRNG key.
+      ValueError: if the loss does not have rank one.
     """
     checks.key("key", key)
     context = as_context(context)

@@ -1,4 +1,4 @@
-"""The choices of an objective: their types, their defaults, and what is refused of them."""
+"""The choices (options) of an objective: their types, their defaults, and the checks of their values."""
 
 from __future__ import annotations
 
@@ -18,11 +18,11 @@ from jflow.types import Domain, FlowMap, Velocity, as_velocity
 if TYPE_CHECKING:
     from jflow.objectives.objective import Objective
 
-# A choice that was not made: the default takes its place where the method reads it.
+# The value of a choice that was not made. It is replaced by the default if the method reads this choice.
 UNSET: Any = None
 
 
-# The choices of an objective that has not made others; a method may have defaults of its own.
+# The default choices. A method may override them.
 DEFAULTS: dict[str, Any] = {
     "diagonal": 0.75,
     "times": laws.uniform(),
@@ -33,7 +33,7 @@ DEFAULTS: dict[str, Any] = {
 }
 
 
-# What these choices take and return, and how many arguments they take.
+# The signatures of these choices, for error messages, and their numbers of arguments.
 _SIGNATURES = {
     "velocity": ("row -> velocity, such as velocity_estimates.pair", 1),
     "coupling": ("(key, x1, cond) -> x0, such as couplings.independent", 3),
@@ -41,7 +41,7 @@ _SIGNATURES = {
 
 
 class RowChoices(TypedDict, total=False):
-    """How rows are drawn and reduced: the choices of every objective; see ``Objective`` for what they are."""
+    """The choices of every objective: how rows are drawn and reduced. ``Objective`` documents them."""
 
     diagonal: float
     times: laws.Law | laws.ByStep[laws.Law]
@@ -56,21 +56,21 @@ class RowChoices(TypedDict, total=False):
 
 
 class Choices(RowChoices, total=False):
-    """The choices of every method of the catalogue, which say whose velocity is learned as well."""
+    """The choices of every method of the catalogue: those of ``RowChoices``, and the velocity to learn from."""
 
     velocity: Estimate
     teacher: FlowMap | Velocity | None
 
 
 class DerivativeChoices(Choices, total=False):
-    """The choices of a method with a derivative in its residual."""
+    """The choices of a method whose residual contains a derivative."""
 
     warmup: Schedule | None
     derivative: Derivative
 
 
 def defaults(objective: Objective) -> dict[str, Any]:
-    """What takes the place of the choices that are None."""
+    """Returns the values that replace the choices that are None."""
     own = {name: value for name, value in objective.defaults.items() if name != "domain" or objective.pairs is None}
     found = {**DEFAULTS, "domain": objective.flow_map.domain, **own}
     found["velocity"] = velocity_estimates.pair if objective.teacher is None else velocity_estimates.teacher
@@ -81,7 +81,11 @@ def defaults(objective: Objective) -> dict[str, Any]:
 def base_and_coupling(
     base: bases.Base | None, coupling: couplings.Coupling | None
 ) -> tuple[bases.Base, couplings.Coupling]:
-    """The base and the coupling, each by default that of the other; ``couplings.independent`` is that of the base."""
+    """Fills in the base and the coupling. If one is missing, it follows from the other.
+
+    The base of an independent coupling is the default base. ``couplings.independent`` is replaced by an independent coupling
+    with the chosen base.
+    """
     named = coupling is couplings.independent
     if base is None:
         base = bases.STANDARD_NORMAL
@@ -93,13 +97,13 @@ def base_and_coupling(
 
 
 def check_same_base(base: bases.Base, coupling: couplings.Coupling) -> None:
-    """Refuses a base that is not that of an independent coupling."""
+    """Raises ValueError if an independent coupling has another base."""
     if isinstance(coupling, couplings.Independent) and coupling.base != base:
         raise ValueError(f"base: expected that of the coupling, {coupling.base!r}, got {base!r}")
 
 
 def check(objective: Objective) -> None:
-    """Refuses arguments of another type, numbers out of range, and a choice that nothing reads."""
+    """Raises TypeError for arguments of a wrong type, and ValueError for numbers out of range and unused choices."""
     if not isinstance(objective.flow_map, FlowMap):
         raise TypeError(
             "flow_map: expected a FlowMap (jflow.flow_map(network, form) makes one of a network), got "
@@ -133,7 +137,7 @@ def check(objective: Objective) -> None:
 
 
 def check_base(objective: Objective) -> None:
-    """Refuses a base that is not that of the coupling, and the batch's velocity where it does not hold."""
+    """Raises an error if the base is not that of the coupling, or the batch's velocity is not valid with them."""
     check_same_base(objective.base, objective.coupling)
     if objective.velocity is velocity_estimates.batch:
         bases.gaussian(objective.base, "velocity_estimates.batch")
@@ -142,7 +146,7 @@ def check_base(objective: Objective) -> None:
 
 
 def check_times(objective: Objective) -> None:
-    """Draws from the laws, and refuses times that are outside [0, 1] or the domain, or at which the map has none."""
+    """Draws from the laws, and raises an error if times are outside [0, 1], the domain or the map's own domain."""
     drawn = {}
     for name in ("times", "gammas"):
         if getattr(objective, name) is not None:
@@ -167,7 +171,7 @@ def check_times(objective: Objective) -> None:
 
 
 def unread(objective: Objective) -> dict[str, str]:
-    """The choices that nothing reads, and why."""
+    """Returns the choices that the objective does not read, each with the reason."""
     diagonal = (
         objective.defaults.get("diagonal", DEFAULTS["diagonal"]) if objective.diagonal is None else objective.diagonal
     )

@@ -1,4 +1,4 @@
-"""Objectives made of objectives: stages one after another, or a weighted sum."""
+"""Combines objectives: training stages in sequence, or a weighted sum of losses."""
 
 from __future__ import annotations
 
@@ -18,25 +18,25 @@ from jflow.types import Array, Aux, Batch, Context, Key, ObjectiveFn, Params, Py
 
 @dataclasses.dataclass(frozen=True)
 class Stages:
-    """The objective of the stage in force; ``sequence`` makes it.
+    """An objective that evaluates one of several stages, depending on the step; ``sequence`` makes it.
 
     Attributes:
       starts: the first step of each stage.
-      objectives: the stages; the state is the tuple of their states, or ``()`` if none has a state.
+      objectives: the objectives of the stages. The state is the tuple of their states, or ``()`` if no stage has a state.
     """
 
     starts: tuple[int, ...]
     objectives: tuple[ObjectiveFn, ...]
 
     def init(self, key: Key, params: Params) -> PyTree:
-        """The states of all stages."""
+        """Returns the initial states of all stages."""
         return _init_all(self.objectives, key, params)
 
     def __call__(self, params: Params, key: Key, batch: Batch, context: Context | None = None) -> tuple[Array, Aux]:
-        """The loss of each row, and the metrics of all stages; those of a stage that is not in force count nothing.
+        """Returns the loss of each row in the current stage, and the metrics of all stages.
 
-        A report per row becomes its mean over the rows: ``aux.metrics["diagonal_rows"]`` is the share of diagonal rows in
-        the stage in force, not a mask of the rows.
+        The metrics of the other stages are neutral: they do not contribute to averages. A report per row becomes its mean
+        over the rows: ``aux.metrics["diagonal_rows"]`` is the share of diagonal rows in the current stage, not a mask.
         """
         context = as_context(context)
         states = _states(self.objectives, key, params, context)
@@ -60,14 +60,15 @@ class Stages:
 
 
 def sequence(stages: Sequence[tuple[int, ObjectiveFn]]) -> ObjectiveFn:
-    """The objective of the last stage whose first step has been reached: ``[(0, flow_matching), (2000, lsd)]``.
+    """Makes an objective that trains in stages.
 
-    Only the stage in force is computed (``jax.lax.switch`` on ``context.step``), so that a start on the diagonal alone
-    costs what flow matching costs. The metrics of the other stages count nothing.
+    Each stage is a pair (first step, objective), for example ``[(0, flow_matching), (2000, lsd)]``. Only the current stage
+    is computed (``jax.lax.switch`` on ``context.step``), so a first stage of flow matching costs no more than flow matching
+    alone. The metrics of the other stages are neutral.
 
     Raises:
-      ValueError: if there is no stage, the first does not start at step 0, or the starts do not increase.
-      TypeError: if a stage is not a pair of a whole number and a function.
+      ValueError: if there is no stage, the first does not start at step 0, or the first steps do not increase.
+      TypeError: if a stage is not a pair of an integer and a function.
     """
     if not isinstance(stages, Sequence) or isinstance(stages, str):
         raise TypeError(f"stages: expected a sequence of (first step, objective), got {type(stages).__name__}")
@@ -86,12 +87,12 @@ def sequence(stages: Sequence[tuple[int, ObjectiveFn]]) -> ObjectiveFn:
 
 @dataclasses.dataclass(frozen=True)
 class WeightedSum:
-    """The sum of the losses of several objectives; ``weighted_sum`` makes it.
+    """The weighted sum of the losses of several objectives; ``weighted_sum`` makes it.
 
     Attributes:
-      names: the prefixes of the terms' metrics; "" leaves the names as they are.
+      names: the prefixes of the terms' metrics; "" adds no prefix.
       weights: the weights of the losses.
-      objectives: the terms; the state is the tuple of their states, or ``()`` if none has a state.
+      objectives: the terms. The state is the tuple of their states, or ``()`` if no term has a state.
     """
 
     names: tuple[str, ...]
@@ -99,13 +100,13 @@ class WeightedSum:
     objectives: tuple[ObjectiveFn, ...]
 
     def init(self, key: Key, params: Params) -> PyTree:
-        """The states of all terms."""
+        """Returns the initial states of all terms."""
         return _init_all(self.objectives, key, params)
 
     def __call__(self, params: Params, key: Key, batch: Batch, context: Context | None = None) -> tuple[Array, Aux]:
-        """The weighted sum of the losses of each row, and the metrics of all terms.
+        """Returns the weighted sum of the losses of each row, and the metrics of all terms.
 
-        Each term splits the batch with a key of its own: ``aux.metrics["diagonal_rows"]`` is the mask of the first term, and
+        Each term splits the batch with its own key: ``aux.metrics["diagonal_rows"]`` is the mask of the first term, and
         ``aux.metrics["NAME_diagonal_rows"]`` that of the term NAME.
         """
         context = as_context(context)
@@ -126,18 +127,18 @@ class WeightedSum:
 
 
 def weighted_sum(objective: ObjectiveFn, **more: tuple[ObjectiveFn, float]) -> ObjectiveFn:
-    """The weighted sum of objectives of the same params and batch: ``weighted_sum(lsd, head=(head, 0.1))``.
+    """Makes the weighted sum of objectives that share params and batch, for example ``weighted_sum(lsd, head=(head, 0.1))``.
 
     Args:
-      objective: the first term, of weight one; its metrics keep their names.
-      **more: the other terms by name, each a pair (objective, weight); its metrics are called NAME_metric.
+      objective: the first term, with weight one; its metrics keep their names.
+      **more: the other terms by name, each a pair (objective, weight). The metrics of the term NAME are called NAME_metric.
 
     Returns:
-      The objective.
+      The objective. When called, it raises ValueError if two metrics have the same name.
 
     Raises:
-      ValueError: for a weight that is negative or not finite; when called, for two metrics of one name.
-      TypeError: for an objective that is not a function, or a term that is not a pair (objective, number).
+      ValueError: if a weight is negative or not finite.
+      TypeError: if an objective is not a function, or a term is not a pair (objective, number).
     """
     checks.accepts("objective", objective, CALL, 4, model=False)
     for name, pair in more.items():
@@ -149,7 +150,7 @@ def weighted_sum(objective: ObjectiveFn, **more: tuple[ObjectiveFn, float]) -> O
 
 
 def _init_all(objectives: Sequence[ObjectiveFn], key: Key, params: Params) -> PyTree:
-    """The states of the parts; ``()`` where no part has one, so that nobody needs to bring any."""
+    """Returns the initial states of the parts, or ``()`` if no part has a state, so that callers need not pass one."""
     keys = jax.random.split(key, len(objectives))
     return _whole(init(objective, k, params) for objective, k in zip(objectives, keys, strict=True))
 
@@ -160,10 +161,10 @@ def _whole(states: Iterable[PyTree]) -> PyTree:
 
 
 def _states(objectives: Sequence[ObjectiveFn], key: Key, params: Params, context: Context) -> tuple[PyTree, ...]:
-    """The states of the parts.
+    """Returns the states of the parts.
 
     Raises:
-      ValueError: for another structure than that of ``init``.
+      ValueError: if ``context.state`` does not have the structure that ``init`` makes.
     """
     expected = jax.eval_shape(lambda *args: _init_all(objectives, *args), key, params)
     wanted, got = jax.tree.structure(expected), jax.tree.structure(context.state)
@@ -173,7 +174,7 @@ def _states(objectives: Sequence[ObjectiveFn], key: Key, params: Params, context
 
 
 def _stage(objective: ObjectiveFn, place: int) -> Callable[..., tuple[Array, Aux]]:
-    """The stage at this place, given and returning the states of all."""
+    """Wraps the stage at this position so that it takes and returns the states of all stages."""
 
     def staged(params: Params, key: Key, batch: Batch, context: Context) -> tuple[Array, Aux]:
         states = context.state

@@ -1,12 +1,12 @@
-r"""Consistency models: the semigroup identity with a short first leg, compared as jumps to t = 1.
+r"""Consistency models: the semigroup identity with a short first leg, for jumps to t = 1.
 
-The residual::
+The methods minimise
 
-    R( X_{s,1}(I_s) - sg X_{u,1}(x_u) ) / (u-s),     u = s + fraction (1-s)
+.. math:: \frac{1}{u-s}\, R\big( X_{s,1}(I_s) - \mathrm{sg}\, X_{u,1}(x_u) \big), \qquad u = s + \mathrm{fraction} \cdot (1-s).
 
-in the units of X, with the weight 1/(u-s) of 2310.14189 and 2406.14548, and x_u the point of the same pair (training) or of a
-solver's step along a teacher (distillation). Divided by 1-s, the gradient tends to the Eulerian identity's as u -> s. In the
-formulas R is ``|.|^2`` under the reduction and sg the stop-gradient. Cost is per sample, in forward passes of the network.
+The point x_u belongs to the same pair as I_s (training), or a solver's step along a teacher's velocity ends there
+(distillation). The weight 1/(u-s) is that of 2310.14189 and 2406.14548. As u tends to s, the gradient divided by 1-s tends
+to the gradient for the Eulerian identity. ``jflow.objectives`` explains the symbols of the formulas.
 """
 
 from __future__ import annotations
@@ -52,10 +52,14 @@ def consistency_training(
     leg: str = "own",
     **choices: Unpack[Choices],
 ) -> Objective:
-    """R( X_{s,1}(I_s) - sg X_{u,1}(I_u) ) / (u-s), both of one pair: consistency training (2303.01469).
+    r"""Consistency training (2303.01469): compares the jumps to the data from two points of one pair.
 
-    ``fraction`` = (u-s)/(1-s) is a schedule that shrinks; ``leg`` is whose X_{u,1}: "own", "ema" (as in the paper) or
-    "teacher". Cost: 4 passes.
+    .. math::
+        \frac{1}{u-s}\, R\big( X_{s,1}(I_s) - \mathrm{sg}\, X_{u,1}(I_u) \big), \qquad
+        u = s + \mathrm{fraction} \cdot (1-s)
+
+    ``fraction`` is a schedule that decreases during training. ``leg`` selects the model that gives X_{u,1}: "own", "ema" (as
+    in the paper) or "teacher". Cost: 4 passes.
     """
     return _consistency("consistency_training", flow_map, interpolant, {**choices}, _term(_share(fraction), _pair, leg))
 
@@ -86,10 +90,14 @@ def consistency_distillation(
     leg: str = "own",
     **choices: Unpack[Choices],
 ) -> Objective:
-    """R( X_{s,1}(I_s) - sg X_{u,1}(S_{s,u}(I_s)) ) / (u-s): consistency distillation (2303.01469).
+    r"""Consistency distillation (2303.01469): compares the jumps to the data before and after a solver's step.
 
-    S takes ``steps`` steps of ``solver`` ("euler", "heun", ...) along the teacher's velocity. Cost: 6 passes with Heun's step,
-    5 with Euler's.
+    .. math::
+        \frac{1}{u-s}\, R\big( X_{s,1}(I_s) - \mathrm{sg}\, X_{u,1}(S_{s,u}(I_s)) \big), \qquad
+        u = s + \mathrm{fraction} \cdot (1-s)
+
+    The solver S takes ``steps`` steps of ``solver`` ("euler", "heun", ...) along the teacher's velocity. ``fraction`` and
+    ``leg`` are those of ``consistency_training``. Cost: 6 passes with Heun's step, 5 with Euler's.
     """
 
     def solved(row: Row, u: Array) -> Event:
@@ -115,11 +123,11 @@ def consistency_distillation(
     published_passes=4,
 )
 def ict(flow_map: FlowMap, interpolant: Interpolant, *, cells: Schedule = 20, **choices: Unpack[Choices]) -> Objective:
-    """Consistency training with steps u - s = 1/cells: improved consistency training (2310.14189).
+    """Improved consistency training (2310.14189): consistency training with steps u - s = 1/cells.
 
-    ``cells`` grows, from 10 to 1280 by doubling in the paper (``curriculum`` shows the schedule), where the steps are equal
-    in a power of sigma and not in time. The published reduction is pseudo-Huber with c = 0.00054 sqrt(d) for d entries, in
-    the units of X. Cost: 4 passes.
+    ``cells`` grows during training; in the paper it doubles from 10 to 1280 (``curriculum`` shows the schedule). The steps
+    here are equal in time; the paper's are equal in a power of sigma. The published reduction is pseudo-Huber with
+    c = 0.00054 sqrt(d) for d entries, in the units of X. Cost: 4 passes.
     """
 
     def share(row: Row) -> Array:
@@ -148,19 +156,23 @@ def ict(flow_map: FlowMap, interpolant: Interpolant, *, cells: Schedule = 20, **
 def ect(
     flow_map: FlowMap, interpolant: Interpolant, *, fraction: Schedule | None = None, **choices: Unpack[Choices]
 ) -> Objective:
-    """Consistency training whose step starts as all of the remaining time, u = 1, where it is a regression of the data, and
-    shrinks by halves: easy consistency tuning (2406.14548), of a network that starts as a velocity's.
+    r"""Easy consistency tuning (2406.14548): consistency training with a step that shrinks from the whole remaining time.
 
-    ``fraction`` halves every 1000 steps down to 0.01 by default; the paper's is a share of sigma. The published reduction is
-    ``sqrt(|D|^2 + c^2) - c`` with c = 0. The weight here is 1/(u - s); on the linear path, the paper's 1/(sigma_s - sigma_u)
-    with sigma = (1-t)/t is u s/(u - s), so that the two differ by the factor u s. Cost: 4 passes.
+    It starts with u = 1, a regression on the data, from a network trained as a velocity. By default ``fraction`` is halved
+    every 1000 steps, down to 0.01; in the paper it is a fraction of sigma. The published reduction of the difference D,
+    with c = 0, is
+
+    .. math:: \sqrt{|D|^2 + c^2} - c.
+
+    The weight here is 1/(u - s). The paper's weight is 1/(sigma_s - sigma_u) with sigma = (1-t)/t on the linear path, which
+    equals u s/(u - s). The two differ by the factor u s. Cost: 4 passes.
     """
     share = _share(_halving() if fraction is None else fraction)
     return _consistency("ect", flow_map, interpolant, {**choices}, _term(share, _pair, "own"))
 
 
 def _halving() -> Schedule:
-    # Imported here, for ``import jflow`` should take little more time than ``import jax``.
+    # Imported here so that ``import jflow`` takes little more time than ``import jax``.
     import optax
 
     return optax.exponential_decay(1.0, 1000, 0.5, staircase=True, end_value=0.01)
@@ -175,7 +187,7 @@ def _pair(row: Row, u: Array) -> Event:
 
 
 def _term(share: Callable[[Row], Array], first: Callable[[Row, Array], Event], leg: str) -> Term:
-    """The residual from the share (u - s)/(t - s), the mean velocity of the first leg, and whose X_{u,t} it is."""
+    """Makes the term from the share (u - s)/(t - s), the mean velocity of the first leg, and the model of X_{u,t}."""
 
     def residual(row: Row) -> identities.Residual:
         part, gap = share(row), row.t - row.s
@@ -183,7 +195,7 @@ def _term(share: Callable[[Row], Array], first: Callable[[Row, Array], Event], l
         two = identities.semigroup(row.own.v, row.s, row.t, row.x, 1.0 - part, legs=row.leg(leg).v, first=first(row, u))
         step = part * gap
         weight = jnp.where(step == 0.0, 0.0, 1.0 / jnp.where(step == 0.0, 1.0, step))
-        # v times the gap is X up to x, which both sides share.
+        # gap * v is X - x, and x cancels in the difference.
         return two.rescaled(prediction=gap, difference=gap)._replace(weight=weight)
 
     return Term("consistency", residual, ("teacher",) if leg == "teacher" else (), second_leg)

@@ -1,13 +1,13 @@
-r"""Curricula: choices that change with the step.
+r"""Curricula: choices that change during training.
 
-A schedule is a number, or a function ``step -> value`` such as optax's. This module has the schedules of the catalogue that
-optax lacks. With optax::
+A schedule is a number, or a function ``step -> value`` such as optax's schedules. This module has the schedules of the
+catalogue that optax lacks. Examples with optax::
 
-    linear_schedule(0.0, 0.99, 10_000)                                      a tangent warm-up
-    exponential_decay(1.0, 1000, 0.5, staircase=True, end_value=0.01)       a share that halves every 1000 steps, down to .01
-    exponential_decay(10, every, 2.0, staircase=True, end_value=1280)       numbers of cells that double, 2310.14189
+    optax.linear_schedule(0.0, 0.99, 10_000)                                    # a tangent warm-up
+    optax.exponential_decay(1.0, 1000, 0.5, staircase=True, end_value=0.01)     # a fraction halved every 1000 steps
+    optax.exponential_decay(10, every, 2.0, staircase=True, end_value=1280)     # a doubling number of cells, 2310.14189
 
-``times.ByStep`` changes a law of times with the step, ``objectives.sequence`` the whole objective.
+``times.ByStep`` changes a law of times with the step, and ``objectives.sequence`` the whole objective.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ Schedule = float | Array | Callable[[Any], Any]
 
 
 def value_at(schedule: Schedule, step: Array | int) -> Array:
-    """A schedule's value at a step, a floating-point scalar."""
+    """Returns a schedule's value at a step, a floating-point scalar."""
     if not callable(schedule):
         return jnp.asarray(schedule, float)
     # Optax's arithmetic mixes integer steps with floats.
@@ -34,12 +34,17 @@ def value_at(schedule: Schedule, step: Array | int) -> Array:
 
 
 def halving(first: int, every: int) -> Callable[[Array], Array]:
-    """max(first 2^-floor(step/every), 1), rounded down: the numbers of cells of progressive distillation (2202.00512).
+    r"""Returns the schedule of the number of cells in progressive distillation (2202.00512), halved every ``every`` steps.
 
-    ``halvings(first, every)`` are the steps at which it changes.
+    .. math::
+        \max\left( \lfloor \mathrm{first} \cdot 2^{-k} \rfloor, 1 \right), \qquad
+        k = \lfloor \mathrm{step}/\mathrm{every} \rfloor
+
+    ``halvings(first, every)`` returns the steps at which it changes.
 
     Raises:
-      ValueError: if ``first`` or ``every`` is not positive; TypeError if they are not whole numbers.
+      ValueError: if ``first`` or ``every`` is not positive.
+      TypeError: if ``first`` or ``every`` is not an integer.
 
     Example:
       >>> import jax.numpy as jnp
@@ -54,15 +59,20 @@ def halving(first: int, every: int) -> Callable[[Array], Array]:
 
 
 def halvings(first: int, every: int) -> tuple[int, ...]:
-    """The steps at which ``halving(first, every)`` changes, where the student becomes the teacher."""
+    """Returns the steps at which ``halving(first, every)`` changes; at these steps the student becomes the teacher."""
     return tuple(every * (k + 1) for k in range(first.bit_length() - 1))
 
 
 def falling_sigmoid(middle: float, width: float, least: float = 5e-3) -> Callable[[Array], Array]:
-    """max(1 / (1 + e^{(step - middle)/width}), least), and 1 while it is above 1 - least: alpha of 2510.20771.
+    r"""Returns the schedule of alpha in alpha-Flow (2510.20771): a sigmoid that falls with the step.
+
+    .. math:: \max\left( \frac{1}{1 + e^{(\mathrm{step} - \mathrm{middle})/\mathrm{width}}}, \mathrm{least} \right)
+
+    The value is 1 while the sigmoid is above 1 - least.
 
     Raises:
-      ValueError: for a width that is not positive, or ``least`` outside (0, 0.5].
+      ValueError: if ``width`` is not positive, ``least`` is outside (0, 0.5], or a number is not finite.
+      TypeError: if an argument is not a number.
     """
     checks.number("middle", middle)
     checks.number("width", width, low=0.0, open_low=True)

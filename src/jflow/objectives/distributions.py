@@ -1,6 +1,6 @@
-r"""Losses on distributions of samples, which need no teacher and no derivative.
+r"""Losses that compare distributions of samples. They need no teacher and no derivative.
 
-The law of x = X_{s,t}(I_s) is compared with that of y = I_t, over groups of M samples (``objectives.group``).
+The loss compares the law of x = X_{s,t}(I_s) with that of y = I_t, over groups of M samples (``objectives.group``).
 """
 
 from __future__ import annotations
@@ -19,13 +19,15 @@ from jflow.types import Array, Event, FlowMap
 def energy_distance(
     flow_map: FlowMap, interpolant: Interpolant, *, size: int, **choices: Unpack[GroupChoices]
 ) -> GroupObjective:
-    r"""The squared energy distance between the laws of x = X_{s,t}(I_s) and y = I_t (Székely & Rizzo 2013)::
+    r"""Makes the objective of the squared energy distance (Székely & Rizzo 2013).
 
-        2 E|x - y| - E|x - x'| - E|y - y'|.
+    The distance between the laws of x = X_{s,t}(I_s) and y = I_t, where x' and y' are independent copies, is
 
-    The estimate is unbiased for any M >= 2: all three means leave out i = j, the first because x_i and y_i come from the
-    same pair. Its expectation is zero if and only if the two laws are equal; a single value may be negative. Cost: 3 passes
-    per sample, and M^2 distances per group.
+    .. math:: 2\, \mathbb{E}|x - y| - \mathbb{E}|x - x'| - \mathbb{E}|y - y'|.
+
+    The estimate is unbiased for any M >= 2: all three means omit i = j, the first because x_i and y_i come from the
+    same pair. Its expectation is zero if and only if the two laws are equal. A single estimate may be negative. Cost: 3
+    passes per sample, and M^2 distances per group.
 
     The rows of a group must share a class, as ``datasets.grouped`` arranges. One jump from noise to two classes::
 
@@ -56,7 +58,7 @@ def energy_distance(
       The objective.
 
     Raises:
-      ValueError, TypeError: as ``GroupObjective`` says.
+      ValueError, TypeError: as documented in ``GroupObjective``.
     """
 
     def loss(group: Group) -> Array:
@@ -66,16 +68,22 @@ def energy_distance(
 
 
 def squared_energy_distance(x: Event, y: Event) -> Array:
-    r"""``[ 2 sum |x_i - y_j| - sum |x_i - x_j| - sum |y_i - y_j| ] / (M (M - 1))``, sums over i != j; a scalar.
+    r"""Estimates the squared energy distance between the laws of x and y.
 
-    The unbiased estimate for pairs (x_i, y_i) that are independent of one another, while x_i and y_i need not be.
+    .. math:: \frac{1}{M (M - 1)} \sum_{i \neq j} \left( 2 |x_i - y_j| - |x_i - x_j| - |y_i - y_j| \right)
+
+    The estimate is unbiased if the pairs (x_i, y_i) are independent of each other; within a pair, x_i and y_i may depend on
+    each other.
 
     Args:
       x: samples, leaves ``[M, ...]``.
       y: samples of the same structure and shapes.
 
+    Returns:
+      The estimate, a scalar.
+
     Raises:
-      ValueError: for less than two samples, or x and y that differ in structure or shape.
+      ValueError: if there are fewer than two samples, or x and y differ in structure or shape.
     """
     checks.same_structure("x", x, "y", y)
     count = checks.rows("x", x)
@@ -86,7 +94,7 @@ def squared_energy_distance(x: Event, y: Event) -> Array:
 
 
 def _distances(a: Event, b: Event) -> Array:
-    """The sum of ``|a_i - b_j|`` over i != j; the gradient of a distance of zero is taken as zero."""
+    """Returns the sum of ``|a_i - b_j|`` over i != j. The gradient of a zero distance is defined as zero."""
     square = jax.vmap(lambda one: jax.vmap(lambda other: trees.sq_norm(trees.sub(one, other)))(b))(a)
     apart = ~jnp.eye(len(square), dtype=bool) & (square > 0.0)
     return jnp.sum(jnp.where(apart, jnp.sqrt(jnp.where(apart, square, 1.0)), 0.0))

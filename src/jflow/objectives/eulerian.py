@@ -1,12 +1,7 @@
 r"""Methods of the Eulerian identity: the map does not change when its source moves along the flow.
 
-In the formulas R is ``|.|^2`` under the reduction, sg the stop-gradient, x = I_s, I_s' the velocity of the pair (or the
-estimate that ``velocity`` chooses), b the teacher's velocity, d/ds v + grad v c the derivative of v along (1, c). A tangent
-term, where there is one, is on the ``diagonal`` share of the batch. Cost is per off-diagonal sample, in forward passes of the
-network.
-
-Every method takes ``derivative``, ``identities.forward_mode`` or a finite difference, and ``warmup``, a schedule r that
-multiplies the derivative (1 by default).
+Every method takes ``derivative``, which is ``identities.forward_mode`` or a finite difference, and ``warmup``, a schedule r
+that multiplies the derivative (1 by default). ``jflow.objectives`` explains the symbols of the formulas.
 """
 
 from __future__ import annotations
@@ -29,11 +24,11 @@ from jflow.types import TO_DATA, Event, FlowMap
 
 
 class Reads(TypedDict):
-    """What an Eulerian residual is made of.
+    """The options of an Eulerian residual.
 
     Attributes:
-      velocity: "conditional", or the leg whose diagonal it is.
-      along: the same for the direction of the derivative; by default as ``velocity``.
+      velocity: the velocity estimate: "conditional", or the leg whose diagonal is used.
+      along: the velocity along which v is differentiated; by default that of ``velocity``.
       stop: as in ``identities.eulerian``.
     """
 
@@ -43,7 +38,7 @@ class Reads(TypedDict):
 
 
 def eulerian_term(reads: Reads, warmup: Schedule | None = None, derivative: Derivative | None = None) -> Term:
-    """The Eulerian residual as a term."""
+    """Makes a term of the Eulerian residual."""
     derivative = identities.forward_mode if derivative is None else derivative
     velocity, along, stop = reads["velocity"], reads.get("along"), reads["stop"]
 
@@ -70,7 +65,7 @@ def eulerian_term(reads: Reads, warmup: Schedule | None = None, derivative: Deri
 def _eulerian(
     name: str, flow_map: FlowMap, interpolant: Interpolant, choices: dict[str, Any], reads: Reads, **defaults: Any
 ) -> Objective:
-    """A method whose residual is the plain Eulerian one."""
+    """Makes a method with the Eulerian residual."""
     term = eulerian_term(reads, choices.pop("warmup", None), choices.pop("derivative", None))
     return Objective(name, flow_map, interpolant, term, defaults=defaults, **choices)
 
@@ -88,9 +83,11 @@ def _eulerian(
     published_passes=7,
 )
 def emd(flow_map: FlowMap, interpolant: Interpolant, **choices: Unpack[DerivativeChoices]) -> Objective:
-    """R( d/ds X_{s,t} + grad X_{s,t} b_s ): Eulerian map distillation (2406.07507); nothing is stopped.
+    r"""Eulerian map distillation (2406.07507): the Eulerian residual of X with the teacher's velocity.
 
-    Cost: 7 passes (the teacher 1, derivative with value 2, back 4).
+    .. math:: R\big( \partial_s X_{s,t} + \nabla X_{s,t}\, b_s \big)
+
+    There is no stop-gradient. Cost: 7 passes (the teacher 1, value and derivative 2, backward 4).
     """
     reads: Reads = {"velocity": "teacher", "stop": "none"}
     return _eulerian("emd", flow_map, interpolant, {**choices}, reads, diagonal=0.0)
@@ -115,11 +112,12 @@ def esd(
     stop: str = "spatial",
     **choices: Unpack[DerivativeChoices],
 ) -> Objective:
-    """R( v_{s,t} - (t-s) d/ds v_{s,t} - sg[ v_{s,s} + (t-s) grad v_{s,t} v_{s,s} ] ) + tangent: Eulerian self-distillation
-    (2505.18825).
+    r"""Eulerian self-distillation (2505.18825): the Eulerian residual with the map's own velocity, and a tangent term.
 
-    ``leg`` is whose v_{s,s}: "own", "ema" or "teacher"; ``stop`` is what gets no gradient, as in ``identities.eulerian``.
-    Cost: 8 passes (value and two derivatives 3, back 4, the diagonal 1).
+    .. math:: R\big( v_{s,t} - (t-s)\, \partial_s v_{s,t} - \mathrm{sg}[ v_{s,s} + (t-s) \nabla v_{s,t}\, v_{s,s} ] \big)
+
+    ``leg`` selects the model that gives v_{s,s}: "own", "ema" or "teacher". ``stop`` selects the parts under a
+    stop-gradient, as in ``identities.eulerian``. Cost: 8 passes (value and two derivatives 3, backward 4, the diagonal 1).
     """
     return _eulerian("esd", flow_map, interpolant, {**choices}, {"velocity": leg, "stop": stop})
 
@@ -142,15 +140,19 @@ def _normalised_tangent() -> dict[str, Any]:
     published_passes=4,
 )
 def sct(flow_map: FlowMap, interpolant: Interpolant, **choices: Unpack[DerivativeChoices]) -> Objective:
-    """R( k v_{s,1} - sg[ k v_{s,1} - cos(tau) (2/pi) ( v_{s,1} - I_s' - r (1-s)(d/ds v_{s,1} + grad v_{s,1} I_s') ) ] ):
-    simplified continuous-time consistency training (2410.11081), with tau = pi (1-s)/2 and k = (1-s)/sin(tau).
+    r"""Simplified continuous-time consistency training, sCT (2410.11081), on the trigonometric path.
 
-    k v is the paper's -F up to a function of x, and the bracket its tangent, cos(tau) df/dtau. The paper normalises the
-    tangent with c = 0.1 and learns a weight, ``reductions.learned(w, of=reductions.normalised(0.1))``, and lets r rise to
-    1; its r multiplies x + dF/dtau, ours the derivative of v. Cost: 4 passes.
+    .. math::
+        R\big( k v_{s,1} - \mathrm{sg}[ k v_{s,1} - \Delta ] \big), \qquad
+        \Delta = \tfrac{2}{\pi} \cos\tau \left( v_{s,1} - \dot I_s - r (1-s)\, D_{\dot I_s} v_{s,1} \right), \\
+        \tau = \tfrac{\pi}{2} (1-s), \qquad k = \frac{1-s}{\sin\tau}.
+
+    k v is the paper's -F plus a function of x, and :math:`\Delta` is its tangent :math:`\cos\tau\, df/d\tau`. The paper
+    normalises the tangent with c = 0.1 and learns a weight (``reductions.learned(w, of=reductions.normalised(0.1))``), and r
+    rises to 1. In the paper, r multiplies :math:`x + dF/d\tau`; here it multiplies the derivative of v. Cost: 4 passes.
 
     Raises:
-      ValueError: for another path than the trigonometric one.
+      ValueError: if the path is not the trigonometric one.
     """
     return _scm("sct", flow_map, interpolant, {**choices}, "conditional")
 
@@ -170,12 +172,12 @@ def sct(flow_map: FlowMap, interpolant: Interpolant, **choices: Unpack[Derivativ
     published_passes=5,
 )
 def scd(flow_map: FlowMap, interpolant: Interpolant, **choices: Unpack[DerivativeChoices]) -> Objective:
-    """``sct`` with the teacher's velocity: simplified continuous-time consistency distillation (2410.11081).
+    """Simplified continuous-time consistency distillation, sCD (2410.11081): ``sct`` with the teacher's velocity.
 
     Cost: 5 passes.
 
     Raises:
-      ValueError: for another path than the trigonometric one.
+      ValueError: if the path is not the trigonometric one.
     """
     return _scm("scd", flow_map, interpolant, {**choices}, "teacher")
 
@@ -197,12 +199,12 @@ def _scm(name: str, flow_map: FlowMap, interpolant: Interpolant, choices: dict[s
     return Objective(name, flow_map, interpolant, term, defaults={"diagonal": 0.0, **TO_DATA_PAIRS}, **choices)
 
 
-# The default pairs and domain of a method that trains jumps to the data alone.
+# The default pairs and domain of a method that trains only jumps to the data.
 TO_DATA_PAIRS: dict[str, Any] = {"pairs": times.to_data(), "domain": TO_DATA}
 
 
 def _mean_flow_recipe(diagonal: float) -> dict[str, Any]:
-    """The adaptive weight on all rows; s the smaller of two logit-normal times, on the diagonal too."""
+    """The adaptive weight on all rows; s is the smaller of two logit-normal times, also on the diagonal."""
     pairs, weight = times.ordered(times.logit_normal(0.4, 1.0)), reductions.adaptive(1.0, 0.01)
     return {
         "diagonal": diagonal,
@@ -226,10 +228,12 @@ def _mean_flow_recipe(diagonal: float) -> dict[str, Any]:
     published_passes=4,
 )
 def mean_flow(flow_map: FlowMap, interpolant: Interpolant, **choices: Unpack[DerivativeChoices]) -> Objective:
-    """R( v_{s,t} - sg[ I_s' + r (t-s) ( d/ds v_{s,t} + grad v_{s,t} I_s' ) ] ) + tangent: MeanFlow (2505.13447).
+    r"""MeanFlow (2505.13447): the Eulerian residual with the velocity of the pair, and a tangent term.
 
-    The default reduction is the squared one, under which the exact map is stationary. The published one,
-    ``reductions.adaptive(1, 0.01)`` on all rows, biases it. Cost: 4 passes.
+    .. math:: R\big( v_{s,t} - \mathrm{sg}[ \dot I_s + r (t-s)\, D_{\dot I_s} v_{s,t} ] \big)
+
+    With the default reduction, ``reductions.squared``, the exact map is stationary. With the published reduction,
+    ``reductions.adaptive(1, 0.01)`` on all rows, it is not. Cost: 4 passes.
 
     Example:
       >>> import jax
@@ -263,11 +267,12 @@ _IMPROVED: Reads = {"velocity": "conditional", "along": "own", "stop": "target"}
     published_passes=5,
 )
 def improved_mean_flow(flow_map: FlowMap, interpolant: Interpolant, **choices: Unpack[DerivativeChoices]) -> Objective:
-    """R( v_{s,t} - sg[ I_s' + r (t-s) ( d/ds v_{s,t} + grad v_{s,t} v_{s,s} ) ] ) + tangent: improved MeanFlow
-    (2512.02012).
+    r"""Improved MeanFlow (2512.02012): MeanFlow with the derivative along the map's own velocity.
 
-    As MeanFlow, but the derivative is along the map's own velocity, which lowers the variance of the target. The
-    published recipe has half of the rows on the diagonal. Cost: 5 passes.
+    .. math:: R\big( v_{s,t} - \mathrm{sg}[ \dot I_s + r (t-s)\, D_{v_{s,s}} v_{s,t} ] \big)
+
+    This lowers the variance of the target. There is a tangent term. The published recipe has half of the rows on the
+    diagonal. Cost: 5 passes.
     """
     return _eulerian("improved_mean_flow", flow_map, interpolant, {**choices}, _IMPROVED)
 
@@ -285,14 +290,14 @@ def improved_mean_flow(flow_map: FlowMap, interpolant: Interpolant, **choices: U
     published=lambda: _mean_flow_recipe(0.5),
 )
 def pixel_mean_flow(flow_map: FlowMap, interpolant: Interpolant, **choices: Unpack[DerivativeChoices]) -> Objective:
-    """Improved MeanFlow of a network that predicts the data end: pixel MeanFlow (2601.22158).
+    """Pixel MeanFlow (2601.22158): improved MeanFlow of a network that predicts the data.
 
-    The residual is that of ``improved_mean_flow``, in v; the map must be in the x-formulation (``data_form``), whose clamp
-    near s = 1 is not the paper's: the paper divides its network's output by max(1 - s, 0.05) and regresses the clamped
-    target. The paper's perceptual terms are not part of it. Cost: 5 passes.
+    The residual is that of ``improved_mean_flow``, in v. The map must be in the x-formulation (``data_form``). Its clamp
+    near s = 1 differs from the paper's: the paper divides its network's output by max(1 - s, 0.05) and regresses on the
+    clamped target. The paper's perceptual terms are not included. Cost: 5 passes.
 
     Raises:
-      ValueError: for a map known to be of another form.
+      ValueError: if the map is known to have another form.
     """
     if getattr(flow_map, "form", "") not in ("", "x"):
         raise ValueError(f"flow_map: pixel MeanFlow's network predicts the data (form 'x'), got form {flow_map.form!r}")
@@ -300,7 +305,7 @@ def pixel_mean_flow(flow_map: FlowMap, interpolant: Interpolant, **choices: Unpa
 
 
 def _decoupled_recipe() -> dict[str, Any]:
-    """``log(|D|^2/d + .01)`` up to a constant, on both halves of the batch, each with its own law of times."""
+    """The paper's choices: ``log(|D|^2/d + .01)`` up to a constant on all rows, and separate laws of times."""
     logarithm = reductions.scaled(200.0, reductions.per_entry(reductions.cauchy(0.1)))
     return {
         "diagonal": 0.5,
@@ -323,12 +328,15 @@ def _decoupled_recipe() -> dict[str, Any]:
     published=_decoupled_recipe,
 )
 def decoupled_mean_flow(flow_map: FlowMap, interpolant: Interpolant, **choices: Unpack[DerivativeChoices]) -> Objective:
-    """MeanFlow of a network whose first layers see s and whose last see t: decoupled MeanFlow (2510.24474).
+    r"""Decoupled MeanFlow (2510.24474): MeanFlow of a network whose first layers see s and whose last layers see t.
 
-    The residual is ``mean_flow``'s. What is new is the network, ``nets.MLP(decoupled=...)``, which starts from a velocity
-    network's weights as its diagonal, and the reduction on both kinds of rows, ``log(|D|^2/d + 0.01)`` for d entries; the paper
-    adds a learned scale (``reductions.learned_cauchy``). With a ``teacher`` (guided or not) its velocity takes the place of
-    I_s'. Cost: 4 passes, 5 with a teacher.
+    The residual is that of ``mean_flow``. The method differs in the network, ``nets.MLP(decoupled=...)``, whose diagonal
+    starts as a trained velocity network, and in the published reduction of the residual D with d entries, on all rows:
+
+    .. math:: \log\left( |D|^2/d + 0.01 \right).
+
+    The paper adds a learned scale (``reductions.learned_cauchy``). If there is a ``teacher`` (guided or not), its velocity
+    replaces :math:`\dot I_s`. Cost: 4 passes, 5 with a teacher.
     """
     return _eulerian(
         "decoupled_mean_flow", flow_map, interpolant, {**choices}, {"velocity": "conditional", "stop": "target"}
@@ -355,13 +363,14 @@ def _facm_recipe() -> dict[str, Any]:
     published_passes=8,
 )
 def facm(flow_map: FlowMap, interpolant: Interpolant, **choices: Unpack[DerivativeChoices]) -> Objective:
-    """R( v_{s,1} - sg[ I_s' + (1-s) ( d/ds v_{s,1} + grad v_{s,1} I_s' ) ] ) + tangent: flow-anchored consistency
-    (2507.03738).
+    r"""Flow-anchored consistency model (2507.03738): MeanFlow's residual for jumps to t = 1, and a tangent term.
 
-    Half of the batch is the anchor, flow matching on the diagonal, which the network tells from the shortcut by its second
-    time. With a ``teacher`` its velocity takes the place of I_s'. The published recipe clamps the residual's entries at 1,
-    takes means over entries and weighs with (mean + 1e-3)^-1/2; the published code also weighs with cos(pi s/2), relaxes
-    the target by a power of s, and adds a cosine similarity to the anchor, which are not part of it.
+    .. math:: R\big( v_{s,1} - \mathrm{sg}[ \dot I_s + r (1-s)\, D_{\dot I_s} v_{s,1} ] \big)
+
+    Half of the batch is the anchor, flow matching on the diagonal; the network distinguishes the two tasks by its second
+    time. If there is a ``teacher``, its velocity replaces :math:`\dot I_s`. The published recipe clamps the residual's
+    entries at 1, takes means over entries and weights with (mean + 1e-3)^-1/2. The published code also weights with
+    cos(pi s/2), relaxes the target by a power of s, and adds a cosine similarity to the anchor; these are not included.
     Cost: 4 passes, 5 with a teacher.
     """
     reads: Reads = {"velocity": "conditional", "stop": "target"}
@@ -382,9 +391,11 @@ def facm(flow_map: FlowMap, interpolant: Interpolant, **choices: Unpack[Derivati
     published_passes=6,
 )
 def ayf_emd(flow_map: FlowMap, interpolant: Interpolant, **choices: Unpack[DerivativeChoices]) -> Objective:
-    """R( v_{s,t} - sg[ b_s + r (t-s) ( d/ds v_{s,t} + grad v_{s,t} b_s ) ] ): Align Your Flow, Eulerian (2506.14603).
+    r"""Align Your Flow, Eulerian (2506.14603): MeanFlow's residual with the teacher's velocity.
 
-    The paper normalises the tangent (``reductions.normalised``), lets r rise to 0.99, and guides the teacher
+    .. math:: R\big( v_{s,t} - \mathrm{sg}[ b_s + r (t-s)\, D_{b_s} v_{s,t} ] \big)
+
+    In the paper, the tangent is normalised (``reductions.normalised``), r rises to 0.99, and the teacher is guided
     (``guidance.autoguided``). Cost: 5 passes.
     """
     reads: Reads = {"velocity": "teacher", "stop": "target"}

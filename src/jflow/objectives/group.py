@@ -1,8 +1,8 @@
-"""Losses on groups: each sees M samples, all at one pair of times (s, t) and under one condition.
+"""Losses on groups of M samples that share one pair of times (s, t) and one condition.
 
-A group is M consecutive rows of the batch. All of them lie on one device. Each row gets the loss of its group, so the mean
-over the rows is the mean over the groups, and the objective combines with any other (``weighted_sum``). With conditions,
-the rows of a group must share one: ``datasets.grouped`` makes such batches.
+A group is M consecutive rows of the batch, all on one device. Each row gets the loss of its group, so the mean over the
+rows is the mean over the groups, and the objective can be combined with any other (``weighted_sum``). In a conditional
+batch, the rows of a group must share one condition; ``datasets.grouped`` makes such batches.
 """
 
 from __future__ import annotations
@@ -37,12 +37,12 @@ from jflow.types import (
     as_context,
 )
 
-# A choice that was not made: ``__post_init__`` puts its default there.
+# The value of a choice that was not made; ``__post_init__`` replaces it by the default.
 _UNSET: Any = None
 
 
 class Group(NamedTuple):
-    """M samples at one pair of times: what a loss of a group is computed from.
+    """M samples at one pair of times, the input of a group loss.
 
     Attributes:
       s, t: source and target time, scalars.
@@ -50,9 +50,9 @@ class Group(NamedTuple):
       x: the points I_s, ``[M, ...]``.
       y: the points I_t of the same pairs, ``[M, ...]``.
       cond: the conditions, ``[M, ...]``, all equal, or None.
-      key: a PRNG key for the loss itself; no other group has it.
-      step: the optimizer's step, an int32 scalar.
-      own: the map being trained, as a ``Leg`` that holds the conditions and keys of all samples, ``[M, ...]``; ``jumps``
+      key: a PRNG key for the loss, different for each group.
+      step: the number of optimizer steps taken, an int32 scalar.
+      own: the map being trained, as a ``Leg`` that holds the conditions and keys of all samples, ``[M, ...]``. ``jumps``
         evaluates it for each sample.
     """
 
@@ -68,7 +68,7 @@ class Group(NamedTuple):
     own: Leg
 
     def jumps(self) -> Event:
-        """X_{s,t}(I_s) of the map being trained, ``[M, ...]``."""
+        """Returns X_{s,t}(I_s) of the map being trained, ``[M, ...]``."""
 
         def one(x: Event, cond: Cond, key: Key) -> Event:
             return self.own._replace(cond=cond, key=key).jump(self.s, self.t, x)
@@ -77,7 +77,7 @@ class Group(NamedTuple):
 
 
 class Drawn(NamedTuple):
-    """The draws of G groups: s, t and key are ``[G]``, the others ``[G, M, ...]``; see ``Group``."""
+    """The random draws of G groups. s, t and key are ``[G]``, the others ``[G, M, ...]``; see ``Group``."""
 
     s: Array
     t: Array
@@ -88,12 +88,12 @@ class Drawn(NamedTuple):
     key: Key
 
 
-# The loss of a group, a scalar.
+# A function that returns the loss of a group, a scalar.
 GroupLoss = Callable[[Group], Array]
 
 
 class GroupChoices(TypedDict, total=False):
-    """The choices of every loss on groups; ``GroupObjective`` documents them."""
+    """The choices of every group loss; ``GroupObjective`` documents them."""
 
     pairs: laws.PairLaw | laws.ByStep[laws.PairLaw]
     base: bases.Base
@@ -102,24 +102,25 @@ class GroupChoices(TypedDict, total=False):
 
 @dataclasses.dataclass(frozen=True)
 class GroupObjective:
-    """A loss on groups and the choices around it; call it as ``objective(params, key, batch, context) -> (loss [B], aux)``.
+    """An objective with a loss on groups of samples; call it as ``objective(params, key, batch, context)``.
 
     Attributes:
-      name: the label of its metrics.
+      name: the name of the loss in the metrics.
       flow_map: the map that is trained.
       interpolant: the path.
       loss: ``Group -> loss``, a scalar.
       size: M, the number of samples in a group, at least 2; it must divide the number of rows of every batch.
       pairs: the law of (s, t), drawn once for each group.
-      base: the law of x0; that of the coupling if it is ``couplings.Independent``, else the standard normal by default.
-      coupling: ``(key, x1, cond) -> x0`` where the batch holds no x0; ``couplings.Independent(base)`` by default.
-      filled: the choices that were not made, and the defaults that took their places. ``dataclasses.replace`` carries it
-        over, so that ``replace(objective, base=other)`` does not take a default for a choice.
+      base: the law of x0. The default is the base of ``coupling`` if that is a ``couplings.Independent``, else the standard
+        normal.
+      coupling: ``(key, x1, cond) -> x0``, used if the batch holds no x0; ``couplings.Independent(base)`` by default.
+      filled: the defaults that were filled in for the choices that were not made. ``dataclasses.replace`` copies it, so that
+        in ``replace(objective, base=other)`` the filled-in defaults do not count as choices.
 
     Raises:
-      ValueError: for a size below 2, a law that draws times outside the map's domain, or a base that is not that of the
-        coupling.
-      TypeError: for arguments of another type.
+      ValueError: if ``size`` is below 2, ``pairs`` draws times outside the map's domain, or ``base`` is not the base of
+        the coupling.
+      TypeError: if an argument has a wrong type.
     """
 
     name: str
@@ -144,7 +145,7 @@ class GroupObjective:
         self._choose_base()
 
     def _choose_base(self) -> None:
-        """Fills in base and coupling, each from the other, and refuses two that differ."""
+        """Fills in base and coupling, each from the other, and raises ValueError if they disagree."""
         base, coupling = (
             None if name in self.filled and getattr(self, name) is self.filled[name] else getattr(self, name)
             for name in ("base", "coupling")
@@ -170,29 +171,29 @@ class GroupObjective:
         return f"{self.name}({', '.join(f'{name}={shown(value)}' for name, value in listed.items())})"
 
     def init(self, key: Key, params: Params) -> PyTree:
-        """The state before the first step: ``()``."""
+        """Returns the initial state, ``()``."""
         del key, params
         return ()
 
     def __call__(self, params: Params, key: Key, batch: BatchLike, context: Context | None = None) -> tuple[Array, Aux]:
-        """The loss of each row, and reports.
+        """Computes the loss of each row, and metrics.
 
         Args:
           params: the map's parameters.
-          key: a PRNG key; split once, every use named.
-          batch: data, ``[B, ...]``; floating point. The rows of a group have equal conditions.
+          key: a PRNG key.
+          batch: floating-point data, ``[B, ...]``. The rows of a group must have equal conditions.
           context: the step (``Context()`` by default).
 
         Returns:
-          (loss [B], aux): each row has the loss of its group. The metrics are ``NAME/loss``, its mean; ``NAME/loss_by_t``
-          and ``NAME/loss_by_gap``, means by 8 equal bins of t and of t - s; and, for a batch with conditions,
-          ``NAME/mixed_groups``, the number of groups with more than one condition. ``jit`` hides the conditions from Python,
-          so such a group cannot be refused there: its loss is NaN, and the gradient of the batch too.
+          (loss [B], aux). Each row has the loss of its group. The metrics are ``NAME/loss``, its mean; ``NAME/loss_by_t``
+          and ``NAME/loss_by_gap``, means over 8 equal bins of t and of abs(t - s); and, for a conditional batch,
+          ``NAME/mixed_groups``, the number of groups with more than one condition. Under ``jit`` such a group cannot raise
+          an error; its loss is NaN instead, and so is the gradient of the batch.
 
         Raises:
-          ValueError: for a batch without data, a number of rows that ``size`` does not divide, an x0 that does not match
-            x1, or, outside ``jit``, a group with more than one condition.
-          TypeError: for data that is not floating point, or an argument of another type.
+          ValueError: if the batch has no data, ``size`` does not divide the number of rows, x0 does not match x1, or,
+            outside ``jit``, a group has more than one condition.
+          TypeError: if the data is not floating-point, or an argument has a wrong type.
         """
         context = as_context(context)
         checks.key("key", key)
@@ -218,7 +219,7 @@ class GroupObjective:
         losses, metrics = losses.astype(dtype), {}
         if jax.tree.leaves(cond):
             mixed = _mixed(cond, groups, self.size)
-            # A product: ``where`` would let the gradient of such a group through as zero, and the others would train.
+            # Multiply by NaN: with ``where``, this group's gradient would be zero and training would continue unnoticed.
             losses = losses * jnp.where(mixed, jnp.nan, 1.0).astype(dtype)
             metrics[f"{self.name}/mixed_groups"] = reports.Total(jnp.sum(mixed, dtype=jnp.int32))
         said = jax.lax.stop_gradient(losses)
@@ -230,7 +231,7 @@ class GroupObjective:
         return jnp.repeat(losses, self.size), Aux((), metrics)
 
     def _evaluate(self, shared: tuple[Params, Array], drawn: Drawn) -> list[Array]:
-        """Losses of the groups; each device calls it with its own."""
+        """Computes the losses of groups; each device calls it with its own groups."""
         params, step = shared
 
         def one(drawn: Drawn) -> Array:
@@ -255,7 +256,7 @@ class GroupObjective:
 
 
 def _mixed(cond: Cond, groups: int, size: int) -> Array:
-    """Which groups have more than one condition, ``[G]``.
+    """Returns a mask of the groups with more than one condition, ``[G]``.
 
     Raises:
       ValueError: if the conditions are concrete and a group has more than one.

@@ -1,11 +1,8 @@
-r"""Methods of the Lagrangian identity: the image of a point moves with the velocity at the place where it is.
+r"""Methods of the Lagrangian identity: the image of a point moves with the velocity at its own position.
 
-In the formulas R is ``|.|^2`` under the reduction, sg the stop-gradient, x = I_s, b the teacher's velocity. A tangent term,
-where there is one, is on the ``diagonal`` share of the batch. Cost is per off-diagonal sample, in forward passes of the
-network.
-
-Every method takes ``derivative``, ``identities.forward_mode`` or a finite difference (those from noise choose their own), and
-``warmup``, a schedule r that multiplies the derivative (1 by default).
+``lmd``, ``lsd``, ``ayf_lmd`` and ``tvm`` take ``derivative``, which is ``identities.forward_mode`` or a finite difference,
+and ``warmup``, a schedule r that multiplies the derivative (1 by default). ``fmm`` takes ``derivative``. ``pid`` and
+``free_flow`` use a finite difference with their own ``step``. ``jflow.objectives`` explains the symbols of the formulas.
 """
 
 from __future__ import annotations
@@ -27,7 +24,7 @@ from jflow.types import FROM_NOISE, Array, FlowMap, move
 
 
 def lagrangian_term(leg: str, stop: str, warmup: Schedule | None = None, derivative: Derivative | None = None) -> Term:
-    """The Lagrangian residual as a term; ``leg`` is whose velocity moves the image."""
+    """Makes a term of the Lagrangian residual; ``leg`` selects the model that gives the velocity."""
     derivative = identities.forward_mode if derivative is None else derivative
 
     def residual(row: Row) -> identities.Residual:
@@ -47,7 +44,7 @@ def _lagrangian(
     stop: str,
     **defaults: Any,
 ) -> Objective:
-    """A method whose residual is the plain Lagrangian one."""
+    """Makes a method with the Lagrangian residual."""
     term = lagrangian_term(leg, stop, choices.pop("warmup", None), choices.pop("derivative", None))
     return Objective(name, flow_map, interpolant, term, defaults=defaults, **choices)
 
@@ -65,9 +62,11 @@ def _lagrangian(
     published_passes=9,
 )
 def lmd(flow_map: FlowMap, interpolant: Interpolant, **choices: Unpack[DerivativeChoices]) -> Objective:
-    """R( d/dt X_{s,t}(x) - b_t(X_{s,t}(x)) ): Lagrangian map distillation (2406.07507); nothing is stopped.
+    r"""Lagrangian map distillation (2406.07507): the Lagrangian residual with the teacher's velocity.
 
-    Cost: 8 passes (derivative with value 2, back 4, the teacher 1, and back to its input 1).
+    .. math:: R\big( \partial_t X_{s,t}(x) - b_t(X_{s,t}(x)) \big)
+
+    There is no stop-gradient. Cost: 8 passes (value and derivative 2, backward 4, the teacher 1, backward to its input 1).
     """
     return _lagrangian("lmd", flow_map, interpolant, {**choices}, "teacher", "none", diagonal=0.0)
 
@@ -92,13 +91,18 @@ def fmm(
     derivative: Derivative = identities.forward_mode,
     **choices: Unpack[Choices],
 ) -> Objective:
-    """R( d/ds X_{t,s}(X_{s,t}(I_s)) - I_s', sqrt(cycle) (X_{t,s}(X_{s,t}(I_s)) - I_s) ): flow map matching (2406.07507).
+    r"""Flow map matching (2406.07507): the Lagrangian identity for the jump back to a sampled point, and the cycle condition.
 
-    With the symbols of the paper's (s, t) exchanged: the sampled point is at the source. Both time directions are trained:
-    (s, t) is uniform on the square, and the map's domain must hold both. Nothing is stopped. Cost: 9 passes.
+    With :math:`y = X_{s,t}(I_s)`, the residual has two parts, the velocity at the returned point and the cycle condition:
+
+    .. math:: R\Big( \partial_s X_{t,s}(y) - \dot I_s,\ \sqrt{\mathrm{cycle}}\, \big( X_{t,s}(y) - I_s \big) \Big)
+
+    The derivative does not act on y. The paper's s and t are exchanged: here the sampled point is at the source. Both
+    directions of time are trained: (s, t) is uniform on the square, and the map's domain must include both directions.
+    There is no stop-gradient. Cost: 9 passes.
 
     Raises:
-      ValueError: for a map without a backward direction.
+      ValueError: if the map's domain has no backward direction, or ``cycle`` is negative.
     """
     checks.number("cycle", cycle, low=0.0)
     if isinstance(flow_map, FlowMap) and not flow_map.domain.backward:
@@ -142,10 +146,12 @@ def lsd(
     stop: str = "velocity",
     **choices: Unpack[DerivativeChoices],
 ) -> Objective:
-    """R( v_{s,t} + (t-s) d/dt v_{s,t} - sg v_{t,t}(X_{s,t}) ) + tangent: Lagrangian self-distillation (2505.18825).
+    r"""Lagrangian self-distillation (2505.18825): the Lagrangian residual with the map's own velocity, and a tangent term.
 
-    ``leg`` is whose v_{t,t}: "own", "ema" or "teacher"; ``stop`` is what gets no gradient, as in ``identities.lagrangian``.
-    Cost: 7 passes (derivative with value 2, back through it 4, the diagonal 1).
+    .. math:: R\big( v_{s,t} + (t-s)\, \partial_t v_{s,t} - \mathrm{sg}\, v_{t,t}(X_{s,t}) \big)
+
+    ``leg`` selects the model that gives v_{t,t}: "own", "ema" or "teacher". ``stop`` selects the parts under a
+    stop-gradient, as in ``identities.lagrangian``. Cost: 7 passes (value and derivative 2, backward 4, the diagonal 1).
 
     Example:
       >>> import jax
@@ -164,7 +170,7 @@ def lsd(
 
 
 def align_your_flow() -> dict[str, Any]:
-    """The paper's choices (2506.14603), of both its methods."""
+    """The choices of the paper (2506.14603) for both of its methods."""
 
     def rising(step: Array) -> Array:
         return 0.99 * (step / 10_000.0).clip(0.0, 1.0)
@@ -186,10 +192,12 @@ def align_your_flow() -> dict[str, Any]:
     published_passes=6,
 )
 def ayf_lmd(flow_map: FlowMap, interpolant: Interpolant, **choices: Unpack[DerivativeChoices]) -> Objective:
-    """R( v_{s,t} - sg[ b_t(X_{s,t}) - r (t-s) d/dt v_{s,t} ] ): Align Your Flow, Lagrangian (2506.14603).
+    r"""Align Your Flow, Lagrangian (2506.14603): the Lagrangian residual with the target side under a stop-gradient.
 
-    ``warmup`` is r; the paper's rises to 0.99. The paper normalises the tangent
-    (``reductions.normalised``) and guides the teacher (``guidance.autoguided``). Cost: 5 passes.
+    .. math:: R\big( v_{s,t} - \mathrm{sg}[ b_t(X_{s,t}) - r (t-s)\, \partial_t v_{s,t} ] \big)
+
+    ``warmup`` is r. In the paper, r rises to 0.99, the tangent is normalised (``reductions.normalised``), and the teacher is
+    guided (``guidance.autoguided``). Cost: 5 passes.
     """
     return _lagrangian("ayf_lmd", flow_map, interpolant, {**choices}, "teacher", "target", diagonal=0.0)
 
@@ -209,10 +217,12 @@ def ayf_lmd(flow_map: FlowMap, interpolant: Interpolant, **choices: Unpack[Deriv
 def tvm(
     flow_map: FlowMap, interpolant: Interpolant, *, leg: str = "ema", **choices: Unpack[DerivativeChoices]
 ) -> Objective:
-    """R( v_{s,t} + (t-s) d/dt v_{s,t} - v^ema_{t,t}(X_{s,t}) ) + tangent: terminal velocity matching (2511.19797).
+    r"""Terminal velocity matching (2511.19797): ``lsd`` with the velocity at the averaged parameters.
 
-    As ``lsd`` with the velocity of an average (``leg``: "ema" or "own"). The paper asks of the network that it be
-    Lipschitz in its points. Cost: 7 passes.
+    .. math:: R\big( v_{s,t} + (t-s)\, \partial_t v_{s,t} - v^{\mathrm{ema}}_{t,t}(X_{s,t}) \big)
+
+    There is a tangent term. ``leg`` selects the model that gives the velocity: "ema" or "own". The paper requires a network
+    that is Lipschitz continuous in x. Cost: 7 passes.
     """
     return _lagrangian("tvm", flow_map, interpolant, {**choices}, leg, "velocity")
 
@@ -233,13 +243,15 @@ def tvm(
     published_passes=7,
 )
 def pid(flow_map: FlowMap, interpolant: Interpolant, *, step: float = 0.01, **choices: Unpack[Choices]) -> Objective:
-    """R( v_{0,t} + t D_t v_{0,t} - sg b_t(X_{0,t}) ), x = x0, D_t a difference: physics-informed distillation (2411.08378).
+    r"""Physics-informed distillation (2411.08378): the Lagrangian residual at s = 0 with a finite difference in t.
 
-    D_t looks back by ``step`` (forward where t < step), so that no time beyond 1 is asked for. No data: ``batch.x1`` may
-    be None. Cost: 7 passes (two values, back through both 4, the teacher 1).
+    .. math:: R\big( v_{0,t}(x_0) + t\, D_t v_{0,t}(x_0) - \mathrm{sg}\, b_t(X_{0,t}(x_0)) \big)
+
+    :math:`D_t` is a backward difference with ``step`` (a forward difference where t < step), so that no time exceeds 1. The
+    method needs no data: ``batch.x1`` may be None. Cost: 7 passes (two values 2, backward through both 4, the teacher 1).
 
     Raises:
-      ValueError: for a path that does not start at the base, or a parameterization singular there.
+      ValueError: if the path does not start at the base, or the map is in the noise form, which is singular at s = 0.
     """
     return _from_noise("pid", flow_map, interpolant, {**choices}, step, "velocity")
 
@@ -262,13 +274,14 @@ def pid(flow_map: FlowMap, interpolant: Interpolant, *, step: float = 0.01, **ch
 def free_flow(
     flow_map: FlowMap, interpolant: Interpolant, *, step: float = 0.005, **choices: Unpack[Choices]
 ) -> Objective:
-    """R( v_{0,t} - sg[ b_t(X_{0,t}) - t D_t v_{0,t} ] ), x = x0: FreeFlow's predictor (2511.19428).
+    r"""FreeFlow's predictor (2511.19428): ``pid`` with the derivative also under the stop-gradient.
 
-    ``pid`` with the derivative, too, under the stop-gradient. The paper's corrector, a second network that matches the
-    velocity of the noised samples, is not part of it. Cost: 5 passes.
+    .. math:: R\big( v_{0,t}(x_0) - \mathrm{sg}[ b_t(X_{0,t}(x_0)) - t\, D_t v_{0,t}(x_0) ] \big)
+
+    The paper's corrector, a second network that matches the velocity of the noised samples, is not included. Cost: 5 passes.
 
     Raises:
-      ValueError: for a path that does not start at the base, or a parameterization singular there.
+      ValueError: if the path does not start at the base, or the map is in the noise form, which is singular at s = 0.
     """
     return _from_noise("free_flow", flow_map, interpolant, {**choices}, step, "target")
 

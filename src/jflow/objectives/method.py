@@ -1,4 +1,4 @@
-"""A row of the catalogue: a method's constructor, its parts in words, and what it declares of itself."""
+"""The catalogue of methods: each entry has a constructor, a description in words, and declared properties."""
 
 from __future__ import annotations
 
@@ -14,38 +14,40 @@ from jflow.objectives.objective import Objective
 
 Constructor = TypeVar("Constructor", bound=Callable[..., Objective])
 
-# What a piece of work costs, in forward passes of the network on one sample.
+# The cost of each operation, in forward passes of the network on one sample.
 PASSES = {
     "forward": 1,
     "backward": 2,  # of one forward pass, to the parameters
     "jvp": 2,  # the value and one derivative
     "tangent": 1,  # a further derivative at the same point
     "jvp_backward": 4,  # through the value and the derivative
-    "input_backward": 1,  # of one forward pass, to its point alone
+    "input_backward": 1,  # of one forward pass, to its input x only
 }
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Method:
-    """A row of the catalogue; ``method`` makes it, above the constructor.
+    """An entry of the catalogue; the decorator ``method`` makes it.
 
     Attributes:
       constructor: ``(flow_map, interpolant, **choices) -> Objective``.
       title: the method's name in its paper.
       source: arXiv ids.
-      identity, velocity, stop_gradient, derivative: the parts, in words.
-      when: when to use it, in a sentence.
-      cost: of one off-diagonal sample, as numbers of the pieces of ``PASSES``; empty without such samples.
-      stationary: how the exact map is stationary under the squared reduction: "exact", the expected gradient is zero;
+      identity, velocity, stop_gradient, derivative: the parts of the method, in words.
+      when: when to use the method, in words.
+      cost: the cost of one off-diagonal sample: how often each operation of ``PASSES`` occurs. Empty if there are no such
+        samples.
+      stationary: whether the exact map is stationary under the squared reduction: "exact", the expected gradient is zero;
         "order", it is of order ``order`` in a small number h; "limit", the same where h is the method's own parameter.
       order: see ``stationary``.
-      at: ``h -> choices`` under which h is that small number.
-      needs: what must be there: "teacher" (a velocity), "map teacher" (a FlowMap), "ema", "pairs" (x0 in the batch),
+      at: ``h -> choices``, the choices for which h is this small number.
+      needs: the required inputs: "teacher" (a velocity), "map teacher" (a FlowMap), "ema", "pairs" (x0 in the batch),
         "backward" (a map with both directions).
-      paths: the interpolants on which it is defined; empty for all.
-      forms: the parameterizations with which it is defined; empty for all.
-      published: the paper's choices, to be passed to the constructor, where they differ from its defaults.
-      published_passes: the forward passes of a sample with every term on the full batch, as counted in the literature.
+      paths: the interpolants for which the method is defined; empty for all.
+      forms: the parameterizations for which the method is defined; empty for all.
+      published: a function that returns the paper's choices where they differ from the defaults. Pass them to the
+        constructor.
+      published_passes: the forward passes per sample with every term on the full batch, as counted in the literature.
     """
 
     constructor: Callable[..., Objective]
@@ -68,30 +70,31 @@ class Method:
 
     @property
     def off_diagonal_passes(self) -> int | None:
-        """The cost of one off-diagonal sample in forward passes, None without such samples."""
+        """The cost of one off-diagonal sample in forward passes; None if there are no such samples."""
         return sum(PASSES[piece] * count for piece, count in self.cost.items()) or None
 
 
 # The arguments that every method takes.
 _COMMON = ("flow_map", "interpolant", *Choices.__annotations__)
 
-# The catalogue: every method that ``method`` declares, by the name of its constructor.
+# The catalogue: every method declared with ``method``, by the name of its constructor.
 METHODS: dict[str, Method] = {}
 
 
 def method(**row: Any) -> Callable[[Constructor], Constructor]:
-    """Declares the function below as a method of the catalogue: ``METHODS[its name]``, for the whole session.
+    """Decorates a constructor and adds it to the catalogue, as ``METHODS[name]`` with the function's name.
 
-    The function refuses its own keywords (those beside ``Choices``) where the objective has no off-diagonal rows to read
-    them. The same function defined again, as in a notebook cell that runs twice, takes the place of the first.
+    The decorated constructor raises ValueError if one of its own keywords (those not in ``Choices``) is passed to an
+    objective without off-diagonal rows, which would not read it. If the same function is defined again, for example in a
+    notebook cell that runs twice, it replaces the first.
 
     Args:
-      **row: the attributes of ``Method``, but for the constructor: title, source, identity, velocity and when, and any
+      **row: the attributes of ``Method`` except the constructor: title, source, identity, velocity, when, and any
         other that differs from its default.
 
     Raises:
-      ValueError: for a name that another function has in the catalogue; TypeError for attributes that ``Method`` does not
-        have, or without one that it needs.
+      ValueError: if the catalogue has another function of this name.
+      TypeError: if a required attribute of ``Method`` is missing, or an attribute is unknown.
     """
 
     def declare(constructor: Constructor) -> Constructor:

@@ -1,18 +1,18 @@
 """Objective: split a batch, evaluate a residual for each row, reduce it to a loss, report metrics.
 
-An objective is ``(params, key, batch, context) -> (loss [B], aux)``; the caller averages. A batch is split, statically, into
-a fixed number of diagonal rows (s = t), which cost one pass and no derivative, and off-diagonal rows, which carry the
-method's own residual. The rows are chosen at random, within equal blocks of the batch, so that a batch that is sharded over
-devices is split evenly on each.
+An objective is a function ``(params, key, batch, context) -> (loss [B], aux)``; the caller averages the loss. A batch is
+split into fixed numbers of diagonal rows (s = t), which cost one pass and no derivative, and off-diagonal rows, which have
+the method's residual. The rows are chosen at random within equal blocks of the batch, so that a batch sharded over devices
+is split evenly on each device.
 
-An objective with a state of its own (a discriminator with its optimizer, a running scale, a queue) is any object with::
+An objective with state (a discriminator with its optimizer, a running scale, a queue) is any object with::
 
     init(key, params) -> state
     __call__(params, key, batch, context) -> (loss [B], Aux(next state, metrics))
 
-The state comes in ``context.state``, and the next one goes out in the Aux, of the same structure, shapes and dtypes. The
-training state keeps it. At a direct call, pass ``Context(state=objectives.init(objective, key, params))``; an objective
-without a state needs no context.
+The state is passed in ``context.state``, and the next state is returned in the Aux, with the same structure, shapes and
+dtypes. The training state stores it. In a direct call, pass ``Context(state=objectives.init(objective, key, params))``. An
+objective without state needs no context.
 """
 
 from __future__ import annotations
@@ -50,12 +50,12 @@ from jflow.types import (
     as_context,
 )
 
-# Means by t and by t - s are taken over this many equal bins.
+# The number of equal bins of t, and of abs(t - s), in which means are reported.
 BINS = 8
 
 
 class Sample(NamedTuple):
-    """What is drawn for rows of one kind, ``[n, ...]`` each: times, pairs, conditions and keys."""
+    """The random draws for the rows of one kind, ``[n, ...]`` each: times, pairs, conditions and keys."""
 
     s: Array
     t: Array
@@ -68,12 +68,12 @@ class Sample(NamedTuple):
 
 
 class Found(NamedTuple):
-    """What is found for rows of one kind, ``[n]`` each.
+    """The results for the rows of one kind, ``[n]`` each.
 
     Attributes:
       loss: the reduced loss.
-      square: ``|D|^2`` of the raw residual.
-      tangent: ``|.|^2`` of its derivative term; None on the diagonal.
+      square: the squared norm of the residual.
+      tangent: the squared norm of its derivative term, or None if there is none, as on the diagonal.
     """
 
     loss: Array
@@ -82,7 +82,7 @@ class Found(NamedTuple):
 
 
 class Shared(NamedTuple):
-    """What all rows see: parameters, averaged and teacher parameters, and the data of the batch."""
+    """The inputs shared by all rows: parameters, averaged and teacher parameters, and the data of the batch."""
 
     params: Params
     context: Context
@@ -91,40 +91,40 @@ class Shared(NamedTuple):
 
 @dataclasses.dataclass(frozen=True, repr=False)
 class Objective:
-    """A term and the choices around it; call it as ``objective(params, key, batch, context) -> (loss [B], aux)``.
+    """The objective of a method: a term and its choices. Call it as ``objective(params, key, batch, context)``.
 
     Attributes:
-      name: as in ``METHODS``.
+      name: the method's name in ``METHODS``.
       flow_map: the map that is trained.
       interpolant: the path.
       term: the residual of a row with s < t, or None for flow matching alone.
-      diagonal: the share of the batch with s = t, which learns the velocity of its pair; 0.75 by default.
+      diagonal: the share of the batch with s = t, which trains the velocity; 0.75 by default.
       times: the law of t on the diagonal; uniform by default.
-      pairs: the law of (s, t) off it; uniform on the triangle by default.
+      pairs: the law of (s, t) off the diagonal; uniform on the triangle by default.
       gammas: the law of gamma, for semigroup residuals; 1/2 by default.
-      reduction: residual to loss, off the diagonal; squared by default.
-      diagonal_reduction: the same on the diagonal.
+      reduction: the function from residual to loss off the diagonal; squared by default.
+      diagonal_reduction: the function from residual to loss on the diagonal; squared by default.
       velocity: the estimate of b at the sampled points, in the tangent term and wherever the method has a conditional
-        velocity: ``velocity_estimates.pair``; ``velocity_estimates.batch``, which needs independent pairs without
-        conditioning; ``velocity_estimates.teacher``, the default where ``teacher`` is given; or a function of the row.
-      teacher: any Velocity, or a FlowMap, at the parameters ``context.teacher``; by default ``flow_map``, at these
-        parameters, where there are any.
-      base: the law of x0; that of the coupling if it is ``couplings.Independent``, else the standard normal by default.
-      coupling: ``(key, x1, cond) -> x0`` where the batch holds no x0; ``couplings.Independent(base)`` by default.
-      blocks: the number of equal blocks, in batch order, that are each split alike: a multiple of the number of
-        devices that a batch is spread over.
-      domain: where the map is trained, if it is less than the map's own domain; ``pairs`` must draw from both.
-      needs: what else the method needs: "x0", pairs made beforehand; "no data", whose x1 may be None.
-      defaults: the method's own defaults of these choices, where they are not those above. That of ``domain`` goes with
-        that of ``pairs``: it holds unless other pairs are chosen.
-      filled: the choices that were not made, and the defaults that took their places. ``dataclasses.replace`` carries it
-        over, so that ``replace(objective, diagonal=0.0)`` does not take a default for a choice.
+        velocity. It is ``velocity_estimates.pair`` (the default); ``velocity_estimates.batch``, which needs independent pairs
+        without conditioning; ``velocity_estimates.teacher`` (the default if ``teacher`` is given); or a function of the row.
+      teacher: a Velocity or a FlowMap, evaluated at the parameters ``context.teacher``; by default ``flow_map``, if
+        the context has such parameters.
+      base: the law of x0. The default is the base of ``coupling`` if that is a ``couplings.Independent``, else the standard
+        normal.
+      coupling: ``(key, x1, cond) -> x0``, used if the batch holds no x0; ``couplings.Independent(base)`` by default.
+      blocks: the number of equal blocks, in batch order, each of which is split into diagonal and off-diagonal rows. It
+        should be a multiple of the number of devices over which a batch is sharded.
+      domain: the domain on which the map is trained, if smaller than the map's own; ``pairs`` must draw from both.
+      needs: further requirements of the method: "x0", the batch must hold pairs; "no data", x1 may be None.
+      defaults: the method's defaults, where they differ from those above. The default of ``domain`` holds only together
+        with the default of ``pairs``.
+      filled: the defaults that were filled in for the choices that were not made. ``dataclasses.replace`` copies it, so that
+        in ``replace(objective, diagonal=0.0)`` the filled-in defaults do not count as choices.
 
     Raises:
-      ValueError: for numbers out of range, a law that draws times outside [0, 1] or the domain or that returns another
-        shape than asked for, a map whose domain does not hold the times that the method asks, or a choice that nothing
-        reads.
-      TypeError: for arguments of another type.
+      ValueError: if a number is out of range, a law draws times outside [0, 1] or the domain or returns a wrong shape, the
+        method evaluates times outside the map's domain, or a choice is not read by the objective.
+      TypeError: if an argument has a wrong type.
     """
 
     name: str
@@ -159,7 +159,7 @@ class Objective:
                 self._set(name, value)
         self._set("filled", filled)
         if self.coupling is couplings.independent and self.base is not bases.STANDARD_NORMAL:
-            # The independent coupling by name, of the base that was chosen; it follows the base.
+            # ``couplings.independent`` stands for an independent coupling with the chosen base.
             filled["coupling"] = couplings.Independent(self.base)
             self._set("coupling", filled["coupling"])
         choices.check_base(self)
@@ -170,7 +170,7 @@ class Objective:
 
     @property
     def reads(self) -> tuple[str, ...]:
-        """The names of the choices that the method reads; any other is refused."""
+        """The names of the choices that the objective reads. Any other choice raises an error."""
         return tuple(name for name in choices.Choices.__annotations__ if name not in choices.unread(self))
 
     def __repr__(self) -> str:
@@ -183,29 +183,31 @@ class Objective:
         return f"{self.name}({', '.join((f'path={self.interpolant.name!r}', *parts))})"
 
     def init(self, key: Key, params: Params) -> PyTree:
-        """The state before the first step: ``()``, for a term has none."""
+        """Returns the initial state, ``()``."""
         del key, params
         return ()
 
     def __call__(self, params: Params, key: Key, batch: BatchLike, context: Context | None = None) -> tuple[Array, Aux]:
-        """The loss of each sample, in batch order, and what a person wants to look at.
+        """Computes the loss of each row, in batch order, and metrics.
 
         Args:
           params: the map's parameters.
-          key: a PRNG key; split once, every use named.
-          batch: data, ``[B, ...]``; floating point. x1 may be None beside an x0 where the method needs no data.
+          key: a PRNG key.
+          batch: floating-point data, ``[B, ...]``. If the method needs no data, x1 may be None and x0 must be given.
           context: step, averaged and teacher parameters (``Context()`` by default).
 
         Returns:
-          (loss [B], aux). ``aux.metrics["diagonal_rows"]`` says which rows have s = t. For each term, "tangent" on the
-          diagonal and the method's own off it: ``TERM/raw``, the mean of ``|D|^2``, with means by 8 equal bins of t, and off
-          the diagonal of t - s; ``TERM/loss``, the mean reduced loss; off the diagonal also ``TERM/tangent_norm``, the root
-          mean square of the derivative term, with the same bins.
+          (loss [B], aux). ``aux.metrics["diagonal_rows"]`` is the mask of the rows with s = t. The other metrics are reported
+          for each term, "tangent" on the diagonal and the method's term off it: ``TERM/raw``, the mean squared norm of the
+          residual; ``TERM/loss``, the mean reduced loss; and, if the residual has a derivative term, ``TERM/tangent_norm``,
+          its root mean square. ``raw`` and ``tangent_norm`` also have means over 8 equal bins of t, and, if there is a
+          derivative term, of abs(t - s).
 
         Raises:
-          ValueError, TypeError: while tracing, for leaves of different lengths, a size that cannot be split, an x0
-            that does not match x1, data that is not floating point, a residual that is not an ``identities.Residual``, or
-            an argument of another type.
+          ValueError: if the leaves have different lengths, the batch is too small to be split or its size is not divisible
+            by ``blocks``, x0 does not match x1, or required data is missing.
+          TypeError: if the data is not floating-point, the term does not return an ``identities.Residual``, or an
+            argument has a wrong type.
         """
         context = as_context(context)
         checks.key("key", key)
@@ -216,13 +218,13 @@ class Objective:
         return self._gather(split, (on, off), found)
 
     def _complete(self, batch: Batch) -> Batch:
-        """The batch, checked, with x1 filled in where the method needs no data."""
+        """Checks the batch, and fills in x1 if the method needs no data."""
         if "x0" in self.needs and batch.x0 is None:
             raise ValueError(f"batch.x0: expected pairs for {self.name} (couplings.reflow makes them), got None")
         if batch.x1 is None:
             if "no data" not in self.needs or self.diagonal > 0:
                 raise ValueError(f"batch.x1: expected data for {self.name}, got None")
-            # I_0 is x0 whatever x1 is: the constructor has made sure that the path starts at the base.
+            # The constructor has checked that the path starts at the base, so I_0 = x0 for any x1.
             batch = batch._replace(x1=batch.x0)
         checks.floating("batch.x1", batch.x1)
         if self.velocity is velocity_estimates.batch and (batch.x0 is not None or batch.cond is not None):
@@ -232,7 +234,7 @@ class Objective:
         return batch
 
     def _draw(self, key: Key, batch: Batch, context: Context) -> tuple[BatchSplit, Sample | None, Sample | None]:
-        """The split of the batch, and what is drawn for either kind of rows."""
+        """Splits the batch, and makes the random draws for the diagonal and the off-diagonal rows."""
         size = checks.rows("batch", (batch.x1, batch.x0, batch.cond))
         coupling_key, split_key, time_key, pair_key, gamma_key, network_key, row_key = jax.random.split(key, 7)
         x0 = self.coupling(coupling_key, batch.x1, batch.cond) if batch.x0 is None else batch.x0
@@ -257,7 +259,7 @@ class Objective:
         return split, on, off
 
     def _evaluate(self, shared: Shared, on: Sample | None, off: Sample | None) -> list[Found | None]:
-        """Losses and residuals of both kinds of rows; each device calls it with its own rows."""
+        """Computes losses and residuals of both kinds of rows; each device calls it with its own rows."""
         found = []
         for sample, one in ((on, self._on), (off, self._off)):
             each = jax.vmap(lambda drawn, one=one: one(shared.params, self._row(shared, drawn)))
@@ -292,7 +294,7 @@ class Objective:
         )
 
     def _on(self, params: Params, row: Row) -> Found:
-        """The tangent residual of a diagonal row, reduced."""
+        """Computes and reduces the tangent residual of a diagonal row."""
         residual = tangent(lambda _, t, x: row.own.velocity(t, x), row.t, row.x, row.conditional)
         difference = residual.difference
         loss = self.diagonal_reduction(params, row.t, row.t, difference)
@@ -300,7 +302,7 @@ class Objective:
         return Found(loss, trees.sq_norm(difference), None)
 
     def _off(self, params: Params, row: Row) -> Found:
-        """The method's residual of an off-diagonal row, reduced."""
+        """Computes and reduces the method's residual of an off-diagonal row."""
         assert self.term is not None
         residual = self.term.residual(row)
         if not isinstance(residual, Residual):
@@ -319,7 +321,7 @@ class Objective:
     def _gather(
         self, split: BatchSplit, samples: tuple[Sample | None, Sample | None], found: list[Found | None]
     ) -> tuple[Array, Aux]:
-        """Losses in batch order, and the metrics of each term."""
+        """Merges the losses into batch order, and collects the metrics of each term."""
         names = ("tangent", "" if self.term is None else self.term.name)
         metrics: dict[str, reports.Report] = {"diagonal_rows": reports.PerRow(split.mask)}
         for name, sample, part in zip(names, samples, found, strict=True):

@@ -1,4 +1,4 @@
-"""The tangent identity alone: regression of the velocity on that of pairs."""
+"""Methods that train the velocity only, by regression on the velocity of the pairs (the tangent identity)."""
 
 from __future__ import annotations
 
@@ -20,9 +20,11 @@ from jflow.types import FlowMap, Velocity, as_flow_map
     published_passes=3,
 )
 def flow_matching(flow_map: FlowMap | Velocity, interpolant: Interpolant, **choices: Unpack[Choices]) -> Objective:
-    """Regression of the velocity on that of the pair, ``E | v_{t,t}(I_t) - I_t' |^2`` (2210.02747, 2209.03003).
+    r"""Flow matching: regression of the velocity on that of the pair (2210.02747, 2209.03003).
 
-    ``flow_map`` may be a bare Velocity. The reduction is ``diagonal_reduction``. Cost: 3 passes a sample.
+    .. math:: \mathbb{E} \left| v_{t,t}(I_t) - \dot I_t \right|^2
+
+    ``flow_map`` may be a Velocity. The reduction is ``diagonal_reduction``. Cost: 3 passes per sample.
 
     Example:
       >>> import jax
@@ -51,10 +53,12 @@ def flow_matching(flow_map: FlowMap | Velocity, interpolant: Interpolant, **choi
     needs=("pairs",),
 )
 def reflow(flow_map: FlowMap | Velocity, interpolant: Interpolant, **choices: Unpack[Choices]) -> Objective:
-    """Rectified flow's second stage, ``E | v_{t,t}(I_t) - I_t' |^2`` on pairs (z, X_{0,1}(z)) of a solve (2209.03003).
+    r"""Reflow: flow matching on pairs (z, X_{0,1}(z)) of a solved ODE, rectified flow's second stage (2209.03003).
 
-    The batch must hold x0; ``couplings.reflow`` makes the pairs. The flow learned is another one than that of the
-    independent pairs, with straighter paths and the same ends. Cost: 3 passes a sample.
+    .. math:: \mathbb{E} \left| v_{t,t}(I_t) - \dot I_t \right|^2, \qquad x_0 = z, \quad x_1 = X_{0,1}(z)
+
+    The batch must hold x0; ``couplings.reflow`` makes the pairs. The learned flow differs from that of independent pairs:
+    its paths are straighter, and its endpoint distributions are the same. Cost: 3 passes per sample.
     """
     return Objective(
         "reflow",

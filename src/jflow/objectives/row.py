@@ -1,4 +1,4 @@
-"""The row: what the residual of one sample is made of, and the term that makes a residual of it."""
+"""Row and Term: the data of one sample, and the function that computes a residual from it."""
 
 from __future__ import annotations
 
@@ -15,20 +15,20 @@ from jflow.bases import Base
 from jflow.interpolants import Interpolant
 from jflow.types import Array, Cond, Event, FlowMap, Key, Params, Time, Velocity, as_velocity, move
 
-# What a term may ask of a row beyond the map itself; see ``Term.reads``.
+# The parts of a row that a term may read in addition to the map; see ``Term.reads``.
 READS = ("velocity", "gamma", "teacher")
 
 
 class Leg(NamedTuple):
-    """A model at certain parameters, with a sample's condition and key filled in.
+    """A model with its parameters, a sample's condition and a key filled in.
 
-    Another condition is ``leg._replace(cond=null)``: a guided target is made of two such legs.
+    ``leg._replace(cond=null)`` changes the condition; a guided target uses two such legs.
 
     Attributes:
       model: a FlowMap, or a Velocity, which has no jumps.
-      params: its parameters.
+      params: the model's parameters.
       cond: the sample's condition, or None.
-      key: the key that the network gets.
+      key: the PRNG key passed to the network.
     """
 
     model: FlowMap | Velocity
@@ -37,47 +37,48 @@ class Leg(NamedTuple):
     key: Key
 
     def v(self, s: Time, t: Time, x: Event) -> Event:
-        """v_{s,t}(x), shaped like x.
+        """Returns v_{s,t}(x), shaped like x.
 
         Raises:
-          ValueError: for a Velocity.
+          ValueError: if the model is a Velocity.
         """
         if not isinstance(self.model, FlowMap):
             raise ValueError("teacher: expected a FlowMap, whose jumps the method needs, got a Velocity")
         return self.model.mean_velocity(self.params, s, t, x, self.cond, key=self.key)
 
     def jump(self, s: Time, t: Time, x: Event) -> Event:
-        """X_{s,t}(x), shaped like x.
+        """Returns X_{s,t}(x), shaped like x.
 
         Raises:
-          ValueError: for a Velocity.
+          ValueError: if the model is a Velocity.
         """
         return move(x, s, t, self.v(s, t, x))
 
     def velocity(self, t: Time, x: Event) -> Event:
-        """b_t(x) = v_{t,t}(x), shaped like x."""
+        """Returns b_t(x) = v_{t,t}(x), shaped like x."""
         return as_velocity("teacher", self.model)(self.params, t, x, self.cond, key=self.key)
 
 
 class Row(NamedTuple):
-    """One sample of a batch, on the diagonal (s = t) or off it, and everything that its residual may be made of.
+    """One sample of a batch, on the diagonal (s = t) or off it, with everything that its residual may need.
 
     Attributes:
       s, t: source and target time, scalars; equal on the diagonal.
       x0, x1: the pair.
       x: the point I_s.
       cond: the sample's condition, or None.
-      key: for random numbers of the row's own (``key_for``); the networks get another.
-      gamma: where the middle time of a semigroup residual lies, from the objective's law; None on the diagonal.
-      step: the optimizer's step, an int32 scalar.
-      own: the map being trained, through which gradients flow.
-      frozen: the same map; its parameters get no gradient, its inputs do.
-      ema: the map at the averaged parameters, or None where the context holds none.
+      key: a PRNG key for the term's own random numbers (``key_for``); the networks get another key.
+      gamma: the position of the middle time of a semigroup residual, drawn from ``gammas``; None on the diagonal or if the
+        method has no middle time.
+      step: the number of optimizer steps taken, an int32 scalar.
+      own: the map being trained; gradients flow to its parameters.
+      frozen: the same map with a stop-gradient on its parameters, but not on its inputs.
+      ema: the map at the averaged parameters, or None if the context has none.
       teacher: the teacher, or None.
       data: the data of the whole batch, ``[B, ...]``.
       interpolant: the path.
       base: the law of x0.
-      estimate: the objective's choice of velocity; its value is ``conditional``.
+      estimate: the objective's velocity estimate, a function of the row; ``conditional`` is its value.
     """
 
     s: Array
@@ -100,22 +101,22 @@ class Row(NamedTuple):
 
     @property
     def conditional(self) -> Event:
-        """An estimate of b_s(x) whose mean, given x, is b_s(x): I_s' of the row's own pair, or better; no gradient."""
+        """The objective's estimate of the velocity b_s(x) at the row's point, under a stop-gradient."""
         return jax.lax.stop_gradient(self.estimate(self))
 
     def pair(self, s: Time, u: Time) -> Event:
-        """(I_u - I_s)/(u - s), the mean velocity of the row's own pair."""
+        """Returns the mean velocity of the row's own pair, (I_u - I_s)/(u - s)."""
         return self.interpolant.mean_derivative(s, u, self.x0, self.x1)
 
     def key_for(self, use: str) -> Key:
-        """A key for one use of random numbers, told by its name: a middle time, a probe."""
+        """Returns a PRNG key for one use of random numbers; keys for different names are independent."""
         return jax.random.fold_in(self.key, zlib.crc32(use.encode()))
 
     def leg(self, which: str) -> Leg:
-        """The map "own", "frozen", "ema" or "teacher".
+        """Returns the leg "own", "frozen", "ema" or "teacher".
 
         Raises:
-          ValueError: for another name, or one that the context does not hold.
+          ValueError: if the name is another one, or the context does not hold this leg.
         """
         checks.choice("leg", which, ("own", "frozen", "ema", "teacher"))
         found = getattr(self, which)
@@ -127,54 +128,54 @@ class Row(NamedTuple):
         return found
 
 
-# An estimate of b_s(x) at a row's point, shaped like x.
+# A function that estimates b_s(x) at a row's point; its output is shaped like x.
 Estimate = Callable[[Row], Event]
 
 
-# ``(s, t, gamma) -> [(s, t), ...]``, for arrays of times.
+# ``(s, t, gamma) -> [(s, t), ...]``: the other pairs of times that a term evaluates, for arrays of times.
 Asks = Callable[[np.ndarray, np.ndarray, np.ndarray], list[tuple[np.ndarray, np.ndarray]]]
 
 
 def near_source(s: np.ndarray, t: np.ndarray, gamma: np.ndarray) -> list[tuple[np.ndarray, np.ndarray]]:
-    """Another source time: a derivative in s needs them."""
+    """Returns a pair with another source time. Terms with a derivative in s use it as their ``asks``."""
     del gamma
     return [(s + 0.3 * (t - s), t)]
 
 
 def near_target(s: np.ndarray, t: np.ndarray, gamma: np.ndarray) -> list[tuple[np.ndarray, np.ndarray]]:
-    """Another target time: a derivative in t needs them."""
+    """Returns a pair with another target time. Terms with a derivative in t use it as their ``asks``."""
     del gamma
     return [(s, t - 0.3 * (t - s))]
 
 
 def second_leg(s: np.ndarray, t: np.ndarray, gamma: np.ndarray) -> list[tuple[np.ndarray, np.ndarray]]:
-    """The jump from the middle time u = gamma s + (1-gamma) t to t, where the first leg is not the map's."""
+    """Returns the pair (u, t) with the middle time u = gamma s + (1-gamma) t, for a first leg that is not the map's."""
     return both_legs(s, t, gamma)[1:]
 
 
 def both_legs(s: np.ndarray, t: np.ndarray, gamma: np.ndarray) -> list[tuple[np.ndarray, np.ndarray]]:
-    """The jumps from s to the middle time u = gamma s + (1-gamma) t, and from u to t."""
+    """Returns the pairs (s, u) and (u, t) with the middle time u = gamma s + (1-gamma) t."""
     u = gamma * s + (1.0 - gamma) * t
     return [(s, u), (u, t)]
 
 
 @dataclasses.dataclass(frozen=True)
 class Term:
-    """The residual of a row off the diagonal.
+    """The residual of off-diagonal rows, and what it needs.
 
     Attributes:
-      name: the label of its metrics.
-      residual: ``row -> identities.Residual(prediction, target, tangent)``. ``tangent`` is the derivative that the residual
-        contains, whose size is reported, or None.
-      reads: what it asks of the row beyond the map: "velocity" (``row.conditional``), "gamma", "teacher". A choice of
-        the objective that neither this term nor the diagonal reads is refused.
-      asks: the other pairs of times at which it asks the trained map, from those of the row, or None for no others:
-        ``near_source``, ``near_target``, ``second_leg``, ``both_legs``, or a function like them. An objective draws times when
-        it is made, and refuses a map whose domain does not hold these pairs.
+      name: the name of the term in the metrics.
+      residual: ``row -> identities.Residual(prediction, target, tangent)``. ``tangent`` is the derivative term of the
+        residual, whose norm is reported, or None.
+      reads: the parts of the row that it reads in addition to the map: "velocity" (``row.conditional``), "gamma",
+        "teacher". An objective raises an error for a choice that neither this term nor the diagonal reads.
+      asks: a function that returns the other pairs of times at which the term evaluates the trained map, given the row's
+        (s, t, gamma): ``near_source``, ``near_target``, ``second_leg``, ``both_legs`` or a custom one; None if there are no
+        others. An objective draws times when it is made, and raises an error if these pairs are outside the map's domain.
 
     Raises:
-      TypeError: for a residual that is not a function, or another type of name or reads.
-      ValueError: for an entry of ``reads`` that is none of ``READS``.
+      TypeError: if ``residual`` is not a function, ``name`` is not a string, or ``reads`` is not a tuple.
+      ValueError: if an entry of ``reads`` is not in ``READS``.
     """
 
     name: str
@@ -193,6 +194,6 @@ class Term:
 
 
 def gamma_of(row: Row) -> Array:
-    """The row's gamma, for a term that reads it."""
+    """Returns the row's gamma, which is not None for a term that reads it."""
     assert row.gamma is not None
     return row.gamma

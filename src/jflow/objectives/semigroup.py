@@ -1,8 +1,6 @@
-r"""Methods of the semigroup identity: two jumps are one.
+r"""Methods of the semigroup identity: two successive jumps equal one jump.
 
-In the formulas R is ``|.|^2`` under the reduction, sg the stop-gradient, x = I_s, u = gamma s + (1-gamma) t the middle time and
-S a solver of a velocity. A tangent term, where there is one, is on the ``diagonal`` share of the batch. Cost is per
-off-diagonal sample, in forward passes of the network.
+``jflow.objectives`` explains the symbols of the formulas.
 """
 
 from __future__ import annotations
@@ -24,7 +22,7 @@ from jflow.types import Array, Cond, Event, FlowMap, Key, Params, Time, move
 
 
 def solver_step(leg: Leg, method: str, steps: int, s: Array, u: Array, x: Event) -> Event:
-    """The mean velocity from s to u of a Diffrax solver's ``steps`` steps along a leg's velocity."""
+    """Returns the mean velocity from s to u of ``steps`` steps of a Diffrax solver along a leg's velocity."""
     from jflow import solvers
 
     def velocity(params: Params, t: Time, x: Event, cond: Cond = None, *, key: Key | None = None) -> Event:
@@ -35,14 +33,14 @@ def solver_step(leg: Leg, method: str, steps: int, s: Array, u: Array, x: Event)
 
 
 def semigroup_term(leg: str, stop: str = "target", smallest: float = 0.0) -> Term:
-    """The semigroup residual as a term.
+    """Makes a term of the semigroup residual.
 
     Args:
-      leg: whose two legs: "own", "ema" or "teacher".
+      leg: the model that gives the two legs: "own", "ema" or "teacher".
       stop: as in ``identities.semigroup``.
-      smallest: legs shorter than this gap are asked at s = t, where the velocity is.
+      smallest: legs shorter than this gap are evaluated at s = t, as velocities.
     """
-    # Half-way between the smallest gap and half of it, which rounding does not reach.
+    # Halfway between the smallest gap and half of it, so that rounding of either gap does not matter.
     least = 0.75 * smallest
 
     def residual(row: Row) -> identities.Residual:
@@ -81,12 +79,15 @@ def progressive_distillation(
     solver: str | None = None,
     **choices: Unpack[Choices],
 ) -> Objective:
-    """R( v_{s,t} - [ v'_{s,u}/2 + v'_{u,t}(X'_{s,u})/2 ] ), u the midpoint: progressive distillation (2202.00512, and of flow
-    maps 2406.07507), v' the teacher's.
+    r"""Progressive distillation (2202.00512; 2406.07507 for flow maps): one jump is trained to equal two jumps of the teacher.
 
-    (s, t) is a cell of a grid of ``cells`` cells, ``curriculum.halving(...)`` as a rule; where it halves, the student
-    becomes the teacher (``make_step``'s ``teacher_updates`` at ``curriculum.halvings(...)``). A first teacher that is only a
-    velocity jumps by one step of ``solver`` ("euler", "heun"); put the two stages into a ``sequence``.
+    With the midpoint u and the teacher's mean velocity v' and jump X', it minimises
+
+    .. math:: R\Big( v_{s,t} - \tfrac12 \big[ v'_{s,u} + v'_{u,t}(X'_{s,u}) \big] \Big).
+
+    (s, t) is a cell of a grid of ``cells`` cells, usually ``curriculum.halving(...)``. When this number is halved, the student
+    becomes the teacher: pass ``curriculum.halvings(...)`` as ``teacher_updates`` of ``make_step``. If the first teacher is
+    only a velocity, its jumps are single steps of ``solver`` ("euler", "heun"); combine the two stages with ``sequence``.
 
     Cost: 5 passes, 7 with Heun's steps.
     """
@@ -122,11 +123,12 @@ def psd_m(
     stop: str = "target",
     **choices: Unpack[Choices],
 ) -> Objective:
-    """R( v_{s,t} - sg[ v_{s,u}/2 + v_{u,t}(X_{s,u})/2 ] ) + tangent, u the midpoint: progressive self-distillation
-    (2505.18825).
+    r"""Progressive self-distillation with the midpoint (2505.18825): one jump is trained to equal two jumps of the map.
 
-    ``leg`` is whose legs: "own", "ema" or "teacher"; ``stop`` is what gets no gradient, as in ``identities.semigroup``.
-    Cost: 5 passes.
+    .. math:: R\Big( v_{s,t} - \mathrm{sg}\, \tfrac12 \big[ v_{s,u} + v_{u,t}(X_{s,u}) \big] \Big)
+
+    There is a tangent term. ``leg`` selects the model that gives the legs: "own", "ema" or "teacher". ``stop`` selects the
+    parts under a stop-gradient, as in ``identities.semigroup``. Cost: 5 passes.
 
     Example:
       >>> import jax
@@ -162,10 +164,11 @@ def psd_u(
     stop: str = "target",
     **choices: Unpack[Choices],
 ) -> Objective:
-    """R( v_{s,t} - sg[ (1-gamma) v_{s,u} + gamma v_{u,t}(X_{s,u}) ] ) + tangent, gamma uniform: progressive
-    self-distillation with a random middle (2505.18825).
+    r"""Progressive self-distillation with a random middle time (2505.18825): ``psd_m`` with gamma uniform on [0, 1].
 
-    ``leg`` and ``stop`` as in ``psd_m``. Cost: 5 passes.
+    .. math:: R\big( v_{s,t} - \mathrm{sg}[ (1-\gamma)\, v_{s,u} + \gamma\, v_{u,t}(X_{s,u}) ] \big)
+
+    There is a tangent term. ``leg`` and ``stop`` are those of ``psd_m``. Cost: 5 passes.
     """
     term = semigroup_term(leg, stop)
     return Objective("psd_u", flow_map, interpolant, term, defaults={"gammas": times.uniform()}, **choices)
@@ -191,11 +194,11 @@ def shortcut(
     stop: str = "target",
     **choices: Unpack[Choices],
 ) -> Objective:
-    """``psd_m`` on the dyadic grid of 2^levels cells with the legs of an average: shortcut models (2410.12557).
+    """Shortcut models (2410.12557): ``psd_m`` on the dyadic grid of 2^levels cells, with legs at the averaged parameters.
 
-    An eighth of the batch is off the diagonal. Legs shorter than a cell are asked at s = t, as in the paper, so that a jump
-    over one cell is trained to be two Euler steps of the diagonal, and a longer one to be two jumps over half of it. The
-    network should see (s, t - s), as ``nets.MLP`` does. Cost: 5 passes.
+    An eighth of the batch is off the diagonal. Legs shorter than a cell are evaluated at s = t, as in the paper. A jump over
+    one cell is therefore trained to equal two Euler steps of the velocity, and a longer jump to equal two jumps over its
+    halves. The network should take (s, t - s) as inputs, as ``nets.MLP`` does. Cost: 5 passes.
     """
     defaults = {"diagonal": 0.875, "pairs": times.dyadic(levels), "domain": types.dyadic(levels)}
     term = semigroup_term(leg, stop, 2.0**-levels)
@@ -213,7 +216,7 @@ def shortcut(
     published_passes=9,
 )
 def split_mean_flow(flow_map: FlowMap, interpolant: Interpolant, **choices: Unpack[Choices]) -> Objective:
-    """``psd_u``, with a ``teacher``'s velocity on the diagonal where one is given: SplitMeanFlow (2507.16884).
+    """SplitMeanFlow (2507.16884): ``psd_u``, with the ``teacher``'s velocity on the diagonal if there is a teacher.
 
     Cost: 5 passes.
     """
@@ -244,11 +247,14 @@ def ctm(
     fraction: Schedule | None = None,
     **choices: Unpack[Choices],
 ) -> Objective:
-    """R( X_{t,1}(X_{s,t}(x)) - sg[ X_{t,1}(X_{u,t}(S_{s,u}(x))) ] ) + tangent: consistency trajectory models (2310.02279).
+    r"""Consistency trajectory models (2310.02279): the semigroup identity after a solver's step, compared at t = 1.
 
-    Both ends are mapped on to t = 1 by the map at frozen parameters and compared there. S takes ``steps`` steps of
-    ``solver`` along the teacher's velocity, or the map's own where there is no teacher. gamma is uniform unless
-    ``fraction``, (u - s)/(t - s), is given. The paper's adversarial term is not part of it. Cost: 9 passes with Heun's step.
+    .. math:: R\big( X_{t,1}(X_{s,t}(x)) - \mathrm{sg}[ X_{t,1}(X_{u,t}(S_{s,u}(x))) ] \big)
+
+    There is a tangent term. The jumps to t = 1, where both ends are compared, use frozen parameters. The solver S takes
+    ``steps`` steps of ``solver`` along the teacher's velocity, or along the map's own if there is no teacher. gamma is
+    uniform unless ``fraction`` = (u - s)/(t - s) is given. The paper's adversarial term is not included. Cost: 9 passes with
+    Heun's step.
     """
 
     def residual(row: Row) -> identities.Residual:
@@ -286,11 +292,17 @@ def ctm(
 def alpha_flow(
     flow_map: FlowMap, interpolant: Interpolant, *, alpha: Schedule = 0.05, **choices: Unpack[Choices]
 ) -> Objective:
-    """R( ( v_{s,t} - sg[ alpha I_s' + (1-alpha) v_{u,t}(x + (u-s) I_s') ] )/alpha ) + tangent, u = s + alpha (t-s): alpha-Flow
-    (2510.20771).
+    r"""alpha-Flow (2510.20771): the semigroup residual with the velocity of the pair as its first leg.
 
-    The gradient is that of the paper's R/alpha. alpha falls from 1 (flow matching for every t) towards 0, where the method
-    is MeanFlow (``curriculum.falling_sigmoid``). With a ``teacher`` its velocity takes the place of I_s'. Cost: 4 passes.
+    .. math::
+        R(\Delta/\alpha), \qquad
+        \Delta &= v_{s,t} - \mathrm{sg}\big[ \alpha \dot I_s + (1-\alpha)\, v_{u,t}(x + (u-s) \dot I_s) \big] \\
+        u &= s + \alpha (t-s)
+
+    There is a tangent term. In the gradient, the derivative of :math:`\Delta/\alpha` is replaced by that of v; with the
+    squared reduction, the gradient is that of the paper's :math:`R(\Delta)/\alpha`. alpha falls from 1 (flow matching for
+    every t) towards 0, where the method is MeanFlow (``curriculum.falling_sigmoid``). If there is a ``teacher``, its
+    velocity replaces :math:`\dot I_s`. Cost: 4 passes.
     """
     return Objective("alpha_flow", flow_map, interpolant, _moved(alpha), **choices)
 
@@ -312,10 +324,14 @@ def alpha_flow(
 def soflow(
     flow_map: FlowMap, interpolant: Interpolant, *, fraction: Schedule = 0.05, **choices: Unpack[Choices]
 ) -> Objective:
-    """R( (X_{s,t}(x) - sg X_{u,t}(x + (u-s) I_s'))/(u-s) ) + tangent, in the gradient of v: solution flow (2512.15657).
+    r"""Solution flow (2512.15657): the Eulerian identity as a difference of jumps along the velocity of the pair.
 
-    u = s + fraction (t-s), with a fraction that falls during training. The residual is alpha-Flow's with alpha = fraction;
-    the two differ in their schedules and weights. Cost: 4 passes.
+    .. math::
+        R\left( \frac{X_{s,t}(x) - \mathrm{sg}\, X_{u,t}(x + (u-s) \dot I_s)}{u-s} \right), \qquad
+        u = s + \mathrm{fraction} \cdot (t-s)
+
+    There is a tangent term. ``fraction`` falls during training. The residual and its gradient are those of ``alpha_flow``
+    with alpha = fraction; the two methods differ in their schedules and weights. Cost: 4 passes.
     """
     return Objective("soflow", flow_map, interpolant, _moved(fraction), **choices)
 

@@ -1,18 +1,19 @@
-r"""Velocity estimates at a row's point I_s, all with the conditional mean E[I_s' | I_s = x] = b_s(x).
+r"""Velocity estimates at a row's point x = I_s.
 
-The estimates::
+Given I_s = x, the mean of each estimate is the velocity b_s(x):
 
-    pair    I_s', the velocity of the row's own pair
-    batch   E[ I_s' | I_s = x, the data of the batch ]: the mean over which of the batch's data points made x
-    teacher b_s(x) of a teacher: a checkpoint, someone's function, an oracle, a guided pair of networks
+- ``pair`` is :math:`\dot I_s`, the velocity of the row's own pair.
+- ``batch`` is :math:`\mathbb{E}[\dot I_s \mid I_s = x]` given the data of the batch: the mean over the data points of the
+  batch that could have produced x.
+- ``teacher`` is :math:`b_s(x)` of a teacher: a checkpoint, any function, an oracle, or a guided pair of networks.
 
-The second averages the first over an unknown that the network does not see either: the same expectation, hence the same
-expected gradient, with a smaller variance. In few dimensions it is much smaller; on images each point is its own only
-neighbour and the two agree. (A Rao-Blackwell form of the stable target field, 2302.00670, without its bias.)
+``batch`` has the same expectation as ``pair``, hence the same expected gradient, with a smaller variance. The variance is
+much smaller in few dimensions. On images, only the row's own data point has a notable probability, and the two agree.
+(``batch`` is a Rao-Blackwell form of the stable target field, 2302.00670, without its bias.)
 
-An estimate of your own is a function of the row (``objectives.Row``), shaped like x::
+A custom estimate is a function of the row (``objectives.Row``) that returns a velocity shaped like x::
 
-    null = jnp.asarray(10)  # the condition of one sample that stands for none: here the label after the ten classes
+    null = jnp.asarray(10)  # the condition that means "unconditional"; here the label after the ten classes
 
     def guided(row):  # a target guided by the map's own two velocities
         towards, away = row.frozen, row.frozen._replace(cond=null)
@@ -30,30 +31,34 @@ from jflow.types import Array, Event
 
 
 def pair(row: Row) -> Event:
-    """I_s' of the row's own pair, shaped like x."""
+    r"""Returns :math:`\dot I_s`, the velocity of the row's own pair, shaped like x."""
     return row.interpolant.derivative(row.s, row.x0, row.x1)
 
 
 def teacher(row: Row) -> Event:
-    """b_s(x) of the teacher, shaped like x.
+    """Returns b_s(x) of the teacher, shaped like x.
 
     Raises:
-      ValueError: when there is none.
+      ValueError: if there is no teacher.
     """
     return row.leg("teacher").velocity(row.s, row.x)
 
 
 def batch(row: Row) -> Event:
-    """The mean of I_s' over the data points of the batch, given the point: for a base N(m, diag(sigma^2)), with
-    x = alpha x0 + beta x1::
+    r"""Returns the mean velocity of the pairs of the batch's data points that pass through x, shaped like x.
 
-        p_j ~ exp( -|(x - beta x1_j - alpha m)/sigma|^2 / (2 alpha^2) ),   I_s' + (w/alpha) ( sum_j p_j x1_j - x1 ).
+    For :math:`x = \alpha x_0 + \beta x_1` and a base :math:`N(m, \mathrm{diag}(\sigma^2))`, the data point j of the batch has
+    the probability p_j given x, and the estimate is
 
-    For base points that are independent of the data, and no conditioning: a coupling, or data that differ in kind, would
-    change the probabilities. Where alpha < 1e-3 it is ``pair``, to which it tends.
+    .. math::
+        & \dot I_s + \frac{w}{\alpha} \Big( \sum_j p_j\, x_1^{(j)} - x_1 \Big), \quad w = \alpha \dot\beta - \dot\alpha \beta \\
+        & p_j \propto \exp\left( -\frac{1}{2 \alpha^2} \left| \frac{x - \beta x_1^{(j)} - \alpha m}{\sigma} \right|^2 \right).
+
+    It is valid only for base points that are independent of the data, without conditioning. Where alpha < 1e-3 it is replaced
+    by ``pair``, its limit.
 
     Raises:
-      ValueError: for a base that is not a ``bases.Normal``, or does not fit an event.
+      ValueError: if the base is not a ``bases.Normal``, or does not fit an event.
     """
     c = row.interpolant.coefficients(row.s)
     alpha = jnp.maximum(c.alpha, 1e-3)

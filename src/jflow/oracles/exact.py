@@ -18,16 +18,16 @@ from jflow.types import BOTH, Array, Cond, FlowMap, Key, Time
 
 @dataclasses.dataclass(frozen=True)
 class Oracle:
-    """An exact distribution on a path, to compare learned models with.
+    """An exact distribution on a path, for comparison with learned models.
 
-    Methods work on one sample: ``t`` is a scalar in [0, 1] and ``x`` has the shape ``[d]``. They compute in the dtype of
-    x, float32 at least, and return it; ``params`` are cast to it.
+    The methods work on one sample: ``t`` is a scalar in [0, 1] and ``x`` has the shape ``[d]``. They compute in the dtype of
+    x or float32, whichever is wider, and cast ``params`` to it. Results that are points have the dtype of x.
 
     Attributes:
-      name: as in ``ORACLES``.
+      name: the key in ``ORACLES``.
       interpolant: the path.
-      flow_map: the exact FlowMap, whose params are MixtureParams; both directions.
-      base: the law of x0, a ``bases.Normal`` with a number or ``[d]`` for its mean and its std.
+      flow_map: the exact FlowMap for both directions. Its params are MixtureParams.
+      base: the law of x0, a ``bases.Normal`` whose mean and std are numbers or arrays ``[d]``.
     """
 
     name: str
@@ -36,7 +36,7 @@ class Oracle:
     base: bases.Normal = bases.STANDARD_NORMAL
 
     def marginal(self, params: MixtureParams, t: Time) -> MixtureParams:
-        """The law of I_t, itself a mixture."""
+        """Returns the parameters of the law of I_t, which is also a mixture."""
         t, units = _time(t, params.means), _units(self.base, params)
         law = _marginal(self.interpolant, units, t)
         if units.std.ndim == 0:
@@ -47,31 +47,32 @@ class Oracle:
         return MixtureParams(params.log_weights, law.means, rotations, variances)
 
     def log_density(self, params: MixtureParams, t: Time, x: Array) -> Array:
-        """log rho_t(x) in nats, a scalar."""
+        """Returns log rho_t(x) in nats, a scalar."""
         _, law, x = _at(self.interpolant, self.base, params, t, x)
         return jax.nn.logsumexp(_log_joint(law, x))
 
     def score(self, params: MixtureParams, t: Time, x: Array) -> Array:
-        """grad log rho_t(x), ``[d]``."""
+        """Returns the score grad log rho_t(x), ``[d]``."""
         _, law, wide = _at(self.interpolant, self.base, params, t, x)
         slope = -1.0 / law.variances
         return (_average(law, wide, jnp.zeros_like(law.means), slope) / law.std**2).astype(x.dtype)
 
     def denoiser(self, params: MixtureParams, t: Time, x: Array) -> Array:
-        """E[x1 | I_t = x], ``[d]``."""
+        """Returns E[x1 | I_t = x], ``[d]``."""
         units, law, wide = _at(self.interpolant, self.base, params, t, x)
         beta = self.interpolant.beta(_time(t, wide))
         return _average(law, wide, units.means, beta * units.variances / law.variances).astype(x.dtype)
 
     def velocity(self, params: MixtureParams, t: Time, x: Array, cond: Cond = None, *, key: Key | None = None) -> Array:
-        """b_t(x), ``[d]``; ``cond`` and ``key`` are not used."""
+        """Returns b_t(x), ``[d]``; ``cond`` and ``key`` are not used."""
         return _velocity(self.interpolant, self.base, params, t, x)
 
     def sample(self, params: MixtureParams, key: Key, n: int) -> Array:
-        """Data, ``[n, d]``; of the law at another time with ``marginal``'s params.
+        """Draws n data points, ``[n, d]``. To sample I_t, pass the parameters that ``marginal`` returns.
 
         Raises:
-          ValueError, TypeError: if n is not a whole number of at least 1; TypeError for a key that is not a PRNG key.
+          ValueError: if n is less than 1.
+          TypeError: if n is not an integer, or the key is not a PRNG key.
         """
         checks.key("key", key)
         checks.integer("n", n, low=1)
@@ -83,13 +84,17 @@ class Oracle:
 
 
 def gaussian(interpolant: Interpolant, *, base: bases.Base = bases.STANDARD_NORMAL) -> Oracle:
-    r"""One Gaussian, its map in closed form::
+    r"""Makes the oracle of one Gaussian, with the flow map in closed form.
 
-        X_{s,t}(x) = m(t) + S Q (sigma_t/sigma_s) Q' S^-1 (x - m(s)),    m(t) = alpha_t m_0 + beta_t m
+    .. math::
+        X_{s,t}(x) = m(t) + S Q \frac{\sigma_t}{\sigma_s} Q^\top S^{-1} (x - m(s)), \qquad
+        m(t) = \alpha_t m_0 + \beta_t m
 
-    so that with the divided difference sigma[s,t] = (alpha[s,t](alpha_s + alpha_t) + lambda beta[s,t](beta_s + beta_t)) /
-    (sigma_s + sigma_t) of each eigenvalue, v_{s,t}(x) = alpha[s,t] m_0 + beta[s,t] m + S Q (sigma[s,t]/sigma_s) Q' S^-1
-    (x - m(s)): nothing divides by t - s.
+    The mean velocity uses divided differences, for sigma of each eigenvalue :math:`\lambda`, and does not divide by t - s:
+
+    .. math::
+        v_{s,t}(x) &= \alpha[s,t]\, m_0 + \beta[s,t]\, m + S Q \frac{\sigma[s,t]}{\sigma_s} Q^\top S^{-1} (x - m(s)) \\
+        \sigma[s,t] &= \frac{\alpha[s,t] (\alpha_s + \alpha_t) + \lambda\, \beta[s,t] (\beta_s + \beta_t)}{\sigma_s + \sigma_t}
 
     Args:
       interpolant: the path.
@@ -130,17 +135,18 @@ def mixture(
     adjoint: str | None = None,
     base: bases.Base = bases.STANDARD_NORMAL,
 ) -> Oracle:
-    """A mixture in any dimension, its map by a "dopri8" solve.
+    """Makes the oracle of a mixture in any dimension, with the flow map by a "dopri8" solve.
 
     Args:
       interpolant: the path.
-      rtol: relative tolerance of the mean velocity, per step; where x is narrower than float64, at least 1e-5.
-      atol: absolute tolerance, with the same lower limit.
+      rtol: the relative tolerance of the mean velocity, per step; at least 1e-5 if x is narrower than float64.
+      atol: the absolute tolerance, with the same lower limit.
       adjoint: as in ``solvers.solve``; by default the map has forward-mode derivatives only.
       base: a ``bases.Normal``.
 
     Raises:
-      ValueError, TypeError, RuntimeError: as ``solvers.solve``; ValueError for another base.
+      ValueError: as ``solvers.solve``, and if the base is not a ``bases.Normal``.
+      TypeError, RuntimeError: as ``solvers.solve``.
     """
     interpolants.check(interpolant)
     base = bases.gaussian(base, "oracles.mixture")
@@ -161,26 +167,32 @@ def mixture(
 
 
 def quantile(interpolant: Interpolant, *, base: bases.Base = bases.STANDARD_NORMAL) -> Oracle:
-    r"""A mixture in one dimension, its map by matching quantiles, F_t(X_{s,t}(x)) = F_s(x).
+    r"""Makes the oracle of a mixture in one dimension, with the flow map by matching quantiles.
 
-    With a_k(u) the argument of component k standardised at time u, along the chord x + (u-s) y, and brackets for divided
-    differences, y = v_{s,t}(x) solves::
+    With the distribution function F_t of I_t, the map satisfies
 
-        0 = ( F_t(x + (t-s) y) - F_s(x) )/(t-s) = sum_k w_k Phi[a_k(s), a_k(t)] a_k[s,t],
-        a_k[s,t] = (N[s,t] sigma_s - N_s sigma[s,t])/(sigma_s sigma_t),  N_s = x - m_k(s),  N[s,t] = y - m_k[s,t],
+    .. math:: F_t(X_{s,t}(x)) = F_s(x).
 
-    all in units of the base's deviation, in which nothing divides by t - s. The sum grows with y and changes sign between the
-    components' own mean velocities;
-    the positive weights w_k Phi[.,.] are normalised in logarithms, so that tails do not underflow. Bisection finds y to
-    rounding; its derivatives, of any order and in both modes, are those of this equation's implicit function.
+    Let :math:`a_k(u)` be the standardised value of the point :math:`x + (u-s)\, y` under component k at time u, and let
+    brackets be divided differences. Then :math:`y = v_{s,t}(x)` solves
+
+    .. math::
+        0 &= \frac{F_t(x + (t-s)\, y) - F_s(x)}{t-s} = \sum_k w_k\, \Phi[a_k(s), a_k(t)]\, a_k[s,t] \\
+        a_k[s,t] &= \frac{N_k[s,t]\, \sigma_s - N_k(s)\, \sigma[s,t]}{\sigma_s \sigma_t} \\
+        N_k(s) &= x - m_k(s), \qquad N_k[s,t] = y - m_k[s,t],
+
+    all in units of the base's standard deviation. The code does not divide by t - s. The sum increases with y, and it changes
+    sign between the mean velocities of the single components. The positive weights :math:`w_k \Phi[\cdot, \cdot]` are
+    normalised in logarithms, so that tails do not underflow. Bisection finds y to rounding. The derivatives, of any order and
+    in both modes, are those of the implicit function that this equation defines.
 
     Args:
       interpolant: the path.
       base: a ``bases.Normal``.
 
     Raises:
-      TypeError: for anything but an Interpolant and a base.
-      ValueError: for another base; at a call, for params or x of more than one dimension.
+      TypeError: if an argument is not an Interpolant or a base.
+      ValueError: if the base is not a ``bases.Normal``; when called, if params or x has more than one dimension.
     """
     interpolants.check(interpolant)
     base = bases.gaussian(base, "oracles.quantile")
@@ -210,8 +222,8 @@ class _Units(NamedTuple):
 
     Attributes:
       log_weights, means, bases, variances: as ``MixtureParams``, with Q_k and lambda_k in units of the base.
-      std: s, a scalar or ``[d]``.
-      centre: m_0, ``[1, d]``.
+      std: the base's standard deviation, the diagonal of S, a scalar or ``[d]``.
+      centre: the base's mean m_0, ``[1, d]``.
     """
 
     log_weights: Array
@@ -223,7 +235,7 @@ class _Units(NamedTuple):
 
 
 def _units(base: bases.Normal, params: MixtureParams) -> _Units:
-    """The data's law in units of the base; with one deviation for all entries the eigenvectors stay."""
+    """Returns the law of the data in units of the base. A scalar std does not change the eigenvectors."""
     mean, std = base.moments(params.means[0])
     centre = jnp.broadcast_to(mean, params.means[0].shape)[None]
     if std.ndim == 0:
@@ -237,7 +249,7 @@ def _units(base: bases.Normal, params: MixtureParams) -> _Units:
 def _at(
     interpolant: Interpolant, base: bases.Normal, params: MixtureParams, t: Time, x: Array
 ) -> tuple[_Units, _Units, Array]:
-    """The data's law, the law at time t, and the point, in one dtype."""
+    """Returns the law of the data, the law at time t, and the point, all in one dtype."""
     checks.scalar("t", t)
     checks.floating("x", x)
     checks.shape("x", x, params.means.shape[1:])
@@ -255,25 +267,25 @@ def _marginal(interpolant: Interpolant, units: _Units, t: Array) -> _Units:
 
 
 def _whitened(law: _Units, x: Array) -> Array:
-    """Q_k' S^-1 (x - m_k), [K, d]."""
+    """Returns Q_k' S^-1 (x - m_k), [K, d]."""
     return matvec(jnp.swapaxes(law.bases, 1, 2), (x[None] - law.means) / _row(law.std))
 
 
 def _log_joint(law: _Units, x: Array) -> Array:
-    """log w_k + log N(x; m_k, C_k), [K]."""
+    """Returns log w_k + log N(x; m_k, C_k), [K]."""
     z = _whitened(law, x)
     terms = z * z / law.variances + jnp.log(law.variances) + 2.0 * (HALF_LOG_TAU + jnp.log(_row(law.std)))
     return law.log_weights - 0.5 * jnp.sum(terms, axis=1)
 
 
 def _average(law: _Units, x: Array, constant: Array, slope: Array) -> Array:
-    """sum_k r_k(x) ( constant_k + S Q_k (slope_k * Q_k' S^-1 (x - m_k)) )."""
+    """Returns sum_k r_k(x) ( constant_k + S Q_k (slope_k * Q_k' S^-1 (x - m_k)) )."""
     share = jax.nn.softmax(_log_joint(law, x))
     return jnp.sum(share[:, None] * (constant + _row(law.std) * matvec(law.bases, slope * _whitened(law, x))), axis=0)
 
 
 def _row(std: Array) -> Array:
-    """The deviations, to multiply ``[K, d]``."""
+    """Reshapes the standard deviations to multiply arrays ``[K, d]``."""
     return std if std.ndim == 0 else std[None]
 
 
@@ -285,12 +297,12 @@ def _velocity(interpolant: Interpolant, base: bases.Normal, params: MixtureParam
 
 
 def _mean_dd(interpolant: Interpolant, units: _Units, s: Array, t: Array) -> Array:
-    """(m_k(t) - m_k(s))/(t - s), [K, d]."""
+    """Returns (m_k(t) - m_k(s))/(t - s), [K, d]."""
     return interpolant.alpha_dd(s, t) * units.centre + interpolant.beta_dd(s, t) * units.means
 
 
 def _deviation_dd(interpolant: Interpolant, variances: Array, s: Array, t: Array) -> Array:
-    """sigma[s,t] for sigma^2 = alpha^2 + lambda beta^2, shaped like lambda."""
+    """Returns sigma[s,t] for sigma^2 = alpha^2 + lambda beta^2, shaped like lambda."""
     alpha_s, alpha_t, beta_s, beta_t = (f(u) for f in (interpolant.alpha, interpolant.beta) for u in (s, t))
     squared = interpolant.alpha_dd(s, t) * (alpha_s + alpha_t) + variances * interpolant.beta_dd(s, t) * (
         beta_s + beta_t

@@ -14,19 +14,19 @@ from numpy.typing import ArrayLike
 from jflow import checks
 from jflow.types import Array
 
-# Contractions decide how exact an oracle is; accelerators would round their inputs to half precision.
+# The accuracy of an oracle depends on its contractions; by default, accelerators round their inputs to lower precision.
 EXACT = jax.lax.Precision.HIGHEST
 HALF_LOG_TAU = 0.5 * float(np.log(2.0 * np.pi))
 
 
 class MixtureParams(NamedTuple):
-    """A Gaussian mixture of K components in d dimensions, each covariance by its eigenvectors and eigenvalues.
+    """The parameters of a Gaussian mixture of K components in d dimensions.
 
     Attributes:
-      log_weights: ``[K]``, log w_k.
-      means: ``[K, d]``, m_k.
-      bases: ``[K, d, d]``, orthogonal Q_k, eigenvectors in its columns.
-      variances: ``[K, d]``, positive lambda_k.
+      log_weights: log w_k, ``[K]``.
+      means: the means m_k, ``[K, d]``.
+      bases: orthogonal matrices Q_k, ``[K, d, d]``, whose columns are the eigenvectors of the covariances.
+      variances: the eigenvalues lambda_k of the covariances, positive, ``[K, d]``.
     """
 
     log_weights: Array
@@ -36,16 +36,16 @@ class MixtureParams(NamedTuple):
 
 
 def mixture_params(weights: ArrayLike, means: ArrayLike, covs: ArrayLike) -> MixtureParams:
-    """The parameters of a mixture, checked, in jax's default float.
+    """Checks the parameters of a mixture, and returns them in jax's default float.
 
     Args:
-      weights: ``[K]``, positive, of sum 1.
-      means: ``[K, d]``.
-      covs: ``[K, d, d]``, symmetric and positive definite, or ``[K, d]``, the diagonals.
+      weights: the weights, ``[K]``, positive numbers that sum to 1.
+      means: the means, ``[K, d]``.
+      covs: the covariances, ``[K, d, d]``, symmetric and positive definite, or their diagonals, ``[K, d]``.
 
     Raises:
-      ValueError: for other shapes, and (of concrete values) for weights that are not positive or do not sum to 1,
-        means that are not finite, covariances that are not symmetric or not positive definite.
+      ValueError: if a shape is wrong, weights are not positive or do not sum to 1, means are not finite, or covariances
+        are not symmetric and positive definite. The values of traced arrays are not checked.
 
     Example:
       >>> import jax.numpy as jnp
@@ -74,7 +74,7 @@ def mixture_params(weights: ArrayLike, means: ArrayLike, covs: ArrayLike) -> Mix
 
 
 def gaussian_params(mean: ArrayLike, cov: ArrayLike) -> MixtureParams:
-    """The parameters of one Gaussian: mean ``[d]`` and covariance ``[d, d]``, or its diagonal ``[d]``.
+    """Returns the parameters of one Gaussian from its mean ``[d]`` and its covariance ``[d, d]`` or the diagonal ``[d]``.
 
     Raises:
       ValueError: as ``mixture_params``.
@@ -85,25 +85,30 @@ def gaussian_params(mean: ArrayLike, cov: ArrayLike) -> MixtureParams:
 
 
 def tilt(params: MixtureParams, a: ArrayLike, precision: ArrayLike | None = None) -> tuple[MixtureParams, Array]:
-    r"""The mixture reweighted by e^{a.x - x'Px/2}, rho* = rho_1 e^{a.x - x'Px/2} / Z.
+    r"""Tilts a mixture by the exponential of a quadratic reward.
 
-    Per component, with C = S S', S = Q lambda^(1/2), M = I + S'PS and g = S'(a - Pm)::
+    .. math:: \rho^*(x) = \frac{1}{Z}\, \rho_1(x)\, e^{a^\top x - x^\top P x / 2}
 
-        C* = S M^{-1} S',  m* = m + S M^{-1} g,  w* ~ w |M|^{-1/2} e^{a.m - m'Pm/2 + g'M^{-1}g/2}
+    Each component is updated with :math:`R = Q\, \mathrm{diag}(\lambda^{1/2})` (so that :math:`C = R R^\top`),
+    :math:`M = I + R^\top P R` and :math:`g = R^\top (a - P m)`:
 
-    For P = 0: m* = m + C a and w* ~ w e^{a.m + a'Ca/2}.
+    .. math::
+        C^* &= R M^{-1} R^\top, \qquad m^* = m + R M^{-1} g \\
+        w^* &\propto w\, |M|^{-1/2} \exp\left( a^\top m - \tfrac12 m^\top P m + \tfrac12 g^\top M^{-1} g \right).
+
+    For P = 0, this is :math:`m^* = m + C a` and :math:`w^* \propto w\, e^{a^\top m + a^\top C a / 2}`.
 
     Args:
       params: the mixture.
-      a: ``[d]``, the linear reward.
-      precision: P, ``[d, d]``, symmetric; it need not be positive, but every M must be. By default 0.
+      a: the linear reward, ``[d]``.
+      precision: P, symmetric, ``[d, d]``; by default 0. It need not be positive, but every M must be positive definite.
 
     Returns:
       The tilted mixture, and log Z in nats, a scalar.
 
     Raises:
-      ValueError: for other shapes, and (of concrete values) for P that is not symmetric, or so negative that the tilt
-        has no finite integral; traced, log Z is then NaN.
+      ValueError: if a shape is wrong, P is not symmetric, or an M is not positive definite (the tilt has no finite integral).
+        The values of traced arrays are not checked; log Z is then NaN.
     """
     dtype, (_, dim) = params.means.dtype, params.means.shape
     a = jnp.asarray(a, dtype)
@@ -119,7 +124,7 @@ def tilt(params: MixtureParams, a: ArrayLike, precision: ArrayLike | None = None
         _check("precision", p, _symmetric, "a symmetric matrix")
         pm = jnp.einsum("ij,kj->ki", p, params.means, precision=EXACT)
         m = jnp.eye(dim, dtype=dtype)[None] + jnp.einsum("kia,ij,kjb->kab", root, p, root, precision=EXACT)
-        # M = U diag(mu) U': C* = R R' with R = S U mu^{-1/2}, whose singular vectors are the new basis.
+        # With M = U diag(mu) U', C* = W W' for W = R U mu^{-1/2}, here ``whitened``.
         mu, u = jnp.linalg.eigh(m)
         _check("precision", mu, lambda v: np.all(v > 0), "I + S'PS positive definite, a tilt of finite integral")
         whitened = jnp.einsum("kia,kab->kib", root, u / jnp.sqrt(mu)[:, None, :], precision=EXACT)
@@ -136,19 +141,24 @@ def tilt(params: MixtureParams, a: ArrayLike, precision: ArrayLike | None = None
 def posterior(
     params: MixtureParams, matrix: ArrayLike, observation: ArrayLike, noise_cov: ArrayLike
 ) -> tuple[MixtureParams, Array]:
-    r"""The posterior of x given y = A x + N(0, R) under the mixture: the tilt by the log-likelihood, which is quadratic.
+    r"""Computes the posterior of x under a mixture prior, given a linear observation with Gaussian noise.
+
+    .. math:: y = A x + \epsilon, \qquad \epsilon \sim N(0, R)
+
+    It is the tilt of the prior by the log-likelihood, which is quadratic.
 
     Args:
       params: the prior.
       matrix: A, ``[m, d]``.
       observation: y, ``[m]``.
-      noise_cov: R, ``[m, m]``, symmetric and positive definite.
+      noise_cov: R, symmetric and positive definite, ``[m, m]``.
 
     Returns:
       The posterior mixture, and the log evidence log p(y) in nats, a scalar.
 
     Raises:
-      ValueError: for other shapes, and (of concrete values) for R that is not symmetric and positive definite.
+      ValueError: if a shape is wrong, or R is not symmetric and positive definite. The values of traced arrays are not
+        checked.
     """
     dtype, (_, dim) = params.means.dtype, params.means.shape
     matrix, y, noise = (jnp.asarray(value, dtype) for value in (matrix, observation, noise_cov))
@@ -168,7 +178,7 @@ def posterior(
 
 
 def matvec(matrices: Array, vectors: Array) -> Array:
-    """[K, i, j] times [K, j]."""
+    """Multiplies matrices [K, i, j] by vectors [K, j]."""
     return jnp.einsum("kij,kj->ki", matrices, vectors, precision=EXACT)
 
 
@@ -177,12 +187,12 @@ def _dot(a: Array, b: Array) -> Array:
 
 
 def _check(name: str, value: Array, test: Callable[[np.ndarray], Any], expected: str) -> None:
-    """Refuses a concrete value that fails the test; a traced one passes."""
+    """Raises ValueError if a concrete value fails the test. Traced values are not checked."""
     concrete = checks.concrete(value)
     if concrete is not None and not test(concrete):
         raise ValueError(f"{name}: expected {expected}, got {np.array2string(concrete, threshold=20)}")
 
 
 def _symmetric(matrices: np.ndarray) -> bool:
-    """Symmetric up to rounding of the largest entry."""
+    """Returns whether the matrices are symmetric, up to rounding of the largest entry."""
     return bool(np.max(np.abs(matrices - np.swapaxes(matrices, -1, -2))) <= 1e-5 * np.max(np.abs(matrices)))

@@ -1,4 +1,4 @@
-"""The mean velocity of a mixture in one dimension by matching quantiles, to rounding, with exact derivatives."""
+"""Computes the mean velocity of a mixture in one dimension by matching quantiles, to rounding, with exact derivatives."""
 
 from __future__ import annotations
 
@@ -22,7 +22,10 @@ def match_quantiles(
     sigma_t: Array,
     sigma_dd: Array,
 ) -> Array:
-    """The y of ``quantile``; all but the gap are [K]: log w, N_s, beta[s,t] m, sigma_s, sigma_t, sigma[s,t]."""
+    """Returns the mean velocity y of ``oracles.quantile``, in units of the base's standard deviation.
+
+    The arguments are log w_k, t - s, N_k(s), m_k[s,t], sigma_s, sigma_t and sigma[s,t]; all but t - s are ``[K]``.
+    """
     own = jax.lax.stop_gradient(offset_dd + offset * sigma_dd / sigma_s)
 
     def balance(y: Array) -> Array:
@@ -46,21 +49,24 @@ def match_quantiles(
     return jax.lax.custom_root(balance, jnp.mean(own), bisect, tangent)
 
 
-# Nodes and weights on [0, 1]: exact to rounding for the widths that _log_normal_dd gives it.
+# Gauss-Legendre nodes and weights on [0, 1]; exact to rounding for the widths used in _log_normal_dd.
 _NODES, _WEIGHTS = (np.polynomial.legendre.leggauss(16)[0] + 1) / 2, np.polynomial.legendre.leggauss(16)[1] / 2
 
 
 def _log_normal_dd(a: Array, width: Array) -> Array:
-    """log Phi[a, a + width], the normal distribution function's divided difference, [K]; smooth at width = 0."""
+    """Returns log Phi[a, a + width], for the divided difference of the normal distribution function, [K].
+
+    It is smooth at width = 0.
+    """
     b = a + width
     near = jnp.abs(width) * jnp.maximum(1.0, jnp.maximum(jnp.abs(a), jnp.abs(b))) < 4.0
-    # Near: the mean density on the way from a to b, relative to the density at a.
+    # Near: the mean density between a and b, relative to the density at a.
     w = jnp.where(near, width, 0.0)
     start = jnp.where(near, a, 0.0)
     along = w[:, None] * jnp.asarray(_NODES, a.dtype)[None]
     mean = jnp.sum(jnp.asarray(_WEIGHTS, a.dtype)[None] * jnp.exp(-along * (start[:, None] + 0.5 * along)), axis=1)
     inside = jnp.log(mean) - 0.5 * start**2 - HALF_LOG_TAU
-    # Far: Phi(high) - Phi(low), turned over into the tail where the difference keeps its digits.
+    # Far: Phi(high) - Phi(low), reflected into the lower tail, where the difference does not cancel.
     turned = jnp.where(a + b > 0.0, -1.0, 1.0)
     low = jnp.where(near, -3.0, jnp.minimum(turned * a, turned * b))
     high = jnp.where(near, 0.0, jnp.maximum(turned * a, turned * b))
@@ -71,7 +77,7 @@ def _log_normal_dd(a: Array, width: Array) -> Array:
 
 @jax.custom_jvp
 def _log_normal_cdf(z: Array) -> Array:
-    """log Phi(z), to rounding in the lower tail, where jax's own is good to single precision only."""
+    """Returns log Phi(z), exact to rounding in the lower tail, where jax's own function has only single precision."""
     tail, far, series = _tail(z)
     body = jnp.log(0.5 * jax.lax.erfc(-jnp.where(tail, 0.0, z) * float(np.sqrt(0.5))))
     return jnp.where(tail, jnp.log(series) - jnp.log(-far) - 0.5 * far**2 - HALF_LOG_TAU, body)
@@ -79,7 +85,7 @@ def _log_normal_cdf(z: Array) -> Array:
 
 @_log_normal_cdf.defjvp
 def _log_normal_cdf_jvp(primals: tuple[Array], tangents: tuple[Array]) -> tuple[Array, Array]:
-    """phi/Phi: a much smaller program than the derivative of erfc, and without its underflow."""
+    """Computes the derivative phi/Phi: a much smaller program than the derivative of erfc, without its underflow."""
     (z,), (dz,) = primals, tangents
     value, (tail, far, series) = _log_normal_cdf(z), _tail(z)
     ratio = jnp.exp(-0.5 * jnp.where(tail, 0.0, z) ** 2 - HALF_LOG_TAU - jnp.where(tail, 0.0, value))
@@ -87,7 +93,7 @@ def _log_normal_cdf_jvp(primals: tuple[Array], tangents: tuple[Array]) -> tuple[
 
 
 def _tail(z: Array) -> tuple[Array, Array, Array]:
-    """Whether z is in the lower tail, z there, and its series: Phi(z) = phi(z) series / (-z)."""
+    """Returns whether z is in the lower tail, z there, and the series for which Phi(z) = phi(z) series / (-z)."""
     edge = -7.0 if z.dtype == jnp.float32 else -16.0
     tail = z < edge
     far = jnp.where(tail, z, edge)

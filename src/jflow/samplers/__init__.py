@@ -1,16 +1,14 @@
-r"""Samplers: one sample through a bound flow map, learned, solved or exact.
+r"""Samplers: draw samples with a bound flow map, which may be learned, solved or exact.
 
-The samplers::
+- ``Jumps`` applies the map between the times of a grid: :math:`x_{k+1} = X_{t_k, t_{k+1}}(x_k)`.
+- ``Renoise`` jumps beyond the next time and adds new noise.
+- ``SDE`` simulates the stochastic process with the same marginals, with the velocity on the map's diagonal.
 
-    Jumps    x_{k+1} = X_{t_k, t_{k+1}}(x_k)
-    Renoise  x_t = (beta_t/beta_{t+}) X_{s,t+}(x_s) + new noise,  with t+ > t on the same path
-    SDE      the stochastic process with the same marginals, from the diagonal
-
-Each is an object with ``init`` and ``step``. ``run`` steps it along a grid of times in [0, 1], from each time to the next.
-``jumps``, ``renoise``, ``sde`` and their ``_path`` call ``run`` and ``run_path``, all with the arguments ``(bound, x0, grid,
-cond=None, *, ...)``; ``encode`` goes from data to noise. Functions take one sample (a pytree), and callers ``jax.vmap`` over x0
-and keys; ``draw`` makes any number. For a deterministic baseline of K small steps, use ``solvers.solve(velocity, "euler",
-steps=K)``.
+Each sampler is an object with ``init`` and ``step``. ``run`` applies it along a grid of times in [0, 1]. The functions
+``jumps``, ``renoise``, ``sde`` and their ``_path`` variants call ``run`` and ``run_path``, all with the arguments ``(bound,
+x0, grid, cond=None, *, ...)``. ``encode`` maps data to noise. These functions take one sample (a pytree); use ``jax.vmap``
+over x0 and keys. ``draw`` makes any number of samples. For a deterministic baseline of K small steps, use
+``solvers.solve(velocity, "euler", steps=K)``.
 """
 
 from __future__ import annotations
@@ -25,7 +23,7 @@ from jflow.samplers.renoising import Renoise, RenoisePlan, renoise, renoise_path
 from jflow.samplers.steps import Grid, Info, Sampler, State, run, run_path, uniform_grid
 from jflow.types import BoundFlowMap, Key
 
-# name -> maker: (bound, interpolant) -> Sampler, for run(sampler, key, x0, grid, cond=None).
+# Functions (bound, interpolant) -> Sampler by name, for run(sampler, key, x0, grid, cond=None).
 SAMPLERS: dict[str, Callable[[BoundFlowMap, Interpolant], Sampler[Key]]] = {
     "jumps": lambda bound, interpolant: Jumps(bound),
     "renoise": lambda bound, interpolant: Renoise(bound, interpolant, kappa=0.5),

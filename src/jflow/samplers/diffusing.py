@@ -1,4 +1,4 @@
-"""The stochastic process with the marginals of a flow, from a map's diagonal."""
+"""Samples the stochastic process with the marginals of a flow, with the velocity on a map's diagonal."""
 
 from __future__ import annotations
 
@@ -18,11 +18,11 @@ from jflow.types import Array, BoundFlowMap, Cond, Event, Key, Time
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class SDE:
-    """The sampler of ``solvers.sde``, with the velocity on the map's diagonal, which is called without a key.
+    """The sampler of the SDE of ``solvers.sde``, with the velocity on the map's diagonal, called without a key.
 
     Attributes:
-      bound: the flow map with its parameters; only its velocity is used, whatever its domain.
-      interpolant: the path that the map was made for.
+      bound: the flow map with its parameters; only its velocity is used, so its domain does not matter.
+      interpolant: the path for which the map was made.
       method, diffusion: as in ``solvers.sde``.
       base: a ``bases.Normal``.
     """
@@ -34,10 +34,11 @@ class SDE:
     base: bases.Base = bases.STANDARD_NORMAL
 
     def init(self, x0: Event, t: Time, cond: Cond = None) -> State:
-        """The state of a sample x0 at time t; narrow dtypes are also kept in float32, where small steps are not lost.
+        """Returns the state of a sample x0 at time t. Narrow dtypes are also kept in float32, so that small steps add up.
 
         Raises:
-          ValueError, TypeError: as ``solvers.sde``, and for a t that is not a scalar.
+          ValueError: as ``solvers.sde``, and if t is not a scalar.
+          TypeError: as ``solvers.sde``, and if x0 is not floating-point.
         """
         self._step()
         state = start(x0, t, cond)
@@ -46,7 +47,7 @@ class SDE:
         return state._replace(wide=widen(state.x, dtype) if narrow else None)
 
     def step(self, key: Key, state: State, t: Time) -> tuple[State, Info]:
-        """One step of the method to a time t > ``state.t``; one call of the velocity with "euler", two with "heun"."""
+        """Makes one step to a time t > ``state.t``. It calls the velocity once with "euler", twice with "heun"."""
         check_key(key)
         t = next_time(state, t)
         y = state.x if state.wide is None else state.wide
@@ -55,10 +56,10 @@ class SDE:
         return State(cast_like(y, state.x), t, state.cond, None if state.wide is None else y), info
 
     def check(self, grid: Grid) -> None:
-        """Refuses a concrete grid that is not strictly increasing within [0, 1], and choices that ``init`` refuses.
+        """Checks the sampler's options, and that a concrete grid is strictly increasing within [0, 1].
 
         Raises:
-          ValueError, TypeError: naming what came.
+          ValueError, TypeError: if an option or the grid is not valid.
         """
         self._step()
         check_times("grid", grid, increasing=True)
@@ -82,20 +83,21 @@ def sde(
     diffusion: float | Callable[[Time], Array] = 1.0,
     base: bases.Base = bases.STANDARD_NORMAL,
 ) -> Event:
-    """The SDE with the marginals of the flow, ``SDE``, of one sample: the state at grid[-1], shaped like x0.
+    """Simulates the SDE with the marginals of the flow (``SDE``) for one sample. Returns the state at grid[-1], shaped like x0.
 
     Args:
-      bound: the flow map with its parameters; only its velocity is used, whatever its domain.
+      bound: the flow map with its parameters; only its velocity is used, so its domain does not matter.
       x0: the state at grid[0].
-      grid: strictly ascending times, ``[N]``: as many as the accuracy needs.
+      grid: strictly ascending times, ``[N]``; more times give a higher accuracy.
       cond: conditioning of the sample.
-      key: of the noise.
-      interpolant: the path that the map was made for.
+      key: a PRNG key for the noise.
+      interpolant: the path for which the map was made.
       method, diffusion: as in ``solvers.sde``.
       base: a ``bases.Normal``.
 
     Raises:
-      ValueError, TypeError: as ``solvers.sde``; TypeError for anything but a BoundFlowMap.
+      ValueError: as ``solvers.sde``.
+      TypeError: as ``solvers.sde``, and if ``bound`` is not a BoundFlowMap.
 
     Example:
       >>> import jax
@@ -121,9 +123,9 @@ def sde_path(
     diffusion: float | Callable[[Time], Array] = 1.0,
     base: bases.Base = bases.STANDARD_NORMAL,
 ) -> Event:
-    """All states of ``sde``, of one sample: shaped like x0 with a leading axis N; the first is x0.
+    """Returns all states of ``sde`` for one sample, shaped like x0 with a leading axis N. The first is x0.
 
-    Arguments and errors: as ``sde``.
+    The arguments and errors are those of ``sde``.
 
     Example:
       >>> import jax

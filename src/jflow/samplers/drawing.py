@@ -1,4 +1,4 @@
-"""Any number of samples, in blocks of one size that are compiled once, on one device or over a mesh."""
+"""Draws any number of samples, in blocks of one size that are compiled once, on one device or over a mesh."""
 
 from __future__ import annotations
 
@@ -27,38 +27,41 @@ def draw(
     block: int = 1024,
     mesh: Mesh | None = None,
 ) -> Event:
-    """n samples of a sampler, from base points that it draws, or that are given.
+    """Draws n samples with a sampler. The base points are given, or drawn from the base.
 
     For example::
 
         samples = draw(Jumps(bound), key, 50_000, uniform_grid(4), labels, like=jax.ShapeDtypeStruct((28, 28), jnp.float32))
 
-    Sample i has the key ``fold_in(key, i)``, split into one of its base point and one of the sampler. The samples therefore do
-    not depend on the block or the devices, except for the rounding of batched products; the first m of n samples are the m
-    samples of the same key, and samplers with the same key start from the same base points.
+    Sample i uses the key ``fold_in(key, i)``, split into one key for its base point and one for the sampler. The samples
+    therefore do not depend on the block size or the devices, except for rounding in batched products. The first m of n
+    samples are those that a call for m samples gives, and different samplers with the same key start from the same base
+    points.
 
-    For use outside ``jax.jit``. A block is compiled once for each sampler structure, size and shape of the grid: the last
-    block is filled up to the same size.
+    Call it outside ``jax.jit``. A block is compiled once for each sampler structure, block size and grid shape; the last
+    block is padded to the same size.
 
     Args:
-      sampler: such as ``Jumps``, ``Renoise``, ``SDE``; a pytree, whose arrays are passed to the compiled function.
+      sampler: a sampler such as ``Jumps``, ``Renoise`` or ``SDE``; a pytree, whose arrays are passed to the compiled function.
       key: a PRNG key.
       n: the number of samples.
       grid: concrete times, ``[K + 1]``.
       cond: conditioning of each sample, leaves ``[n, ...]``, or None.
-      like: one event, arrays or ``jax.ShapeDtypeStruct``, to draw base points for.
+      like: one event, arrays or ``jax.ShapeDtypeStruct``, for which base points are drawn.
       x0: base points ``[n, ...]``, instead of ``like``.
-      base: the law of x0: by default ``sampler.base`` if it has one, else the standard normal.
-      block: the most samples that are made at once, over all devices; rounded up to a multiple of their number.
-      mesh: from ``sharding.mesh``; each device makes its share of a block, with the sampler's arrays whole.
+      base: the law of x0; by default ``sampler.base`` if the sampler has one, else the standard normal.
+      block: the largest number of samples made at once on all devices together; rounded up to a multiple of the number of
+        devices.
+      mesh: a mesh from ``sharding.mesh``. Each device makes its share of a block; the sampler's arrays are replicated.
 
     Returns:
       Samples ``[n, ...]``, numpy arrays on the host.
 
     Raises:
-      ValueError: for neither or both of ``like`` and ``x0``, a base beside x0, leaves of another length than n, or a grid
-        that is traced or that the sampler refuses.
-      TypeError: for anything but a sampler and a PRNG key, points that are not floating-point, or numbers of the wrong type.
+      ValueError: if neither or both of ``like`` and ``x0`` are given, ``base`` is given together with ``x0``, a leaf does not
+        have length n, or the grid is traced or not valid for the sampler.
+      TypeError: if ``sampler`` is not a sampler, ``key`` is not a PRNG key, points are not floating-point, or a number has
+        a wrong type.
 
     Example:
       >>> import jax
@@ -92,12 +95,12 @@ def draw(
     times = times_of(jax.tree.map(lambda leaf: np.zeros((), leaf.dtype), like if x0 is None else x0), grid)
     devices = 1 if mesh is None else mesh.size
     size = -(-min(block, n) // devices) * devices
-    # A base that is not a pytree, hence its own leaf, is part of the program.
+    # A base that is not a pytree (it is its own leaf) is a static argument.
     static = law if jax.tree.structure(law) == jax.tree.structure(0) else None
     events = None if like is None else _Event.of(like)
     ends = []
     for first in range(0, n, size):
-        # The last block is filled up with the last sample, again and again.
+        # Pad the last block with copies of the last sample.
         rows = np.minimum(np.arange(first, first + size), n - 1)
         taken = jax.tree.map(lambda leaf, rows=rows: leaf[rows], (x0, cond))
         end = _block(
@@ -108,7 +111,7 @@ def draw(
 
 
 class _Event(NamedTuple):
-    """Structure, shapes and dtypes of an event, hashable."""
+    """The structure, shapes and dtypes of an event, in a hashable form."""
 
     structure: Any
     leaves: tuple[jax.ShapeDtypeStruct, ...]
@@ -132,7 +135,7 @@ def _block(
     like: _Event | None,
     mesh: Mesh | None,
 ) -> Event:
-    """One block of samples; ``rows`` are their numbers."""
+    """Draws one block of samples; ``rows`` are their indices."""
 
     def one(
         sampler: Sampler[Key], base: Any, key: Key, times: Array, row: Array, x0: Event | None, cond: Cond

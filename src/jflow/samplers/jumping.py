@@ -1,4 +1,4 @@
-"""Jumps of a flow map along a grid, towards the data or, by a map that goes backward, towards the base."""
+"""Samples by jumps of a flow map along a grid, towards the data or, with a map that goes backward, towards the base."""
 
 from __future__ import annotations
 
@@ -30,11 +30,13 @@ from jflow.types import BoundFlowMap, Cond, Event, Key, Time
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class Jumps:
-    """The sampler x_{k+1} = X_{t_k, t_{k+1}}(x_k).
+    r"""The sampler that jumps from each time of a grid to the next.
+
+    .. math:: x_{k+1} = X_{t_k, t_{k+1}}(x_k)
 
     Attributes:
       bound: the flow map with its parameters.
-      keyed: whether the network gets the key of the step (dropout and the like); else it is called without one.
+      keyed: whether to pass the step's key to the network (for example for dropout). If False, it is called without a key.
 
     Example:
       >>> import jax
@@ -50,12 +52,12 @@ class Jumps:
     keyed: bool = dataclasses.field(default=False, metadata={"static": True})
 
     def init(self, x0: Event, t: Time, cond: Cond = None) -> State:
-        """The state of a sample x0 at time t; errors as ``run``."""
+        """Returns the state of a sample x0 at time t. The errors are those of ``run``."""
         check_bound(self.bound)
         return start(x0, t, cond)
 
     def step(self, key: Key | None, state: State, t: Time) -> tuple[State, Info]:
-        """X_{state.t, t}(x); one call. The key may be None unless ``keyed``."""
+        """Jumps from ``state.t`` to t with one call of the map. The key may be None unless ``keyed``."""
         if self.keyed:
             check_key(key)
         t = next_time(state, t)
@@ -63,28 +65,29 @@ class Jumps:
         return state._replace(x=x, t=t), Info(t, no_noise(state), jnp.int32(1))
 
     def check(self, grid: Grid) -> None:
-        """Refuses a concrete grid with a jump outside the map's domain.
+        """Checks that the jumps of a concrete grid are inside the map's domain.
 
         Raises:
-          ValueError: naming the jump; TypeError for anything but a BoundFlowMap.
+          ValueError: if a jump is outside the domain.
+          TypeError: if ``bound`` is not a BoundFlowMap.
         """
         check_bound(self.bound)
         self.bound.domain.check_grid(grid)
 
 
 def jumps(bound: BoundFlowMap, x0: Event, grid: Grid, cond: Cond = None, *, key: Key | None = None) -> Event:
-    """The state at grid[-1] after one jump between each two times of the grid, of one sample; shaped like x0.
+    """Jumps along a grid for one sample. Returns the state at grid[-1], shaped like x0.
 
     Args:
       bound: the flow map with its parameters.
       x0: the state at grid[0], a pytree of floating-point arrays.
-      grid: the times, ``[K + 1]``, every jump within ``bound.domain``; ascending generates.
+      grid: the times, ``[K + 1]``; every jump must be inside ``bound.domain``. Ascending times generate.
       cond: conditioning of the sample.
-      key: passed on to the network, one per jump (dropout and the like); None for none.
+      key: a PRNG key for the network (for example for dropout), folded with each step; None to call it without a key.
 
     Raises:
-      ValueError: for a grid with a jump outside the domain (the values of a traced grid are not checked).
-      TypeError: for anything but a BoundFlowMap, or x0 that is not floating-point.
+      ValueError: if a jump of the grid is outside the domain. The values of a traced grid are not checked.
+      TypeError: if ``bound`` is not a BoundFlowMap, or x0 is not floating-point.
 
     Example:
       >>> import jax
@@ -99,9 +102,9 @@ def jumps(bound: BoundFlowMap, x0: Event, grid: Grid, cond: Cond = None, *, key:
 
 
 def jumps_path(bound: BoundFlowMap, x0: Event, grid: Grid, cond: Cond = None, *, key: Key | None = None) -> Event:
-    """All states x_0, X_{t_0,t_1}(x_0), X_{t_1,t_2}(...), ... of ``jumps``: shaped like x0 with a leading axis K + 1.
+    """Returns all states of ``jumps`` for one sample, shaped like x0 with a leading axis K + 1. The first is x0.
 
-    Arguments and errors: as ``jumps``.
+    The arguments and errors are those of ``jumps``.
 
     Example:
       >>> import jax
@@ -125,29 +128,28 @@ def encode(
     solver: solvers.SolverLike | None = None,
     **choices: Unpack[solvers.Choices],
 ) -> Event:
-    """Data to noise along a descending grid, of one sample.
+    """Maps data to noise along a descending grid, for one sample.
 
-    A map whose domain goes backward jumps along the grid. Any other is solved: its diagonal is integrated
-    from grid[0] to grid[-1] by an adaptive solve, and a UserWarning says so. The inner times of the grid then
-    do not matter, the cost is that of the solve, and the diagonal must have been trained (a consistency
-    model's may not be).
+    A map whose domain goes backward jumps along the grid. For any other map, the velocity on its diagonal is integrated from
+    grid[0] to grid[-1] by an adaptive solve, and a UserWarning is raised. The solve ignores the inner times of the grid, and
+    it needs a trained diagonal, which a consistency model may not have.
 
     Args:
       bound: the flow map with its parameters.
       x1: the state at grid[0].
       grid: strictly descending times, ``[K + 1]``.
       cond: conditioning of the sample.
-      key: passed on to the network; None for none.
-      solver, choices: of the solve, as in ``solvers.solve``.
+      key: a PRNG key for the network; None to call it without a key.
+      solver, choices: the options of the solve, as in ``solvers.solve``.
 
     Returns:
       The state at grid[-1], shaped like x1.
 
     Raises:
-      ValueError: for a grid that does not descend; for a map that goes backward, for a jump outside its domain, or options of
-        a solve that it does not need.
-      TypeError: for anything but a BoundFlowMap, or x1 that is not floating-point.
-      RuntimeError: at an un-jitted call whose solve needs more than ``max_steps``.
+      ValueError: if the grid does not descend, a jump is outside the domain, or options of a solve are given for a map that
+        goes backward.
+      TypeError: if ``bound`` is not a BoundFlowMap, or x1 is not floating-point.
+      RuntimeError: outside ``jit``, if the solve does not finish within ``max_steps``.
 
     Example:
       >>> import jax.numpy as jnp

@@ -1,4 +1,4 @@
-"""Jumps with partial re-noising: beyond the next time, and back to it by adding noise (2310.02279, 2303.01469)."""
+"""Samples by jumps with partial re-noising: jump beyond the next time, and add noise to return (2310.02279, 2303.01469)."""
 
 from __future__ import annotations
 
@@ -14,18 +14,19 @@ from jflow.interpolants import Interpolant
 from jflow.samplers.steps import Grid, Info, State, check_bound, check_key, next_time, run, run_path, start
 from jflow.types import Array, BoundFlowMap, Cond, Event, Key, Time
 
-# Halvings of [t, 1] when a ratio alpha/beta is inverted: enough for float64.
+# The number of bisection steps on [t, 1] when alpha/beta is inverted; enough for float64.
 _HALVINGS = 60
 
 
 class RenoisePlan(NamedTuple):
-    """The targets and factors of ``renoise`` for the times of a grid after the first; arrays ``[K]``.
+    r"""The targets and factors of ``renoise`` for the times of a grid after the first, arrays ``[K]``.
 
     Attributes:
-      target: t+, the time that is jumped to.
-      shrink: beta_t/beta_{t+}.
-      noise: kappa alpha_t, with the kappa that the path can reach.
-      shift: alpha_t (1 - sqrt(1-kappa^2)) = alpha_t - shrink alpha_{t+}, the share of the base's mean that is put back.
+      target: :math:`t_+`, the target time of the jump.
+      shrink: :math:`\beta_t/\beta_{t_+}`.
+      noise: :math:`\kappa \alpha_t`, with kappa limited to the values that the path can reach.
+      shift: :math:`\alpha_t (1 - \sqrt{1-\kappa^2}) = \alpha_t - \mathrm{shrink}\, \alpha_{t_+}`, the factor of the base's
+        mean, which is added back.
     """
 
     target: Array
@@ -35,18 +36,21 @@ class RenoisePlan(NamedTuple):
 
 
 def renoise_plan(interpolant: Interpolant, times: Array, kappa: float | Array) -> RenoisePlan:
-    """Targets and factors of ``renoise`` for the times t > 0, ``[K]``: alpha/beta is inverted by bisection.
+    r"""Computes the targets and factors of ``renoise`` for times t > 0, ``[K]``.
 
-    The ratio falls along a path, and at t = 1 it is alpha_1/beta_1. Where sqrt(1-kappa^2) alpha_t/beta_t lies
-    below that (a path that ends with a little noise), t+ = 1 and kappa is lowered to the largest value that keeps
-    the marginal.
+    The target :math:`t_+` solves the following equation, by bisection:
+
+    .. math:: \frac{\alpha_{t_+}}{\beta_{t_+}} = \sqrt{1 - \kappa^2}\, \frac{\alpha_t}{\beta_t}
+
+    The ratio alpha/beta decreases along a path, to alpha_1/beta_1 at t = 1. If the right-hand side is below this (on a path
+    that ends with a little noise), :math:`t_+ = 1`, and kappa is reduced to the largest value that keeps the marginal.
     """
     interpolants.check(interpolant)
     kappa = jnp.asarray(kappa).astype(times.dtype)
     alpha, beta = jax.vmap(interpolant.alpha), jax.vmap(interpolant.beta)
     alpha_t, beta_t = alpha(times), beta(times)
     end = jnp.ones_like(times)
-    # The kappa at which t+ = 1 is sqrt(1 - smallest); at t = 1 itself it is zero, also where alpha_1 = 0.
+    # The kappa for which t+ = 1 is sqrt(1 - smallest). At t = 1 it is zero, also if alpha_1 = 0.
     smallest = jnp.square(alpha(end) * beta_t / (jnp.where(alpha_t > 0, alpha_t, 1) * beta(end)))
     most = jnp.where((alpha_t > 0) & (times < 1), jnp.sqrt(jnp.maximum(1 - smallest, 0)), 0)
     share = jnp.minimum(kappa, most)
@@ -55,14 +59,14 @@ def renoise_plan(interpolant: Interpolant, times: Array, kappa: float | Array) -
     def halve(_: int, ends: tuple[Array, Array]) -> tuple[Array, Array]:
         low, high = ends
         middle = 0.5 * (low + high)
-        # Multiplied out: nothing divides by a beta or an alpha that vanishes.
+        # Compare products instead of ratios, so that no division by a zero alpha or beta occurs.
         above = alpha(middle) * beta_t > ratio * alpha_t * beta(middle)
         return jnp.where(above, middle, low), jnp.where(above, high, middle)
 
     low, high = jax.lax.fori_loop(0, _HALVINGS, halve, (times, end))
     target = jnp.where(share < most, 0.5 * (low + high), end)
     target = jnp.where(share > 0, target, times)
-    # 1 - sqrt(1-kappa^2), without cancellation at a small kappa.
+    # 1 - sqrt(1-kappa^2) = kappa^2/(1 + sqrt(1-kappa^2)), without cancellation at a small kappa.
     shift = alpha_t * share * share / (1 + ratio)
     return RenoisePlan(target, beta_t / beta(target), share * alpha_t, shift)
 
@@ -70,21 +74,25 @@ def renoise_plan(interpolant: Interpolant, times: Array, kappa: float | Array) -
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class Renoise:
-    r"""The sampler of jumps with partial re-noising. From s to the next time t: jump beyond t, to t+, and add noise::
+    r"""The sampler of jumps with partial re-noising.
 
-        x_t = (beta_t/beta_{t+}) X_{s,t+}(x_s) + alpha_t (1 - sqrt(1-kappa^2)) m + kappa alpha_t std z
-        alpha_{t+}/beta_{t+} = sqrt(1 - kappa^2) alpha_t/beta_t
+    From s to the next time t, it jumps to a time :math:`t_+` beyond t and adds noise z ~ N(0, I):
 
-    which keeps the marginal at t for the exact map of a base N(m, diag(std^2)) that is independent of the data. At kappa = 0
-    these are ``Jumps``; at kappa = 1 every jump goes to t+ = 1 (consistency sampling). At t = 1 no noise is added. See
-    ``renoise_plan`` for paths with alpha_1 > 0.
+    .. math::
+        x_t = \frac{\beta_t}{\beta_{t_+}} X_{s,t_+}(x_s) + \alpha_t \left( 1 - \sqrt{1-\kappa^2} \right) m
+        + \kappa\, \alpha_t\, \mathrm{std}\, z, \qquad
+        \frac{\alpha_{t_+}}{\beta_{t_+}} = \sqrt{1 - \kappa^2}\, \frac{\alpha_t}{\beta_t}.
+
+    For the exact map and a base N(m, diag(std^2)) that is independent of the data, this keeps the marginal at t. With
+    kappa = 0, the sampler is ``Jumps``; with kappa = 1, every jump goes to :math:`t_+ = 1` (consistency sampling). At t = 1
+    no noise is added. For paths with alpha_1 > 0, see ``renoise_plan``.
 
     Attributes:
-      bound: the flow map with its parameters; its domain must hold the jumps from s to t+ (not to t).
-      interpolant: the path that the map was made for.
-      kappa: the share of noise made new, in [0, 1].
+      bound: the flow map with its parameters; its domain must include the jumps from s to :math:`t_+` (not to t).
+      interpolant: the path for which the map was made.
+      kappa: the share of the noise that is replaced, in [0, 1].
       base: a ``bases.Normal``.
-      keyed: whether the network gets a key of its own, one per jump; else it is called without one.
+      keyed: whether to pass a key to the network, one per jump. If False, it is called without a key.
     """
 
     bound: BoundFlowMap
@@ -94,17 +102,17 @@ class Renoise:
     keyed: bool = dataclasses.field(default=False, metadata={"static": True})
 
     def init(self, x0: Event, t: Time, cond: Cond = None) -> State:
-        """The state of a sample x0 at time t.
+        """Returns the state of a sample x0 at time t.
 
         Raises:
-          ValueError: for a base that is not a ``bases.Normal``, kappa outside [0, 1], or a t that is not a scalar;
-            TypeError for x0 that is not floating-point.
+          ValueError: if the base is not a ``bases.Normal``, kappa is outside [0, 1], or t is not a scalar.
+          TypeError: if x0 is not floating-point, or an attribute has a wrong type.
         """
         self._check_choices()
         return start(x0, t, cond)
 
     def step(self, key: Key, state: State, t: Time) -> tuple[State, Info]:
-        """To a time t > ``state.t``; one call. ``info.centre`` is the new state without its noise."""
+        """Makes one step to a time t > ``state.t`` with one call of the map. ``info.centre`` is the new x without its noise."""
         check_key(key)
         t = next_time(state, t)
         target, shrink, noise, shift = (leaf[0] for leaf in renoise_plan(self.interpolant, t[None], self.kappa))
@@ -118,10 +126,10 @@ class Renoise:
         return state._replace(x=x, t=t), Info(target, deviation, jnp.int32(1), centre)
 
     def check(self, grid: Grid) -> None:
-        """Refuses a concrete grid that does not ascend or needs a jump outside the map's domain, a wrong kappa or base.
+        """Checks the options, and that a concrete grid ascends and needs only jumps inside the map's domain.
 
         Raises:
-          ValueError, TypeError: naming what came.
+          ValueError, TypeError: if an option or the grid is not valid.
         """
         self._check_choices()
         times = checks.concrete(grid)
@@ -131,7 +139,7 @@ class Renoise:
             raise ValueError(f"grid: expected strictly ascending times, got {times}")
         if checks.concrete(self.kappa) is None:
             return
-        # Computed now even under jit, so that the jumps that will be made can be checked.
+        # Compute the plan with concrete values even under jit, so that its jumps can be checked.
         with jax.ensure_compile_time_eval():
             wide = jnp.asarray(times, None if jnp.issubdtype(times.dtype, jnp.floating) else float)
             targets = np.asarray(renoise_plan(self.interpolant, wide[1:], self.kappa).target)
@@ -160,23 +168,23 @@ def renoise(
     base: bases.Base = bases.STANDARD_NORMAL,
     keyed: bool = False,
 ) -> Event:
-    """The state at grid[-1] of jumps with partial re-noising, ``Renoise``, of one sample; shaped like x0.
+    """Jumps with partial re-noising (``Renoise``) for one sample. Returns the state at grid[-1], shaped like x0.
 
     Args:
-      bound: the flow map with its parameters; its domain must hold the jumps from s to t+ (not to t).
+      bound: the flow map with its parameters; its domain must include the jumps from s to t+ (not to t).
       x0: the state at grid[0].
       grid: strictly ascending times, ``[K + 1]``.
       cond: conditioning of the sample.
-      key: of the noise.
-      interpolant: the path that the map was made for.
-      kappa: the share of noise made new, in [0, 1].
+      key: a PRNG key for the noise, and for the network if ``keyed``.
+      interpolant: the path for which the map was made.
+      kappa: the share of the noise that is replaced, in [0, 1].
       base: a ``bases.Normal``.
-      keyed: whether the network gets a key of its own, one per jump.
+      keyed: whether to pass a key to the network, one per jump.
 
     Raises:
-      ValueError: for a grid that does not ascend, kappa outside [0, 1], a jump outside the domain (traced values are not
-        checked), or another base.
-      TypeError: for anything but a BoundFlowMap and an Interpolant, or x0 that is not floating-point.
+      ValueError: if the grid does not ascend, kappa is outside [0, 1], a jump is outside the domain, or the base is not a
+        ``bases.Normal``. Traced values are not checked.
+      TypeError: if ``bound`` is not a BoundFlowMap, ``interpolant`` is not an Interpolant, or x0 is not floating-point.
 
     Example:
       >>> import jax
@@ -204,9 +212,9 @@ def renoise_path(
     base: bases.Base = bases.STANDARD_NORMAL,
     keyed: bool = False,
 ) -> Event:
-    """All states of ``renoise``, of one sample: shaped like x0 with a leading axis K + 1; the first is x0.
+    """Returns all states of ``renoise`` for one sample, shaped like x0 with a leading axis K + 1. The first is x0.
 
-    Arguments and errors: as ``renoise``.
+    The arguments and errors are those of ``renoise``.
 
     Example:
       >>> import jax

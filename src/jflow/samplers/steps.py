@@ -1,14 +1,14 @@
-"""Samplers as steps: a state, ``step(key, state, t) -> (state, info)``, and one ``run`` along a grid for all of them.
+"""The interface of samplers, ``init`` and ``step(key, state, t) -> (state, info)``, and ``run``, which applies it to a grid.
 
-A sampler works on one sample; callers ``jax.vmap``. Its state is a pytree of arrays, so a batch of states can be weighted,
-resampled or changed between two steps::
+A sampler works on one sample; use ``jax.vmap`` for batches. Its state is a pytree of arrays, so a batch of states can be
+weighted, resampled or changed between two steps::
 
     sampler = samplers.Renoise(bound, interpolant, kappa=0.5)
     states = jax.vmap(lambda x: sampler.init(x, grid[0]))(x0)
     for k, t in enumerate(grid[1:]):
         keys = jax.random.split(jax.random.fold_in(key, k), n)
         states, info = jax.vmap(sampler.step, (0, 0, None))(keys, states, t)
-        # A particle method resamples here, with the indices that it draws:
+        # A particle method would resample here:
         # states = jax.tree.map(lambda leaf: leaf[indices], states)
 """
 
@@ -26,21 +26,21 @@ from jflow.named import described
 from jflow.types import Array, BoundFlowMap, Cond, Event, Key, Time
 
 Grid = Sequence[float] | np.ndarray | Array
-# The type of a sampler's keys: Key, or Key | None for a sampler that can step without one.
+# The type of a sampler's keys: Key, or Key | None for a sampler that can step without a key.
 KeyLike = TypeVar("KeyLike", bound=Key | None)
 KeyTaken = TypeVar("KeyTaken", bound=Key | None, contravariant=True)
 Kept = TypeVar("Kept")
 
 
 class State(NamedTuple):
-    """Where a sampler is.
+    """The state of a sampler.
 
     Attributes:
       x: the sample, in the dtypes of x0.
       t: its time, a scalar of at least float32.
       cond: conditioning of the sample, or None.
-      wide: x before it was rounded to its own dtype, where a sampler of many small steps needs it (``SDE`` of narrow
-        dtypes), else None. To go on from another x, make a state with ``init``.
+      wide: x before rounding to its own dtype, if the sampler makes many small steps (``SDE`` of narrow dtypes), else None.
+        To continue from another x, make a new state with ``init``.
     """
 
     x: Event
@@ -50,14 +50,14 @@ class State(NamedTuple):
 
 
 class Info(NamedTuple):
-    """What a step reports, to look at.
+    """Diagnostics of a step.
 
     Attributes:
-      target: the time that the map jumped to, a scalar; the time of the new state where no jump goes beyond it.
-      noise: standard deviation of the noise that was added, in units of x: for each leaf a scalar, or an array like it
-        where the entries differ.
-      calls: calls of the map or of its velocity, an int32 scalar.
-      centre: the new x without the noise that was added, where it is added at the end of the step (``Renoise``), else None.
+      target: the target time of the map's jump, a scalar; for samplers without such a jump, the time of the new state.
+      noise: the standard deviation of the added noise, in units of x: for each leaf a scalar, or an array if it differs
+        between entries.
+      calls: the number of calls of the map or its velocity, an int32 scalar.
+      centre: the new x without its noise if the noise is added at the end of the step (``Renoise``), else None.
     """
 
     target: Array
@@ -67,30 +67,31 @@ class Info(NamedTuple):
 
 
 class Sampler(Protocol[KeyTaken]):
-    """A sampler, as ``run`` and ``draw`` accept it. For ``draw`` it must also be a pytree.
+    """The interface of a sampler for ``run`` and ``draw``. For ``draw`` it must also be a pytree.
 
-    Its parameter is what ``step`` takes as a key: ``Sampler[Key]`` draws random numbers, and ``Sampler[Key | None]`` also
-    steps without a key.
+    The type parameter is the type of the key: ``Sampler[Key]`` requires a key, and ``Sampler[Key | None]`` also steps without
+    one.
     """
 
     def init(self, x0: Event, t: Time, cond: Cond = None) -> State:
-        """The state of a sample x0 at time t."""
+        """Returns the state of a sample x0 at time t."""
         ...
 
     def step(self, key: KeyTaken, state: State, t: Time) -> tuple[State, Info]:
-        """One step from ``state.t`` to t, both of which may be traced; the key is for this step alone."""
+        """Makes one step from ``state.t`` to t. Both may be traced. The key is used for this step only."""
         ...
 
     def check(self, grid: Grid) -> None:
-        """Refuses a concrete grid that the sampler cannot follow; a traced one passes."""
+        """Raises an error if a concrete grid is not valid for the sampler. Traced grids are not checked."""
         ...
 
 
 def uniform_grid(steps: int, *, start: float = 0.0, end: float = 1.0) -> np.ndarray:
-    """``steps`` equal jumps from ``start`` to ``end``: float64 ``[steps + 1]``, concrete even under ``jit``.
+    """Returns a grid of ``steps`` equal jumps from ``start`` to ``end``, float64 ``[steps + 1]``, concrete even under ``jit``.
 
     Raises:
-      ValueError: for no steps or times outside [0, 1]; TypeError for numbers of the wrong type.
+      ValueError: if ``steps`` is not positive, or a time is outside [0, 1].
+      TypeError: if an argument has a wrong type.
 
     Example:
       >>> from jflow import samplers
@@ -106,19 +107,19 @@ def uniform_grid(steps: int, *, start: float = 0.0, end: float = 1.0) -> np.ndar
 
 
 def run(sampler: Sampler[KeyLike], key: KeyLike, x0: Event, grid: Grid, cond: Cond = None) -> Event:
-    """The sample at grid[-1], one step of the sampler between each two times of the grid; shaped like x0.
+    """Runs a sampler along a grid, one step for each interval. Returns the sample at grid[-1], shaped like x0.
 
     Args:
-      sampler: an object with ``init``, ``step`` and ``check``, such as ``Jumps``, ``Renoise``, ``SDE``.
-      key: folded with the number of each step; None for a sampler that needs none.
+      sampler: an object with ``init``, ``step`` and ``check``, such as ``Jumps``, ``Renoise`` or ``SDE``.
+      key: a PRNG key, folded with the index of each step; None for a sampler that needs no key.
       x0: the state at grid[0], a pytree of floating-point arrays.
       grid: the times, ``[K + 1]``.
       cond: conditioning of the sample.
 
     Raises:
-      ValueError: for a grid that is not one-dimensional with two entries or more, for more than one key, and as
-        ``sampler.check``.
-      TypeError: for anything but a sampler, a key that is not a PRNG key (or None where the sampler needs one), or x0 that
+      ValueError: if the grid is not one-dimensional with at least two entries, ``key`` is an array of several keys, or
+        ``sampler.check`` raises it.
+      TypeError: if ``sampler`` is not a sampler, ``key`` is not a PRNG key (or None for a sampler that needs a key), or x0
         is not floating-point.
     """
     end, _ = _scan(sampler, key, x0, grid, cond, lambda state, info: None)
@@ -126,12 +127,12 @@ def run(sampler: Sampler[KeyLike], key: KeyLike, x0: Event, grid: Grid, cond: Co
 
 
 def run_path(sampler: Sampler[KeyLike], key: KeyLike, x0: Event, grid: Grid, cond: Cond = None) -> tuple[Event, Info]:
-    """All samples on the way, and what each step reports.
+    """Runs a sampler along a grid, and returns the samples at all times and the diagnostics of all steps.
 
-    Args and errors: as ``run``.
+    The arguments and errors are those of ``run``.
 
     Returns:
-      (x, info): x like x0 with a leading axis K + 1, of which the first is x0; info with a leading axis K.
+      (x, info). x is shaped like x0 with a leading axis K + 1, and its first entry is x0. info has a leading axis K.
 
     Example:
       >>> import jax
@@ -165,7 +166,8 @@ def _scan(
 
     def leg(state: State, inputs: tuple[Array, Array]) -> tuple[State, Kept]:
         index, t = inputs
-        # Keys split beforehand and scanned over trip jax's check for key reuse under vmap. None is a tree without keys.
+        # Scanning over an array of split keys would fail jax's key-reuse check under vmap, so fold in the index. A key of
+        # None is an empty tree.
         state, info = sampler.step(jax.tree.map(lambda key: jax.random.fold_in(key, index), key), state, t)
         return state, keep(state, info)
 
@@ -174,11 +176,11 @@ def _scan(
 
 
 def times_of(x0: Event, grid: Grid) -> Array:
-    """The grid as an array: a floating jax array as it is, numbers in the widest dtype of x0 or float32.
+    """Converts the grid to an array as ``time_of`` does.
 
     Raises:
-      ValueError: for a grid that is not one-dimensional with two entries or more.
-      TypeError: for x0 that is not floating-point.
+      ValueError: if the grid is not one-dimensional with at least two entries.
+      TypeError: if x0 is not floating-point.
     """
     checks.floating("x0", x0)
     check_length(grid)
@@ -186,17 +188,17 @@ def times_of(x0: Event, grid: Grid) -> Array:
 
 
 def time_of(x: Event, t: Any) -> Array:
-    """A time, or times, as an array: a floating jax array as it is, numbers in the widest dtype of x or float32."""
+    """Converts times to an array. A floating-point jax array is unchanged; numbers get the widest dtype of x and float32."""
     if isinstance(t, jax.Array) and jnp.issubdtype(t.dtype, jnp.floating):
         return t
     return jnp.asarray(t, trees.at_least_float32(x))
 
 
 def check_length(grid: Grid) -> None:
-    """Refuses a grid that is not one-dimensional with two entries or more.
+    """Checks the shape of a grid.
 
     Raises:
-      ValueError: naming its shape.
+      ValueError: if the grid is not one-dimensional with at least two entries.
     """
     shape = np.shape(grid)
     if len(shape) != 1 or shape[0] < 2:
@@ -204,10 +206,10 @@ def check_length(grid: Grid) -> None:
 
 
 def check_sampler(sampler: Any) -> None:
-    """Refuses anything but a sampler.
+    """Checks that an argument is a sampler.
 
     Raises:
-      TypeError: naming what came.
+      TypeError: if the argument is not a sampler.
     """
     methods = (getattr(sampler, name, None) for name in ("init", "step", "check"))
     if isinstance(sampler, type) or not all(map(callable, methods)):
@@ -215,20 +217,21 @@ def check_sampler(sampler: Any) -> None:
 
 
 def check_bound(bound: BoundFlowMap) -> None:
-    """Refuses anything but a flow map with its parameters.
+    """Checks that an argument is a flow map with its parameters.
 
     Raises:
-      TypeError: naming what came.
+      TypeError: if the argument is not a BoundFlowMap.
     """
     if not isinstance(bound, BoundFlowMap):
         raise TypeError(f"bound: expected a BoundFlowMap, made by flow_map.bind(params), got {type(bound).__name__}")
 
 
 def check_key(key: Any) -> None:
-    """Refuses anything but one PRNG key.
+    """Checks that an argument is one PRNG key.
 
     Raises:
-      TypeError: for another type, None included; ValueError for an array of typed keys.
+      TypeError: if the argument is not a PRNG key, for example None.
+      ValueError: if the argument is an array of several keys.
     """
     checks.key("key", key)
     if jnp.issubdtype(key.dtype, jax.dtypes.prng_key) and key.shape != ():
@@ -236,10 +239,11 @@ def check_key(key: Any) -> None:
 
 
 def start(x0: Event, t: Time, cond: Cond) -> State:
-    """The state of a sample, checked.
+    """Checks a sample and its time, and returns the initial state.
 
     Raises:
-      TypeError: for x0 that is not floating-point; ValueError for a t that is not a scalar.
+      TypeError: if x0 is not floating-point.
+      ValueError: if t is not a scalar.
     """
     checks.floating("x0", x0)
     checks.scalar("t", t)
@@ -248,15 +252,15 @@ def start(x0: Event, t: Time, cond: Cond) -> State:
 
 
 def next_time(state: State, t: Time) -> Array:
-    """The time of the next state, in the dtype of the last: a loop needs them equal.
+    """Casts the next time to the dtype of the state's time, because a loop requires equal dtypes.
 
     Raises:
-      ValueError: for a t that is not a scalar.
+      ValueError: if t is not a scalar.
     """
     checks.scalar("t", t)
     return jnp.asarray(t).astype(state.t.dtype)
 
 
 def no_noise(state: State) -> Event:
-    """Zeros, one for each leaf of x."""
+    """Returns a scalar zero for each leaf of x."""
     return jax.tree.map(lambda leaf: jnp.zeros((), trees.at_least_float32(leaf)), state.x)

@@ -1,4 +1,4 @@
-"""Diffrax solves of any Velocity: as a FlowMap, as a trajectory, and as an SDE with the same marginals."""
+"""Solves the ODE of any Velocity with Diffrax: as a FlowMap, as a trajectory, or as an SDE with the same marginals."""
 
 from jflow.solvers.adjoints import ADJOINTS
 from jflow.solvers.methods import ADAPTIVE, SOLVERS

@@ -1,4 +1,4 @@
-"""How solves are differentiated: Diffrax's adjoints by name, and errors for the mode that an adjoint does not have.
+"""Differentiation of solves: Diffrax's adjoints by name, and errors for modes that an adjoint does not support.
 
 Diffrax and lineax are imported on first use.
 """
@@ -37,10 +37,10 @@ _REVERSE_ONLY_VELOCITY = (
 
 
 def make(adjoint: str | diffrax.AbstractAdjoint) -> diffrax.AbstractAdjoint:
-    """Diffrax's adjoint of a name in ``ADJOINTS``, or the given one.
+    """Converts a name in ``ADJOINTS`` to Diffrax's adjoint; an adjoint object is returned.
 
-    A backward solve by ``BacksolveAdjoint`` that does not reach its end raises, unless the caller chose ``throw=False``:
-    otherwise the gradient would be wrong without notice.
+    If a backward solve of ``BacksolveAdjoint`` does not reach its end, it raises an error unless the caller chose
+    ``throw=False``; otherwise the gradient would be silently wrong.
     """
     import diffrax
 
@@ -57,7 +57,7 @@ def make(adjoint: str | diffrax.AbstractAdjoint) -> diffrax.AbstractAdjoint:
 
 
 def has_reverse(adjoint: str | diffrax.AbstractAdjoint) -> bool:
-    """Whether ``jax.grad`` goes through a solve with this adjoint."""
+    """Returns whether ``jax.grad`` can differentiate a solve with this adjoint."""
     if isinstance(adjoint, str):
         return adjoint != "forward"
     import diffrax
@@ -66,40 +66,41 @@ def has_reverse(adjoint: str | diffrax.AbstractAdjoint) -> bool:
 
 
 def is_reverse_only(adjoint: diffrax.AbstractAdjoint) -> bool:
-    """Whether the adjoint is a ``jax.custom_vjp``, which has no forward mode."""
+    """Returns whether the adjoint is a ``jax.custom_vjp``, which has no forward mode."""
     import diffrax
 
     return isinstance(adjoint, diffrax.RecursiveCheckpointAdjoint | diffrax.BacksolveAdjoint)
 
 
 def batched_like(x: Event, args: PyTree) -> Event:
-    """x with the same values, batched by ``jax.vmap`` wherever any leaf of ``args`` is.
+    """Returns x unchanged, but batched by ``jax.vmap`` if any leaf of ``args`` is batched.
 
-    A part of the state that does not depend on the batch, such as the log-density of a linear flow, would otherwise be an
+    Otherwise a part of the state that does not depend on the batch, such as the log-density of a linear flow, would be an
     output without the batch axis, and Diffrax's reverse rules would multiply its gradient by the batch size.
     """
     zero = jnp.zeros(())
     for leaf in jax.tree.leaves(args):
         if isinstance(leaf, jax.Array) and leaf.size and not jnp.issubdtype(leaf.dtype, jax.dtypes.extended):
             entry = leaf[(0,) * leaf.ndim]
-            # Zero in both branches, so that a NaN does not spread; XLA removes it.
+            # Both branches are zero, so a NaN in ``entry`` does not spread. XLA removes this operation.
             zero = jnp.where(entry == entry, zero, jnp.zeros_like(zero))
     return jax.tree.map(lambda leaf: leaf + zero.astype(leaf.dtype), x)
 
 
 @contextlib.contextmanager
 def explained(adjoint: diffrax.AbstractAdjoint) -> Iterator[None]:
-    """Names the argument if an un-jitted ``jax.jvp`` meets a function without forward mode.
+    """Replaces jax's error message if an un-jitted ``jax.jvp`` meets a function without forward mode.
 
-    Under ``jax.jit`` jax raises its own TypeError after the call, where it cannot be caught.
+    Under ``jax.jit``, jax raises its own TypeError after the call, where it cannot be caught.
 
     Raises:
-      TypeError: naming ``adjoint``, or ``velocity`` where the adjoint does have a forward mode.
+      TypeError: if the adjoint has no forward mode (the message names ``adjoint``), or the velocity has none (the message
+        names ``velocity``).
     """
     try:
         yield
     except TypeError as error:
-        # The error of a derivative within the velocity, such as a divergence, already names the alternatives.
+        # The message for a derivative inside the velocity, such as a divergence, already names the alternatives.
         if "custom_vjp" not in str(error) or str(error).startswith(autodiff.MESSAGE[:40]):
             raise
         message = _NO_FORWARD.format(type(adjoint).__name__) if is_reverse_only(adjoint) else _REVERSE_ONLY_VELOCITY
@@ -108,13 +109,13 @@ def explained(adjoint: diffrax.AbstractAdjoint) -> Iterator[None]:
 
 @jax.custom_jvp
 def forward_only(x: Event) -> Event:
-    """x, whose derivatives are those of the identity in forward mode and an error in reverse mode.
+    """Returns x. Forward mode differentiates it as the identity, and reverse mode raises an error.
 
-    The tangent passes through a linear solve of the identity, whose transpose raises. The compiled program contains nothing
-    of it.
+    The tangent passes through a linear solve with the identity, whose transpose raises the error. It adds nothing to the
+    compiled program.
 
     Raises:
-      ValueError: naming ``adjoint``, where a cotangent arrives.
+      ValueError: in reverse mode; the message names ``adjoint``.
     """
     return x
 
@@ -135,7 +136,7 @@ def _one_way(tangent: Event) -> Event:
 
 @_one_way.defjvp
 def _(primals: tuple[Event], tangents: tuple[Event]) -> tuple[Event, Event]:
-    # Lineax's own rule would put a check, and its host callback, into the program.
+    # Lineax's own rule would add a check with a host callback to the program.
     return _one_way(*primals), _one_way(*tangents)
 
 

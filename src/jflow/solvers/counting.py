@@ -17,12 +17,12 @@ if TYPE_CHECKING:
 
 
 class Count(NamedTuple):
-    """The state of the controller.
+    """The state of the counting controller.
 
     Attributes:
-      controller: the state of the controller that is wrapped.
-      evaluations: of the velocity so far, int32.
-      restarts: whether the next step has nothing to inherit, bool.
+      controller: the state of the wrapped controller.
+      evaluations: the number of evaluations of the velocity so far, int32.
+      restarts: whether the next step cannot reuse a stage of the previous step, bool.
     """
 
     controller: Any
@@ -33,7 +33,7 @@ class Count(NamedTuple):
 def counting(
     controller: diffrax.AbstractAdaptiveStepSizeController, cost: Cost
 ) -> diffrax.AbstractAdaptiveStepSizeController:
-    """The same controller, whose state is a ``Count``. Rejected steps and restarts after a jump are counted."""
+    """Wraps a controller so that its state is a ``Count``. The count includes rejected steps and restarts after a jump."""
     return _class()(controller, cost)
 
 

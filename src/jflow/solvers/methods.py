@@ -1,4 +1,4 @@
-"""The named solvers as Diffrax objects, and how often each kind of solver evaluates the velocity.
+"""The named solvers as Diffrax objects, and the number of velocity evaluations of each kind of solver.
 
 Diffrax is imported on first use.
 """
@@ -16,7 +16,7 @@ from jflow.types import Array, Event
 if TYPE_CHECKING:
     import diffrax
 
-# name -> the class in Diffrax, or None for one of this module.
+# The Diffrax class of each name, or None for a solver of this module.
 _CLASSES = {
     "euler": "Euler",
     "heun": "Heun",
@@ -31,13 +31,13 @@ ADAPTIVE = ("tsit5", "dopri5", "dopri8")
 
 
 class Cost(NamedTuple):
-    """Evaluations of the velocity by a solver.
+    """The number of velocity evaluations of a solver.
 
     Attributes:
-      start: before the first step.
-      step: of each step, kept or not.
-      restart: how many more a step takes that has nothing to inherit: after a jump in the velocity and, where ``start`` is
-        0, at the start, until a step is kept.
+      start: evaluations before the first step.
+      step: evaluations per step, accepted or rejected.
+      restart: additional evaluations of a step that cannot reuse a stage of the previous step: after a jump in the velocity
+        and, if ``start`` is 0, at the start, until a step is accepted.
     """
 
     start: int
@@ -46,7 +46,7 @@ class Cost(NamedTuple):
 
 
 def named(name: str) -> diffrax.AbstractSolver:
-    """The solver of a name in ``SOLVERS``."""
+    """Returns the Diffrax solver of a name in ``SOLVERS``."""
     import diffrax
 
     if name == "midpoint":
@@ -57,15 +57,15 @@ def named(name: str) -> diffrax.AbstractSolver:
 
 
 def cost(solver: diffrax.AbstractSolver) -> Cost | None:
-    """The evaluations by a solver, or None if they are not known: for implicit solvers and for those that users write.
+    """Returns the number of evaluations of a solver, or None for implicit and user-defined solvers, where it is not known.
 
-    Explicit Runge-Kutta methods are read from their tableau: a method whose first stage is the last one of the step before
-    (first same as last) inherits it.
+    For explicit Runge-Kutta methods it follows from the tableau: a method whose first stage is the last stage of the previous
+    step (first same as last) reuses it.
     """
     import diffrax
 
     if type(solver) is diffrax.HalfSolver:
-        # The step, and its two halves, of which the second inherits from the first.
+        # One full step and two half steps; the second half reuses a stage of the first.
         inner = cost(solver.solver)
         return None if inner is None else Cost(inner.start, 3 * inner.step, 2 * inner.restart)
     if type(solver) is diffrax.ReversibleHeun:
@@ -82,7 +82,7 @@ def cost(solver: diffrax.AbstractSolver) -> Cost | None:
 
 
 def estimates_error(solver: diffrax.AbstractSolver) -> bool:
-    """Whether a solver gives the error estimate that an adaptive controller needs."""
+    """Returns whether a solver gives the error estimate that an adaptive controller needs."""
     import diffrax
 
     if not isinstance(solver, diffrax.AbstractAdaptiveSolver):
@@ -94,14 +94,14 @@ def estimates_error(solver: diffrax.AbstractSolver) -> bool:
 def _explicit_tableau(solver: diffrax.AbstractSolver) -> diffrax.ButcherTableau | None:
     import diffrax
 
-    # A HalfSolver passes for what it wraps, and has no tableau.
+    # A HalfSolver is an instance of the class of the solver that it wraps, but it has no tableau.
     tableau = getattr(solver, "tableau", None) if isinstance(solver, diffrax.AbstractERK) else None
     return tableau if isinstance(tableau, diffrax.ButcherTableau) and not tableau.implicit else None
 
 
 @functools.cache
 def _rk4() -> type[diffrax.AbstractERK]:
-    """The classical Runge-Kutta method of order 4: four stages and no error estimate, hence fixed steps only."""
+    """The classical Runge-Kutta method of order 4. It has four stages and no error estimate, so it needs fixed steps."""
     import diffrax
 
     class RK4(diffrax.AbstractERK):
@@ -121,10 +121,10 @@ def _rk4() -> type[diffrax.AbstractERK]:
 
 @functools.cache
 def _midpoint() -> type[diffrax.AbstractSolver]:
-    """The midpoint rule with its two stages written out, not looped over as in Diffrax's own.
+    """The midpoint rule with its two stages written out; Diffrax's own implementation loops over them.
 
-    The second stage needs only the point of the first. What else the first stage would compute is then not part of the program:
-    for a log-density along the solve, half of the divergences.
+    The second stage depends only on the point of the first stage. The compiler therefore removes everything else that the
+    first stage computes: for a log-density along the solve, half of the divergences.
     """
     import diffrax
 

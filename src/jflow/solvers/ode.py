@@ -1,14 +1,10 @@
-r"""Diffrax solves of any Velocity: as a FlowMap, and as a trajectory.
+r"""Solves the ODE of any Velocity with Diffrax, as a FlowMap or as a trajectory.
 
-The mean velocity is itself the end of an ODE in rescaled time tau,
+The mean velocity is the final value of an ODE in rescaled time (see ``solve``). The ODE is valid for s < t, s > t and s = t,
+and the derivatives in s, t and x are correct on the diagonal.
 
-.. math:: dy/d\tau = b_{s + \tau (t-s)}(x + (t-s) y), \quad y(0) = 0, \quad \tau \in [0, 1], \qquad v_{s,t}(x) = y(1),
-
-for s < t, s > t and s = t alike: nothing divides by t - s, and the derivatives in s, t and x are right on the diagonal.
-
-If a solve does not reach its end within ``max_steps``, an un-jitted call raises RuntimeError. Under ``jit``, ``vmap`` or
-differentiation the result and all its derivatives are NaN instead, and ``SolveStats.success`` is False: no host callback is
-compiled into the program, and it returns no wrong number.
+A solve that does not finish under ``jit``, ``vmap`` or differentiation returns NaN, and ``SolveStats.success`` is False. The
+compiled program therefore needs no host callback and returns no wrong numbers.
 
 Diffrax is imported on first use.
 """
@@ -33,7 +29,7 @@ from jflow.types import BOTH, Array, Cond, Domain, Event, FlowMap, Key, Params, 
 if TYPE_CHECKING:
     import diffrax
 
-# An adaptive solve's first step in rescaled time. Diffrax's own choice spends evaluations, or starts at 0.01.
+# The first step of an adaptive solve in rescaled time. Diffrax's own choice costs evaluations, or starts at 0.01.
 FIRST_STEP = 0.1
 
 
@@ -41,12 +37,12 @@ class SolveStats(NamedTuple):
     """The cost and the outcome of one sample's solve; scalars.
 
     Attributes:
-      nfe: evaluations of the velocity, int32: the stages of kept and rejected steps, less those that a step inherits
-        from the one before. A vmapped batch runs as long as its slowest sample. None where the number is not known: with
-        implicit solvers, whose root finder evaluates the velocity too, and with solvers that users write, unless they are
-        an ``AbstractERK``, which is counted by its tableau.
-      steps: steps tried, kept or not, int32.
-      rejected: steps whose error was too large, int32.
+      nfe: the number of velocity evaluations, int32: the stages of accepted and rejected steps, without stages reused from
+        the previous step. A vmapped batch runs as long as its slowest sample. None if the number is not known: for implicit
+        solvers, whose root finder also evaluates the velocity, and for user-defined solvers other than an ``AbstractERK``,
+        which is counted by its tableau.
+      steps: the number of steps, accepted or rejected, int32.
+      rejected: the number of rejected steps, int32.
       success: whether the end was reached within ``max_steps``, bool.
     """
 
@@ -57,52 +53,60 @@ class SolveStats(NamedTuple):
 
 
 class CountedSolve(Protocol):
-    """A solve with its cost, of one sample: (v_{s,t}(x), SolveStats)."""
+    """A function that returns the mean velocity of one sample together with the cost of the solve."""
 
     def __call__(
         self, params: Params, s: Time, t: Time, x: Event, cond: Cond = None, *, key: Key | None = None
     ) -> tuple[Event, SolveStats]:
-        """The mean velocity, shaped like x, and its cost."""
+        """Returns the mean velocity v_{s,t}(x), shaped like x, and the SolveStats."""
         ...
 
 
 def tolerance_floor(dtype: jax.typing.DTypeLike) -> float:
-    """The smallest relative tolerance that a solve in this dtype can hold: 16 units of rounding."""
+    """Returns the smallest tolerance that a solve in this dtype can reach: 16 times the machine epsilon."""
     return 16.0 * float(jnp.finfo(dtype).eps)
 
 
 def solve(
     velocity: Velocity, solver: SolverLike | None = None, *, domain: Domain = BOTH, **choices: Unpack[Choices]
 ) -> FlowMap:
-    """The flow map of a velocity, by an ODE solve in rescaled time (see the module's formula).
+    r"""Returns the flow map of a velocity, computed by an ODE solve in rescaled time.
+
+    The mean velocity is the final value of the following ODE, which needs no division by t - s:
+
+    .. math::
+        \frac{dy}{d\tau} = b_{s + \tau (t-s)}\big( x + (t-s)\, y \big), \quad y(0) = 0, \quad \tau \in [0, 1], \qquad
+        v_{s,t}(x) = y(1).
+
+    If a solve does not reach its end within ``max_steps``, a call outside ``jit`` raises RuntimeError. Under ``jit``,
+    ``vmap`` or differentiation, the result and its derivatives are NaN instead.
 
     For example::
 
-        solve(velocity)                                     adaptive, Tsit5, at the default tolerance
+        solve(velocity)                                     # adaptive, Tsit5, at the default tolerance
         solve(velocity, "euler", steps=10)
         solve(velocity, diffrax.Tsit5(), stepsize_controller=diffrax.PIDController(rtol=1e-6, atol=1e-8))
         solve(velocity, options=solvers.Options("heun", steps=8, adjoint="recursive"))
 
-    The velocity is called with x in its own dtypes and with a time in the widest of them (float32 at least); sums are
-    kept in jax's default float, and the result has the dtypes of x. ``FlowMap.velocity`` is the velocity itself, which
-    a solve at s = t also returns, at the price of its steps.
+    The velocity is called with x in its own dtypes and with a time in the widest of them (at least float32). The solver's
+    state is kept in jax's default float, and the result has the dtypes of x. ``FlowMap.velocity`` calls the velocity
+    directly. A jump with s = t also returns it, but costs a solve.
 
     Args:
-      velocity: ``(params, t, x, cond=None, *, key=None) -> b_t(x)`` of one sample. One ``key`` serves the whole solve.
+      velocity: ``(params, t, x, cond=None, *, key=None) -> b_t(x)`` for one sample. The whole solve uses one ``key``.
       solver: a name or a Diffrax solver, by default "tsit5"; see ``Options``.
       domain: the domain of the FlowMap.
-      **choices: steps, rtol, atol, stepsize_controller, max_steps, adjoint, as in ``Options``; or ``options`` alone.
+      **choices: steps, rtol, atol, stepsize_controller, max_steps, adjoint, as in ``Options``; or only ``options``.
 
     Returns:
-      The FlowMap; its params are the velocity's.
+      The FlowMap. Its params are the velocity's.
 
     Raises:
-      ValueError: as ``Options``; at a call, for a tolerance finer than the dtype, and for s or t that are not scalars or
-        outside [0, 1].
-      TypeError: as ``Options``; at a call, for x that is not floating-point, and where an un-jitted ``jax.jvp`` meets an
-        adjoint or a velocity without a forward mode.
-      RuntimeError: at an un-jitted call whose solve fails, as one that needs more than ``max_steps`` does.
-      From ``jax.grad``, ValueError naming ``adjoint`` where the solve has no reverse mode.
+      ValueError: as ``Options``; when called, if a tolerance is finer than the dtype allows, or s or t is not a scalar in
+        [0, 1]; from ``jax.grad``, if the solve has no reverse mode.
+      TypeError: as ``Options``; when called, if x is not floating-point, or if an un-jitted ``jax.jvp`` meets an adjoint or a
+        velocity without a forward mode.
+      RuntimeError: outside ``jit``, if the solve fails, for example because it needs more than ``max_steps``.
 
     Example:
       >>> import jax.numpy as jnp
@@ -122,9 +126,9 @@ def solve(
 
 
 def solve_counted(velocity: Velocity, solver: SolverLike | None = None, **choices: Unpack[Choices]) -> CountedSolve:
-    """The mean velocity of ``solve`` with the exact cost of each solve.
+    """Returns the mean velocity of ``solve`` as a function that also returns the exact cost of each solve.
 
-    Args and errors: as ``solve``.
+    The arguments and errors are those of ``solve``.
 
     Returns:
       ``(params, s, t, x, cond=None, *, key=None) -> (v_{s,t}(x), SolveStats)``.
@@ -150,23 +154,27 @@ def trajectory(
     key: Key | None = None,
     **choices: Unpack[Choices],
 ) -> Event:
-    """States of dx/dt = b_t(x) at many times, by one adaptive solve or by fixed steps between them.
+    r"""Computes the states of an ODE at several times, by one adaptive solve or by fixed steps between the times.
 
-    Adaptive: the tolerances are on x. Tsit5 saves through its interpolant, whose error is that of its steps; the
-    interpolants of other solvers are less accurate, and these step on to every time. (Diffrax checks the times in a host
-    callback of the compiled program.) Fixed: ``steps`` equal steps, or those of ``StepTo``, in each interval.
+    .. math:: \frac{dx}{dt} = b_t(x)
+
+    In an adaptive solve, the tolerances apply to x. Tsit5 evaluates its interpolant at the times, whose error is that of its
+    steps. The interpolants of other solvers are less accurate, so these solvers step exactly to every time. (Diffrax checks
+    the times in a host callback of the compiled program.) With fixed steps, each interval has ``steps`` equal steps, or the
+    steps of ``StepTo``.
 
     Args:
       velocity, params, cond, key: as in ``solve``.
       times: ``[N]``, strictly increasing or strictly decreasing, within [0, 1]; N >= 2.
       x: the state at times[0].
-      solver, choices: as in ``solve``, ``steps`` per interval.
+      solver, choices: as in ``solve``; ``steps`` is the number per interval.
 
     Returns:
-      Shaped like x with a leading axis N; the first entry is x.
+      The states, shaped like x with a leading axis N. The first is x.
 
     Raises:
-      As ``solve``, and ValueError for times that are not strictly monotone in [0, 1].
+      ValueError: as ``solve``, and if the times are not strictly monotone within [0, 1].
+      TypeError, RuntimeError: as ``solve``.
 
     Example:
       >>> import jax.numpy as jnp
@@ -197,8 +205,9 @@ def trajectory(
 
 @dataclasses.dataclass(frozen=True)
 class _RescaledField:
-    """b_{s + tau (t-s)}(x + (t-s) y) as Diffrax calls it; equal velocities give equal fields, which eager calls need
-    in order not to compile anew.
+    """The vector field b_{s + tau (t-s)}(x + (t-s) y) for Diffrax.
+
+    Fields of equal velocities are equal, so that eager calls do not recompile.
     """
 
     velocity: Velocity
@@ -213,7 +222,7 @@ class _RescaledField:
 
 @dataclasses.dataclass(frozen=True)
 class _StateField:
-    """(t-s) b_{s + tau (t-s)}(z): the state itself in rescaled time."""
+    """The vector field (t-s) b_{s + tau (t-s)}(z) of the state z in rescaled time."""
 
     velocity: Velocity
 
@@ -226,7 +235,7 @@ class _StateField:
 
 @dataclasses.dataclass(frozen=True)
 class _Solve:
-    """A velocity and how it is solved."""
+    """A velocity and the options of its solve."""
 
     velocity: Velocity
     options: Options
@@ -234,7 +243,7 @@ class _Solve:
     def mean_velocity(
         self, params: Params, s: Time, t: Time, x: Event, cond: Cond, key: Key | None
     ) -> tuple[Event, SolveStats]:
-        """v_{s,t}(x), and its cost."""
+        """Returns v_{s,t}(x) and its cost."""
         _check_time("s", s)
         _check_time("t", t)
         checks.floating("x", x)
@@ -246,7 +255,7 @@ class _Solve:
         return cast_like(jax.tree.map(lambda leaf: leaf[-1], ys), x), stats
 
     def states(self, params: Params, times: Array, x: Event, cond: Cond, key: Key | None) -> Event:
-        """The states at the times, by one adaptive solve."""
+        """Returns the states at the times, computed by one adaptive solve."""
         s, t = times[0], times[-1]
         save = ((times - s) / (t - s)).astype(float)
         ys, _ = self._run(_StateField(self.velocity), widen(x, float), (params, s, t, x, cond, _as_data(key)), save)
@@ -266,7 +275,7 @@ class _Solve:
             solution = diffrax.diffeqsolve(
                 diffrax.ODETerm(field),
                 solver,
-                # Python numbers: Diffrax checks them while tracing, and arrays in a host callback of the compiled program.
+                # Diffrax checks Python numbers while tracing, but arrays in a host callback of the compiled program.
                 0.0,
                 1.0,
                 first,
@@ -280,7 +289,7 @@ class _Solve:
             )
         success = solution.result == diffrax.RESULTS.successful
         self._raise_if_concrete(success)
-        # A factor, not a where: it makes the derivatives NaN as well.
+        # Multiply instead of using ``where``, so that the derivatives become NaN as well.
         ys = trees.scale(jnp.where(success, 1.0, jnp.nan), solution.ys)
         tried, rejected = (jnp.asarray(solution.stats[name], jnp.int32) for name in ("num_steps", "num_rejected_steps"))
         if cost is None:
@@ -295,7 +304,7 @@ class _Solve:
     def _steps(
         self, solver: diffrax.AbstractSolver, cost: methods.Cost | None, dtype: jnp.dtype, save: Array | None
     ) -> tuple[diffrax.AbstractStepSizeController, float | None, int]:
-        """The controller, the first step and the most steps."""
+        """Returns the controller, the first step and the largest number of steps."""
         import diffrax
 
         options, given = self.options, self.options.stepsize_controller
@@ -329,10 +338,10 @@ class _Solve:
 
 
 def check_velocity(velocity: Velocity) -> Velocity:
-    """The velocity, if it can be called as one.
+    """Checks that an argument is a Velocity, and returns it.
 
     Raises:
-      TypeError: for anything else: a FlowMap, a network of two times, an argument in the wrong place.
+      TypeError: if it is not a Velocity, for example a FlowMap or a network of two times.
     """
     what = "(params, t, x, cond=None, *, key=None) -> b_t(x), such as the method velocity of a FlowMap"
     checks.accepts("velocity", velocity, what, 4)
@@ -340,7 +349,7 @@ def check_velocity(velocity: Velocity) -> Velocity:
 
 
 def _check_floor(controller: diffrax.AbstractAdaptiveStepSizeController, dtype: jnp.dtype) -> None:
-    """Refuses concrete tolerances that the dtype cannot hold."""
+    """Raises ValueError if concrete tolerances are finer than the dtype allows."""
     rtol, atol = checks.concrete(controller.rtol), checks.concrete(controller.atol)
     floor = tolerance_floor(dtype)
     if rtol is not None and atol is not None and max(np.max(rtol), np.max(atol)) < floor:
@@ -353,7 +362,7 @@ def _check_floor(controller: diffrax.AbstractAdaptiveStepSizeController, dtype: 
 @functools.partial(jax.tree_util.register_dataclass, data_fields=["bits"], meta_fields=["impl"])
 @dataclasses.dataclass(frozen=True)
 class _KeyData:
-    """A typed key as numbers: a solve uses its one key at every stage, which jax's check of keys would take for reuse."""
+    """The data of a typed key. A solve uses its one key at every stage, which jax's key-reuse check would reject."""
 
     bits: Array
     impl: Any
@@ -377,10 +386,10 @@ def _check_time(name: str, value: Time) -> None:
 
 
 def check_times(name: str, times: Sequence[float] | Array | np.ndarray, *, increasing: bool) -> None:
-    """Refuses times that are not a strictly monotone ``[N]`` within [0, 1], N >= 2.
+    """Checks that times are strictly monotone within [0, 1], of shape ``[N]`` with N >= 2.
 
     Raises:
-      ValueError: naming the argument; the values of traced times are not checked.
+      ValueError: if the times are not of this form. The values of traced times are not checked.
     """
     shape = np.shape(times)
     if len(shape) != 1 or shape[0] < 2:
@@ -397,10 +406,10 @@ def check_times(name: str, times: Sequence[float] | Array | np.ndarray, *, incre
 
 
 def widen(x: Event, dtype: jax.typing.DTypeLike) -> Event:
-    """x with all its leaves in one dtype."""
+    """Casts all leaves of x to one dtype."""
     return jax.tree.map(lambda leaf: jnp.asarray(leaf).astype(dtype), x)
 
 
 def cast_like(x: Event, like: Event) -> Event:
-    """x with the dtypes of another event."""
+    """Casts the leaves of x to the dtypes of another event."""
     return jax.tree.map(lambda leaf, model: leaf.astype(model.dtype), x, like)

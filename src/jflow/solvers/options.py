@@ -1,4 +1,4 @@
-"""The options of a solve: names or Diffrax objects, checked when they are given. Only for objects is Diffrax imported."""
+"""The options of a solve: names or Diffrax objects. They are checked on creation; Diffrax is imported only for objects."""
 
 from __future__ import annotations
 
@@ -21,32 +21,33 @@ AdjointLike: TypeAlias = "str | diffrax.AbstractAdjoint"
 
 @dataclasses.dataclass(frozen=True)
 class Options:
-    """How an ODE is solved and differentiated. A solve runs in rescaled time, from 0 at s to 1 at t.
+    """The options of an ODE solve. A solve runs in rescaled time, from 0 at s to 1 at t.
 
     Attributes:
       solver: "euler", "heun", "midpoint", "rk4" (orders 1, 2, 2, 4; fixed steps), "tsit5", "dopri5" or "dopri8" (orders 5, 5,
-        8; adaptive, or fixed when ``steps`` is given); or a Diffrax solver of one ODE term, implicit ones included. A
-        Diffrax solver without ``steps`` or controller must estimate its error, and is then adaptive.
-      steps: the number of equal steps; with it there is no tolerance.
-      rtol: relative tolerance on the mean velocity, per sample and step; by default 1e-8 for x in float64, else 1e-5.
-      atol: absolute tolerance on the mean velocity; by default as ``rtol``. The error of the jump is t - s times smaller.
+        8; adaptive, or fixed if ``steps`` is given); or a Diffrax solver of one ODE term, explicit or implicit. A
+        Diffrax solver without ``steps`` or controller is adaptive and must estimate its error.
+      steps: the number of equal steps; not together with tolerances.
+      rtol: the relative tolerance on the mean velocity, per sample and step; by default 1e-8 for x in float64, else 1e-5.
+      atol: the absolute tolerance on the mean velocity; by default equal to ``rtol``. The error of the jump is smaller by the
+        factor abs(t - s).
       stepsize_controller: a Diffrax controller instead of ``rtol`` and ``atol``: ``PIDController``,
         ``ClipStepSizeController`` or another ``AbstractAdaptiveStepSizeController``, whose first step is ``FIRST_STEP``;
         ``ConstantStepSize`` together with ``steps``; or ``StepTo`` from 0.0 to 1.0, which Diffrax checks in a host
         callback. Its times and step sizes are in rescaled time.
-      max_steps: the most steps, kept or not, of an adaptive solve. It has no effect on fixed steps.
-      adjoint: which derivatives exist. "forward": ``jax.jvp`` only. "direct": both modes, with memory for ``max_steps``
-        steps. "recursive": ``jax.grad`` only, by checkpointing. "backsolve": ``jax.grad`` only, by solving back with the
-        adjoint's equation (1806.07366), in constant memory. Its error is of the order of the tolerance or the steps. What is
-        differentiated must reach the velocity through its arguments. A backward solve of more than ``max_steps`` raises, by
-        a host callback in the gradient's program. Or a Diffrax adjoint. By default "direct"
-        for fixed steps, "forward" for adaptive ones.
+      max_steps: the largest number of steps, accepted or rejected, of an adaptive solve. It has no effect on fixed steps.
+      adjoint: the method of differentiation, by default "direct" for fixed steps and "forward" for adaptive ones.
+        "forward" supports ``jax.jvp`` only. "direct" supports both modes, with memory for ``max_steps`` steps. "recursive"
+        supports ``jax.grad`` only, by checkpointing. "backsolve" supports ``jax.grad`` only, by solving the adjoint equation
+        backward (1806.07366), in constant memory; its error is of the order of the tolerance or the steps, and it
+        differentiates only with respect to the velocity's arguments, not closed-over values. A backward solve of more than
+        ``max_steps`` raises an error from a host callback in the gradient's program. It may also be a Diffrax adjoint.
 
     Raises:
-      ValueError: for an unknown name, missing steps, steps or tolerances together with a controller that has its own, a
-        tolerance that is not positive, a solver that does not fit (of several terms, without an error estimate where steps
-        are adaptive, or without tolerances of its root finder where they are fixed), or an adjoint that does not.
-      TypeError: for values of the wrong type, and for Diffrax classes where an instance is expected.
+      ValueError: if a name is unknown, steps are missing, steps or tolerances are combined with a controller that has its
+        own, a tolerance is not positive or above 1, the adjoint does not support the solve, or the solver does not: it has
+        several terms, no error estimate for adaptive steps, or a root finder without tolerances for fixed steps.
+      TypeError: if a value has a wrong type, or a Diffrax class is given instead of an instance.
     """
 
     solver: SolverLike = "tsit5"
@@ -81,7 +82,7 @@ class Options:
 
     @property
     def fixed_steps(self) -> int | None:
-        """The number of steps where it is fixed; None for an adaptive solve."""
+        """The number of steps if it is fixed; None for an adaptive solve."""
         if self.steps is not None or self.stepsize_controller is None:
             return self.steps
         import diffrax
@@ -91,18 +92,18 @@ class Options:
 
     @property
     def differentiation(self) -> AdjointLike:
-        """The adjoint, where none is given the default one's name."""
+        """The adjoint; if none was given, the name of the default."""
         if self.adjoint is not None:
             return self.adjoint
         return "forward" if self.fixed_steps is None else "direct"
 
     @property
     def has_reverse(self) -> bool:
-        """Whether ``jax.grad`` goes through the solve."""
+        """Whether ``jax.grad`` can differentiate the solve."""
         return adjoints.has_reverse(self.differentiation)
 
     def make_solver(self) -> diffrax.AbstractSolver:
-        """The solver as a Diffrax object."""
+        """Returns the solver as a Diffrax object."""
         return methods.named(self.solver) if isinstance(self.solver, str) else self.solver
 
     def _adapts_alone(self) -> bool:
@@ -148,7 +149,7 @@ class Options:
             )
 
     def _check_objects(self) -> None:
-        """Checks that Diffrax's objects fit together."""
+        """Checks that the Diffrax objects are compatible."""
         if not isinstance(self.solver, str):
             _check_solver(self.solver, self.name, self.fixed_steps is not None)
         if any(not isinstance(each, str | None) for each in (self.solver, self.stepsize_controller, self.adjoint)):
@@ -157,7 +158,7 @@ class Options:
 
 
 class Choices(TypedDict, total=False):
-    """Keywords of every function that solves: the fields of ``Options`` except the solver, or ``options`` alone."""
+    """The keywords of every function that solves: the fields of ``Options`` except the solver, or only ``options``."""
 
     steps: int | None
     rtol: float | None
@@ -169,16 +170,16 @@ class Choices(TypedDict, total=False):
 
 
 def choose(solver: SolverLike | None, choices: Choices, **defaults: Unpack[Choices]) -> Options:
-    """The Options that a caller gave, as an object or as keywords.
+    """Returns the Options that a caller gave, as an object or as keywords.
 
     Args:
-      solver: the solver; None where it was not given.
+      solver: the solver, or None if it was not given.
       choices: the other keywords.
-      defaults: of fields that were not given; with ``options`` they have no effect.
+      defaults: the values of fields that were not given; ignored if ``options`` is given.
 
     Raises:
-      ValueError, TypeError: as ``Options``, and for an unknown keyword, and for ``options`` together with
-        any other choice.
+      ValueError: as ``Options``, and if ``options`` is given together with another choice.
+      TypeError: as ``Options``, and if a keyword is unknown or ``options`` is not an Options.
     """
     fields = dict(choices)
     options = fields.pop("options", None)
@@ -201,7 +202,7 @@ def choose(solver: SolverLike | None, choices: Choices, **defaults: Unpack[Choic
 
 
 def _check_kind(name: str, value: Any, names: tuple[str, ...], base: str) -> None:
-    """A name, or an instance of one of Diffrax's base classes."""
+    """Raises an error if the value is neither an allowed name nor an instance of a Diffrax base class."""
     if isinstance(value, str) and names:
         checks.choice(name, value, names)
         return

@@ -1,4 +1,4 @@
-r"""The SDE with the marginals of a flow, by fixed steps of Diffrax's solvers. Diffrax is imported on first use."""
+r"""Simulates the SDE with the marginals of a flow, by fixed steps of Diffrax's solvers. Diffrax is imported on first use."""
 
 from __future__ import annotations
 
@@ -27,36 +27,43 @@ def sde(
     diffusion: float | Callable[[Time], Array] = 1.0,
     base: bases.Base = bases.STANDARD_NORMAL,
 ) -> Callable[..., Event]:
-    r"""The SDE with the marginals of the flow, for an independent base N(m, diag(s^2)), on a grid that the caller gives.
+    r"""Returns a function that simulates the SDE with the marginals of the flow, on a grid that the caller gives.
 
-    The equation::
+    For a base :math:`N(m, \mathrm{diag}(\mathrm{std}^2))` that is independent of the data, the equation is
 
-        dx = [ b_t + sigma_t^2/2 grad log rho_t ] dt + sigma_t dW,   grad log rho_t = (beta b - beta' x + w m)/(alpha w s^2)
+    .. math::
+        dx = \left[ b_t + \tfrac12 \sigma_t^2\, \nabla \log \rho_t \right] dt + \sigma_t\, dW, \qquad
+        \nabla \log \rho_t = \frac{\beta b - \dot\beta x + w m}{\alpha w\, \mathrm{std}^2}.
 
-    With a number c the noise is sigma_t^2 = 2 c alpha_t w_t s^2, entry by entry, and the drift
-    b + c (beta b - beta' x + w m). Nothing divides by alpha, so the drift is finite everywhere, and the noise vanishes at the
-    data. A function of time is sigma_t itself, in the units of x per square root of time; the drift then divides by alpha w,
-    except where sigma_t is zero: there it is b.
+    If ``diffusion`` is a number c, the noise and the drift are, entry by entry,
 
-    Each step is ``sde_step``'s, with fresh normal increments, inside one ``lax.scan``: any number of steps compiles once,
-    and both modes of differentiation work. ``samplers.sde`` runs the same step and can return the path.
+    .. math::
+        \sigma_t^2 = 2 c\, \alpha_t w_t\, \mathrm{std}^2, \qquad
+        \mathrm{drift} = b + c \left( \beta b - \dot\beta x + w m \right).
+
+    This drift does not divide by alpha, so it is finite everywhere, and the noise vanishes at the data. If ``diffusion`` is a
+    function of time, it is :math:`\sigma_t` in the units of x per square root of time. The drift then divides by alpha w,
+    except where :math:`\sigma_t = 0`, where it is b.
+
+    Each step is a step of ``sde_step`` with fresh normal increments, inside one ``lax.scan``: any number of steps compiles
+    once, and both modes of differentiation work. ``samplers.sde`` runs the same step and can return the path.
 
     Args:
       velocity: b, as in ``solve``; called without a key.
-      interpolant: the path whose marginals they are.
+      interpolant: the path of the flow.
       method: "euler" or "heun".
       diffusion: c >= 0, or the function t -> sigma_t.
       base: a ``bases.Normal``.
 
     Returns:
-      ``(params, key, grid, x0, cond=None) -> x`` at grid[-1], of one sample: ``grid`` is [N], strictly increasing within
-      [0, 1]; x is shaped like x0.
+      ``(params, key, grid, x0, cond=None) -> x``, which returns the state at grid[-1] of one sample, shaped like x0. The grid
+      is ``[N]``, strictly increasing within [0, 1].
 
     Raises:
-      ValueError: for an unknown method, c < 0 or not finite, another base; at a call, for a grid that is not strictly
-        increasing in [0, 1].
-      TypeError: for a velocity or an interpolant of another type, and for ``diffusion`` that is neither a number nor
-        callable; at a call, for a key that is not a PRNG key, or x0 that is not floating-point.
+      ValueError: if the method is unknown, c is negative or not finite, or the base is not a ``bases.Normal``; when called, if
+        the grid is not strictly increasing within [0, 1].
+      TypeError: if ``velocity`` or ``interpolant`` has a wrong type, or ``diffusion`` is neither a number nor a function; when
+        called, if the key is not a PRNG key, or x0 is not floating-point.
     """
     step = sde_step(velocity, interpolant, method=method, diffusion=diffusion, base=base)
 
@@ -85,16 +92,16 @@ def sde_step(
     diffusion: float | Callable[[Time], Array] = 1.0,
     base: bases.Base = bases.STANDARD_NORMAL,
 ) -> Callable[..., tuple[Event, Event]]:
-    """One step of ``sde``: Diffrax's ``step`` of its Euler (the Ito-Euler scheme, which never looks at the last time) or Heun
-    (drift of weak order 2, two evaluations).
+    """Returns a function that makes one step of ``sde`` with Diffrax's Euler or Heun solver.
 
-    Args and errors: as ``sde``.
+    "euler" is the Ito-Euler scheme, which does not evaluate the velocity at the end of the step. "heun" uses two evaluations,
+    and its drift has weak order 2. The arguments and errors are those of ``sde``.
 
     Returns:
-      ``(params, key, s, t, y, cond=None, *, like) -> (y at t, noise)`` of one sample. y is the state, all leaves in one dtype
-      of at least float32; the velocity sees it in the dtypes of ``like``. The increments of the noise depend on the key
-      and on both times. ``noise`` is their standard deviation sigma_s sqrt(t - s), a scalar for a leaf whose entries share
-      one.
+      ``(params, key, s, t, y, cond=None, *, like) -> (y at t, noise)`` for one sample. y is the state, with all leaves in one
+      dtype of at least float32; the velocity is called with y in the dtypes of ``like``. The increments of the noise depend on
+      the key and on both times. ``noise`` is their standard deviation sigma_s sqrt(t - s), a scalar for a leaf whose entries
+      have the same one.
     """
     check_velocity(velocity)
     interpolants.check(interpolant)
@@ -111,7 +118,7 @@ def sde_step(
         return trees.scale(jnp.sqrt(jnp.maximum(2.0 * diffusion * c.alpha * c.w, 0.0)), std)
 
     def correction(t: Array, std: Event) -> Event:
-        """The factor of (beta b - beta' x + w m) in the drift, entry by entry."""
+        """Returns the factor of (beta b - beta_dot x + w m) in the drift, entry by entry."""
         if not callable(diffusion):
             return jax.tree.map(lambda s: jnp.asarray(diffusion, s.dtype), std)
         c = interpolant.coefficients(t)
@@ -146,13 +153,13 @@ def sde_step(
                 jax.tree.map(lambda leaf, n: jnp.broadcast_to(n, leaf.shape), y, sigma(u, std))
             )
 
-        # "bounded" stages are differentiable in both modes; it is what Diffrax's DirectAdjoint chooses.
+        # "bounded" stages are differentiable in both modes; Diffrax's DirectAdjoint makes the same choice.
         solver = diffrax.Euler() if method == "euler" else diffrax.Heun(scan_kind="bounded")
         shapes = jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype), y)
         terms = diffrax.MultiTerm(
             diffrax.ODETerm(drift), diffrax.ControlTerm(noise, diffrax.UnsafeBrownianPath(shapes, key))
         )
-        # Neither solver carries a state from step to step.
+        # Neither solver has a state, so each step can start without one.
         end = solver.step(terms, s, t, y, None, None, False)[0]
         return end, trees.scale(jnp.sqrt(t - s), sigma(s, std))
 
