@@ -42,7 +42,8 @@ def mesh(fsdp: int = 1, devices: Sequence[Device] | None = None) -> Mesh:
       devices: by default all, of all processes.
 
     Raises:
-      ValueError: when ``fsdp`` does not divide the number of devices; TypeError if it is not a whole number.
+      ValueError: if ``fsdp`` does not divide the number of devices.
+      TypeError: if it is not a whole number.
 
     Example:
       >>> from jflow import sharding
@@ -119,7 +120,7 @@ def place(tree: Tree, shardings: PyTree) -> Tree:
       The copies, which share no memory with ``tree``.
 
     Raises:
-      ValueError: when the structures differ, or a value does not fit the dtype that jax gives it (``checks.fits``).
+      ValueError: if the structures differ, or a value does not fit the dtype that jax gives it (``checks.fits``).
     """
     checks.fits("tree", tree)
     if isinstance(shardings, NamedSharding):

@@ -49,8 +49,8 @@ class ArrayDataset:
         only, and a batch alone travels between devices. The batches are the same. None for the default device.
 
     Raises:
-      ValueError: when leading axes differ, there are no rows, N or B is 2^28 or more, or a value does not fit the dtype
-        that it gets on the device: an int64 beyond int32, a finite float64 beyond float32. The message names the leaf.
+      ValueError: if leading axes differ, there are no rows, N or B is 2^28 or more, or a value does not fit the dtype that
+        it gets on the device: an int64 beyond int32, a finite float64 beyond float32. The message names the leaf.
       TypeError: for arrays that hold no numbers.
 
     Example:

@@ -39,7 +39,7 @@ def digits(held_out: float = 0.2, seed: int = 0) -> Split:
       original order. By default 1,438 train and 359 are held out.
 
     Raises:
-      ImportError: when scikit-learn is missing.
+      ImportError: if scikit-learn is missing.
       ValueError: for a share outside [0, 1].
     """
     checks.number("held_out", held_out, low=0.0, high=1.0)

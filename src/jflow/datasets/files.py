@@ -76,7 +76,7 @@ def npz(path: Path, x1: str = "x1", cond: str | None = None) -> Rows:
       cond: the name of the conditioning, [N, ...]; None for none.
 
     Raises:
-      FileNotFoundError: when there is no such file.
+      FileNotFoundError: if there is no such file.
       ValueError: if it is not an .npz file, lacks a name, or holds arrays of objects, of no rows, or of different numbers.
 
     Example:
@@ -117,7 +117,7 @@ def array_folder(directory: Path) -> Rows:
       directory: the folder; its sub-folders are not looked at.
 
     Raises:
-      FileNotFoundError: when there is no such folder.
+      FileNotFoundError: if there is no such folder.
       ValueError: naming the file, if the folder has no files, one is an .npz file (or ends in .NPY) or cannot be read, one
         lacks the conditioning that another has, or shapes, dtypes or numbers of rows differ.
     """
@@ -186,9 +186,9 @@ def pipeline(
       What the source or the transform raises comes from its ``__next__``.
 
     Raises:
-      ValueError: when the source is empty, P does not divide B, one of p and P is given alone, or numbers are out of
-        range; TypeError for numbers that are not whole.
-      ImportError: when Grain is missing.
+      ValueError: if the source is empty, P does not divide B, one of p and P is given alone, or numbers are out of range.
+      TypeError: for numbers that are not whole.
+      ImportError: if Grain is missing.
     """
     grain = _grain()
     if isinstance(source, (str, os.PathLike)) or not (hasattr(source, "__len__") and hasattr(source, "__getitem__")):

@@ -80,12 +80,12 @@ def images(directory: Path, size: int | None = None, *, channels: int = 3) -> Im
       channels: 3 for RGB or 1 for grey; other images are converted.
 
     Raises:
-      FileNotFoundError: when there is no such folder.
+      FileNotFoundError: if there is no such folder.
       ValueError: naming the folder or file, when there are no images, a file has another ending, some images lie beside the
         sub-folders of others, a sub-folder has none, or, without ``size``, sizes differ; and when one is read, if it is
         damaged, not opaque, an animation or of several pages, or has more than 8 bits a channel. TypeError when ``size``
         is not a whole number.
-      ImportError: when Pillow is missing.
+      ImportError: if Pillow is missing.
     """
     _pillow()
     directory = existing("images", directory, "a folder of images, or of one such folder for each class", folder=True)

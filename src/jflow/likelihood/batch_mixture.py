@@ -121,7 +121,8 @@ def renoised(
 
     Raises:
       ValueError: as ``samplers.renoise``, and for a grid that is traced, has less than two jumps or does not end at 1, or a
-        kappa of 0; TypeError for x0 that is not floating-point, or a kappa that is not a number.
+        kappa of 0.
+      TypeError: for x0 that is not floating-point, or a kappa that is not a number.
     """
     checks.number("kappa", kappa, low=0.0, high=1.0, open_low=True)
     times = checks.concrete(grid)

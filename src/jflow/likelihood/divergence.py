@@ -71,8 +71,9 @@ def hutchinson(probes: int = 1, noise: Noise = "rademacher", mode: Mode = "forwa
     ones those of all entries.
 
     Raises:
-      ValueError: for no probes, another noise or another mode; TypeError if ``probes`` is not a whole number. At a call,
-        ValueError without a key, and TypeError in forward mode for a function that has none.
+      ValueError: for no probes, another noise or another mode.
+      TypeError: if ``probes`` is not a whole number. At a call, ValueError without a key, and TypeError in forward mode for
+        a function that has none.
     """
     checks.integer("probes", probes, low=1)
     checks.choice("noise", noise, ("rademacher", "gaussian"))

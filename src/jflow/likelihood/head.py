@@ -103,7 +103,7 @@ def with_head(flow_map: FlowMap, head: Head) -> FlowMap:
     Raises:
       TypeError: for a map or a head of another type; when called, for params that are not ``Headed``, or an event that is not
         a WithLogDensity.
-      ValueError: when called, for a head or a log-density that is not a scalar, or concrete times outside the domain.
+      ValueError: if called, for a head or a log-density that is not a scalar, or concrete times outside the domain.
     """
     if not isinstance(flow_map, FlowMap):
         raise TypeError(f"flow_map: expected a FlowMap, got {described(flow_map)}")
@@ -162,8 +162,8 @@ def shared_network(apply: NetworkApply, parameterization: Parameterization, doma
       The FlowMap of ``WithLogDensity`` events; its params are the network's.
 
     Raises:
-      TypeError: when called, for an event or an output that is not a WithLogDensity.
-      ValueError: when called, for outputs of other shapes than the WithLogDensity's, or concrete times outside the domain.
+      TypeError: if called, for an event or an output that is not a WithLogDensity.
+      ValueError: if called, for outputs of other shapes than the WithLogDensity's, or concrete times outside the domain.
     """
 
     def mean_velocity(

@@ -63,7 +63,8 @@ def quantise(x: Array, levels: int = 256) -> Array:
     """floor( (x + 1) levels/2 ), int32: the pixels that ``dequantise`` made x of. Samples outside [-1, 1) go to the ends.
 
     Raises:
-      TypeError: for x that is not floating-point, or levels that are not a whole number; ValueError for fewer than two.
+      TypeError: for x that is not floating-point, or levels that are not a whole number.
+      ValueError: for fewer than two.
 
     Example:
       >>> import jax.numpy as jnp
@@ -91,8 +92,8 @@ def bits_per_dim(log_density: Array, dims: int, *, levels: int = 256, width: flo
       Bits per dimension, shaped like log_density: an upper bound, in the mean over the dequantisation, of the code length.
 
     Raises:
-      ValueError: for dims below 1, levels below 2, or a width that is not positive; TypeError for numbers of the wrong type
-        or a log-density that is not floating-point.
+      ValueError: for dims below 1, levels below 2, or a width that is not positive.
+      TypeError: for numbers of the wrong type or a log-density that is not floating-point.
 
     Example:
       >>> import jax.numpy as jnp

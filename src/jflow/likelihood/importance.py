@@ -133,7 +133,8 @@ def expectation(weights: Array, values: Array) -> tuple[Array, Array]:
       The mean and its standard error, each of shape ``[...]``.
 
     Raises:
-      ValueError: as ``effective_sample_size``, and for values of another length; TypeError if they are not floating-point.
+      ValueError: as ``effective_sample_size``, and for values of another length.
+      TypeError: if they are not floating-point.
     """
     weights = _weights(weights)
     checks.floating("values", values)

@@ -53,8 +53,9 @@ def linearise(name: str, f: Callable[[Event], Event], x: Event, mode: Mode = "fo
       mode: "forward", or "reverse" for functions without forward-mode derivative; the columns are then those of J'.
 
     Raises:
-      ValueError: when f(x) is not shaped like x, or for another mode; TypeError when x or f(x) is not floating-point, or for
-        a function without forward-mode derivative (the message names the alternatives).
+      ValueError: if f(x) is not shaped like x, or for another mode.
+      TypeError: if x or f(x) is not floating-point, or for a function without forward-mode derivative (the message names
+        the alternatives).
     """
     checks.floating("x", x)
     checks.choice("mode", mode, ("forward", "reverse"))

@@ -186,8 +186,8 @@ def refine(
       Shaped like x0.
 
     Raises:
-      ValueError: as ``push``, and for a step size that is not a finite scalar of at least 0, or no steps; TypeError for
-        numbers of the wrong type.
+      ValueError: as ``push``, and for a step size that is not a finite scalar of at least 0, or no steps.
+      TypeError: for numbers of the wrong type.
     """
     check_bound(bound)
     x0 = check_event("x0", x0)

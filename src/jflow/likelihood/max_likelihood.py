@@ -142,8 +142,8 @@ def maximum_likelihood(
       The objective.
 
     Raises:
-      ValueError, TypeError: as ``solvers.solve``, and for weights that are negative, not finite, or not numbers; TypeError
-        for a base that is not one.
+      ValueError, TypeError: as ``solvers.solve``, and for weights that are negative, not finite, or not numbers.
+      TypeError: for a base that is not one.
     """
     bases.check(base)
     options = solvers.choose(solver, choices, max_steps=256, adjoint="recursive")

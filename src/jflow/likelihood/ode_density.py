@@ -122,7 +122,8 @@ def along_ode(
         adjoint "recursive" or "direct".
 
     Raises:
-      ValueError, TypeError: as ``solvers.solve``; TypeError for a base that is not one.
+      ValueError, TypeError: as ``solvers.solve``.
+      TypeError: for a base that is not one.
 
     Example:
       >>> import jax.numpy as jnp
@@ -143,7 +144,8 @@ def log_base(base: Base, x: Event) -> Array:
     """The base's log-density at x, checked to be one number, in float32 at least.
 
     Raises:
-      ValueError: if it is not a scalar; TypeError for a base that is not one.
+      ValueError: if it is not a scalar.
+      TypeError: for a base that is not one.
     """
     bases.check(base)
     value = jnp.asarray(base.log_density(x))
@@ -155,7 +157,8 @@ def check_event(name: str, x: Event) -> Event:
     """The event as jax arrays: floating-point, and finite where they are concrete.
 
     Raises:
-      TypeError: for other dtypes; ValueError for numbers that are not finite.
+      TypeError: for other dtypes.
+      ValueError: for numbers that are not finite.
     """
     checks.floating(name, x)
     for leaf in jax.tree.leaves(x):
