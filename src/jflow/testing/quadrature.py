@@ -1,12 +1,14 @@
 r"""Expected gradients of a method near the exact map, by quadrature.
 
-The target is a mixture in one dimension with unequal weights and widths, whose flow map is known by its quantiles. The
-expectation over pairs (x0, x1) is a Gauss-Hermite sum, so that a gradient that should vanish does so to rounding, without a
-standard error. The student is
+The target is a mixture in one dimension with unequal weights and widths, whose flow map is known from its quantiles. The
+expectation over pairs (x0, x1) is a Gauss-Hermite sum, so a gradient that should vanish is zero up to rounding, without
+sampling error. The mean velocity of the student is
 
-    v = v_exact + c(s,t) Theta . phi(s, t, x)
+.. math::
 
-with fixed random features phi, so that the student is a flow at Theta = 0 alone. c is 1 in the v-form; in the x-form it is the
+    v_{s,t}(x) = v^{\text{exact}}_{s,t}(x) + c(s,t)\, \Theta \cdot \phi(s, t, x)
+
+with fixed random features phi, so the student is a flow only for Theta = 0. In the v-form c is 1; in the x-form it is the
 factor of the network in the parameterization.
 """
 
@@ -24,13 +26,13 @@ from jflow.interpolants import Interpolant
 from jflow.types import Array, Cond, Event, Key, Params, Time
 
 FEATURES = 4
-# Parameters of a student that is not a flow.
+# The parameters of a student that is not a flow.
 OFF = 0.3 * np.array([1.0, -1.0, 0.5, 0.8])
 BASE_NODES, DATA_NODES = 60, 16
 
 
 class Setting(NamedTuple):
-    """Pairs with their exact map.
+    """Weighted pairs (x0, x1) with their exact map.
 
     Attributes:
       exact: the exact map.
@@ -46,9 +48,9 @@ class Setting(NamedTuple):
 
 
 def independent_pairs(interpolant: Interpolant, scale: float = 1.0, *, components: int = 2) -> Setting:
-    """x1 from the mixture, times ``scale``, and x0 from a standard normal, independent of it.
+    """Pairs of x1 from the mixture, times ``scale``, and an independent standard normal x0.
 
-    With one of the two components the exact map is a Gaussian's, which compiles faster.
+    With ``components=1`` the target is Gaussian, whose exact map compiles faster.
     """
     shares, means, variances = np.array([0.65, 0.35]), scale * np.array([-0.4, 0.7]), scale**2 * np.array([0.35, 0.7])
     if components == 1:
@@ -59,7 +61,7 @@ def independent_pairs(interpolant: Interpolant, scale: float = 1.0, *, component
     x1 = (means[:, None] + np.sqrt(variances)[:, None] * inner).ravel()
     x0, x1 = (grid.reshape(-1, 1) for grid in np.meshgrid(nodes, x1, indexing="ij"))
     joint = np.outer(weights, (shares[:, None] * inner_weights).ravel()).ravel()
-    # The others are so far out that all of them together weigh less than rounding.
+    # Drop nodes whose weight is below rounding.
     kept = joint > 1e-16 * joint.max()
     x0, x1, joint = x0[kept], x1[kept], joint[kept]
     batch = types.Batch(jnp.asarray(x1), jnp.asarray(x0))
@@ -68,7 +70,7 @@ def independent_pairs(interpolant: Interpolant, scale: float = 1.0, *, component
 
 
 def solved_pairs(interpolant: Interpolant) -> Setting:
-    """(z, m + sigma z), the pairs of a coupling that is a map: their flow has z = (x - beta m)/(alpha + beta sigma)."""
+    """Pairs (z, m + sigma z), coupled by a map; along their flow z = (x - beta m)/(alpha + beta sigma)."""
     mean, sigma = 0.7, 0.4
 
     def velocity(params: Params, t: Time, x: Event, cond: Cond = None, *, key: Key | None = None) -> Event:
@@ -89,8 +91,8 @@ def solved_pairs(interpolant: Interpolant) -> Setting:
 
 
 def setting(method: objectives.Method, interpolant: Interpolant) -> Setting:
-    """The pairs and the exact map for a method, by what it needs."""
-    # This is also called while tracing; the arrays are constants there.
+    """The pairs and the exact map for a method: coupled pairs if it needs pairs, else independent ones."""
+    # This is also called while tracing; then the arrays are constants.
     with jax.ensure_compile_time_eval():
         if "pairs" in method.needs:
             return solved_pairs(interpolant)
@@ -98,10 +100,10 @@ def setting(method: objectives.Method, interpolant: Interpolant) -> Setting:
 
 
 def student(this: Setting, interpolant: Interpolant, by_x: Any, *, on_diagonal: bool = True) -> types.FlowMap:
-    """v_exact + c Theta . phi, with Theta its parameters.
+    """The student, a FlowMap with mean velocity v_exact + c Theta . phi and parameters Theta.
 
     Args:
-      this: the exact map.
+      this: the setting with the exact map.
       interpolant: the path.
       by_x: 1 for the x-form, 0 for the v-form; may be traced.
       on_diagonal: whether the student differs from the exact map at s = t as well.
@@ -126,7 +128,7 @@ def student(this: Setting, interpolant: Interpolant, by_x: Any, *, on_diagonal: 
 
 
 def times_within(domain: types.Domain) -> list[tuple[float, float]]:
-    """Two pairs of times of a domain, at which the nodes resolve the law of x1 given I_s."""
+    """Two pairs of times of a domain at which the quadrature resolves the law of x1 given I_s."""
     if domain.target is not None:
         return [(0.2, domain.target), (0.25, domain.target)]
     if domain.source is not None:
@@ -137,7 +139,7 @@ def times_within(domain: types.Domain) -> list[tuple[float, float]]:
 def objective_of(
     method: objectives.Method, flow_map: types.FlowMap, interpolant: Interpolant, exact: types.FlowMap, **choices: Any
 ) -> objectives.Objective:
-    """A method's objective, with the exact map as its teacher if it needs one."""
+    """The objective of a method, with the exact map as teacher if it needs one."""
     if set(method.needs) & {"teacher", "map teacher"}:
         choices = {"teacher": exact, **choices}
     return method.constructor(flow_map, interpolant, **choices)
@@ -159,7 +161,7 @@ def expected_gradient(
     this: Setting | None = None,
     **choices: Any,
 ) -> tuple[Array, Array]:
-    """(gradient ``[FEATURES]``, mean loss): of a method's own term, expected over the pairs at one pair of times.
+    """The expected gradient ``[FEATURES]`` and the mean loss of a method's own term at one pair of times.
 
     Args:
       method: the method.
@@ -168,7 +170,7 @@ def expected_gradient(
       pair: (s, t).
       by_x, on_diagonal: as in ``student``.
       this: the pairs and the exact map; by default ``setting(method, interpolant)``.
-      **choices: of the method's constructor.
+      **choices: arguments of the method's constructor.
     """
     this = setting(method, interpolant) if this is None else this
     flow_map = student(this, interpolant, by_x, on_diagonal=on_diagonal)
@@ -180,7 +182,7 @@ def expected_gradient(
     def at_both(key: Key, n: int) -> tuple[Array, Array]:
         return jnp.full((n,), s), jnp.full((n,), t)
 
-    # A method with a term of its own: its off-diagonal rows alone.
+    # If the method has its own term, use off-diagonal rows only.
     fixed = {"pairs": at_both, "diagonal": 0.0} if method.cost else {"times": at_s}
     objective = objective_of(method, flow_map, interpolant, this.exact, **{**fixed, **choices})
 
