@@ -12,6 +12,7 @@ import dataclasses
 import inspect
 import json
 import pathlib
+import re
 from typing import Any
 
 from experiments import catalogue
@@ -114,8 +115,16 @@ OLDER = {
 
 
 def formula(constructor: Any) -> str:
-    """The first paragraph of a constructor's docstring."""
-    return " ".join(inspect.getdoc(constructor).split("\n\n")[0].split())
+    """The first paragraph of a constructor's docstring and the displayed formulas that follow it, as a Markdown quotation."""
+    first, *rest = inspect.getdoc(constructor).split("\n\n")
+    lines = [re.sub(r":math:`([^`]*)`", r"$\1$", " ".join(first.split()))]
+    while rest and rest[0].startswith(".. math::"):
+        displayed = rest.pop(0).removeprefix(".. math::").strip() or rest.pop(0)
+        body = [line.strip() for line in displayed.splitlines() if line.strip()]
+        if any("&" in line or line.endswith(r"\\") for line in body):
+            body = [r"\begin{aligned}", *body, r"\end{aligned}"]
+        lines += ["", "$$", *body, "$$"]
+    return "\n".join(f"> {line}".rstrip() for line in lines)
 
 
 def cell(value: Any) -> str:
@@ -161,7 +170,7 @@ def section(name: str, found: dict[str, Any]) -> str:
     lines = [
         f"### {name}",
         f"{method.title} ({', '.join(f'[{i}](https://arxiv.org/abs/{i})' for i in method.source.split(', '))}): {method.when}.",
-        f"> {formula(method.constructor)}",
+        formula(method.constructor),
         results.markdown(
             ["identity", "velocity", "stop-gradient", "derivative", "stationary", "passes", "needs"],
             [
