@@ -1,9 +1,9 @@
-"""docs/catalogue.md from the registry and the results of ``experiments.catalogue``.
+"""Writes docs/catalogue.md from the registry and the results of ``experiments.catalogue``.
 
     python -m experiments.catalogue_page --results runs/catalogue/results.json
 
-copies the results to docs/catalogue.json and writes docs/catalogue.md beside it; without ``--results`` the page is written
-anew from the copy that is there.
+copies the results to docs/catalogue.json and writes docs/catalogue.md; without ``--results`` the page is written from the
+existing copy.
 """
 
 from __future__ import annotations
@@ -12,6 +12,7 @@ import dataclasses
 import inspect
 import json
 import pathlib
+import re
 from typing import Any
 
 from experiments import catalogue
@@ -20,21 +21,21 @@ from jflow import objectives
 
 DOCS = pathlib.Path(__file__).resolve().parents[1] / "docs"
 LEAST = 5.0
-# Why a row misses the mark of a fifth of one Euler step's error.
+# The reasons why a row's error is above a fifth of one Euler step's error.
 _CHAIN = (
-    "with t = 1 alone the map is learned from t = 1 backwards, through a chain of steps whose length is a compromise: the "
-    "pair's noise biases each by its length (order 1), and shorter ones take longer to reach s = 0 than this training lasts. "
-    "Distillation, whose steps have no such noise, passes the mark."
+    "with only t = 1 the map is learned backward from t = 1, through a chain of steps. The noise of the pair biases each "
+    "step in proportion to its length (order 1), and with shorter steps the chain does not reach s = 0 within this training. "
+    "Distillation has no such noise."
 )
 WHY: dict[str, str] = {
     "consistency_training": _CHAIN,
     "ict": _CHAIN,
-    "ect": _CHAIN + " This one begins, besides, as a regression of the data, whose contraction has to be unlearned.",
-    "facm": "with t = 1 alone the map is learned from t = 1 backwards, and here by infinitely small steps along the pair's "
-    "noise; in this training, a law with every t, which is flow matching for t near s, gets further with the same "
-    "residual (`mean_flow`).",
-    "ctm": "the jump to t = 1 is not compared itself, but as the limit of jumps to t < 1, seen through the map's own jump "
-    "from there; two jumps and more are within the mark.",
+    "ect": _CHAIN + " This method also begins as a regression of the data, which contracts, and must unlearn this.",
+    "facm": "with only t = 1 the map is learned backward from t = 1, here by infinitely small steps along the noise of the "
+    "pair. With the same residual and a law of all t, which is flow matching for t near s, the error is smaller "
+    "(`mean_flow`).",
+    "ctm": "the jump to t = 1 is not compared directly. It is the limit of jumps to t < 1, which are compared after the map's "
+    "own jump from t to 1. With two jumps or more the error is below the threshold.",
 }
 
 
@@ -53,13 +54,15 @@ class Config:
 
 INTRO = """# The catalogue
 
-Every method is a choice of parts: an identity, a velocity, a stop-gradient, a derivative, a law of times, a reduction
-({py:mod}`jflow.objectives`). Times run from 0 (noise) to 1 (data), s the source and t the target; in the formulas R
-is |.|^2 under the reduction, sg the stop-gradient, x = I_s. "Stationary: exact" means that the expected gradient
-vanishes at the exact map under the squared reduction; "order p" that it is of the p-th order in the method's own
-small number, "limit" that it vanishes as that number does. Each of these is a test, on two paths and in two
-parameterizations (`tests/objectives/test_catalogue.py`). Passes are forward passes of the network for one
-off-diagonal sample, a backward pass counting two; a test holds every method's FLOPs against them within 2 %.
+A method is a choice of an identity, a velocity, a stop-gradient, a derivative, a law of times and a reduction
+({py:mod}`jflow.objectives`). Times run from 0 (noise) to 1 (data); s is the source time and t the target time. In the
+formulas, R is the reduction (|.|^2 by default), sg the stop-gradient, and x = I_s. "Stationary: exact" means that the
+expected gradient vanishes at the exact map under the squared reduction. "Order p" means that it is of order p in the
+method's small number, and "limit" that it vanishes with this number. Tests check these declarations on two paths and in
+two parameterizations (`tests/objectives/test_catalogue.py`). Passes are forward passes of the network for one
+off-diagonal sample, where a backward pass counts as two. A test compares the FLOPs of every method with its passes to
+within 2 % (`tests/objectives/test_cost.py`). LSD, ESD and PSD are Lagrangian, Eulerian and progressive
+self-distillation; LMD and EMD are Lagrangian and Eulerian map distillation.
 
 This page is written by `python -m experiments.catalogue_page`.
 """
@@ -67,52 +70,61 @@ This page is written by `python -m experiments.catalogue_page`.
 MEASURED = """## Measured side by side
 
 `{command}` (commit {commit}, {date}, {device}): the mixture of `experiments.mixture`, {steps} steps of {batch}
-samples, a {depth} x {features} network, means over {seeds} seeds. RMSE is the error of K jumps against the exact map
-of the row's own pairs and path; for a method without an off-diagonal term, K Euler steps of its velocity. "Euler /
-jump" is the error of one Euler step of flow matching over that of one jump. Methods that are defined at t = 1 alone
-have one jump, and beyond it distances of samples after re-noising. Rows of reflow and optimal transport have another
-flow as their truth, a tight solve of the velocity that was learned, so that their error is that of the integration
-alone. The squared energy distance is unbiased: it may be negative. Residuals are root mean squares at the exact
-velocity. FLOPs and time are of one step, over those of flow matching, the times interleaved medians; a teacher's own
-training is not in them. The published count is of passes with every term on the whole batch. The last column, where it was
-run, is of `--budget flops` at one seed.
+samples, a {depth} x {features} network, means over {seeds} seeds. RMSE is the root-mean-square error of K jumps against
+the exact map of the row's pairs and path. For a method without an off-diagonal term it is that of K Euler steps of its
+velocity. "Euler / jump" is the error of one Euler step of flow matching, divided by the error of one jump. Methods that
+are defined only at t = 1 have an error at one jump only; with more jumps they re-noise, and the energy distance compares
+their samples with the data. For reflow and optimal transport the exact map is another one. Their reference is an accurate
+solve of the learned velocity, so their error is that of the integration. The squared energy distance is unbiased, so it may
+be negative. Residuals are root mean squares at the exact velocity. FLOPs and time are those of one step, relative to flow
+matching, without the training of a teacher; times are interleaved medians. The published count is that of passes if every
+term is evaluated on the whole batch. The last column, where available, is from `--budget flops` at one seed.
 """
 
 FIGURE = """
 ![one jump's error against the FLOPs of a step](catalogue.png)
 """
 
-NOISE = """## What the noise of MeanFlow and improved MeanFlow is
+NOISE = """## The noise of MeanFlow and improved MeanFlow
 
-At the exact map, MeanFlow's gradient for one pair is the Jacobian of the map, grad X_{s,t}(x), times that of improved
-MeanFlow: the pair's noise, c - b, enters the target as grad X (c - b) in the one and as c - b in the other. So
-improved MeanFlow has the smaller variance where the map expands and the larger where it contracts. On the mixture of
-the tests, from s = 0.2 to t = 0.9, the ratio of the variances, improved over plain, is 1.02 for data about as wide as
-the noise, and below a half for data twice as wide (`tests/objectives/test_catalogue.py`). That is a statement about
-the exact map alone: away from it the derivative along the pair's velocity carries the network's error too.
+At the exact map, MeanFlow's gradient for one pair is the Jacobian of the map, $\\nabla X_{s,t}(x)$, times that of improved
+MeanFlow. The noise of the pair, $c - b$, enters the target of MeanFlow as $\\nabla X_{s,t}(x)\\,(c - b)$, and that of
+improved MeanFlow as $c - b$. Improved MeanFlow therefore has the smaller variance where the map expands, and the larger
+one where it contracts. On the mixture of the tests, from s = 0.2 to t = 0.9, the ratio of the variances, improved to plain,
+is 1.02 for data about as wide as the noise, and below a half for data twice as wide
+(`tests/objectives/test_catalogue.py`). This holds at the exact map only. For other maps the derivative along the pair's
+velocity also contains the error of the network.
 """
 
 BIAS = """## What a reduction does to the exact map
 
-With a velocity from the pair in the target (MeanFlow and its kin, consistency training, flow matching itself), a weight that
-depends on the residual moves the stationary point wherever x1 given x is skewed. `python -m benchmarks.reduction_bias`
-solves, by quadrature, for the shift m of the mean velocity at which MeanFlow's expected gradient vanishes at each point, with
-the derivative in the target held at that of the exact map: the root mean square of m over that of v, and the largest |m|. The
-derivative follows the shift in a training and lessens it, so that these are estimates from above: take the order of
-magnitude from them. With the squared reduction there is no shift. In the methods whose residual is zero for every sample at
-the exact map (all that take their velocity from themselves or from a teacher) no reduction moves anything.
+If the target contains the velocity of the pair (MeanFlow and related methods, consistency training, flow matching), a weight
+that depends on the residual moves the stationary point wherever x1 given x is skewed. `python -m benchmarks.reduction_bias`
+computes, by quadrature, the shift m of the mean velocity at which MeanFlow's expected gradient vanishes at each point. The
+derivative in the target is kept at that of the exact map. The table has the root mean square of m divided by that of v, and
+the largest |m|. In training the derivative changes with the shift and makes it smaller, so these are upper estimates that
+give the order of magnitude. With the squared reduction there is no shift. If the residual is zero for every sample at the
+exact map (all methods that take their velocity from themselves or from a teacher), no reduction moves the stationary point.
 """
 
 
-# Methods that have changed since their rows were measured, and how.
+# Methods that have changed since their rows were measured, and the change.
 OLDER = {
-    "shortcut": "when they were measured, the smallest gap of the grid was used by its legs and never trained.",
+    "shortcut": "at the time of the measurement, the legs used the smallest gap of the grid, which was never trained.",
 }
 
 
 def formula(constructor: Any) -> str:
-    """The first paragraph of a constructor's docstring."""
-    return " ".join(inspect.getdoc(constructor).split("\n\n")[0].split())
+    """The first paragraph of a constructor's docstring and the displayed formulas that follow it, as a Markdown quotation."""
+    first, *rest = inspect.getdoc(constructor).split("\n\n")
+    lines = [re.sub(r":math:`([^`]*)`", r"$\1$", " ".join(first.split()))]
+    while rest and rest[0].startswith(".. math::"):
+        displayed = rest.pop(0).removeprefix(".. math::").strip() or rest.pop(0)
+        body = [line.strip() for line in displayed.splitlines() if line.strip()]
+        if any("&" in line or line.endswith(r"\\") for line in body):
+            body = [r"\begin{aligned}", *body, r"\end{aligned}"]
+        lines += ["", "$$", *body, "$$"]
+    return "\n".join(f"> {line}".rstrip() for line in lines)
 
 
 def cell(value: Any) -> str:
@@ -158,7 +170,7 @@ def section(name: str, found: dict[str, Any]) -> str:
     lines = [
         f"### {name}",
         f"{method.title} ({', '.join(f'[{i}](https://arxiv.org/abs/{i})' for i in method.source.split(', '))}): {method.when}.",
-        f"> {formula(method.constructor)}",
+        formula(method.constructor),
         results.markdown(
             ["identity", "velocity", "stop-gradient", "derivative", "stationary", "passes", "needs"],
             [
@@ -178,7 +190,7 @@ def section(name: str, found: dict[str, Any]) -> str:
         lines.append(f'The paper\'s own choices, where they differ: `METHODS["{name}"].published()` ({published}).')
     limits = [f"the {path} path" for path in method.paths] + [f"the {form}-formulation" for form in method.forms]
     if limits:
-        lines.append(f"Defined in {' and '.join(limits)} alone; anything else is refused.")
+        lines.append(f"Defined in {' and '.join(limits)} only; anything else raises an error.")
     if "rmse_1" not in row:
         lines.append(f"Measured: it diverged. {WHY.get(name, '')}".strip())
     elif name in (catalogue.BASELINE, "reflow"):

@@ -1,27 +1,27 @@
-r"""Reports: numbers for a person to look at. Each kind defines how it is averaged over rows, steps and devices.
+r"""Reports: metrics that define how they are averaged over rows, steps and devices.
 
-The kinds::
+The kinds are::
 
-    Mean(total, count)     total/count; totals and counts add up: means over rows, also by bins
-    RootMean(total, count) sqrt(total/count)
-    Residual(square, by)   the mean square of a term's residual, with means by bins; watched for explosions
-    Tangent(square, by)    the root mean square of a term's derivative, likewise
-    PerRow(values)         one value for each row of a batch; reported as its mean over the rows
-    Total(count)           a number of events; adds up over steps
-    Largest(number)        the largest over steps
+    Mean(total, count)     a mean total/count, also by bins; totals and counts are summed
+    RootMean(total, count) the root of a mean, sqrt(total/count)
+    Residual(square, by)   the mean square of a term's residual, with means by bins; watched by alarms
+    Tangent(square, by)    the root mean square of a term's derivative, with values by bins; watched by alarms
+    PerRow(values)         one value for each row of a batch; reported as the mean over the rows
+    Total(count)           a number of events, which is summed over steps
+    Largest(number)        the largest number over steps
     First(number)          the number of the first step
     Last(number)           the number of the last step that has one
     Every(truth)           a truth value; true if it was true in every step
 
 A report is a pytree of arrays or Python numbers. To merge the reports of many steps, chunks or devices, stack them along a
-leading axis and call ``merged``, on the device or on the host. Sums are accumulated in at least float32. Names of reports
-are labels: no code reads meaning from them.
+leading axis and call ``merged``, on the device or on the host. Sums are accumulated in at least float32. The names of reports
+are labels only.
 
 ``value()`` is the number that a log shows: a jax scalar, or a numpy scalar on the host. ``float(metrics["loss"].value())`` is
-a Python number, and ``values(metrics)`` are the numbers of all reports by name.
+a Python number, and ``values(metrics)`` gives the numbers of all reports by name.
 
-A report of your own is any pytree with the methods of ``Report``. It is merged over all steps. A step that the average of a
-log must leave out (its loss is not finite, say) is left out of the kinds ``AVERAGES`` and of classes derived from them.
+Any pytree with the methods of ``Report`` is a report, and is merged over all steps. If a step must be left out of averages,
+for example because its loss is not finite, it is left out of the kinds ``AVERAGES`` and of classes derived from them.
 """
 
 from __future__ import annotations
@@ -50,7 +50,7 @@ class Report(Protocol):
         ...
 
     def neutral(self) -> Self:
-        """A report of the same shapes and dtypes that changes nothing when it is merged, for a term that is not in force."""
+        """A report of the same shapes and dtypes that has no effect when it is merged, for a term that is not in use."""
         ...
 
     def value(self) -> Values:
@@ -85,7 +85,7 @@ class Mean(NamedTuple):
         return type(self)(_zeros(self.total), _zeros(self.count))
 
     def value(self) -> Values:
-        """total/count; NaN if the count is zero."""
+        """The mean total/count; NaN if the count is zero."""
         return _ratio(self.total, self.count)
 
 
@@ -109,7 +109,7 @@ class RootMean(NamedTuple):
         return type(self)(_zeros(self.total), _zeros(self.count))
 
     def value(self) -> Values:
-        """sqrt(total/count); NaN if the count is zero."""
+        """The root sqrt(total/count); NaN if the count is zero."""
         return _ratio(self.total, self.count) ** 0.5
 
 
@@ -172,7 +172,7 @@ class PerRow(NamedTuple):
         return PerRow(values.reshape(-1, *values.shape[2:]))
 
     def neutral(self) -> PerRow:
-        """Zeros. Rows cannot count nothing: convert them to a ``Mean`` first, as ``as_reports`` does."""
+        """Zeros, which are not neutral in the mean; convert rows to a ``Mean`` first, as ``as_reports`` does."""
         return PerRow(_zeros(self.values))
 
     def value(self) -> Values:
@@ -230,7 +230,7 @@ class First(NamedTuple):
         return First(_array(self.number)[0])
 
     def neutral(self) -> First:
-        """Zero: no number is neutral here, because the first one is kept whatever it is."""
+        """Zero, which is not neutral, because the first number is always kept."""
         return First(_zeros(self.number))
 
     def value(self) -> Values:
@@ -243,7 +243,7 @@ class Last(NamedTuple):
 
     Attributes:
       number: a scalar, or an array.
-      known: whether there is a number; one truth value for the whole array.
+      known: whether there is a number; a scalar bool for the whole array.
     """
 
     number: Values
@@ -286,7 +286,7 @@ class Every(NamedTuple):
         return _array(self.truth)
 
 
-# The kinds of averages, from which a step can be left out; then all kinds.
+# The kinds of averages, from which a step can be left out, and all kinds.
 AVERAGES = (Mean, RootMean, Residual)
 KINDS = (*AVERAGES, PerRow, Total, Largest, First, Last, Every)
 
@@ -298,11 +298,11 @@ def mean(values: Values) -> Mean:
 
 
 def binned(values: Values, by: Values, bins: int) -> Mean:
-    """Means by bins: arrays ``[bins]``, summed in at least float32. An empty bin has a count of zero.
+    """Means by bins, with arrays ``[bins]``, summed in at least float32. An empty bin has a count of zero.
 
     Args:
       values: the numbers to average, ``[n]``.
-      by: the number in [0, 1] that chooses the bin of each value, ``[n]``.
+      by: the numbers in [0, 1] that choose the bin of each value, ``[n]``.
       bins: the number of equal bins.
     """
     values, by = _wide(values, jnp), _wide(by, jnp)
@@ -312,13 +312,12 @@ def binned(values: Values, by: Values, bins: int) -> Mean:
 
 
 def as_reports(metrics: Mapping[str, Any]) -> dict[str, Report]:
-    """Reports by name; their numbers become jax arrays, floating-point ones in at least float32.
+    """Converts metrics to reports by name, whose numbers are jax arrays, floating-point ones in at least float32.
 
-    A report per row becomes the mean over the rows. A number or an array does not say how it is averaged, and becomes the
-    mean over steps.
+    A ``PerRow`` becomes the mean over the rows. A plain number or array becomes the mean over steps.
 
     Raises:
-      TypeError: for a name that is not a string, or a value that is neither a report nor a number.
+      TypeError: if a name is not a string, or a value is neither a report nor a number.
     """
     found: dict[str, Report] = {}
     for name, value in metrics.items():
@@ -344,7 +343,7 @@ def merged(metrics: Mapping[str, Report]) -> dict[str, Report]:
 
 
 def values(metrics: Mapping[str, Report]) -> dict[str, Values]:
-    """The numbers to show by name. The bins of a residual or a tangent are beside it, as NAME_by_t."""
+    """The numbers to show, by name. The bins of a residual or a tangent are added as NAME_by_KEY, such as NAME_by_t."""
     shown = {}
     for name, report in metrics.items():
         shown[name] = report.value()
@@ -354,12 +353,12 @@ def values(metrics: Mapping[str, Report]) -> dict[str, Values]:
 
 
 def bins_name(name: str, key: str) -> str:
-    """The name that ``values`` gives to a report's means by bins of ``key``."""
+    """The name that ``values`` gives to the means of a report by bins of ``key``."""
     return f"{name}_by_{key}"
 
 
 def leave_out(metrics: Mapping[str, Report], left_out: Values) -> dict[str, Report]:
-    """The reports of one step. If ``left_out``, a scalar bool, is true, the averages among them count nothing."""
+    """The reports of one step; if ``left_out``, a scalar bool, is true, the averages among them become neutral."""
 
     def of(report: Report) -> Report:
         if not isinstance(report, AVERAGES):
@@ -389,7 +388,7 @@ def _module(*values: Values) -> ModuleType:
 
 
 def _array(value: Values) -> Values:
-    """A jax array as it is; anything else as a numpy array."""
+    """A jax array unchanged; anything else as a numpy array."""
     return value if isinstance(value, jax.Array) else np.asarray(value)
 
 

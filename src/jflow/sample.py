@@ -1,11 +1,11 @@
-"""Samples from the shell: draws from a run's newest checkpoint, or from a model that a function of yours makes.
+"""A command line for sampling, from the newest checkpoint of a run or from a model made by a function.
 
 For example::
 
     python -m jflow.sample runs/digits --jumps 1 --n 64 --out grid.png
     python -m jflow.sample my_module:make --solver tsit5 --n 10000 --out samples.npy
 
-The model is a ``comparison.Subject``: of a run the one that the function named in its config makes (``comparison.from_run``).
+The model is a ``comparison.Subject``. For a run, the function named in its config makes it (``comparison.from_run``).
 """
 
 from __future__ import annotations
@@ -34,21 +34,21 @@ def draw(
     steps: int | None = None,
     block: int = 1024,
 ) -> Event:
-    """n samples of a Subject in units of the data, ``[n, ...]``, numpy arrays.
+    """Draws n samples of a Subject in units of the data, ``[n, ...]``, as numpy arrays.
 
     Args:
       subject: the model, its base and its conditioning.
-      key: of the base points, the conditioning and the model's sampling noise.
+      key: the PRNG key of the base points, the conditioning and the model's sampling noise.
       n: the number of samples.
-      jumps: equal jumps of a FlowMap; with a solver it has no effect and must be 1.
-      solver: the name of a solver, which solves the velocity instead.
-      steps: of the solver; None for an adaptive one at its default tolerance.
-      block: the most samples at once.
+      jumps: the number of equal jumps of a FlowMap; must be 1 with a solver.
+      solver: the name of a solver with which to solve the velocity instead.
+      steps: the number of steps of the solver; None for an adaptive solver at its default tolerance.
+      block: the largest number of samples computed at once.
 
     Raises:
-      ValueError: for jumps beside a solver, steps without one, a Velocity without one, and as ``samplers.draw`` and
-        ``solvers.Options``.
-      TypeError: for values of the wrong type.
+      ValueError: if ``jumps`` is not 1 with a solver, ``steps`` is given without a solver, a Velocity has no solver, and as
+        ``samplers.draw`` and ``solvers.Options``.
+      TypeError: if an argument has the wrong type.
     """
     checks.integer("n", n, low=1)
     checks.integer("jumps", jumps, low=1)
@@ -78,13 +78,13 @@ def draw(
 
 
 def picture(samples: np.ndarray) -> np.ndarray:
-    """Images side by side, or the density of points of the plane in [-2, 2]²; uint8 ``[H, W, 3]``.
+    """A picture of samples, uint8 ``[H, W, 3]``: a grid of images, or a histogram of points in the plane on [-2, 2]².
 
     Args:
       samples: images ``[N, H, W, C]`` as in ``image_grids.tile``, or points ``[N, 2]``.
 
     Raises:
-      ValueError: for samples that are neither.
+      ValueError: if the samples are neither.
     """
     if samples.ndim == 4:
         return image_grids.tile(samples)
@@ -139,7 +139,7 @@ def write(
 
 
 def main(argv: Sequence[str] | None = None) -> None:
-    """Reads the command line and runs; a mistake that can be named ends with its message and exit code 2."""
+    """Runs the command line; an error of the user is printed, and ends the process with exit code 2."""
     run_cli(write, argv, "python -m jflow.sample")
 
 

@@ -1,4 +1,4 @@
-r"""Layouts of arrays on devices: batches spread over a mesh, states whole or in parts, solves on each device alone.
+r"""Sharding: layouts of batches and training states over the devices of a mesh, and solves that run on each device alone.
 
 For example::
 
@@ -6,9 +6,10 @@ For example::
     state = sharding.init(make_state, mesh, key)        # parameters in four parts, nothing whole on any device
     chunk = make_chunk(step, dataset.batch, batch_sharding=sharding.rows(mesh), state_sharding=sharding.parts(state, mesh))
 
-A batch is spread over all devices, whatever the shape of the mesh. With ``fsdp=1`` every device holds the whole state (data
-parallel). With ``fsdp=n`` every large array of the state is split into n parts, which the compiler collects where a layer
-needs them (fully sharded). Random numbers do not depend on the layout, so losses of different layouts agree to rounding.
+A batch is spread over all devices, for every shape of the mesh. With ``fsdp=1`` every device holds the whole state (data
+parallelism). With ``fsdp=n`` every large array of the state is split into n parts, which the compiler gathers where a layer
+needs them (fully sharded data parallelism, FSDP). Random numbers do not depend on the layout, so the losses of different
+layouts agree to rounding.
 
 With several processes (``training.distributed``), each calls these functions with the same arguments.
 """
@@ -30,7 +31,7 @@ from jflow.types import Device, PyTree
 Tree = TypeVar("Tree")
 
 AXES = ("data", "fsdp")
-# Smaller arrays are whole on every device: collecting their parts would cost more than it saves.
+# Arrays with fewer elements are not split, since gathering their parts would cost more than it saves.
 SMALLEST = 2**12
 
 
@@ -38,11 +39,12 @@ def mesh(fsdp: int = 1, devices: Sequence[Device] | None = None) -> Mesh:
     """A mesh with axes ``data`` and ``fsdp``, of sizes devices/fsdp and fsdp.
 
     Args:
-      fsdp: the number of parts of the state's arrays.
-      devices: by default all, of all processes.
+      fsdp: the number of parts into which the state's arrays are split.
+      devices: the devices; by default all devices of all processes.
 
     Raises:
-      ValueError: when ``fsdp`` does not divide the number of devices; TypeError if it is not a whole number.
+      ValueError: if ``fsdp`` is below 1 or does not divide the number of devices, or there are no devices.
+      TypeError: if ``fsdp`` is not a whole number.
 
     Example:
       >>> from jflow import sharding
@@ -60,28 +62,31 @@ def mesh(fsdp: int = 1, devices: Sequence[Device] | None = None) -> Mesh:
 
 
 def whole(mesh: Mesh) -> NamedSharding:
-    """Every device holds the whole array."""
+    """The sharding in which every device holds the whole array."""
     return NamedSharding(mesh, PartitionSpec())
 
 
 def rows(mesh: Mesh) -> NamedSharding:
-    """The leading axis is spread over all devices."""
+    """The sharding in which the leading axis is spread over all devices."""
     return NamedSharding(mesh, PartitionSpec(AXES))
 
 
 def parts(tree: PyTree, mesh: Mesh, smallest: int = SMALLEST) -> PyTree:
-    """The shardings of a state: splits each array along its longest axis that the ``fsdp`` axis divides.
+    """The shardings of a state, in which each array is split along the longest axis that the ``fsdp`` axis divides.
 
-    Arrays with fewer than ``smallest`` elements, and those without such an axis, are whole on every device; with ``fsdp=1``
-    all are. The rule depends on shapes alone, so an average has the layout of its parameter.
+    Arrays with fewer than ``smallest`` elements, and arrays without such an axis, are whole on every device. With ``fsdp=1``
+    all arrays are. The rule depends only on the shapes, so an average has the layout of its parameter.
 
     Args:
       tree: arrays or ``jax.ShapeDtypeStruct``.
       mesh: from ``mesh``.
-      smallest: the least number of elements of an array that is split.
+      smallest: the smallest number of elements of an array that is split.
 
     Returns:
       A pytree of NamedSharding like ``tree``.
+
+    Raises:
+      ValueError: if the mesh does not have the axes of ``sharding.mesh``.
     """
     if mesh.axis_names != AXES:
         raise ValueError(f"mesh: expected the axes {AXES}, as sharding.mesh makes them, got {mesh.axis_names}")
@@ -98,12 +103,12 @@ def parts(tree: PyTree, mesh: Mesh, smallest: int = SMALLEST) -> PyTree:
 
 
 def init(make: Callable[..., Tree], mesh: Mesh, *args: PyTree) -> Tree:
-    """Computes ``make(*args)`` so that every device makes only its own parts: for states too large for one device.
+    """Computes ``make(*args)`` so that every device makes only its own parts, for states that are too large for one device.
 
     Args:
-      make: a function that jax can trace; ``init_state`` can be traced.
+      make: a function that jax can trace, such as one that calls ``init_state``.
       mesh: from ``mesh``.
-      args: arrays.
+      args: the arguments, arrays.
     """
     return jax.jit(make, out_shardings=parts(jax.eval_shape(make, *args), mesh))(*args)
 
@@ -119,7 +124,7 @@ def place(tree: Tree, shardings: PyTree) -> Tree:
       The copies, which share no memory with ``tree``.
 
     Raises:
-      ValueError: when the structures differ, or a value does not fit the dtype that jax gives it (``checks.fits``).
+      ValueError: if the structures differ, or a value does not fit the dtype that jax gives it (``checks.fits``).
     """
     checks.fits("tree", tree)
     if isinstance(shardings, NamedSharding):
@@ -138,14 +143,14 @@ def split(tree: Tree, mesh: Mesh, *, name: str = "tree") -> Tree:
     Args:
       tree: numpy or memory-mapped arrays, [N, ...].
       mesh: from ``mesh``.
-      name: how error messages call the arrays.
+      name: the name of the arrays in error messages.
 
     Returns:
-      jax arrays [M, ...], M the next multiple of the number of devices.
+      jax arrays [M, ...], where M is N rounded up to a multiple of the number of devices.
 
     Raises:
-      ValueError: for an array without a leading axis, or a value of this process's rows that does not fit the dtype that
-        jax gives it (``checks.fits``).
+      ValueError: if an array has no leading axis, or a value in this process's rows does not fit the dtype that jax gives it
+        (``checks.fits``).
     """
     sharding = rows(mesh)
 
@@ -156,7 +161,7 @@ def split(tree: Tree, mesh: Mesh, *, name: str = "tree") -> Tree:
         padded = -(-count // mesh.size) * mesh.size
 
         def block(index: tuple[slice, ...] | None) -> np.ndarray:
-            # None, in jax's type, stands for a shard without rows; the rows of a NamedSharding have indices.
+            # jax's type allows None, for a shard without rows; with a NamedSharding there is always an index.
             assert index is not None
             start, stop, _ = index[0].indices(padded)
             part = np.asarray(leaf[start : min(stop, count)])
@@ -175,7 +180,7 @@ def local(tree: PyTree) -> PyTree:
     def on_host(data: jax.Array) -> np.ndarray:
         if not (data.is_fully_addressable or data.is_fully_replicated):
             sharding = data.sharding
-            # Every layout of the library is one, and an array lies on devices, not on an abstract mesh.
+            # All layouts of the library are NamedShardings, and the mesh of an array is not abstract.
             assert isinstance(sharding, NamedSharding) and isinstance(sharding.mesh, Mesh)
             data = jax.jit(lambda x: x, out_shardings=whole(sharding.mesh))(data)
         return np.array(data.addressable_data(0) if data.is_fully_replicated else data)
@@ -193,18 +198,19 @@ def vmap(
 ) -> Callable[..., Tree]:
     """``jax.vmap(function, in_axes)`` in which each device evaluates its own rows independently.
 
-    It serves Diffrax's adaptive solves. A plain vmap of sharded rows runs one loop for all of them, and the devices
+    It is meant for Diffrax's adaptive solves. A plain vmap of sharded rows runs one loop for all rows, and the devices
     synchronise at every step to decide whether to stop. Here each device takes only the steps that its own rows need.
 
     Args:
       function: a function of one row.
       mesh: from ``mesh``.
-      in_axes: 0 for arguments whose leading axis counts rows, a multiple of the number of devices; None for arguments that
-        all rows share, such as parameters, which every device then holds whole. One value for all arguments, or one each.
-        Traced arrays must be arguments, not closed over.
+      in_axes: 0 for arguments with a leading axis of rows, whose number is a multiple of the number of devices; None for
+        arguments that all rows share, such as parameters, which every device then holds whole. Pass one value for all
+        arguments, or one for each. Traced arrays must be arguments; the function must not close over them.
 
     Raises:
-      ValueError: for other axes, no rows at all, or a number of rows that does not divide.
+      ValueError: at a call, if ``in_axes`` is not 0 or None for each argument with at least one 0, or the numbers of rows
+        differ or are not a multiple of the number of devices.
     """
 
     def mapped(*args: PyTree) -> Tree:
@@ -217,7 +223,7 @@ def vmap(
             got = sorted(lengths)
             raise ValueError(f"rows: expected one number of rows, a multiple of {mesh.size} devices, got {got}")
         specs = tuple(PartitionSpec(AXES) if axis == 0 else PartitionSpec() for axis in axes)
-        # Nothing here sums over devices, and Diffrax's loops do not keep track of what varies over them.
+        # Disable check_vma: no sum over devices occurs here, and Diffrax's loops do not track what varies over devices.
         return jax.shard_map(
             jax.vmap(function, axes), mesh=mesh, in_specs=specs, out_specs=PartitionSpec(AXES), check_vma=False
         )(*args)
@@ -228,18 +234,18 @@ def vmap(
 def each_device(function: Callable[..., PyTree], shared: PyTree, *rows: PyTree) -> list[PyTree]:
     """Calls ``function(shared, *rows)`` so that each device of the training step's mesh evaluates its share of the rows.
 
-    If every device holds the whole parameters, it works alone: it sums the gradients of all terms first, and the devices
-    exchange one sum. If the parameters are split, the compiler gets the layout of the rows and collects the parts it needs.
-    Outside a training step this is the plain call.
+    If every device holds the whole parameters, each device works alone and sums the gradients of all terms, so that the
+    devices exchange a single sum. If the parameters are split, the rows are sharded and the compiler gathers the parts that it
+    needs. Outside a training step the function is called directly.
 
     Args:
-      function: ``(shared, *rows) -> [part, ...]``, one part for each of ``rows``, with the same leading axis.
-      shared: what all rows see, such as parameters.
-      rows: pytrees whose leaves have one leading axis, or None; the numbers of rows need not be divisible by the number of
-        devices. A row may be a group of samples, which then lies on one device.
+      function: ``(shared, *rows) -> [part, ...]``, with one part for each of ``rows`` and the same leading axis.
+      shared: values that all rows share, such as parameters.
+      rows: pytrees whose leaves have one leading axis, or None. The numbers of rows need not be divisible by the number of
+        devices. A row may be a group of samples, which is then kept on one device.
 
     Returns:
-      What the function returns.
+      The result of the function.
     """
     mesh = jax.sharding.get_abstract_mesh()
     if mesh.empty or mesh.axis_names != AXES:
@@ -259,7 +265,7 @@ def _pad(rows: PyTree, more: int) -> PyTree:
     """Appends ``more`` copies of the first row (zeros for keys); the caller drops their results."""
 
     def leaf_rows(leaf: jax.Array) -> jax.Array:
-        # Other keys, because jax's key-reuse check rejects a key that is used twice.
+        # Do not copy keys, because jax's key-reuse check rejects a key that is used twice.
         last = jnp.zeros_like if trees.is_key(leaf) else lambda first: first
 
         def padded(words: jax.Array) -> jax.Array:
@@ -274,7 +280,7 @@ def _placed(leaf: Any, sharding: NamedSharding) -> jax.Array:
     def place(words: Any) -> jax.Array:
         value = np.array(words)
         placed = jax.make_array_from_callback(value.shape, sharding, lambda index: value[index])
-        # On CPU a device's buffer may be numpy's own memory, which a donated state must not be.
+        # On CPU the buffer may share memory with numpy, which is not allowed for a donated state.
         return jnp.copy(placed)
 
     return trees.on_words(place, leaf)

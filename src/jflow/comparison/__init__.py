@@ -1,4 +1,4 @@
-r"""Comparison: errors, sample distances, cost and time of any models, against a tight solve or the truth.
+r"""Comparison: measures errors, sample distances, cost and time of models, against an accurate solve or the truth.
 
 For example::
 
@@ -13,8 +13,8 @@ For example::
     table.plot()
 
 A row of the table is one way from noise to data: K jumps of a FlowMap, a Diffrax solve of a Velocity or of a FlowMap's
-diagonal, or a sampler with noise of its own. All rows start from the same x0. From the shell, of a model that a function of
-yours makes, or of a run's newest checkpoint::
+diagonal, or a stochastic sampler. All rows start from the same x0. There is a command line for a model made by a function, or
+for the newest checkpoint of a run::
 
     python -m jflow.comparison my_module:make --steps 1 2 4 8 --solvers euler heun tsit5
     python -m jflow.comparison runs/digits --out runs/digits/comparison

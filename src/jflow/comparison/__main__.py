@@ -1,4 +1,4 @@
-"""``python -m jflow.comparison``: see ``jflow.comparison.shell``."""
+"""Runs the command line ``python -m jflow.comparison``; see ``jflow.comparison.shell``."""
 
 from jflow.comparison.shell import main
 

@@ -1,4 +1,4 @@
-"""Distances between two sets of samples, by name, over any feature function."""
+"""Distances between the features of two sets of samples, by name."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ import numpy as np
 from jflow import checks, metrics, trees
 from jflow.types import Array, Event
 
-# (x, y) -> the distance of two sets of features, [n, d] and [m, d].
+# (x, y) -> the distance between two sets of features, [n, d] and [m, d].
 DistanceFn = Callable[[Array, Array], metrics.Estimate | Array | np.ndarray]
 # Samples [N, ...] (a pytree of such) -> [N, d].
 Features = Callable[[Event], Array]
@@ -22,8 +22,8 @@ class Distance(NamedTuple):
     """A distance between two sets of samples.
 
     Attributes:
-      value: the distance; NaN where a sample is not finite.
-      standard_error: its standard error, or None where the distance comes without one.
+      value: the distance; NaN if a sample is not finite.
+      standard_error: its standard error, or None if the distance has none.
     """
 
     value: float
@@ -31,7 +31,7 @@ class Distance(NamedTuple):
 
 
 def _sliced_wasserstein(x: Array, y: Array) -> Array:
-    # The same directions for every row of a table.
+    # Use the same directions for every row of a table.
     return metrics.sliced_wasserstein(jax.random.key(0), x, y)
 
 
@@ -45,11 +45,11 @@ DISTANCES: dict[str, DistanceFn] = {
 
 
 def chosen(distances: Sequence[str] | Mapping[str, DistanceFn]) -> dict[str, DistanceFn]:
-    """The distances by name, from names in ``DISTANCES`` or functions by names of the caller's.
+    """The distances by name, from a sequence of names in ``DISTANCES`` or a mapping of names to functions.
 
     Raises:
-      ValueError: for a name that is not in ``DISTANCES``.
-      TypeError: for one string, and for values that are not functions.
+      ValueError: if a name is not in ``DISTANCES``.
+      TypeError: if ``distances`` is a string, or a value is not a function.
     """
     if isinstance(distances, str):
         raise TypeError(f"distances: expected a sequence of names or functions by name, got the string {distances!r}")
@@ -61,15 +61,15 @@ def chosen(distances: Sequence[str] | Mapping[str, DistanceFn]) -> dict[str, Dis
 
 
 def flatten(samples: Event) -> Array:
-    """The features by default: all leaves of a sample in one row, ``[N, d]``."""
+    """The default features: all leaves of a sample, concatenated to one row, ``[N, d]``."""
     dtype = trees.at_least_float32(samples)
     leaves = [jnp.reshape(leaf, (leaf.shape[0], -1)).astype(dtype) for leaf in jax.tree.leaves(samples)]
     return jnp.concatenate(leaves, axis=1)
 
 
 def measured(distances: Mapping[str, DistanceFn], x: Array, y: Array) -> dict[str, Distance]:
-    """Every distance between features x, ``[n, d]``, and y, ``[m, d]``; NaN where a feature of x is not finite."""
-    # The functions of metrics refuse such samples; one failed solve must not end the whole table.
+    """All distances between features x, ``[n, d]``, and y, ``[m, d]``; NaN if a feature of x is not finite."""
+    # The functions of metrics reject samples that are not finite, but one failed solve must not stop the comparison.
     if not np.isfinite(np.asarray(x, np.float64)).all():
         return {name: Distance(np.nan) for name in distances}
     found = {}

@@ -1,4 +1,4 @@
-"""Entries: a model with its parameters, and the ways in which it is run from noise to data."""
+"""Entries of a comparison: a model with its parameters, and how it is run from noise to data."""
 
 from __future__ import annotations
 
@@ -23,24 +23,24 @@ MakeSampler = Callable[[BoundFlowMap], Sampler[Any]]
 
 
 class RunFn(Protocol):
-    """One sample from noise to data: (x1, evaluations of the velocity or None where ``Way.calls`` knows them)."""
+    """A function that takes one sample from noise to data, and may count the evaluations of the velocity."""
 
     def __call__(self, params: Params, key: Key | None, x0: Event, cond: Cond) -> tuple[Event, Array | None]:
-        """The end point and the evaluations."""
+        """The end point, and the number of evaluations, or None if ``Way.calls`` gives it."""
         ...
 
 
 @dataclasses.dataclass(frozen=True)
 class Way:
-    """One way from noise to data, a row of the table.
+    """One way from noise to data, which is a row of the table.
 
     Attributes:
-      name: of the row.
+      name: the name of the row.
       kind: "map" (jumps), "solver" or "sampler".
-      run: of one sample.
-      unit: ``(params, key, x0, cond)``, the program that is called ``units`` times per sample, for counting its FLOPs.
-      units: calls of ``unit``; None for as many as the evaluations that ``run`` counts.
-      calls: ``(params, key, x0, cond) -> calls of the model``; None where ``run`` counts them.
+      run: the function that takes one sample to the data.
+      unit: ``(params, key, x0, cond)``, the program that is called ``units`` times per sample; its FLOPs are counted.
+      units: the number of calls of ``unit``; None if it is the number of evaluations that ``run`` counts.
+      calls: ``(params, key, x0, cond) -> calls of the model``; None if ``run`` counts them.
     """
 
     name: str
@@ -53,7 +53,7 @@ class Way:
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class Entry:
-    """A model and how it is run: a line of the figure, with one row of the table for each number of steps or tolerance.
+    """A model and how it is run: one line of the figure, with a row of the table for each number of steps or tolerance.
 
     For example::
 
@@ -63,22 +63,22 @@ class Entry:
         Entry("sde", velocity, params, sampler=lambda bound: samplers.SDE(bound, interpolant), steps=(50,), key=key)
 
     Attributes:
-      name: of the entry; a row is named after it and its number of steps or its tolerance.
-      model: a FlowMap (learned, solved, exact), or a Velocity, which needs a solver or a sampler. A jump of a FlowMap
-        counts as one call of the model; to count the evaluations inside a solve, give its velocity and a solver.
+      name: the name of the entry. The name of a row consists of it and the number of steps or the tolerance.
+      model: a FlowMap (learned, solved or exact), or a Velocity, which needs a solver or a sampler. A jump of a FlowMap
+        counts as one call of the model; to count the evaluations inside a solve, pass its velocity and a solver.
       params: the model's parameters.
-      solver: a name or a Diffrax solver, with ``steps`` or ``tolerances``; or ``solvers.Options``, which is one row. Of a
-        FlowMap the diagonal is solved. None for jumps.
-      sampler: ``bound flow map -> sampler``, run along equal steps from 0 to 1. None for jumps.
-      steps: numbers of equal jumps or steps, each a row; by default (1, 2, 4, 8) where there are no tolerances.
-      tolerances: of adaptive solves, relative and absolute, each a row.
-      cond: conditioning of each sample, leaves ``[N, ...]``; None takes that of ``compare``.
-      key: for models and samplers that draw random numbers; sample i gets ``fold_in(key, i)``. None for none.
+      solver: a name or a Diffrax solver, with ``steps`` or ``tolerances``; or ``solvers.Options``, which makes one row. For
+        a FlowMap the diagonal is solved. None for jumps.
+      sampler: ``bound flow map -> sampler``, run with equal steps from 0 to 1. None for jumps.
+      steps: the numbers of equal jumps or steps, one row for each; by default (1, 2, 4, 8) if there are no tolerances.
+      tolerances: the tolerances, both relative and absolute, of adaptive solves, one row for each.
+      cond: conditioning of each sample, leaves ``[N, ...]``; None for that of ``compare``.
+      key: a PRNG key for models and samplers that draw random numbers, or None. Sample i gets ``fold_in(key, i)``.
 
     Raises:
-      ValueError: naming the field: for steps outside the map's domain, a solver together with a sampler, a Velocity with
-        neither, steps or tolerances that have no effect, and as ``solvers.Options``.
-      TypeError: for values of the wrong type.
+      ValueError: if steps are outside the map's domain, a solver is given together with a sampler, a Velocity has neither,
+        steps or tolerances have no effect, a sampler has no key, and as ``solvers.Options``. The message names the field.
+      TypeError: if a field has the wrong type.
 
     Example:
       >>> from jflow import FlowMap, comparison
@@ -126,7 +126,7 @@ class Entry:
             raise ValueError("steps, tolerances: expected at least one number, got none")
         object.__setattr__(self, "steps", steps)
         object.__setattr__(self, "tolerances", tuple(self.tolerances))
-        # Refuses what cannot be run before anything is compiled.
+        # Check that every way can be run, before anything is compiled.
         self.ways()
 
     def ways(self) -> list[Way]:
@@ -209,16 +209,17 @@ def solved(
     cond: Cond = None,
     key: Key | None = None,
 ) -> list[Entry]:
-    """Entries that solve a velocity, or a FlowMap's diagonal: adaptive solvers at tolerances, the others at fixed steps.
+    """Makes entries that solve a velocity, or the diagonal of a FlowMap, with several solvers.
 
     Args:
       model, params, cond, key: as in ``Entry``.
-      solvers: names in ``solvers.SOLVERS``; each makes an entry of its name.
-      steps: of solvers without an error estimate (``solvers.ADAPTIVE`` lists those with one).
-      tolerances: of the adaptive ones.
+      solvers: names in ``solvers.SOLVERS``; each makes an entry with this name.
+      steps: the numbers of fixed steps, for solvers without an error estimate (not in ``solvers.ADAPTIVE``).
+      tolerances: the tolerances, for adaptive solvers (in ``solvers.ADAPTIVE``).
 
     Raises:
-      ValueError, TypeError: as ``Entry``, and for an unknown name.
+      ValueError: as ``Entry``, and if a name is unknown.
+      TypeError: as ``Entry``.
     """
     found = []
     for name in solvers:

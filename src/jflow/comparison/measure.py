@@ -1,4 +1,4 @@
-"""``compare``: runs every row of the entries, and measures errors, distances, cost and time."""
+"""The function ``compare``, which runs all rows of the entries and measures errors, distances, cost and time."""
 
 from __future__ import annotations
 
@@ -36,33 +36,34 @@ def compare(
     batch: int = 256,
     repeats: int = 11,
 ) -> Comparison:
-    """Measures every row of the entries from the same x0: error, sample distances, cost and time.
+    """Measures error, sample distances, cost and time for every row of the entries, all from the same x0.
 
-    A block of samples is mapped as a whole, so that an adaptive solve takes the steps of its hardest sample; the NFE is the
-    mean of what each sample needed. Time is measured on the first block, in calls of all rows by turns, so that a slow moment
-    of the machine falls on all of them. Trust the NFE and the FLOPs first: they do not depend on the machine.
+    The samples of a block are computed together, so an adaptive solve takes as many steps as its hardest sample needs. The
+    number of function evaluations (NFE) is the mean over samples of what each one needs. Time is measured on the first block.
+    The timed calls of all rows are interleaved, so a temporary slowdown of the machine affects all rows. The NFE and the FLOPs
+    do not depend on the machine.
 
     Args:
       entries: the models, each with the ways in which it is run.
-      x0: states at time 0, ``[N, ...]`` (a pytree of such).
-      cond: conditioning of each sample, leaves ``[N, ...]``, of the entries that have none of their own.
-      reference: what errors are measured against. An entry of one row, such as an exact map in one jump; or end points
-        shaped like x0; by default a solve of the first entry's velocity by Dopri8 at tolerance 1e-5 (1e-8 in float64).
-      data: samples ``[M, ...]`` that the distances are taken to, in units of the data; by default the reference's end points,
-        which share x0 with the samples, so that a standard error, meant for independent sets, is too large.
-      features: ``samples [N, ...] -> [N, d]``, where distances are measured; by default the entries of x.
-      distances: names in ``DISTANCES``, or functions ``(x, y) -> Estimate or scalar`` of features by name.
+      x0: states at time 0, ``[N, ...]`` (or a pytree of such arrays).
+      cond: conditioning of each sample, leaves ``[N, ...]``, for entries without their own.
+      reference: the reference for errors: an entry with one row, such as an exact map in one jump, or end points shaped like
+        x0; by default a solve of the first entry's velocity by Dopri8 at tolerance 1e-5 (1e-8 in float64).
+      data: samples ``[M, ...]``, in units of the data, to which the distances are measured; by default the reference's end
+        points. These share x0 with the samples, so standard errors, which assume independent sets, are then too large.
+      features: ``samples [N, ...] -> [N, d]``, on which distances are measured; by default the entries of x.
+      distances: names in ``DISTANCES``, or a mapping of names to functions ``(x, y) -> Estimate or scalar`` of features.
       scale: units of the data per unit of x. It multiplies the errors, and the samples before ``features``.
-      batch: the samples of a block, and of a timed call; at most N.
-      repeats: timed calls of each row, after one that is not timed.
+      batch: the number of samples of a block, and of a timed call; at most N.
+      repeats: the number of timed calls of each row, after one that is not timed.
 
     Returns:
       The Comparison.
 
     Raises:
-      ValueError: naming the argument: for rows of one name, a reference of several rows or of other shapes than x0, leaves
-        of cond of another length than N, and numbers out of range.
-      TypeError: for values of the wrong type.
+      ValueError: if rows have the same name, a reference has several rows or other shapes than x0 or is not finite, leaves of
+        cond have another length than N, or a number is out of range. The message names the argument.
+      TypeError: if an argument has the wrong type.
     """
     entries = [entries] if isinstance(entries, Entry) else list(entries)
     _check_entries(entries)
@@ -113,7 +114,7 @@ def compare(
 
 
 def _truth(reference: Entry | Event | None, first: Entry, x0: Event, cond: Cond, batch: int) -> tuple[Event, str]:
-    """The reference's end points, and what they are, in words."""
+    """The end points of the reference, and their description."""
     if reference is not None and not isinstance(reference, Entry):
         checks.same_structure("reference", reference, "x0", x0)
         checks.floating("reference", reference)
@@ -136,7 +137,7 @@ def _truth(reference: Entry | Event | None, first: Entry, x0: Event, cond: Cond,
 def _row(
     entry: str, program: Program, truth: Event, scale: float, distances_of: Callable[[Event], dict[str, Distance]]
 ) -> Row:
-    """The row of a program, without its times."""
+    """The row of a program; its times are NaN."""
     ends, nfe = program.run_all()
     errors, failed = _errors(ends, truth, scale)
     way = program.way
@@ -176,7 +177,7 @@ def _check_cond(entry: Entry, cond: Cond, n: int) -> None:
 
 
 def _errors(ends: Event, truth: Event, scale: float) -> tuple[np.ndarray, int]:
-    """Root mean square over the entries of each sample's difference, ``[N]``, float64; and how many are not finite."""
+    """The root-mean-square error of each sample over its entries, ``[N]``, float64, and how many are not finite."""
     differences = [
         np.asarray(a, np.float64).reshape(len(a), -1) - np.asarray(b, np.float64).reshape(len(b), -1)
         for a, b in zip(jax.tree.leaves(ends), jax.tree.leaves(truth), strict=True)
@@ -188,7 +189,7 @@ def _errors(ends: Event, truth: Event, scale: float) -> tuple[np.ndarray, int]:
 def _summary(errors: np.ndarray) -> dict[str, float]:
     squares = np.square(errors)
     rmse = float(np.sqrt(np.mean(squares)))
-    # The delta method: the standard error of the mean square over the slope of the square.
+    # The delta method: the standard error of the mean square, divided by the derivative of the square.
     spread = float(np.std(squares, ddof=1)) / len(errors) ** 0.5 if len(errors) > 1 else np.nan
     return {
         "rmse": rmse,

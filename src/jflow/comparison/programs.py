@@ -1,4 +1,4 @@
-"""The compiled program of a row, its FLOPs, and the time of many programs by turns."""
+"""The compiled program of a row, its FLOPs, and interleaved timing of several programs."""
 
 from __future__ import annotations
 
@@ -15,12 +15,12 @@ from jflow.types import Cond, Event, Key, Params
 
 
 class Program(NamedTuple):
-    """A row's compiled block: ``compiled(params, key, rows, x0, cond) -> (x1, nfe or None)``.
+    """The compiled program of a row, which computes the samples in blocks.
 
     Attributes:
-      compiled: of blocks of one size.
-      seconds: that tracing and compiling took.
-      way, params, key, x0, cond: what it runs; x0 and cond of all samples.
+      compiled: ``(params, key, rows, x0, cond) -> (x1, nfe or None)``, for blocks of one size.
+      seconds: the time of tracing and compiling, in seconds.
+      way, params, key, x0, cond: what it runs; x0 and cond are those of all samples.
       batch: the size of a block.
     """
 
@@ -35,7 +35,7 @@ class Program(NamedTuple):
 
     @classmethod
     def of(cls, entry: Entry, way: Way, x0: Event, cond: Cond, batch: int) -> Program:
-        """Compiles a row of an entry; ``cond`` is that of the entries that have none of their own."""
+        """Compiles a row of an entry; ``cond`` is used if the entry has none."""
         cond = jax.tree.map(jnp.asarray, cond if entry.cond is None else entry.cond)
 
         def block(params: Params, key: Key | None, rows: jax.Array, x0: Event, cond: Cond) -> tuple[Event, Any]:
@@ -51,7 +51,7 @@ class Program(NamedTuple):
         return program._replace(compiled=compiled, seconds=time.perf_counter() - began)
 
     def arguments(self, first: int) -> tuple[Any, ...]:
-        """Those of the block that begins at sample ``first``; the last block is filled up with the last sample."""
+        """The arguments for the block that begins at sample ``first``; the last block is padded with the last sample."""
         rows = np.minimum(np.arange(first, first + self.batch), self.total() - 1).astype(np.uint32)
         x0, cond = jax.tree.map(lambda leaf: leaf[rows], (self.x0, self.cond))
         return self.params, self.key, jnp.asarray(rows), x0, cond
@@ -61,7 +61,7 @@ class Program(NamedTuple):
         return jax.tree.leaves(self.x0)[0].shape[0]
 
     def sample(self) -> tuple[Any, ...]:
-        """(params, key, x0, cond) of the first sample."""
+        """The (params, key, x0, cond) of the first sample."""
         x0, cond = jax.tree.map(lambda leaf: leaf[0], (self.x0, self.cond))
         return self.params, None if self.key is None else jax.random.fold_in(self.key, 0), x0, cond
 
@@ -80,9 +80,9 @@ class Program(NamedTuple):
 
 
 def flops(unit: Callable[..., Any], arguments: tuple[Any, ...]) -> float | None:
-    """FLOPs of one sample's program as XLA counts them before it optimises; None where it cannot.
+    """The FLOPs of a program for one sample, as XLA counts them before optimisation; None if it cannot.
 
-    XLA counts the body of a loop once, so a program with a loop in it has no count.
+    XLA counts the body of a loop once, so the result for a program with a loop is None.
     """
     lowered = jax.jit(unit).lower(*arguments)
     try:
@@ -94,7 +94,7 @@ def flops(unit: Callable[..., Any], arguments: tuple[Any, ...]) -> float | None:
 
 
 def interleaved_seconds(programs: Mapping[str, Program], repeats: int) -> dict[str, np.ndarray]:
-    """Seconds of calls of each, interleaved: all programs once, then all again. The first round is not counted."""
+    """The times of interleaved calls in seconds: each round calls every program once. The first round is not counted."""
     seconds: dict[str, list[float]] = {name: [] for name in programs}
     arguments = {name: jax.block_until_ready(program.arguments(0)) for name, program in programs.items()}
     for _ in range(repeats + 1):

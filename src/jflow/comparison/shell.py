@@ -22,15 +22,15 @@ FILES = ("results.json", "table.md", "comparison.png")
 def entries_of(
     subject: Subject, *, steps: Sequence[int], solvers: Sequence[str], tolerances: Sequence[float]
 ) -> list[Entry]:
-    """The jumps of a Subject's FlowMap, the solvers on its velocity, and its own further entries.
+    """The entries for a Subject: jumps of its FlowMap, solves of its velocity, and its further entries.
 
     Args:
-      subject: what is compared.
-      steps: numbers of jumps, and of steps of the solvers without an error estimate.
+      subject: the subject.
+      steps: the numbers of jumps, and of fixed steps for solvers without an error estimate.
       solvers, tolerances: as in ``solved``.
 
     Raises:
-      As ``Entry`` and ``solved``.
+      ValueError, TypeError: as ``Entry`` and ``solved``.
     """
     entries = []
     if isinstance(subject.model, FlowMap):
@@ -44,17 +44,17 @@ def entries_of(
 def compare_subject(
     subject: Subject, entries: Sequence[Entry], key: Key, *, samples: int, **choices: Any
 ) -> Comparison:
-    """``compare`` on noise, conditioning and data that a Subject draws.
+    """Calls ``compare`` with noise, conditioning and data drawn from a Subject.
 
     Args:
-      subject: what the entries are compared on.
-      entries: the rows of the table.
-      key: of the noise, the conditioning and the data.
-      samples: how many samples errors and distances are measured on.
+      subject: the Subject.
+      entries: the entries to compare.
+      key: the PRNG key of the noise, the conditioning and the data.
+      samples: the number of samples for errors and distances.
       **choices: distances, batch and repeats of ``compare``.
 
     Raises:
-      As ``compare``.
+      ValueError, TypeError: as ``compare``.
     """
     n = checks.integer("samples", samples, low=1)
     noise_key, cond_key, data_key = jax.random.split(key, 3)
@@ -134,7 +134,7 @@ def write(table: Comparison, out: pathlib.Path) -> None:
 
 
 def main(argv: Sequence[str] | None = None) -> None:
-    """Reads the command line and runs; a mistake that can be named ends with its message and exit code 2."""
+    """Runs the command line; an error of the user is printed, and ends the process with exit code 2."""
     run_cli(report, argv, "python -m jflow.comparison")
 
 
@@ -142,7 +142,8 @@ def run_cli(function: Callable[..., None], argv: Sequence[str] | None, program: 
     """Calls a function with the arguments of a command line.
 
     Raises:
-      SystemExit: with code 2, after the message of a mistake that can be named.
+      SystemExit: with code 2, if the function raises ValueError, TypeError, OSError or ImportError, or tyro is not installed.
+        The message is printed.
     """
     try:
         import tyro

@@ -1,4 +1,4 @@
-"""Subjects: a model with what is needed to draw from it, made by a function that a string names, or from a checkpoint."""
+"""Subjects: a model and all that is needed to sample from it, made by a named function or from a checkpoint."""
 
 from __future__ import annotations
 
@@ -18,26 +18,26 @@ from jflow.comparison.entries import Entry
 from jflow.named import described
 from jflow.types import Cond, Event, FlowMap, Key, Params, Velocity, as_velocity
 
-# The entries of a run's config that name the function that makes its Subject, and the average of the parameters to take.
+# The keys of a run's config for the function that makes its Subject, and for the average of the parameters to use.
 MAKE, AVERAGE = "make", "average"
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class Subject:
-    """A model, and what it is drawn from and compared on; what a ``make`` function returns.
+    """A model with its base, conditioning and data, as returned by a ``make`` function.
 
     Attributes:
       model: a FlowMap or a Velocity.
-      params: its parameters. For a checkpoint None, or a template where the parameters are not nested dictionaries.
-      event: one sample, arrays or ``jax.ShapeDtypeStruct`` (a pytree of such).
+      params: its parameters. With a checkpoint None, or a template if the parameters are not nested dictionaries.
+      event: one sample, a pytree of arrays or of ``jax.ShapeDtypeStruct``.
       base: the law of x0.
-      cond: ``(key, n) -> conditioning of n samples``, leaves ``[n, ...]``; None for none.
-      data: ``(key, n) -> samples of the data``, in units of the data, at most n; None to compare with the reference's samples.
+      cond: ``(key, n) -> conditioning of n samples``, leaves ``[n, ...]``; None for no conditioning.
+      data: ``(key, n) -> samples of the data``, at most n, in units of the data; None to compare with the reference's samples.
       features: as in ``compare``.
       scale: as in ``compare``.
-      key: the model's sampling noise, as in ``Entry``.
+      key: the PRNG key of the model's sampling noise, as in ``Entry``.
       reference: as in ``compare``.
-      entries: further entries of the table.
+      entries: further entries to compare.
     """
 
     model: FlowMap | Velocity
@@ -62,17 +62,17 @@ class Subject:
                 checks.function(name, function, "(key, n) -> n samples")
 
     def noise(self, key: Key, n: int) -> Event:
-        """n base points, ``[n, ...]``."""
+        """Draws n base points, ``[n, ...]``."""
         like = jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype), self.event)
         return self.base.sample(key, like, (n,))
 
 
 def load(name: str, *arguments: Any) -> Subject:
-    """The Subject that the function ``name``, "module:function", returns for these arguments.
+    """Calls the function "module:function" with these arguments and returns its Subject.
 
     Raises:
-      ValueError: for another form of name, and for a module or a function that is not there.
-      TypeError: for a function that does not return a Subject.
+      ValueError: if the name does not have this form, or the function cannot be imported.
+      TypeError: if the function does not return a Subject.
     """
     if not isinstance(name, str) or name.count(":") != 1:
         raise ValueError(f"make: expected a function by name, as 'module:function', got {name!r}")
@@ -94,20 +94,20 @@ def from_run(
     average: str | None = None,
     step: int | str | None = None,
 ) -> Subject:
-    """The model of a run, with the parameters of a checkpoint.
+    """The Subject of a run, with the parameters of a checkpoint.
 
     Args:
       directory: a run's directory, with the checkpoints of ``training.fit``.
-      make: "module:function" that is called with the run's config, a dictionary, and returns the Subject; by default the entry
-        "make" of the config.
-      average: which parameters, "params" or the name of an average; by default the entry "average" of the config, else
-        "params".
-      step: which checkpoint, as in ``training.restore_params``.
+      make: "module:function", a function that takes the run's config, a dictionary, and returns the Subject; by default the
+        entry "make" of the config.
+      average: "params", or the name of an average of the parameters; by default the entry "average" of the config, or
+        "params" if there is none.
+      step: the checkpoint, as in ``training.restore_params``.
 
     Raises:
-      FileNotFoundError: for no such directory or checkpoint.
-      ValueError: where neither says which function to call, as ``load``, and as ``training.restore_params``.
-      TypeError: as ``load``.
+      FileNotFoundError: if there is no such directory or checkpoint.
+      ValueError: if neither ``make`` nor the config names a function, as ``load``, and as ``training.restore_params``.
+      TypeError: as ``load`` and ``training.restore_params``.
     """
     params, config = training.restore_params(directory, step=step)
     name = config.get(MAKE) if make is None else make
@@ -127,7 +127,8 @@ def find(source: str, *, make: str | None = None, average: str | None = None) ->
     """The Subject of a run's directory, or of a function "module:function".
 
     Raises:
-      As ``from_run`` and ``load``, and ValueError for ``make`` or ``average`` beside a function.
+      ValueError: as ``from_run`` and ``load``, and if ``make`` or ``average`` is given together with a function.
+      FileNotFoundError, TypeError: as ``from_run`` and ``load``.
     """
     if ":" not in source or pathlib.Path(source).is_dir():
         return from_run(source, make=make, average=average)

@@ -1,4 +1,4 @@
-"""The result of a comparison: rows, as Markdown, as a figure, as JSON."""
+"""The result of a comparison: its rows, which can be written as Markdown, as a figure and as JSON."""
 
 from __future__ import annotations
 
@@ -17,27 +17,27 @@ SIZE = (11.0, 4.2)
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Row:
-    """One way from noise to data, measured.
+    """The measurements of one way from noise to data.
 
     Attributes:
-      name: of the row.
-      entry: the name of its entry, a line of the figure.
+      name: the name of the row.
+      entry: the name of its entry, which is a line of the figure.
       kind: "map", "solver" or "sampler".
-      nfe: calls of the model per sample, the mean; None where the solver does not count.
-      flops: XLA's count of one call of the model times the number of calls, per sample. The solver's own arithmetic is not
-        in it, a jump's is. None where XLA does not count, or the model has a loop in it, whose body XLA counts once.
-      rmse: root mean square over samples of the error, itself the root mean square over the entries of a sample's
-        difference to the reference's end point, in units of the data; NaN where a sample is not finite.
+      nfe: the mean number of calls of the model per sample; None if the solver does not count them.
+      flops: the FLOPs per sample: XLA's count for one call of the model, times the number of calls. This includes the
+        arithmetic of a jump, but not that of a solver. None if XLA gives no count, or the model has a loop.
+      rmse: the root-mean-square error over all entries of all samples, against the reference's end points, in units of the
+        data; NaN if a sample is not finite.
       rmse_error: the standard error of ``rmse``.
-      median_error: the median over samples.
-      distances: of the samples to the data, by name.
-      failed: samples that are not finite, as of a solve that did not end.
-      compile_seconds: for tracing and compiling a block, or for reading it from jax's compilation cache.
-      seconds: per sample, the median of the timed calls.
-      seconds_low: the first quartile of the same.
-      seconds_high: the third.
-      speedup: the time of the cheapest solver's row whose rmse is at most this one's, over the time of this one; None where no
-        solver's row is as accurate. For a solver's own row it is at most 1.
+      median_error: the median over samples of the root-mean-square error of a sample.
+      distances: the distances of the samples to the data, by name.
+      failed: the number of samples that are not finite, for example because a solve did not end.
+      compile_seconds: the time of tracing and compiling a block, or of reading it from jax's compilation cache.
+      seconds: the time per sample, the median of the timed calls.
+      seconds_low: the first quartile of the time per sample.
+      seconds_high: the third quartile of the time per sample.
+      speedup: the time of the fastest solver row whose rmse is at most that of this row, divided by the time of this row;
+        None if no solver row is as accurate. For a solver row it is at most 1.
     """
 
     name: str
@@ -58,16 +58,16 @@ class Row:
 
     @property
     def microseconds_per_sample(self) -> float:
-        """The time of one sample."""
+        """The time per sample in microseconds."""
         return self.seconds * 1e6
 
     @property
     def samples_per_second(self) -> float:
-        """How many samples a device makes in a second."""
+        """The number of samples per second."""
         return 1.0 / self.seconds
 
     def as_dict(self) -> dict[str, Any]:
-        """All fields and properties as JSON values; None for what is unknown or not finite."""
+        """All fields and properties as JSON values; None for values that are unknown or not finite."""
         fields = {field.name: getattr(self, field.name) for field in dataclasses.fields(self)}
         fields["distances"] = {name: distance._asdict() for name, distance in self.distances.items()}
         fields["microseconds_per_sample"] = self.microseconds_per_sample
@@ -75,23 +75,23 @@ class Row:
         return _finite(fields)
 
 
-# Fields in which None means unknown; in the others JSON's null is a number that is not finite.
+# Fields in which None means unknown; in the other fields null in JSON stands for NaN.
 _MAY_BE_NONE = ("nfe", "flops", "speedup")
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Comparison:
-    """The table that ``compare`` measured.
+    """The result of ``compare``.
 
     Attributes:
-      rows: in the order of the entries.
-      reference: what errors are measured against, in words.
-      samples: how many samples errors and distances are measured on.
-      batch: samples per timed call.
-      repeats: timed calls per row.
-      floor: distances of the reference's samples to the data; empty where there is no data beside the reference.
-      device: what the times were measured on.
-      versions: of python and jax.
+      rows: the rows, in the order of the entries.
+      reference: a description of the reference for errors.
+      samples: the number of samples for errors and distances.
+      batch: the number of samples per timed call.
+      repeats: the number of timed calls per row.
+      floor: the distances of the reference's samples to the data; empty if no data were given.
+      device: the device on which the times were measured.
+      versions: the versions of python and jax.
     """
 
     rows: tuple[Row, ...]
@@ -104,10 +104,10 @@ class Comparison:
     versions: Mapping[str, str]
 
     def row(self, name: str) -> Row:
-        """The row of a name.
+        """The row with this name.
 
         Raises:
-          KeyError: for an unknown name; the message lists the names.
+          KeyError: if the name is unknown; the message lists the names.
         """
         for row in self.rows:
             if row.name == name:
@@ -115,7 +115,7 @@ class Comparison:
         raise KeyError(f"name: expected one of {', '.join(repr(row.name) for row in self.rows)}, got {name!r}")
 
     def markdown(self) -> str:
-        """The table in Markdown, numbers with three significant digits; blank where a number is unknown."""
+        """The table in Markdown, with three significant digits; cells of unknown numbers are blank."""
         names = list(self.rows[0].distances) if self.rows else []
         failed = any(row.failed for row in self.rows)
         header = ["", "NFE", "MFLOP/sample", "RMSE", "+-", "median error"]
@@ -134,7 +134,7 @@ class Comparison:
         return "\n".join("| " + " | ".join(line) + " |" for line in lines)
 
     def plot(self, axes: Sequence[Any] | None = None) -> Any:
-        """Error against the NFE and against the time per sample, one line for each entry.
+        """Plots the error against the NFE and against the time per sample, with one line for each entry.
 
         Args:
           axes: two Matplotlib Axes; by default those of a new figure.
@@ -143,8 +143,8 @@ class Comparison:
           The Matplotlib Figure.
 
         Raises:
-          ImportError: without Matplotlib, which comes with ``jflow[experiments]``.
-          ValueError: for another number of axes than two.
+          ImportError: if Matplotlib is not installed; it comes with ``jflow[experiments]``.
+          ValueError: if the number of axes is not two.
         """
         if axes is None:
             figure = _matplotlib("pyplot").figure(figsize=SIZE, layout="constrained")
@@ -166,7 +166,7 @@ class Comparison:
                     linewidth=1.0 if solver else 2.5,
                     label=entry,
                 )
-            # A logarithmic axis warns where it has nothing to show.
+            # A logarithmic axis without positive values would warn.
             scale = "log" if any(row.rmse > 0.0 for row in self.rows) else "linear"
             axis.set(xlabel=label, xscale="log", yscale=scale)
             axis.grid(alpha=0.3)
@@ -175,13 +175,17 @@ class Comparison:
         return axes[0].figure
 
     def save_figure(self, path: str | os.PathLike[str]) -> None:
-        """Writes the figure of ``plot`` to a file; errors as ``plot``."""
+        """Writes the figure of ``plot`` to a file.
+
+        Raises:
+          ImportError: if Matplotlib is not installed.
+        """
         figure = _matplotlib("figure").Figure(figsize=SIZE, layout="constrained")
         self.plot(figure.subplots(1, 2, sharey=True))
         figure.savefig(path, dpi=130)
 
     def to_json(self) -> str:
-        """The comparison as JSON; ``from_json`` reads it. null stands for what is unknown or not finite."""
+        """The comparison as JSON, which ``from_json`` reads; null stands for values that are unknown or not finite."""
         fields = {field.name: getattr(self, field.name) for field in dataclasses.fields(self)}
         fields["rows"] = [row.as_dict() for row in self.rows]
         fields["floor"] = {name: distance._asdict() for name, distance in self.floor.items()}
@@ -189,10 +193,10 @@ class Comparison:
 
     @classmethod
     def from_json(cls, text: str) -> Comparison:
-        """The comparison that ``to_json`` wrote.
+        """Reads a comparison that ``to_json`` wrote.
 
         Raises:
-          ValueError: for other JSON.
+          ValueError: if the text is not JSON of this format.
         """
         values = json.loads(text)
         if not isinstance(values, dict) or values.pop("format", None) != FORMAT:
@@ -214,7 +218,7 @@ def _distances(values: Mapping[str, Mapping[str, float | None]]) -> dict[str, Di
 
 
 def _finite(value: Any) -> Any:
-    """The value with None in place of numbers that are not finite, which JSON does not have."""
+    """The value with None in place of numbers that are not finite, which JSON cannot represent."""
     if isinstance(value, Mapping):
         return {name: _finite(each) for name, each in value.items()}
     if isinstance(value, list | tuple):

@@ -1,7 +1,7 @@
-"""Data: arrays in memory and synthetic distributions, whose batches are traced, and files, whose batches are read.
+"""Datasets: arrays in memory, synthetic distributions, and files.
 
-``arrays`` and ``examples`` need no iterator: a batch is a pure function of a seed and the step. What does not fit in
-memory comes from ``files``, through Grain, to ``jflow.training.Feed``.
+``arrays`` and ``examples`` need no iterator: a batch is a pure, traced function of a seed and the step. ``files`` reads data
+that do not fit in memory, through Grain, for ``jflow.training.Feed``.
 """
 
 from jflow.datasets.arrays import ArrayDataset, CoupledDataset, SampledDataset, coupled

@@ -1,15 +1,19 @@
-r"""Data: arrays in memory and synthetic distributions, whose batches are pure functions of a seed and the step.
+r"""Datasets of arrays in memory and of synthetic distributions, whose batches are pure functions of a seed and the step.
 
-There is no iterator to save: ``dataset.batch(data, step)`` is traced inside the training step, and a run resumed at any
-step sees the batches it would have seen. The arrays are passed as ``data``, never baked into the compiled code.
+There is no iterator state to save: ``dataset.batch(data, step)`` is traced inside the training step, and a resumed run sees
+the same batches as an uninterrupted one. The arrays are passed as ``data``; they are not constants of the compiled code.
 
-An epoch visits every row exactly once, and nothing is dropped: positions p = step * B, ..., step * B + B - 1 run on
-across epochs, epoch p // N and place p % N, and row = permutation_epoch(place). The permutation is a swap-or-not
-shuffle (Hoang, Morris and Rogaway, 2012), computed place by place without a table: in round r, with random k_r::
+An epoch visits every row exactly once, and no rows are dropped. The batch of a step has the positions p = step B, ...,
+step B + B - 1, which continue across epochs. Position p is place p % N of epoch p // N, and its row is the image of the place
+under the epoch's random permutation. The permutation is a swap-or-not shuffle (Hoang, Morris and Rogaway, 2012), computed for
+each place without a table. Round r has a random k_r and replaces
 
-    x  <-  either x or (k_r - x) mod N,   by one bit hashed from the larger of the two,
+.. math::
 
-which is its own inverse, hence a bijection for any N.
+    x \leftarrow x \quad \text{or} \quad x \leftarrow (k_r - x) \bmod N,
+
+depending on one bit that is hashed from the larger of the two values. Each round is its own inverse, and so a bijection for
+every N.
 """
 
 from __future__ import annotations
@@ -41,17 +45,17 @@ class ArrayDataset:
     A batch that spans the end of an epoch may hold a row twice.
 
     Args:
-      data: a Batch (or another pytree) of arrays with the same leading axis of N rows; copied to the device. Where jax has
-        no 64-bit types (``jax_enable_x64`` is off) float64 is rounded to float32, and int64 becomes int32.
-      batch_size: B, rows per batch; may exceed N.
-      seed: of the order; any whole number from 0.
-      mesh: from ``sharding.mesh``, to spread the rows over its devices; each process then reads its own rows of the arrays
-        only, and a batch alone travels between devices. The batches are the same. None for the default device.
+      data: a Batch (or another pytree) of arrays with the same leading axis of N rows; copied to the device. If
+        ``jax_enable_x64`` is off, float64 is rounded to float32, and int64 becomes int32.
+      batch_size: B, the rows per batch; it may exceed N.
+      seed: the seed of the order, from 0 to 2^32 - 1.
+      mesh: a mesh from ``sharding.mesh`` over whose devices the rows are spread. Each process then reads only its own rows of
+        the arrays, and only batches are sent between devices. The batches are the same. None for the default device.
 
     Raises:
-      ValueError: when leading axes differ, there are no rows, N or B is 2^28 or more, or a value does not fit the dtype
-        that it gets on the device: an int64 beyond int32, a finite float64 beyond float32. The message names the leaf.
-      TypeError: for arrays that hold no numbers.
+      ValueError: if leading axes differ, there are no rows, N or B is 2^28 or more, the seed is out of range, or a value does
+        not fit its dtype on the device (an int64 beyond int32, a finite float64 beyond float32; the message names the leaf).
+      TypeError: if an array does not hold numbers, or ``batch_size`` or ``seed`` is not a whole number.
 
     Example:
       >>> import jax
@@ -79,14 +83,14 @@ class ArrayDataset:
         self.data = jax.tree.map(jnp.asarray, data)
 
     def batch(self, data: PyTree, step: Array) -> PyTree:
-        """The batch of a step: leaves ``[B, ...]`` like those of ``data``."""
+        """The batch of a step, with leaves ``[B, ...]`` like those of ``data``."""
         rows = self.rows(step)
         return jax.tree.map(lambda leaf: leaf[rows], data)
 
     def rows(self, step: Array) -> Array:
-        """The rows ``[B]``, int32, of which the batch of a step consists; step is an int32 scalar from 0."""
+        """The indices of the rows in the batch of a step, ``[B]``, int32. ``step`` is an int32 scalar from 0."""
         epoch, place = _position(step, self.batch_size, self.size)
-        # A batch touches `ahead` epochs beside its first one at most; their round keys are drawn together.
+        # A batch reaches at most `ahead` epochs beyond its first one; their round keys are drawn together.
         ahead = (self.size + self.batch_size - 2) // self.size
         words = _round_keys(self.seed, epoch + jnp.arange(ahead + 1, dtype=jnp.uint32))
         places = place + jnp.arange(self.batch_size, dtype=jnp.uint32)
@@ -97,12 +101,12 @@ class ArrayDataset:
 
 @dataclasses.dataclass(frozen=True)
 class SampledDataset:
-    """Fresh samples of a synthetic distribution at every step; there is no ``data`` (it is None).
+    """New samples of a synthetic distribution at every step; its ``data`` is None.
 
     Attributes:
-      sampler: ``(key, n) -> x1 [n, ...]``, or a Batch of n rows; traced.
+      sampler: ``(key, n) -> x1 [n, ...]``, which may also return a Batch of n rows; traced.
       batch_size: rows per batch.
-      seed: of the samples.
+      seed: the seed of the samples.
 
     Example:
       >>> import jax
@@ -123,11 +127,11 @@ class SampledDataset:
 
     @property
     def data(self) -> None:
-        """None: nothing is kept."""
+        """None, because no arrays are stored."""
         return None
 
     def batch(self, data: PyTree, step: Array) -> Batch:
-        """The batch of a step, drawn with ``fold_in(key(seed), step)``; ``data`` is not looked at."""
+        """The batch of a step, drawn with ``fold_in(key(seed), step)``; ``data`` is not used."""
         del data
         key = jax.random.fold_in(jax.random.key(self.seed, impl="threefry2x32"), step)
         drawn = self.sampler(key, self.batch_size)
@@ -138,13 +142,13 @@ class SampledDataset:
 
 
 class CoupledDataset(ArrayDataset):
-    """Pairs (x0, x1) made before training: an ArrayDataset of them, with what the coupling cost. See ``coupled``.
+    """An ArrayDataset of pairs (x0, x1) made before training, with the cost of the coupling. See ``coupled``.
 
     Args:
       pairs: a Batch with x0.
       batch_size, seed: as in ArrayDataset.
       cost: the mean ``|x1 - x0|^2`` of the pairs, in squared units of the data.
-      independent_cost: the same of the points before they were paired.
+      independent_cost: the same mean before the points were paired.
 
     Raises:
       ValueError: as ArrayDataset.
@@ -164,7 +168,7 @@ def coupled(
     couple: Callable[[PyTree, PyTree, PyTree], couplings.Assignment] = couplings.assignment,
     base: bases.Base = bases.STANDARD_NORMAL,
 ) -> CoupledDataset:
-    """Minibatches of a dataset, each paired with base points on the host, once, as a pool of rows to train on.
+    """Makes a pool of training rows from minibatches of a dataset, each paired once, on the host, with base points.
 
     For example::
 
@@ -172,32 +176,32 @@ def coupled(
         chunk = make_chunk(step, pool.batch)
         fit(state, chunk, pool.data, ...)
 
-    Minibatch k is ``dataset.batch(dataset.data, k)``, k = 0, ..., batches - 1, with x0 ~ base from (seed, k), paired by
-    ``couple(x0, x1, cond)``. The rows of the pool are then shuffled together, every epoch anew. A row's law is the same
-    as if the minibatches were kept (the mean of their pairings), whereas the batches of training change from epoch to
-    epoch, and may be smaller than the minibatches of the coupling, which pair the better the larger they are.
+    Minibatch k = 0, ..., batches - 1 is ``dataset.batch(dataset.data, k)``. Its x0 are drawn from the base with (seed, k), and
+    paired by ``couple(x0, x1, cond)``. In training the rows of the pool are shuffled together, in a new order every epoch. The
+    law of a single row is the same as in the minibatches. The batches of training may be smaller than the minibatches of the
+    coupling, whose pairing improves with their size.
 
-    Beside the bias of minibatch optimal transport (``jflow.couplings``), the noise of the pool is fixed: in N steps each
-    pair is seen N * batch_size / size times, so let the pool hold several times the rows of the data, or exchange it: the
-    data of a pool of another seed fit the same compiled chunk. Of an ArrayDataset some rows are in the pool once more
-    than others, unless it is a whole number of epochs.
+    The pool has the bias of minibatch optimal transport (``jflow.couplings``), and its noise is fixed. In N steps each pair is
+    used N * batch_size / size times. Make the pool several times as large as the data, or replace it during training: the data
+    of a pool with another seed fit the same compiled chunk. If the rows come from an ArrayDataset and the pool is not a whole
+    number of epochs, some rows occur once more than others.
 
     Args:
-      dataset: of unpaired batches; its batch size is that of the coupling.
-      batches: how many of its batches make the pool.
+      dataset: a dataset of unpaired batches; its batch size is that of the coupling.
+      batches: the number of its batches in the pool.
       batch_size: rows per batch of training; by default the dataset's.
-      seed: of the base points and of the order.
-      couple: ``(x0, x1, cond) -> Assignment``, of numpy arrays. By default the exact assignment, with cond, where there
-        is any, as the labels within which rows are exchanged; for cond that is not discrete pass a function that makes
-        labels of it, or that ignores it, with the consequence that ``jflow.couplings`` states.
+      seed: the seed of the base points and of the order.
+      couple: ``(x0, x1, cond) -> Assignment``, of numpy arrays. The default is the exact assignment. It uses cond, if any, as
+        labels, and exchanges rows only within a label. For cond that is not discrete, pass a function that makes labels from
+        it or ignores it; ``jflow.couplings`` describes the consequence.
       base: the law of x0.
 
     Returns:
-      CoupledDataset of batches * dataset.batch_size rows, Batch(x1, x0, cond).
+      A CoupledDataset of batches * dataset.batch_size rows, Batch(x1, x0, cond).
 
     Raises:
-      ValueError, TypeError: for numbers out of range or of the wrong type, batches that are paired already, and as
-        ``couple``.
+      ValueError: if a number is out of range, the batches are not a Batch without x0, and as ``couple``.
+      TypeError: if a number has the wrong type, and as ``couple``.
       ImportError: as ``couple``.
 
     Example:
@@ -209,7 +213,7 @@ def coupled(
     checks.integer("batches", batches, low=1, high=2**31 - 1)
     independent = couplings.Independent(base)
     checks.integer("seed", seed, high=2**32 - 1)
-    # No step has this number: the keys differ from those of a SampledDataset of the same seed.
+    # No step has this number, so the keys differ from those of a SampledDataset with the same seed.
     key = jax.random.fold_in(jax.random.key(seed, impl="threefry2x32"), 2**32 - 1)
 
     @jax.jit
@@ -237,9 +241,9 @@ def coupled(
 
 
 def _position(step: Array, batch_size: int, size: int) -> tuple[Array, Array]:
-    """(step * batch_size) divided by size, as quotient and remainder, uint32, without 64-bit integers.
+    """The quotient and remainder of step * batch_size divided by size, in uint32, without 64-bit integers.
 
-    Long division on the digits of step: they are taken so small that no product passes 2^32.
+    It is long division on the digits of step, which are so small that no product reaches 2^32.
     """
     quotient, remainder = divmod(batch_size, size)
     bits = 31 - size.bit_length()
@@ -256,7 +260,7 @@ def _position(step: Array, batch_size: int, size: int) -> tuple[Array, Array]:
 def _round_keys(seed: int, epochs: Array) -> Array:
     """Random words [2, ROUNDS, E], uint32, for each of E epochs.
 
-    Hashed, since the order of rows asks little of them and Threefry would triple the time to compile a batch.
+    A hash is random enough for the order of rows; Threefry would triple the time to compile a batch.
     """
     mixed = _mix(_mix(jnp.uint32(seed ^ 0x9E3779B9)) ^ epochs)
     counters = jnp.arange(2 * ROUNDS, dtype=jnp.uint32) * jnp.uint32(0x9E3779B9)
@@ -264,7 +268,7 @@ def _round_keys(seed: int, epochs: Array) -> Array:
 
 
 def _shuffle(x: Array, offsets: Array, salts: Array, size: int) -> Array:
-    """Swap-or-not: x [B] in [0, size), with its round keys offsets [ROUNDS, B] in [0, size) and salts [ROUNDS, B]."""
+    """The swap-or-not shuffle of x [B] in [0, size), with round keys offsets [ROUNDS, B] in [0, size) and salts [ROUNDS, B]."""
     for offset, salt in zip(offsets, salts, strict=True):
         partner = offset + (size - x)
         partner = jnp.where(partner >= size, partner - size, partner)
@@ -274,7 +278,7 @@ def _shuffle(x: Array, offsets: Array, salts: Array, size: int) -> Array:
 
 
 def _mix(word: Array) -> Array:
-    """A bijection of uint32 that spreads every bit over all (the finaliser of MurmurHash3)."""
+    """A bijection of uint32 that mixes all bits of the word (the finaliser of MurmurHash3)."""
     word = (word ^ (word >> 16)) * jnp.uint32(0x85EBCA6B)
     word = (word ^ (word >> 13)) * jnp.uint32(0xC2B2AE35)
     return word ^ (word >> 16)

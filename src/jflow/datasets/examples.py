@@ -11,16 +11,16 @@ import numpy as np
 from jflow import checks
 from jflow.types import Array, Batch, Key
 
-# Each coordinate of the checkerboard is uniform on [-1, 1]: 1/sqrt(3). (The two have covariance 1/16.)
+# Each coordinate of the checkerboard is uniform on [-1, 1], so its standard deviation is 1/sqrt(3).
 CHECKERBOARD_STD = 3.0**-0.5
 
 
 class Split(NamedTuple):
-    """Data to learn from and data held out.
+    """Training data and held-out data.
 
     Attributes:
-      train: a Batch of all training rows.
-      held_out: a Batch of the others.
+      train: a Batch of the training rows.
+      held_out: a Batch of the held-out rows.
     """
 
     train: Batch
@@ -32,15 +32,16 @@ def digits(held_out: float = 0.2, seed: int = 0) -> Split:
 
     Args:
       held_out: the share of each class that is held out, rounded to whole images.
-      seed: of the split, which depends on nothing else.
+      seed: the seed of the split.
 
     Returns:
-      Split of Batch(x1 [n, 8, 8, 1] float32 = level/8 - 1 in [-1, 1], cond = labels [n] int32), numpy arrays in the
-      original order. By default 1,438 train and 359 are held out.
+      A Split of Batch(x1 [n, 8, 8, 1] float32 = level/8 - 1 in [-1, 1], cond = labels [n] int32), numpy arrays in the
+      original order. By default 1,438 images are for training and 359 are held out.
 
     Raises:
-      ImportError: when scikit-learn is missing.
-      ValueError: for a share outside [0, 1].
+      ImportError: if scikit-learn is not installed.
+      ValueError: if ``held_out`` is outside [0, 1], or the seed is negative.
+      TypeError: if ``held_out`` is not a number, or the seed is not a whole number.
     """
     checks.number("held_out", held_out, low=0.0, high=1.0)
     checks.integer("seed", seed)
@@ -62,9 +63,9 @@ def digits(held_out: float = 0.2, seed: int = 0) -> Split:
 
 
 def checkerboard(key: Key, n: int, dtype: jax.typing.DTypeLike = jnp.float32) -> Array:
-    """Samples [n, 2], uniform on the cells (i, j) with i + j even of a 4x4 board on [-1, 1]^2 (2505.18825).
+    """Samples [n, 2] that are uniform on the cells (i, j) with i + j even of a 4x4 board on [-1, 1]^2 (2505.18825).
 
-    Mean 0, standard deviation ``CHECKERBOARD_STD`` in each coordinate, covariance 1/16, entropy log 2 nats.
+    The law has mean 0, standard deviation ``CHECKERBOARD_STD`` in each coordinate, covariance 1/16 and entropy log 2 nats.
 
     Example:
       >>> import jax
@@ -77,19 +78,19 @@ def checkerboard(key: Key, n: int, dtype: jax.typing.DTypeLike = jnp.float32) ->
     column_key, row_key, place_key = jax.random.split(key, 3)
     i = jax.random.randint(column_key, (n,), 0, 4)
     j = 2 * jax.random.randint(row_key, (n,), 0, 2) + i % 2
-    # Kept off 1, where rounding would carry a point over the edge of its cell.
+    # Keep the place below 1, since rounding could move a point over the edge of its cell.
     place = jnp.minimum(jax.random.uniform(place_key, (n, 2), dtype), jnp.asarray(1 - 2.0**-20, dtype))
     return 0.5 * (jnp.stack([i, j], axis=1).astype(dtype) + place) - 1.0
 
 
 def checkerboard_log_density(x: Array) -> Array:
-    """The log density, in nats, of one point x [2]: log 0.5 on the cells of the checkerboard, -inf elsewhere; a scalar.
+    """The log-density of one point x [2] in nats, a scalar: log 0.5 on the cells of the checkerboard, and -inf elsewhere.
 
     Raises:
-      ValueError: for another shape.
+      ValueError: if x does not have shape [2].
     """
     checks.shape("x", x, (2,))
-    # The board is closed: its far edges belong to the last cells.
+    # The far edges of the board belong to the last cells.
     cell = jnp.where(x == 1.0, 3.0, jnp.floor(2.0 * (x + 1.0)))
     inside = jnp.all((cell >= 0.0) & (cell <= 3.0)) & (jnp.sum(cell) % 2.0 == 0.0)
     return jnp.where(inside, jnp.log(jnp.asarray(0.5, x.dtype)), jnp.asarray(-jnp.inf, x.dtype))

@@ -1,12 +1,12 @@
-"""Data in files: sources that read one row at a time, and a pipeline that makes shuffled, resumable batches of them.
+"""Datasets in files: sources that read one row at a time, and a pipeline that makes shuffled, resumable batches of them.
 
 For example::
 
     source = images("faces", size=64)
     feed = Feed(pipeline(source, batch_size=256, seed=0), sharding=sharding.rows(mesh))
 
-A source has ``len(source)`` and ``source[i]``, a Batch of one row, numpy arrays without a leading axis; any object that
-has them will do. Sources are read from several threads at once.
+A source is any object with ``len(source)`` and ``source[i]``, a Batch of one row (numpy arrays without a leading axis).
+Sources are read from several threads at once.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ Transform = Callable[[PyTree, np.random.Generator], PyTree]
 
 
 class Source(Protocol):
-    """Rows that can be read in any order."""
+    """A sequence of rows that can be read in any order."""
 
     def __len__(self) -> int:
         """The number of rows."""
@@ -42,13 +42,13 @@ class Source(Protocol):
 
 
 class Rows:
-    """Rows of arrays that lie in one or several parts, one after another; made by ``npz`` and ``array_folder``.
+    """The rows of arrays in one or several parts, one after another; made by ``npz`` and ``array_folder``.
 
-    ``rows[i]`` is Batch(x1 ``[...]``, cond ``[...]`` or None), copies in the dtypes of the arrays; IndexError past the
-    end.
+    ``rows[i]`` is Batch(x1 ``[...]``, cond ``[...]`` or None), a copy in the dtypes of the arrays. An index past the end raises
+    IndexError.
 
     Args:
-      parts: a Batch of arrays ``[n, ...]`` each, alike but for n.
+      parts: for each part a Batch of arrays ``[n, ...]``; the parts differ only in n.
     """
 
     def __init__(self, parts: Sequence[Batch]) -> None:
@@ -68,16 +68,17 @@ class Rows:
 def npz(path: Path, x1: str = "x1", cond: str | None = None) -> Rows:
     """The rows of arrays in one .npz file.
 
-    Arrays of an uncompressed file (``np.savez``) are mapped, and read row by row; those of a compressed one are loaded.
+    Arrays of an uncompressed file (``np.savez``) are memory-mapped and read row by row. Arrays of a compressed file are loaded.
 
     Args:
       path: the file.
-      x1: the name in it of the data, [N, ...].
-      cond: the name of the conditioning, [N, ...]; None for none.
+      x1: the name of the data array, [N, ...], in the file.
+      cond: the name of the conditioning array, [N, ...]; None for none.
 
     Raises:
-      FileNotFoundError: when there is no such file.
-      ValueError: if it is not an .npz file, lacks a name, or holds arrays of objects, of no rows, or of different numbers.
+      FileNotFoundError: if there is no such file.
+      ValueError: if it is not an .npz file, an array is missing or holds objects, there are no rows, or the numbers of rows
+        differ.
 
     Example:
       >>> import pathlib, tempfile
@@ -102,24 +103,24 @@ def npz(path: Path, x1: str = "x1", cond: str | None = None) -> Rows:
 
 
 def array_folder(directory: Path) -> Rows:
-    """The rows of all .npy files in a folder, which are mapped, and read row by row.
+    """The rows of all .npy files in a folder, which are memory-mapped and read row by row.
 
-    The files::
+    The folder contains::
 
         NAME.npy        x1, [n, ...]
         NAME.cond.npy   its conditioning, [n, ...]; for all files or for none
 
-    The files follow each other in the natural order of their names (``2.npy`` before ``10.npy``). Hidden files, ``.NAME``,
-    and files that are no arrays are left out. Each file stays open: the system's limit on open files (``ulimit -n``) must
-    exceed their number.
+    The files are read in the natural order of their names (``2.npy`` before ``10.npy``). Hidden files, ``.NAME``, and files
+    with other endings are ignored. Each file stays open, so the system's limit on open files (``ulimit -n``) must exceed their
+    number.
 
     Args:
-      directory: the folder; its sub-folders are not looked at.
+      directory: the folder; its sub-folders are ignored.
 
     Raises:
-      FileNotFoundError: when there is no such folder.
-      ValueError: naming the file, if the folder has no files, one is an .npz file (or ends in .NPY) or cannot be read, one
-        lacks the conditioning that another has, or shapes, dtypes or numbers of rows differ.
+      FileNotFoundError: if there is no such folder.
+      ValueError: if the folder has no files or no rows, a file is an .npz file (or ends in .NPY) or cannot be read, only some
+        files have conditioning, or shapes, dtypes or numbers of rows differ. The message names the file.
     """
     directory = existing("array_folder", directory, "a folder of .npy files", folder=True)
     names = [name for name in listed(directory) if name.lower().endswith((".npy", ".npz"))]
@@ -162,33 +163,32 @@ def pipeline(
     threads: int = 16,
     buffer: int = 16,
 ) -> Iterator[PyTree]:
-    """Endless batches of a source's rows, in a new random order every epoch, read by Grain ahead of their use.
+    """Makes endless batches of a source's rows, in a new random order every epoch, which Grain reads ahead.
 
-    Position p = 0, 1, ... holds row permutation_(p // N)(p % N), with an own permutation of the N rows for every epoch.
-    Batch n consists of the positions n B, ..., n B + B - 1, running on across epochs, of which process p of P takes the
-    p-th block of B/P. So neither the batches nor the iterator's state, {"next_index": n}, depend on P: a run may be
-    resumed with another number of processes. They are functions of (source, B, seed, transform), which the state does
-    not hold: keep them the same.
+    Every epoch is a random permutation of the N rows, and batch n consists of the positions n B, ..., n B + B - 1, which
+    continue across epochs. Process p of P takes the p-th block of B/P rows. Neither the batches nor the iterator's state,
+    {"next_index": n}, depend on P, so a run may be resumed with another number of processes. The batches depend on the source,
+    B, the seed and the transform, which are not part of the state; do not change them when a run is resumed.
 
     Args:
-      source: rows, at most 2^32.
-      batch_size: B, rows per batch of all processes together.
-      seed: of the order and of the transform, below 2^32.
-      transform: ``(row, rng) -> row``, applied to every row when it is read: crops, flips, conversions. ``rng`` is a numpy
-        Generator that depends on the seed and the position alone; it must not be kept. Called from several threads.
-      process_index: p, by default that of jax.
-      process_count: P, by default that of jax; a divisor of B.
-      threads: how many batches are read at the same time; 0 to read each when it is asked for.
-      buffer: how many batches are read ahead; as many threads are busy at most.
+      source: the rows, at most 2^32.
+      batch_size: B, the rows per batch of all processes together.
+      seed: the seed of the order and of the transform, below 2^32.
+      transform: ``(row, rng) -> row``, applied to every row when it is read, for crops, flips and conversions. ``rng`` is a
+        numpy Generator that depends only on the seed and the position; do not keep it. Called from several threads.
+      process_index: p; by default that of jax.
+      process_count: P, a divisor of B; by default that of jax.
+      threads: the number of batches that are read at the same time; 0 to read each batch when it is requested.
+      buffer: the number of batches that are read ahead; it also limits the number of busy threads.
 
     Returns:
-      A Grain iterator of pytrees like the rows, leaves ``[B/P, ...]``, with ``get_state``, ``set_state`` and ``close``.
-      What the source or the transform raises comes from its ``__next__``.
+      A Grain iterator of pytrees like the rows, with leaves ``[B/P, ...]`` and methods ``get_state``, ``set_state`` and
+      ``close``. Its ``__next__`` raises the errors of the source and the transform.
 
     Raises:
-      ValueError: when the source is empty, P does not divide B, one of p and P is given alone, or numbers are out of
-        range; TypeError for numbers that are not whole.
-      ImportError: when Grain is missing.
+      ValueError: if the source is empty, P does not divide B, only one of p and P is given, or a number is out of range.
+      TypeError: if a number is not whole, the source has no ``len`` and ``[i]``, or the transform is not a function.
+      ImportError: if Grain is not installed.
     """
     grain = _grain()
     if isinstance(source, (str, os.PathLike)) or not (hasattr(source, "__len__") and hasattr(source, "__getitem__")):
@@ -215,7 +215,7 @@ def pipeline(
     offset = process_index * share
 
     class Share(grain.MapDataset):
-        """Item n B/P + i of this process is position n B + p B/P + i of all."""
+        """The share of this process: its item n B/P + i is position n B + p B/P + i of all."""
 
         def __init__(self, rows: Any) -> None:
             super().__init__(rows)
@@ -231,7 +231,7 @@ def pipeline(
     rows = grain.MapDataset.source(source).seed(seed).shuffle().repeat()
     if transform is not None:
         rows = rows.random_map(transform)
-    # Batched before it becomes an iterator, whose state then counts batches.
+    # Make batches before the iterator, whose state then counts batches.
     batches = Share(rows).batch(share, drop_remainder=True)
     return iter(batches.to_iter_dataset(grain.ReadOptions(num_threads=threads, prefetch_buffer_size=buffer)))
 
@@ -248,7 +248,7 @@ def _check_lengths(name: str, path: pathlib.Path, batch: Batch) -> None:
 
 
 def _member(path: pathlib.Path, archive: zipfile.ZipFile, name: str) -> np.ndarray:
-    """An array of an .npz file: mapped where its bytes lie in the file as they are, else loaded."""
+    """An array of an .npz file, memory-mapped if it is stored uncompressed, else loaded."""
     try:
         info = archive.getinfo(f"{name}.npy")
     except KeyError:
@@ -258,7 +258,7 @@ def _member(path: pathlib.Path, archive: zipfile.ZipFile, name: str) -> np.ndarr
     try:
         if info.compress_type == zipfile.ZIP_STORED:
             with open(path, "rb") as file:
-                # A member's own header, whose last two numbers are the lengths of the name and of a field after it.
+                # Skip the header of the member, whose last two numbers are the lengths of its name and its extra field.
                 file.seek(info.header_offset)
                 file.seek(sum(struct.unpack("<26xHH", file.read(30))), os.SEEK_CUR)
                 read = readers.get(np.lib.format.read_magic(file))

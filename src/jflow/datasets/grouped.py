@@ -1,4 +1,4 @@
-"""Batches whose groups of consecutive rows share a label: for losses on groups (``objectives.group``)."""
+"""Batches in which groups of consecutive rows share a label, for losses on groups (``objectives.group``)."""
 
 from __future__ import annotations
 
@@ -14,15 +14,15 @@ from jflow.types import Array, Batch, BatchLike, PyTree, as_batch
 
 @dataclasses.dataclass(frozen=True)
 class GroupedDataset:
-    """Rows of arrays in memory, drawn in groups of one label; made by ``grouped``.
+    """Rows of arrays in memory, drawn in groups with the same label; made by ``grouped``.
 
     Attributes:
-      data: the rows, those of a label together; what ``batch`` gets.
+      data: the rows, sorted by label, which are passed to ``batch``.
       starts: the first row of each label, ``[K]``.
       counts: the number of rows of each label, ``[K]``.
-      batch_size: B, rows per batch.
-      size: M, rows per group.
-      seed: of the draws.
+      batch_size: B, the rows per batch.
+      size: M, the rows per group.
+      seed: the seed of the draws.
     """
 
     data: Batch
@@ -37,7 +37,7 @@ class GroupedDataset:
         groups = self.batch_size // self.size
         key = jax.random.fold_in(jax.random.key(self.seed, impl="threefry2x32"), step)
         label_key, row_key = jax.random.split(key)
-        # The label of a row drawn from all rows: labels come as often as they are in the data.
+        # Take the label of a random row, so that labels have the frequencies of the data.
         drawn = jax.random.randint(label_key, (groups,), 0, int(self.counts.sum()), jnp.int32)
         label = jnp.searchsorted(jnp.asarray(self.starts), drawn, side="right") - 1
         start, count = jnp.asarray(self.starts)[label], jnp.asarray(self.counts)[label]
@@ -50,21 +50,22 @@ class GroupedDataset:
 def grouped(
     data: BatchLike, batch_size: int, size: int, seed: int = 0, *, labels: Array | np.ndarray | None = None
 ) -> GroupedDataset:
-    """A dataset whose batches consist of groups of ``size`` consecutive rows of one label.
+    """A dataset whose batches consist of groups of ``size`` consecutive rows with the same label.
 
-    The label of a group comes as often as it is in the data, and its rows are drawn independently, with replacement, among
-    the rows of that label: a group is a sample from the data given the label, which unbiased losses on groups need.
+    A label is drawn with its frequency in the data. The rows of a group are drawn independently, with replacement, from the
+    rows with that label. A group is thus a sample from the data given the label, as needed for unbiased losses on groups.
 
     Args:
       data: rows ``[N, ...]``; copied to the device.
-      batch_size: B, rows per batch, a multiple of ``size``.
-      size: M, rows per group.
-      seed: the seed of the draws, a whole number of at least 0.
+      batch_size: B, the rows per batch, a multiple of ``size``.
+      size: M, the rows per group.
+      seed: the seed of the draws, a whole number from 0 to 2^32 - 1.
       labels: whole numbers ``[N]``; by default ``data.cond``.
 
     Raises:
-      ValueError: for leading axes that differ, labels of another shape, no labels, or a batch that the groups do not divide.
-      TypeError: for labels that are not whole numbers, or numbers of the wrong type.
+      ValueError: if leading axes differ, there are no labels or they have another shape, ``size`` does not divide
+        ``batch_size``, or a number is out of range.
+      TypeError: if the labels are not whole numbers, or a number has the wrong type.
     """
     data = as_batch(data, "data")
     rows = checks.rows("data", data)

@@ -1,4 +1,4 @@
-"""Image files as a source of rows: a folder of them, or a folder for each class."""
+"""Image files as a source of rows, from one folder or from one folder per class."""
 
 from __future__ import annotations
 
@@ -14,19 +14,20 @@ from jflow import checks
 from jflow.datasets.paths import Path, existing, listed, place
 from jflow.types import Batch
 
-# Endings of image files, in any case, and Pillow's names of their formats.
+# The endings of image files, in upper or lower case, and the names of their formats in Pillow.
 SUFFIXES = (".bmp", ".gif", ".jpeg", ".jpg", ".png", ".tif", ".tiff", ".webp")
 FORMATS = ("BMP", "GIF", "JPEG", "PNG", "TIFF", "WEBP")
-# The tag of EXIF and TIFF data that says how an image is to be turned.
+# The tag of EXIF and TIFF data for the orientation of an image.
 ORIENTATION = 0x0112
-# Pillow's modes of at most 8 bits a channel: of others its conversion would cut values off.
+# The modes of Pillow with at most 8 bits per channel; its conversion would clip the values of other modes.
 MODES = ("1", "L", "LA", "P", "PA", "RGB", "RGBA", "CMYK", "YCbCr")
 
 
 class Images:
-    """Image files; made by ``images``.
+    """A source of image files, made by ``images``.
 
-    ``images[i]`` is Batch(x1 ``[H, W, C]`` float32 in [-1, 1], cond an int32 scalar, or None); IndexError past the end.
+    ``images[i]`` is Batch(x1 ``[H, W, C]`` float32 in [-1, 1], cond an int32 scalar, or None). An index past the end raises
+    IndexError.
 
     Attributes:
       paths: the files, in order.
@@ -57,35 +58,34 @@ class Images:
 
 
 def images(directory: Path, size: int | None = None, *, channels: int = 3) -> Images:
-    """Image files, level/127.5 - 1 of 256 levels; where they lie in sub-folders, with labels.
+    """A source of image files with 256 levels, scaled to level/127.5 - 1. Images in sub-folders have labels.
 
-    The files::
+    The folder contains::
 
         directory/NAME.png            no labels
-        directory/CLASS/.../NAME.png  cond = the place of CLASS among the names of the sub-folders
+        directory/CLASS/.../NAME.png  cond = the index of CLASS among the names of the sub-folders
 
-    PNG, JPEG, WebP, TIFF, BMP and GIF files are read, by their endings (``SUFFIXES``), turned upright by the orientation in
-    their EXIF or XMP data. Hidden files and folders (``.DS_Store``) are left out, and nothing else is: any other file is
-    refused by name.
+    PNG, JPEG, WebP, TIFF, BMP and GIF files are recognised by their endings (``SUFFIXES``). They are rotated to the orientation
+    in their EXIF or XMP data. Hidden files and folders (``.DS_Store``) are ignored; any other file raises an error.
 
-    Names are in natural order: runs of digits compare as whole numbers, all else by code point, so that class ``2`` comes
-    before ``10``, ``007`` beside ``7`` and ``a2`` before ``a10``. A label is a place in this order, not the number in a
-    name; ``Images.classes`` has the names.
+    Names are sorted in natural order: digits are compared as whole numbers, and other characters by code point. Class ``2``
+    comes before ``10``, ``007`` next to ``7``, and ``a2`` before ``a10``. A label is the index in this order, not the number
+    in the name; ``Images.classes`` has the names.
 
     Args:
       directory: the folder.
-      size: the images' height and width: the largest square in the centre, resized (bicubic, antialiased). None to keep
-        them as they are, all of one size when upright. The header of every file is then read at once, and all of an
-        oblong image that has an orientation, or of an oblong PNG file, whose orientation may come last.
+      size: the height and width to which the largest central square is resized (bicubic, antialiased). With None the images
+        are not resized, and must all have the same size when upright. To check this, the header of every file is read at
+        once, and the whole file for images that are not square and have an orientation or are PNG files.
       channels: 3 for RGB or 1 for grey; other images are converted.
 
     Raises:
-      FileNotFoundError: when there is no such folder.
-      ValueError: naming the folder or file, when there are no images, a file has another ending, some images lie beside the
-        sub-folders of others, a sub-folder has none, or, without ``size``, sizes differ; and when one is read, if it is
-        damaged, not opaque, an animation or of several pages, or has more than 8 bits a channel. TypeError when ``size``
-        is not a whole number.
-      ImportError: when Pillow is missing.
+      FileNotFoundError: if there is no such folder.
+      ValueError: if there are no images, a file has another ending, there are images both in sub-folders and beside them, a
+        sub-folder has none, or, without ``size``, sizes differ. When an image is read, also if it is damaged, not opaque, an
+        animation, of several pages, or has more than 8 bits per channel. The message names the folder or file.
+      TypeError: if ``size`` is not a whole number.
+      ImportError: if Pillow is not installed.
     """
     _pillow()
     directory = existing("images", directory, "a folder of images, or of one such folder for each class", folder=True)
@@ -122,7 +122,7 @@ def images(directory: Path, size: int | None = None, *, channels: int = 3) -> Im
 
 
 def _images_in(directory: pathlib.Path, deep: bool) -> list[str]:
-    """The image files of a folder, in order; with ``deep`` those of the folders in it as well. No other file is there."""
+    """The image files of a folder, in order, and with ``deep`` those of its sub-folders; other files raise ValueError."""
     found = []
     for name in listed(directory):
         path = directory / name
@@ -137,10 +137,10 @@ def _images_in(directory: pathlib.Path, deep: bool) -> list[str]:
 
 @contextlib.contextmanager
 def _opened(path: str) -> Iterator[Any]:
-    """The image of a file, of which only the header is read as yet; whatever Pillow raises then names the file."""
+    """Opens an image and reads its header; any error of Pillow in the context becomes a ValueError that names the file."""
     image = _pillow()
     try:
-        # A decoder raises whatever it meets in a damaged file.
+        # On a damaged file a decoder may raise any type of error.
         with image.open(path, formats=FORMATS) as opened:
             yield opened
     except _Refused:
@@ -150,11 +150,11 @@ def _opened(path: str) -> Iterator[Any]:
 
 
 class _Refused(ValueError):
-    """An image that could be read, and is not wanted."""
+    """An image that can be read but is not accepted."""
 
 
 def _upright_size(path: str) -> tuple[int, int]:
-    """Width and height of an image when it is turned upright."""
+    """The width and height of an image in its upright orientation."""
     with _opened(path) as picture:
         size = picture.size
         if size[0] == size[1]:
@@ -162,7 +162,7 @@ def _upright_size(path: str) -> tuple[int, int]:
         try:
             return _upright(picture).size if picture.getexif().get(ORIENTATION, 1) != 1 else size
         except Exception:
-            # A damaged image is named when it is read, as a square one is.
+            # A damaged image raises an error later, when it is read.
             return size
 
 
@@ -173,13 +173,13 @@ def _upright(picture: Any) -> Any:
 
 
 def _check(picture: Any, path: str) -> None:
-    """Refuses what the conversion to one image of 8 bits a channel would cut off."""
-    # Pillow reads colours of 16 bits as 8, and says so in the raw mode alone.
+    """Rejects images that lose information when converted to a single image with 8 bits per channel."""
+    # Pillow reads 16-bit colours as 8 bits; only the raw mode shows it.
     deep = any(re.search(";16[BLN]", str(tile)) for tile in picture.tile)
     if deep or picture.mode not in MODES:
         got = "16" if deep else f"Pillow's mode {picture.mode}"
         raise _Refused(f"images: {path}: expected at most 8 bits a channel, got {got}")
-    # An MPO file is a JPEG whose further pictures are previews or views of the first.
+    # An MPO file is a JPEG whose other pictures are previews or other views of the first.
     if getattr(picture, "is_animated", False) and picture.format != "MPO":
         raise _Refused(f"images: {path}: expected one image, got several frames or pages")
     picture.load()
@@ -188,7 +188,7 @@ def _check(picture: Any, path: str) -> None:
 
 
 def _pixels(path: str, mode: str, size: int | None) -> np.ndarray:
-    """[H, W, C], float32."""
+    """The pixels of an image in [-1, 1], [H, W, C], float32."""
     image = _pillow()
     with _opened(path) as picture:
         _check(picture, path)
@@ -196,7 +196,7 @@ def _pixels(path: str, mode: str, size: int | None) -> np.ndarray:
     if size is not None:
         side, (width, height) = min(picture.size), picture.size
         left, top = (width - side) // 2, (height - side) // 2
-        # Cut first: resizing within a box lets pixels from outside in at its edges.
+        # Crop before resizing: resizing with a box would mix in pixels from outside the box at its edges.
         square = picture.crop((left, top, left + side, top + side))
         picture = square.resize((size, size), image.Resampling.BICUBIC)
     pixels = np.asarray(picture, np.float32) / np.float32(127.5) - np.float32(1.0)

@@ -1,4 +1,4 @@
-"""Likelihood: log-densities along the solve, through jumps, and by a learned head; maximum likelihood; weights."""
+"""Likelihood: log-densities along an ODE solve, through jumps and by a learned head; maximum likelihood; importance weights."""
 
 from jflow.likelihood.batch_mixture import BatchMixture, Renoised, renoised
 from jflow.likelihood.divergence import Divergence, WithLogDensity, augment, exact_divergence, hutch_pp, hutchinson

@@ -1,23 +1,39 @@
-r"""The density of a sampler that adds noise between its jumps, given the batch that ran: a mixture over its samples.
+r"""The density of a batch from a sampler that adds noise between its jumps: a mixture with one component per sample.
 
-The density of the last state of ``samplers.renoise`` is an integral over all states before it. But of N samples drawn
-together, the states before the last jump, at time t::
+The density of the last state of ``samplers.renoise`` is an integral over all earlier states. For N samples drawn together, the
+states at the time t of the last jump are
 
-    x_n = c_n + sigma z_n,    c_n = Info.centre of ``samplers.Renoise`` (the step without its noise),    sigma = Info.noise
+.. math::
 
-are, given those centres, one draw from each of the N components of::
+    x_n = c_n + \sigma z_n, \qquad z_n \sim N(0, I),
 
-    m(x) = 1/N sum_n N(x; c_n, sigma^2)
+where :math:`c_n` is the ``Info.centre`` of ``samplers.Renoise`` (the step without its noise), and :math:`\sigma` its
+``Info.noise``. Given the centres, the states are one draw from each of the N components of the mixture
 
-and the last jump carries m as it would any base: ``log q(X_{t,1}(x)) = log m(x) - log|det grad X_{t,1}(x)|``, where that jump
-does not fold (where it does, ``weights`` says what the sign is for). Weights target/q are unbiased, E[ 1/N sum_n
-target(x_n)/q(x_n) f(x_n) ] = int target f: importance sampling from several proposals with the balance heuristic. The samples
-are then one from each proposal and vary less than independent ones, for which the standard errors of ``weights`` are: those
-are too large here.
+.. math::
 
-The mean of q over batches is the density of the sampler. By Jensen's inequality KL(q | target), KL(target | q) and the mean of
--log q over data are therefore, in expectation, upper bounds of those of the sampler. The bounds tighten as N grows, slowly
-where sigma is small compared with the distances between the samples, as in many dimensions.
+    m(x) = \frac{1}{N} \sum_n N(x; c_n, \sigma^2).
+
+The last jump transports m like any other base. If that jump does not fold (otherwise see ``jflow.likelihood.importance`` on
+the sign), the density q of its images is
+
+.. math::
+
+    \log q(X_{t,1}(x)) = \log m(x) - \log|\det \nabla X_{t,1}(x)|.
+
+The importance weights target/q are unbiased:
+
+.. math::
+
+    \mathbb{E}\Big[ \frac{1}{N} \sum_n \frac{\text{target}(x_n)}{q(x_n)} f(x_n) \Big] = \int \text{target}(x)\, f(x)\, dx,
+
+where :math:`x_n` are the final samples. This is importance sampling from several proposals with the balance heuristic. With
+one sample per proposal, the variance is below that of independent samples, so the standard errors of
+``jflow.likelihood.importance`` are too large here.
+
+The mean of q over batches is the density of the sampler. By Jensen's inequality KL(q | target), KL(target | q) and the mean
+of -log q over data are therefore, in expectation, upper bounds on those of the sampler. The bounds become tighter as N grows,
+but slowly if sigma is small compared with the distances between the samples, as in many dimensions.
 """
 
 from __future__ import annotations
@@ -38,7 +54,13 @@ from jflow.types import Array, BoundFlowMap, Cond, Event, Key
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class BatchMixture:
-    """The base m(x) = 1/N sum_n N(x; c_n, std^2), independent entries; a log-density or score costs N distances.
+    r"""A base that is a mixture of N normal laws with independent entries.
+
+    .. math::
+
+        m(x) = \frac{1}{N} \sum_n N(x; c_n, \text{std}^2)
+
+    A log-density or a score costs N distances.
 
     Attributes:
       centres: c_n, an event with a leading axis N.
@@ -50,11 +72,11 @@ class BatchMixture:
 
     @property
     def name(self) -> str:
-        """Its name in error messages."""
+        """The name in error messages."""
         return "batch mixture"
 
     def sample(self, key: Key, like: Event, shape: tuple[int, ...] = ()) -> Event:
-        """Independent points; each chooses its component. See ``bases.Base.sample``."""
+        """Draws independent points, each from a random component. See ``bases.Base.sample``."""
         choice_key, normal_key = jax.random.split(key)
         chosen = jax.random.randint(choice_key, shape, 0, self._count())
         noise = bases.Normal(0.0, self.std).sample(normal_key, like, shape)
@@ -75,11 +97,11 @@ class BatchMixture:
 
 
 class Renoised(NamedTuple):
-    """The states before the last jump, and their law given the batch.
+    """The states before the last jump, and their law given the centres of the batch.
 
     Attributes:
       states: ``[N, ...]``, at time grid[-2].
-      base: their law, for what follows.
+      base: their law, which is a base for the last jump.
     """
 
     states: Event
@@ -97,14 +119,16 @@ def renoised(
     kappa: float = 1.0,
     base: Base = bases.STANDARD_NORMAL,
 ) -> Renoised:
-    """The states of a batch of ``samplers.renoise`` before the last jump, as a base of their own for what follows::
+    """The states of a batch of ``samplers.renoise`` before the last jump, and their law as a base for that jump.
+
+    For example::
 
         before = renoised(bound, x0, grid, keys=keys, interpolant=path)
         pushed = vmap(lambda x: push(bound, x, grid[-2:], base=before.base))(before.states)
         at_data = vmap(lambda x: log_density(bound, x, grid[-2:], base=before.base))(data)
 
-    The samples are those of ``samplers.renoise`` with the same keys and a network without a key, at one call of the map for
-    each jump. Map the second and third line over blocks: all of them at once hold N times their number of distances.
+    The samples are those of ``samplers.renoise`` with the same keys, for a network without a key. Each jump costs one call of
+    the map. Evaluate the second and third line in blocks, because a block of M points needs N M distances.
 
     Args:
       bound: the flow map with its parameters.
@@ -113,15 +137,16 @@ def renoised(
       cond: conditioning, the same for all samples.
       keys: one key per sample, ``[N]``.
       interpolant: the path that the map was made for.
-      kappa: the share of noise made new, in (0, 1]; 1 for consistency sampling.
+      kappa: the share of the noise that is drawn anew, in (0, 1]; 1 for consistency sampling.
       base: the law at time 0, a ``bases.Normal``.
 
     Returns:
       Renoised.
 
     Raises:
-      ValueError: as ``samplers.renoise``, and for a grid that is traced, has less than two jumps or does not end at 1, or a
-        kappa of 0; TypeError for x0 that is not floating-point, or a kappa that is not a number.
+      ValueError: as ``samplers.renoise``, and if the grid is traced, has fewer than two jumps or does not end at 1, or kappa
+        is 0.
+      TypeError: if x0 is not floating-point, or kappa is not a number.
     """
     checks.number("kappa", kappa, low=0.0, high=1.0, open_low=True)
     times = checks.concrete(grid)

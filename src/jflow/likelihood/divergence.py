@@ -1,19 +1,29 @@
-r"""The divergence of a velocity, exact or estimated, and the velocity of the pair (x, log rho) that it makes.
+r"""The divergence of a velocity, exact or estimated, and the velocity of the pair (x, log rho).
 
-With the Jacobian J = grad b_t(x), of d rows, where d is the number of entries of x::
+Let :math:`J = \nabla b_t(x)` be the Jacobian, and d the number of entries of x. The divergence tr J is computed as
 
-    exact        tr J = sum_i e_i'J e_i                                        1 + d forward passes
-    hutchinson   1/m sum_j z_j'J z_j                                           1 + m passes          (1810.01367)
-    hutch_pp     tr Q'J Q + 1/m sum_j g_j'J g_j,  g_j = (I - QQ')z_j           1 + 3m passes         (2010.09649)
+.. math::
 
-z_j are probes with independent entries of mean 0 and variance 1, Q an orthonormal basis of the columns J w_1, ..., J w_m
-of normal probes. Both estimates are unbiased. Derivatives are forward-mode by default: one linearisation, then its columns.
-With ``mode="reverse"`` they are those of J', one vector-Jacobian product each after one forward pass, for networks whose
-kernels have a reverse rule alone (fused attention): J' has the trace of J, and z'J'z = z'Jz probe by probe. ``jax.grad`` of
-the result differentiates the kernel's reverse rule and therefore needs one that jax can differentiate.
+    \text{exact:} \quad & \sum_{i=1}^d e_i^\top J e_i, \\
+    \text{Hutchinson (1810.01367):} \quad & \frac{1}{m} \sum_{j=1}^m z_j^\top J z_j, \\
+    \text{Hutch++ (2010.09649):} \quad
+        & \mathrm{tr}\, Q^\top J Q + \frac{1}{m} \sum_{j=1}^m g_j^\top J g_j, \qquad g_j = (I - Q Q^\top) z_j,
 
-Along the flow, d/dt log rho_t(x_t) = -div b_t(x_t): the pair (x, log rho) follows a velocity of its own, with which
-solves, identities and objectives work as with any other.
+which costs 1 + d, 1 + m and 1 + 3m passes of the network. The probes :math:`z_j` have independent entries of mean 0 and
+variance 1. Q is an orthonormal basis of :math:`J w_1, \dots, J w_m` for normal probes :math:`w_j`. Both estimates are unbiased.
+
+By default the derivatives are computed in forward mode: one linearisation of b, then one product with J per vector. With
+``mode="reverse"`` they are vector-Jacobian products after one forward pass, for networks whose kernels (such as fused
+attention) have only a reverse rule. The results are the same, since J and its transpose have the same trace and the same
+quadratic forms. ``jax.grad`` of the result differentiates the kernel's reverse rule, so jax must be able to differentiate it.
+
+Along the flow the log-density satisfies
+
+.. math::
+
+    \frac{d}{dt} \log \rho_t(x_t) = -\nabla \cdot b_t(x_t),
+
+so the pair (x, log rho) has a velocity. Solves, identities and objectives use it like any other velocity.
 """
 
 from __future__ import annotations
@@ -30,18 +40,18 @@ from jflow.named import described
 from jflow.solvers.ode import check_velocity
 from jflow.types import Array, Cond, Event, Key, Params, Time, Velocity
 
-# (b, x, key) -> (b(x), div b(x)): of a function of x alone, with one call of it.
+# (b, x, key) -> (b(x), div b(x)), where b is a function of x alone, which is called once.
 Divergence = Callable[[Callable[[Event], Event], Event, Key | None], tuple[Event, Array]]
 Noise = Literal["rademacher", "gaussian"]
 MODES = ("forward", "reverse")
 
 
 class WithLogDensity(NamedTuple):
-    """A point and the log-density that has come with it.
+    """A point and its log-density.
 
     Attributes:
       x: an event.
-      log_density: log rho_t(x) in nats, or its change since the flow began; a scalar.
+      log_density: log rho_t(x) in nats, or its change since the start of the flow; a scalar.
     """
 
     x: Event
@@ -49,10 +59,10 @@ class WithLogDensity(NamedTuple):
 
 
 def exact_divergence(mode: Mode = "forward") -> Divergence:
-    """tr J, by d columns in forward mode or d rows in reverse mode; needs no key.
+    """The exact divergence tr J, from d columns of J in forward mode or d rows in reverse mode. It needs no key.
 
     Raises:
-      ValueError: for a mode that is neither "forward" nor "reverse".
+      ValueError: if the mode is neither "forward" nor "reverse".
     """
     checks.choice("mode", mode, MODES)
 
@@ -65,14 +75,19 @@ def exact_divergence(mode: Mode = "forward") -> Divergence:
 
 
 def hutchinson(probes: int = 1, noise: Noise = "rademacher", mode: Mode = "forward") -> Divergence:
-    """The mean of z'Jz over ``probes`` probes: unbiased.
+    r"""Hutchinson's unbiased estimate of the divergence: the mean of z'Jz over m = ``probes`` probes z (1810.01367).
 
-    With Rademacher probes its variance is 2/m times the squares of the off-diagonal entries of (J + J')/2, with Gaussian
-    ones those of all entries.
+    With S = (J + J')/2 its variance is
+
+    .. math::
+
+        \frac{2}{m} \sum_{i \ne j} S_{ij}^2 \quad \text{(Rademacher probes)}, \qquad
+        \frac{2}{m} \sum_{i, j} S_{ij}^2 \quad \text{(Gaussian probes)}.
 
     Raises:
-      ValueError: for no probes, another noise or another mode; TypeError if ``probes`` is not a whole number. At a call,
-        ValueError without a key, and TypeError in forward mode for a function that has none.
+      ValueError: if ``probes`` is below 1, or ``noise`` or ``mode`` is unknown. At a call, if there is no key.
+      TypeError: if ``probes`` is not a whole number. At a call, if the function has no derivative in forward mode and
+        ``mode`` is "forward".
     """
     checks.integer("probes", probes, low=1)
     checks.choice("noise", noise, ("rademacher", "gaussian"))
@@ -87,10 +102,10 @@ def hutchinson(probes: int = 1, noise: Noise = "rademacher", mode: Mode = "forwa
 
 
 def hutch_pp(probes: int = 1, noise: Noise = "rademacher", mode: Mode = "forward") -> Divergence:
-    """Hutch++: the trace on a sketch of the range of J, and Hutchinson's estimate on its complement; ``probes`` is m.
+    """Hutch++ (2010.09649): the exact trace on a sketch of the range of J, and Hutchinson's estimate on its complement.
 
-    For a Jacobian of rank at most m it is exact, to the rounding of x's dtype. Costs 1 + 3m forward passes (2010.09649). The
-    sketch is normal; ``noise`` is the law of the probes of the complement.
+    It costs 1 + 3m passes, where m = ``probes``. For a Jacobian of rank at most m it is exact, up to the rounding of x's
+    dtype. The sketch uses normal vectors; ``noise`` is the law of the probes on the complement.
 
     Raises:
       ValueError, TypeError: as ``hutchinson``.
@@ -103,13 +118,13 @@ def hutch_pp(probes: int = 1, noise: Noise = "rademacher", mode: Mode = "forward
         linear = linearise("b(x)", b, x, mode)
         columns = jax.vmap(linear.column)
         sketch_key, probe_key = jax.random.split(_given(key))
-        # Normal for either noise: probes of signs are often multiples of each other, and then span less.
+        # Always normal: random sign vectors are often multiples of each other, and then span a smaller space.
         w = jax.random.normal(sketch_key, (probes, linear.size), linear.dtype)
-        # The estimate is unbiased for every basis, and so is its derivative with the basis held fixed. The derivative of a
-        # basis of dependent columns would not be finite.
+        # For every fixed basis the estimate is unbiased, and so is its derivative. Differentiating the basis would give
+        # infinite values if its columns are linearly dependent.
         q = jax.lax.stop_gradient(jnp.linalg.qr(columns(w).T)[0].T)
         z = _probes(probe_key, (probes, linear.size), linear.dtype, noise)
-        # In full precision on every accelerator: a part of Q that stays in g would be a bias.
+        # Use full precision on every accelerator: a component of g along Q would be a bias.
         g = z - _matmul(_matmul(z, q.T), q)
         return linear.value, jnp.sum(q * columns(q)) + jnp.sum(g * columns(g)) / probes
 
@@ -117,15 +132,16 @@ def hutch_pp(probes: int = 1, noise: Noise = "rademacher", mode: Mode = "forward
 
 
 def augment(velocity: Velocity, divergence: Divergence | None = None) -> Velocity:
-    """The velocity (b_t(x), -div b_t(x)) of ``WithLogDensity``: a Velocity whose events are of that type, with the same params.
+    """The velocity (b_t(x), -div b_t(x)) of the pair (x, log rho), with the same params; its events are ``WithLogDensity``.
 
     Args:
-      velocity: of events x.
-      divergence: ``exact_divergence()`` by default; the others draw their probes from the key of the call, which serves a whole
-        solve, so that the probes are fixed within it.
+      velocity: a velocity of events x.
+      divergence: ``exact_divergence()`` by default. The estimates draw their probes from the key of the call. A solve uses
+        one key, so the probes are fixed within it.
 
     Raises:
-      TypeError: for a velocity that cannot be called as one, or anything but a Divergence.
+      TypeError: if ``velocity`` or ``divergence`` cannot be called as such, or ``divergence`` is a function that makes one,
+        such as ``hutchinson`` without the call.
     """
     check_velocity(velocity)
     divergence = exact_divergence() if divergence is None else divergence
@@ -136,7 +152,7 @@ def augment(velocity: Velocity, divergence: Divergence | None = None) -> Velocit
     def augmented(
         params: Params, t: Time, state: WithLogDensity, cond: Cond = None, *, key: Key | None = None
     ) -> WithLogDensity:
-        # Folded, not split: a solve uses its one key at every step, and splitting it repeatedly would count as reuse.
+        # Fold in rather than split: a solve uses one key at every step, and jax's key-reuse check rejects repeated splits.
         probe_key, model_key = (None if key is None else jax.random.fold_in(key, i) for i in range(2))
         # The precision of the time depends on x alone, as it does without the log-density.
         t = jnp.asarray(t).astype(trees.at_least_float32(state.x))

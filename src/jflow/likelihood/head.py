@@ -1,26 +1,32 @@
-r"""The divergence head: the log-density of a jump from one pass of a network (F2D2, 2512.02636).
+r"""The divergence head: a network output that gives the log-density of a jump in one pass (F2D2, 2512.02636).
 
-A second output D_{s,t}(x), a scalar, is the mean divergence along the path, so that for a point and its log-density::
+The head :math:`D_{s,t}(x)`, a scalar, is the mean divergence along the path from s to t:
 
-    X_{s,t}(x),   log rho_t(X_{s,t}(x)) = log rho_s(x) - (t-s) D_{s,t}(x),      D_{t,t} = div b_t
+.. math::
 
-A map with a head is a FlowMap on ``WithLogDensity`` events (x, log rho). Its mean velocity is (v_{s,t}(x), -D_{s,t}(x)), which
-does not depend on log rho. Its identities are those of any flow map (``jflow.identities``). Their second entries are these
-residuals of D, with c a velocity and X = X_{s,t}(x)::
+    \log \rho_t(X_{s,t}(x)) = \log \rho_s(x) - (t-s)\, D_{s,t}(x), \qquad D_{t,t}(x) = \nabla \cdot b_t(x).
 
-    tangent      D_{t,t}(x) - div c_t(x)
-    Eulerian     D_{s,t}(x) - div c_s(x) - (t-s) ( d/ds D_{s,t}(x) + grad D_{s,t}(x) . c_s(x) )
-    Lagrangian   D_{s,t}(x) + (t-s) d/dt D_{s,t}(x) - div c_t(X)
-    semigroup    D_{s,t}(x) - (1-gamma) D_{s,u}(x) - gamma D_{u,t}( X_{s,u}(x) ),   u = gamma s + (1-gamma) t
+A map with a head is a FlowMap on ``WithLogDensity`` events (x, log rho). Its mean velocity :math:`(v_{s,t}(x), -D_{s,t}(x))`
+does not depend on log rho. It satisfies the identities of any flow map (``jflow.identities``). Up to the sign, their second
+entries are the following residuals of D, where c is a velocity:
 
-The map enters in three places: the points X, the direction c_s, and div c. All three are under the stop-gradient, and no other
-term contains v: the head's loss trains D alone, and the layers that D shares with v.
+.. math::
 
-c is the map's own diagonal (self-distillation) or a teacher. All four residuals are linear in div c. An estimate of it
-therefore only has to be unbiased: under the squared reduction the exact head stays stationary.
+    \text{tangent:} \quad & D_{t,t}(x) - \nabla \cdot c_t(x), \\
+    \text{Eulerian:} \quad & D_{s,t}(x) - \nabla \cdot c_s(x)
+        - (t-s) \big( \partial_s D_{s,t}(x) + \nabla D_{s,t}(x) \cdot c_s(x) \big), \\
+    \text{Lagrangian:} \quad & D_{s,t}(x) + (t-s)\, \partial_t D_{s,t}(x) - \nabla \cdot c_t(X_{s,t}(x)), \\
+    \text{semigroup:} \quad & D_{s,t}(x) - (1-\gamma) D_{s,u}(x) - \gamma D_{u,t}(X_{s,u}(x)),
+        \qquad u = \gamma s + (1-\gamma) t.
 
-If the map is the flow of c, the log-density is that of the map's samples. If it is not, D is the mean of div c along the map's
-own images; the density of the samples is then that of ``likelihood.push``, from the Jacobians of the jumps.
+The map enters through the points X, the direction c_s and the divergence of c. All three are under a stop-gradient, and no
+other term contains v. The head's loss therefore trains only D, including layers that D shares with v.
+
+The velocity c is the map's own diagonal (self-distillation) or a teacher. All residuals are linear in the divergence of c, so
+an unbiased estimate of it suffices: with the squared reduction the exact head stays stationary.
+
+If the map is the flow of c, the log-density is that of the map's samples. Otherwise D is the mean of the divergence of c along
+the images of the map, and the density of the samples is given by ``likelihood.push``, from the Jacobians of the jumps.
 """
 
 from __future__ import annotations
@@ -64,16 +70,16 @@ from jflow.types import (
 # (params, s, t, x, cond=None, *, key=None) -> D_{s,t}(x), a scalar, in nats per unit of time.
 Head = Callable[..., Array]
 
-# identity -> the choices of ``stop``, the default first; with none of them does the head's loss reach the map.
+# identity -> the choices of ``stop``, the default first. With every choice, the map gets no gradient from the head's loss.
 STOPS = {"lagrangian": ("velocity", "target"), "eulerian": ("velocity", "spatial", "target"), "semigroup": ("target",)}
 
 
 class Headed(NamedTuple):
-    """The parameters of a map with a head of its own.
+    """The parameters of a map with a separate head.
 
     Attributes:
-      map: those of the map.
-      head: those of the head.
+      map: the parameters of the map.
+      head: the parameters of the head.
     """
 
     map: Params
@@ -81,7 +87,7 @@ class Headed(NamedTuple):
 
 
 def scalar_head(apply: NetworkApply) -> Head:
-    """A head that is the scalar output of a network of points with log-densities, such as ``nets.MultiOutput(nets.MLP())``."""
+    """The head that is the scalar output of a network on ``WithLogDensity`` events, as ``nets.MultiOutput(nets.MLP())``."""
 
     def head(params: Params, s: Time, t: Time, x: Event, cond: Cond = None, *, key: Key | None = None) -> Array:
         return _network(apply, params, s, t, x, cond, key).log_density
@@ -90,20 +96,20 @@ def scalar_head(apply: NetworkApply) -> Head:
 
 
 def with_head(flow_map: FlowMap, head: Head) -> FlowMap:
-    """The map and a head, two networks, as one map of points with log-densities: (v_{s,t}(x), -D_{s,t}(x)).
+    """Combines a map and a head into one map of points with log-densities, with mean velocity (v_{s,t}(x), -D_{s,t}(x)).
 
     Args:
-      flow_map: of events x: learned, solved or exact.
+      flow_map: a learned, solved or exact map of events x.
       head: ``(params, s, t, x, cond=None, *, key=None) -> D_{s,t}(x)``, a scalar.
 
     Returns:
-      The FlowMap of ``WithLogDensity`` events, of the same domain; its params are ``Headed(map, head)``. From
-      (x, log rho_s(x)) its ``jump`` gives (X_{s,t}(x), log rho_t(X_{s,t}(x))), in nats.
+      A FlowMap of ``WithLogDensity`` events with the same domain; its params are ``Headed(map, head)``. Its ``jump`` maps
+      (x, log rho_s(x)) to (X_{s,t}(x), log rho_t(X_{s,t}(x))), in nats.
 
     Raises:
-      TypeError: for a map or a head of another type; when called, for params that are not ``Headed``, or an event that is not
-        a WithLogDensity.
-      ValueError: when called, for a head or a log-density that is not a scalar, or concrete times outside the domain.
+      TypeError: if ``flow_map`` is not a FlowMap, or ``head`` not a function of this form. At a call, if the params are not
+        ``Headed``, or the event is not a WithLogDensity.
+      ValueError: at a call, if the head or the log-density is not a scalar, or concrete times are outside the domain.
     """
     if not isinstance(flow_map, FlowMap):
         raise TypeError(f"flow_map: expected a FlowMap, got {described(flow_map)}")
@@ -147,23 +153,23 @@ def with_head(flow_map: FlowMap, head: Head) -> FlowMap:
 
 
 def shared_network(apply: NetworkApply, parameterization: Parameterization, domain: Domain = FORWARD) -> FlowMap:
-    """A map of points with log-densities whose v_{s,t}(x) and D_{s,t}(x) are two outputs of one network.
+    """A map of points with log-densities in which v and D are two outputs of one network.
 
-    v_{s,t}(x) = a(s,t) x + c(s,t) net, and D_{s,t}(x) is the second output itself. A jump with its log-density costs one pass
-    of the network.
+    The mean velocity is v_{s,t}(x) = a(s,t) x + c(s,t) net, and D_{s,t}(x) is the second output. A jump with its log-density
+    costs one pass of the network.
 
     Args:
-      apply: ``(params, s, t, state, cond=None, *, key=None) -> WithLogDensity(net, D)``, the log-density given to it being 0:
-        ``nets.from_linen(nets.MultiOutput(nets.MLP()))``, or any network with a scalar output beside the one shaped like x.
-      parameterization: what the first output predicts.
-      domain: the pairs of times on which it will be trained.
+      apply: ``(params, s, t, state, cond=None, *, key=None) -> WithLogDensity(net, D)``, for example
+        ``nets.from_linen(nets.MultiOutput(nets.MLP()))``. The log-density of ``state`` is always 0.
+      parameterization: the parameterization of the first output.
+      domain: the pairs of times on which the map will be trained.
 
     Returns:
-      The FlowMap of ``WithLogDensity`` events; its params are the network's.
+      A FlowMap of ``WithLogDensity`` events; its params are the network's.
 
     Raises:
-      TypeError: when called, for an event or an output that is not a WithLogDensity.
-      ValueError: when called, for outputs of other shapes than the WithLogDensity's, or concrete times outside the domain.
+      TypeError: at a call, if the event or the output is not a WithLogDensity.
+      ValueError: at a call, if the output's shapes are not those of the event, or concrete times are outside the domain.
     """
 
     def mean_velocity(
@@ -180,7 +186,7 @@ def shared_network(apply: NetworkApply, parameterization: Parameterization, doma
 
 
 def without_head(flow_map: FlowMap) -> FlowMap:
-    """The map of events x alone, of a map of points with log-densities; it has the same params."""
+    """The map of events x that a map of points with log-densities contains; it has the same params."""
 
     def mean_velocity(
         params: Params, s: Time, t: Time, x: Event, cond: Cond = None, *, key: Key | None = None
@@ -203,11 +209,11 @@ def without_head(flow_map: FlowMap) -> FlowMap:
 
 @dataclasses.dataclass(frozen=True)
 class HeadObjective:
-    """The objective of a head, made by ``head_objective``; it is called like every other objective.
+    """The objective of a head, made by ``head_objective`` and called like every other objective.
 
     Attributes:
       on_states: the Objective on points with log-densities.
-      own: whether c is the map's own diagonal at the params being trained, not a teacher at ``context.teacher``.
+      own: True if c is the map's own diagonal at the params being trained, False if it is a teacher at ``context.teacher``.
     """
 
     on_states: Objective
@@ -246,40 +252,48 @@ def head_objective(
     derivative: Derivative = identities.forward_mode,
     **choices: Unpack[RowChoices],
 ) -> HeadObjective:
-    """R( residual of D ) by one of the module's identities, and R( D_{t,t} - sg div c_t ) on the diagonal rows.
+    r"""The objective of a head: the reduced residual of D of one identity, and the tangent residual on the diagonal rows.
+
+    On a row with s < t the loss is R(residual of D), with the reduction R and a residual of ``jflow.likelihood.head``. On a row
+    with s = t it is
+
+    .. math::
+
+        R\big( D_{t,t}(x) - \mathrm{sg}\, \nabla \cdot c_t(x) \big).
 
     The map gets no gradient, except in layers that it shares with D. To train the map as well, add an objective for it:
     ``weighted_sum(objectives.lsd(without_head(flow_map), interpolant), head=(head_objective(flow_map, interpolant), 1.0))``.
 
-    On a mixture in the plane the Lagrangian identity learned fastest, and the Eulerian one with the target stopped slowest.
+    On a mixture in the plane the Lagrangian identity learned fastest, and the Eulerian identity with the target stopped
+    slowest.
 
-    Cost of a row in passes of the network of D: diagonal 3 + divergence; Lagrangian 6 + F + divergence; Eulerian
-    6 + divergence; both 2 less with the target stopped; semigroup 5 + F. F is a pass of the map's network, if that is another
-    one. A divergence costs 1 + d passes of c's network if exact, 1 + m with m probes.
+    The cost of a row, in passes of the network of D, is 3 + divergence on the diagonal, 6 + F + divergence for Lagrangian,
+    6 + divergence for Eulerian (both 2 less with the target stopped), and 5 + F for semigroup. F is a pass of the map's
+    network, if that is another one. A divergence costs 1 + d passes of c's network if exact, and 1 + m with m probes.
 
     Args:
-      flow_map: of ``WithLogDensity`` events (``with_head``, ``shared_network``).
+      flow_map: a map of ``WithLogDensity`` events (``with_head``, ``shared_network``).
       interpolant: the path.
       identity: "lagrangian", "eulerian" or "semigroup"; ``gammas`` is the semigroup's law of gamma, 1/2 by default.
       divergence: ``exact_divergence()`` by default, or an unbiased estimate; its probes are drawn from each row's key.
       teacher: c, a Velocity or a FlowMap of events x at the parameters ``context.teacher``; by default the map's own
         diagonal.
-      along: "divergence", or "head": off the diagonal sg D_{t,t} then replaces div c_t, which saves the passes of the
-        divergence. The divergence is then learned on the diagonal rows alone.
-      stop: what gets no gradient besides the map. "velocity": div c alone, the default of the Lagrangian and the Eulerian
-        identity. "target": all but the leading D, the only choice of the semigroup; F2D2 (2512.02636) stops the target.
-        "spatial", for the Eulerian identity: div c and grad D.
+      along: "divergence", or "head". With "head", sg D_{t,t} replaces div c_t off the diagonal, which saves the passes of
+        the divergence; the divergence is then learned on the diagonal rows only.
+      stop: what gets no gradient besides the map. "velocity": div c, the default for Lagrangian and Eulerian. "target": all
+        but the leading D, the only choice for semigroup; F2D2 (2512.02636) stops the target. "spatial", for Eulerian:
+        div c and grad D.
       derivative: ``forward_mode``, ``central_difference(h)`` or ``finite_difference(h)``.
-      **choices: of ``Objective``: diagonal (1/2 by default), times, pairs, gammas, reduction, diagonal_reduction,
-        base, coupling, blocks, domain. Only the squared reduction leaves the exact head stationary with an estimated
-        divergence.
+      **choices: choices of ``Objective``: diagonal (1/2 by default), times, pairs, gammas, reduction, diagonal_reduction,
+        base, coupling, blocks, domain. With an estimated divergence, only the squared reduction keeps the exact head
+        stationary.
 
     Returns:
       The objective; the terms of its metrics are "tangent" and "head_IDENTITY".
 
     Raises:
-      ValueError: for an unknown choice, or ``diagonal=0`` if only the diagonal rows involve the divergence.
-      TypeError: for a map that is not a FlowMap, or choices of another type.
+      ValueError: if a choice is unknown, or ``diagonal`` is 0 although only the diagonal rows involve the divergence.
+      TypeError: if ``flow_map`` is not a FlowMap, or a choice has another type.
     """
     checks.choice("identity", identity, STOPS)
     checks.choice("along", along, ("divergence", "head"))
@@ -319,7 +333,7 @@ def head_objective(
     def divergence_of(row: Row) -> Array:
         return velocity_estimates.teacher(row).log_density
 
-    # The tangent term alone reads it, and an objective refuses choices that nothing reads.
+    # Only the tangent term uses this estimate, and an Objective rejects choices that no term uses.
     estimate: Any = divergence_of if chosen["diagonal"] > 0.0 else None
     on_states = Objective(
         "head",
@@ -335,7 +349,7 @@ def head_objective(
 
 
 class _HeadAlone(FlowMap):
-    """A map whose velocity is the entry of D alone, which is what the head's tangent term compares."""
+    """A map whose velocity is the entry of D only, which the head's tangent term compares."""
 
     def velocity(
         self, params: Params, t: Time, x: WithLogDensity, cond: Cond = None, *, key: Key | None = None
@@ -345,7 +359,7 @@ class _HeadAlone(FlowMap):
 
 
 def _points_stopped(flow_map: FlowMap) -> FlowMap:
-    """The map as the head's objective uses it: points get no gradient, and the velocity is the entry of D alone."""
+    """The map as used by the head's objective: points get no gradient, and the velocity is the entry of D only."""
 
     def mean_velocity(
         params: Params, s: Time, t: Time, state: WithLogDensity, cond: Cond = None, *, key: Key | None = None
@@ -357,7 +371,7 @@ def _points_stopped(flow_map: FlowMap) -> FlowMap:
 
 
 def _check(domain: Domain, s: Time, t: Time, state: WithLogDensity) -> None:
-    """Refuses an event that is not a WithLogDensity, and a concrete jump outside the domain."""
+    """Checks that the event is a WithLogDensity, and that a concrete jump is inside the domain."""
     if not isinstance(state, WithLogDensity):
         raise TypeError(f"x: expected a WithLogDensity(x, log_density), got {type(state).__name__}")
     checks.scalar("x.log_density", state.log_density)
@@ -367,7 +381,7 @@ def _check(domain: Domain, s: Time, t: Time, state: WithLogDensity) -> None:
 def _network(
     apply: NetworkApply, params: Params, s: Time, t: Time, x: Event, cond: Cond, key: Key | None
 ) -> WithLogDensity:
-    """A network's two outputs; the log-density that it is given is 0."""
+    """The two outputs of a network at a log-density of 0."""
     state = _state(x)
     output = apply(params, s, t, state, cond, key=key)
     if not isinstance(output, WithLogDensity):
@@ -385,7 +399,7 @@ def _state(x: Event) -> WithLogDensity:
 
 
 def _states(name: str, x: Event) -> WithLogDensity:
-    """A batch of events with log-densities of 0; no result depends on these."""
+    """A batch of events with log-densities of 0, on which no result depends."""
     checks.floating(name, x)
     rows = jnp.shape(jax.tree.leaves(x)[0])[:1]
     return WithLogDensity(x, jnp.zeros(rows, trees.at_least_float32(x)))

@@ -1,15 +1,19 @@
-r"""Images of L integer levels as continuous data, and log-densities in bits per dimension.
+r"""Images with L integer levels as continuous data, and log-densities in bits per dimension.
 
-The conversions::
+An image q with levels 0, ..., L-1 is dequantised to
 
-    dequantised   x = 2 (q + u)/L - 1 in [-1, 1),   q in {0, ..., L-1},  u uniform on (0, 1)
+.. math::
 
-A density rho of x is one of q + u, namely rho(x) (2/L)^d, whose integral over a pixel's unit cell is the probability of its
-levels. By Jensen's inequality (1511.01844) the mean over u of::
+    x = \frac{2 (q + u)}{L} - 1 \in (-1, 1), \qquad u \text{ uniform on } (0, 1).
 
-    bits per dimension = -log rho(x) / (d log 2) + log2(L/2)
+A density :math:`\rho(x)` gives q + u the density :math:`\rho(x)\, (2/L)^d`, whose integral over a unit cell is the probability
+P(q). By Jensen's inequality (1511.01844) the mean over u of
 
-bounds the model's code length -log2 P(q) / d from above. A model that is uniform on [-1, 1)^d scores log2 L.
+.. math::
+
+    \text{bits per dimension} = -\frac{\log \rho(x)}{d \log 2} + \log_2 \frac{L}{2}
+
+is an upper bound on the model's code length -log2 P(q)/d. For a uniform density on [-1, 1)^d it is log2 L.
 """
 
 from __future__ import annotations
@@ -23,22 +27,23 @@ from jflow.types import Array, Key
 
 
 def dequantise(key: Key, pixels: Array, levels: int = 256, *, dtype: jax.typing.DTypeLike = float) -> Array:
-    """x = 2 (q + u)/levels - 1 with u uniform on (0, 1), new for each entry; ``quantise`` gives the pixels back exactly.
+    """Dequantises pixels q: x = 2 (q + u)/levels - 1, with u uniform on (0, 1) and drawn for each entry.
 
-    u lies on the middles of a lattice fine enough for the dtype to tell apart, so that no rounding leaves a pixel's cell.
+    ``quantise`` recovers the pixels exactly. To this end u is drawn from the midpoints of a lattice that the dtype can resolve,
+    so that rounding never moves x into another pixel's cell.
 
     Args:
-      key: of the noise.
+      key: the PRNG key of the noise.
       pixels: integers from 0 to levels - 1, of any shape.
-      levels: L, 2 at least: 256 for 8-bit images, 17 for scikit-learn's digits.
-      dtype: of the result; by default jax's default float.
+      levels: L, at least 2: 256 for 8-bit images, 17 for scikit-learn's digits.
+      dtype: the dtype of the result; by default jax's default float.
 
     Returns:
-      Shaped like pixels, within (-1, 1).
+      An array shaped like pixels, with values in (-1, 1).
 
     Raises:
-      TypeError: for pixels that are not integers, a dtype that is not floating-point, or levels that are not a whole number.
-      ValueError: for concrete pixels out of range, fewer than two levels, or a dtype too narrow for them.
+      TypeError: if the pixels are not integers, the dtype is not floating-point, or ``levels`` is not a whole number.
+      ValueError: if concrete pixels are out of range, ``levels`` is below 2, or the dtype cannot resolve the levels.
     """
     _check_levels(levels)
     pixels = jnp.asarray(pixels)
@@ -50,7 +55,7 @@ def dequantise(key: Key, pixels: Array, levels: int = 256, *, dtype: jax.typing.
     dtype = jnp.zeros((), dtype).dtype
     if not jnp.issubdtype(dtype, jnp.floating):
         raise TypeError(f"dtype: expected a floating-point dtype, got {dtype}")
-    # The bits of u: those of the dtype less those of q, and two so that the map to [-1, 1) and back cannot round it away.
+    # The number of bits of u: those of the dtype minus those of q, minus two for the rounding of the map to [-1, 1) and back.
     bits = min(jnp.finfo(dtype).nmant - int(np.ceil(np.log2(levels))) - 2, 30)
     if bits < 1:
         raise ValueError(f"dtype: expected one that tells {levels} levels apart with noise between, got {dtype}")
@@ -60,10 +65,13 @@ def dequantise(key: Key, pixels: Array, levels: int = 256, *, dtype: jax.typing.
 
 
 def quantise(x: Array, levels: int = 256) -> Array:
-    """floor( (x + 1) levels/2 ), int32: the pixels that ``dequantise`` made x of. Samples outside [-1, 1) go to the ends.
+    """Quantises x to pixels, floor((x + 1) levels/2), in int32; the inverse of ``dequantise``.
+
+    Values of x outside [-1, 1) are clipped to the lowest or highest level.
 
     Raises:
-      TypeError: for x that is not floating-point, or levels that are not a whole number; ValueError for fewer than two.
+      TypeError: if x is not floating-point, or ``levels`` is not a whole number.
+      ValueError: if ``levels`` is below 2.
 
     Example:
       >>> import jax.numpy as jnp
@@ -78,21 +86,26 @@ def quantise(x: Array, levels: int = 256) -> Array:
 
 
 def bits_per_dim(log_density: Array, dims: int, *, levels: int = 256, width: float = 2.0) -> Array:
-    """-log_density/(dims log 2) + log2(levels/width), for uniformly dequantised data.
+    r"""Bits per dimension of uniformly dequantised data, from a log-density in nats.
+
+    .. math::
+
+        -\frac{\log \rho(x)}{d \log 2} + \log_2 \frac{L}{\text{width}}
 
     Args:
-      log_density: log rho(x) in nats of the **whole event**, of the scaled and dequantised data x; of any shape.
+      log_density: log rho(x) in nats of the **whole event** x, the scaled and dequantised data; of any shape.
       dims: d, the number of entries of an event (pixels times channels).
-      levels: L, of the data before dequantisation.
-      width: the length, in units of x, of the interval that the L levels fill: 2 for ``dequantise``; after further division
-        of x by a scale, 2/scale.
+      levels: L, the number of levels of the data before dequantisation.
+      width: the length, in units of x, of the interval that the L levels fill. It is 2 for ``dequantise``, and 2/scale if x
+        was then divided by a scale.
 
     Returns:
-      Bits per dimension, shaped like log_density: an upper bound, in the mean over the dequantisation, of the code length.
+      Bits per dimension, shaped like log_density. Their mean over the dequantisation is an upper bound on the code length.
 
     Raises:
-      ValueError: for dims below 1, levels below 2, or a width that is not positive; TypeError for numbers of the wrong type
-        or a log-density that is not floating-point.
+      ValueError: if ``dims`` is below 1, ``levels`` is below 2, or ``width`` is not positive.
+      TypeError: if ``dims`` or ``levels`` is not a whole number, ``width`` is not a number, or the log-density is not
+        floating-point.
 
     Example:
       >>> import jax.numpy as jnp

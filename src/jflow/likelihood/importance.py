@@ -1,23 +1,33 @@
 r"""Self-normalised importance weights: expectations under a target from samples of another law with known density.
 
-With samples x_1, ..., x_N::
+For samples :math:`x_1, \dots, x_N` the weights are
 
-    W_n = target(x_n) / sampler(x_n),     w_n = W_n / sum_m W_m,     Z = 1/N sum_n W_n
+.. math::
 
-The sampler's density must be that of the sampler **that ran** (``push`` on the same grid, not the ODE's), and it must be a
-density, not an estimate: log rho with a Hutchinson divergence is unbiased, so that by Jensen's inequality its exponential is
-biased upward, E exp(log rho + noise) > rho, and likewise 1/rho and every weight made of it. With a normal noise of variance
-v the factor is e^{v/2}. Use ``exact_divergence()`` for weights.
+    W_n = \frac{\text{target}(x_n)}{\text{sampler}(x_n)}, \qquad w_n = \frac{W_n}{\sum_m W_m}, \qquad
+    Z = \frac{1}{N} \sum_n W_n.
 
-Where a learned map folds, several base points go to one x, and ``rho_0/|det|`` is the density of one branch alone, which is
-less than the sampler's. Weights made of it count x once for each branch. The sign of the determinant corrects this::
+The sampler's density must be that of the sampler **that ran** (``push`` on the same grid, not that of the ODE). It must also be
+exact, not an estimate. With a Hutchinson divergence log rho is unbiased, so by Jensen's inequality its exponential is biased
+upward, E exp(log rho + noise) > rho; so are 1/rho and every weight computed from it. For normal noise of variance v the factor
+is e^{v/2}. Use ``exact_divergence()`` for weights.
 
-    E_{rho_0}[ sign det grad X  target(X)/(rho_0/|det grad X|) f(X) ] = int det grad X target(X) f(X) dx_0 = deg X int target f
+If a learned map folds, several base points are mapped to the same x, and ``rho_0/|det|`` is the density of one branch only,
+which is less than the sampler's. Weights computed from it count x once for each branch. The sign of the determinant corrects
+this:
 
-since the signs of the preimages of a point sum to the degree of the map. The degree is 1 if no point comes in from infinity
-along a jump X_{s,t}: |X_{s,u}(x)| -> infinity with |x|, uniformly in u between s and t. A bounded v suffices, and so does one
-with ``|(t-s) v| <= c |x| + C``, c < 1. For a learned map this is an assumption (x + softplus(-2x) has degree 0), and the base
-must reach all preimages in practice. The check is log Z, which is 0 for a normalised target. Pass the sign from ``push``.
+.. math::
+
+    \mathbb{E}_{x_0 \sim \rho_0}\left[ \mathrm{sign}(\det \nabla X)\,
+    \frac{\text{target}(X)}{\rho_0 / |\det \nabla X|}\, f(X) \right]
+    = \int \det \nabla X\, \text{target}(X)\, f(X)\, dx_0
+    = \deg X \int \text{target}(x)\, f(x)\, dx,
+
+because the signs of the preimages of a point sum to the degree of the map. The degree is 1 if no point comes in from infinity
+along a jump :math:`X_{s,t}`, that is, if :math:`|X_{s,u}(x)| \to \infty` with :math:`|x|`, uniformly in u between s and t. A
+bounded v suffices, and so does a v with ``|(t-s) v| <= c |x| + C`` and c < 1. For a learned map this is an assumption
+(x + softplus(-2x) has degree 0), and in practice the base must reach all preimages. To check it, look at log Z, which is 0 for
+a normalised target. Pass the sign from ``push``.
 """
 
 from __future__ import annotations
@@ -36,9 +46,9 @@ class Weights(NamedTuple):
     """Normalised weights of N samples.
 
     Attributes:
-      weights: w_n, ``[N]``, of sum 1; negative where the sign is.
-      log_z: log Z in nats, a scalar: of the target's integral where it is not normalised, and 0 in the limit where it is.
-      log_z_error: its standard error by the delta method, sqrt( sum w^2 - 1/N ), a scalar.
+      weights: w_n, ``[N]``, with sum 1; negative for samples with a negative sign.
+      log_z: log Z in nats, a scalar. It estimates the log of the target's integral, which is 0 for a normalised target.
+      log_z_error: the standard error of log_z by the delta method, sqrt(sum w^2 - 1/N), a scalar.
     """
 
     weights: Array
@@ -47,19 +57,19 @@ class Weights(NamedTuple):
 
 
 def normalised(log_target: Array, log_sampler: Array, sign: Array | None = None) -> Weights:
-    """The weights of samples x_n from the log-densities in nats of the target, up to a constant, and of their sampler.
+    """Normalised weights of samples x_n, from the log-densities of the target (up to a constant) and of the sampler.
 
     Args:
-      log_target: ``[N]``; minus infinity where the target vanishes.
-      log_sampler: ``[N]``, finite.
-      sign: ``[N]``, each 1, 0 or -1, of the determinants of a sampler that may fold; by default 1 for all. A sample of
-        sign 0 counts as drawn and has no weight: pass singular samples so, with any finite densities.
+      log_target: log-densities in nats, ``[N]``; minus infinity where the target vanishes.
+      log_sampler: log-densities in nats, ``[N]``, finite.
+      sign: ``[N]``, each 1, 0 or -1: the signs of the determinants of a sampler that may fold; by default all 1. A sample of
+        sign 0 is counted in N but has weight 0. Use it for singular samples, with any finite densities.
 
     Raises:
-      ValueError: for other shapes; and (concrete) for numbers that are not finite, but for a log_target of minus infinity,
-        other signs, a target that vanishes at all samples, or weights whose sum is not positive. Traced, the weights are
-        then NaN.
-      TypeError: for arrays that are not floating-point.
+      ValueError: if the shapes differ or there are no samples. For concrete values also if a log-density is not finite
+        (minus infinity is allowed in ``log_target``), a sign is not 1, 0 or -1, the target vanishes at all samples, or the
+        sum of the weights is not positive. For traced values a sum that is not positive gives NaN weights.
+      TypeError: if an array is not floating-point.
 
     Example:
       >>> import jax.numpy as jnp
@@ -92,23 +102,25 @@ def normalised(log_target: Array, log_sampler: Array, sign: Array | None = None)
     whole = checks.concrete(total)
     if whole is not None and not whole > 0:
         raise ValueError("sign: expected weights of a positive sum, got more that are negative")
-    # Without a sign a ratio may be of any size, and beyond the largest number.
+    # Mask samples of sign 0 before the exponential, where their ratios might overflow.
     ratios = jnp.exp(jnp.where(sign == 0, -jnp.inf, log_w - log_sum))
     weights = jnp.where(total > 0, sign * ratios, jnp.nan)
     count = log_w.shape[0]
     log_z = jnp.where(total > 0, log_sum - float(np.log(count)), jnp.nan)
-    # Rounding may leave the variance of equal weights below zero.
+    # Rounding may make the variance of equal weights negative.
     error = jnp.sqrt(jnp.maximum(jnp.sum(weights**2) - 1.0 / count, 0.0))
     return Weights(weights, log_z, error)
 
 
 def effective_sample_size(weights: Array) -> Array:
-    """(sum w)^2 / sum w^2 of ``[N]`` weights of any positive sum: the number of equal weights of the same value. A scalar.
+    """The effective sample size (sum w)^2 / sum w^2 of weights ``[N]`` with any positive sum, a scalar.
 
-    It lies between 1 and N; for weights with signs it may be less than 1.
+    For weights without signs it lies between 1 and N; for weights with signs it may be less than 1.
 
     Raises:
-      ValueError: for another shape, and (concrete) for weights that are not finite, or a sum that is not positive.
+      ValueError: if the weights do not have shape ``[N]``, or concrete weights are not finite or have a sum that is not
+        positive.
+      TypeError: if the weights are not floating-point.
 
     Example:
       >>> import jax.numpy as jnp
@@ -121,19 +133,25 @@ def effective_sample_size(weights: Array) -> Array:
 
 
 def expectation(weights: Array, values: Array) -> tuple[Array, Array]:
-    """sum w f / sum w with its standard error by the delta method, sqrt( sum w^2 (f - mean)^2 ) / sum w.
+    r"""The weighted mean of f, and its standard error by the delta method.
+
+    .. math::
+
+        \bar f = \frac{\sum_n w_n f(x_n)}{\sum_n w_n}, \qquad
+        \text{error} = \frac{\sqrt{\sum_n w_n^2\, (f(x_n) - \bar f)^2}}{\sum_n w_n}
 
     The error includes neither the bias, of order 1/N, nor regions of the target without samples.
 
     Args:
-      weights: ``[N]``, of any positive sum.
+      weights: ``[N]``, with any positive sum.
       values: f(x_n), ``[N, ...]``.
 
     Returns:
       The mean and its standard error, each of shape ``[...]``.
 
     Raises:
-      ValueError: as ``effective_sample_size``, and for values of another length; TypeError if they are not floating-point.
+      ValueError: as ``effective_sample_size``, and if ``values`` has another length.
+      TypeError: if the weights or values are not floating-point.
     """
     weights = _weights(weights)
     checks.floating("values", values)

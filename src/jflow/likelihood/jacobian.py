@@ -1,4 +1,4 @@
-"""Functions of events as functions of flat vectors, with all columns of their Jacobians from one linearisation."""
+"""The Jacobian of a function of events, as a function of flat vectors, from one linearisation."""
 
 from __future__ import annotations
 
@@ -16,13 +16,13 @@ Mode = Literal["forward", "reverse"]
 
 
 class Linear(NamedTuple):
-    """A function f of events at a point x, and its derivative there; n is the number of entries of x.
+    """The value and the derivative of a function f of events at a point x with n entries.
 
     Attributes:
       value: f(x), an event.
-      column: z -> J z of vectors ``[n]`` in the dtype below, J the Jacobian; in reverse mode z -> J'z.
+      column: z -> J z for vectors ``[n]`` of ``dtype``, where J is the Jacobian; in reverse mode z -> J'z.
       size: n.
-      dtype: the widest of x, float32 at least: what is summed over columns keeps its digits.
+      dtype: the widest dtype of x, and at least float32, so that sums over columns are precise.
     """
 
     value: Event
@@ -31,12 +31,12 @@ class Linear(NamedTuple):
     dtype: jnp.dtype
 
     def columns(self) -> Array:
-        """``[n, n]``, the transposed Jacobian: row i is J e_i. In reverse mode the Jacobian itself: row i is J'e_i."""
+        """The transposed Jacobian, ``[n, n]``, whose row i is J e_i; in reverse mode the Jacobian, whose row i is J'e_i."""
         return jax.vmap(self.column)(jnp.eye(self.size, dtype=self.dtype))
 
 
 def flatten(x: Event) -> tuple[Array, Callable[[Array], Event]]:
-    """The entries of an event as one vector, in the widest dtype of its leaves and float32 at least; and the way back."""
+    """The entries of an event as one vector, in the widest dtype and at least float32, and the inverse of this function."""
     x = jax.tree.map(jnp.asarray, x)
     dtype = trees.at_least_float32(x)
     flat, unravel = ravel_pytree(jax.tree.map(lambda leaf: leaf.astype(dtype), x))
@@ -44,17 +44,18 @@ def flatten(x: Event) -> tuple[Array, Callable[[Array], Event]]:
 
 
 def linearise(name: str, f: Callable[[Event], Event], x: Event, mode: Mode = "forward") -> Linear:
-    """The ``Linear`` of f at x, by one call of f and, later, one pass of forward or reverse mode per column.
+    """Linearises f at x, with one call of f; each later column costs one pass in forward or reverse mode.
 
     Args:
-      name: how messages call f(x).
-      f: of events like x; shaped like its argument.
+      name: the name of f(x) in error messages.
+      f: a function of events like x, with an output shaped like its argument.
       x: a pytree of floating-point arrays.
-      mode: "forward", or "reverse" for functions without forward-mode derivative; the columns are then those of J'.
+      mode: "forward", or "reverse" for functions without a derivative in forward mode. The columns are then those of J'.
 
     Raises:
-      ValueError: when f(x) is not shaped like x, or for another mode; TypeError when x or f(x) is not floating-point, or for
-        a function without forward-mode derivative (the message names the alternatives).
+      ValueError: if f(x) is not shaped like x, or the mode is unknown.
+      TypeError: if x or f(x) is not floating-point, or f has no derivative in forward mode (the message names the
+        alternatives).
     """
     checks.floating("x", x)
     checks.choice("mode", mode, ("forward", "reverse"))

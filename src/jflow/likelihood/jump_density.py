@@ -1,19 +1,27 @@
-r"""The density of the sampler that ran: of K jumps of a flow map, by the determinants of their Jacobians.
+r"""The density of a sampler of K jumps of a flow map, from the determinants of the Jacobians of the jumps.
 
-The density after K jumps::
+The density after K jumps is
 
-    log rho_1(x_K) = log rho_0(x_0) - sum_k log|det grad X_{t_k,t_{k+1}}(x_k)|,   x_{k+1} = X_{t_k,t_{k+1}}(x_k)
+.. math::
 
-It is exact for whatever the map has learned, and needs no identity to hold, but the map must be injective. A Jacobian
-with a determinant of zero or less shows that it is not (the exact map's are positive, and the identity's at s = t is 1);
-that all are positive does not show that it is.
+    \log \rho_1(x_K) = \log \rho_0(x_0) - \sum_{k=0}^{K-1} \log|\det \nabla X_{t_k,t_{k+1}}(x_k)|, \qquad
+    x_{k+1} = X_{t_k,t_{k+1}}(x_k).
 
-``push`` gives a sample with its density. The density at given data depends on which map is meant: ``log_density`` inverts
-the jumps on an ascending grid, and on a descending one takes the encoder E, as trained, for the inverse:
-``log rho_1(x) = log rho_0(E(x)) + log|det grad E(x)|``. For an exact map the two agree.
+It is exact for any learned map that is injective; no identity needs to hold. A Jacobian whose determinant is zero or negative
+shows that the map is not injective, since determinants of the exact map are positive. Positive determinants do not prove that
+it is.
 
-Each jump costs 1 + d forward passes and a determinant of d^3, d counting the entries of x; its inverse by Newton's method
-1 + d + 8 for each iteration.
+``push`` gives a sample with its density. The density at given data depends on the map that is used. On an ascending grid
+``log_density`` inverts the jumps. On a descending grid it uses the trained encoder E as the inverse:
+
+.. math::
+
+    \log \rho_1(x) = \log \rho_0(E(x)) + \log|\det \nabla E(x)|.
+
+For an exact map the two agree.
+
+For an event of d entries, each jump costs 1 + d forward passes and a determinant of cost d^3. Its inverse by Newton's method
+costs 1 + d + 8 passes per iteration.
 """
 
 from __future__ import annotations
@@ -33,9 +41,9 @@ from jflow.samplers import Grid
 from jflow.samplers.steps import check_bound, check_length
 from jflow.types import Array, BoundFlowMap, Cond, Event, Key
 
-# Steps of Heun's method along the diagonal that guess the inverse of one jump: a network call is cheap next to a Jacobian.
+# The number of Heun steps along the diagonal for the initial guess of an inverse; they are cheap compared with a Jacobian.
 GUESS_STEPS = 8
-# Newton steps are tried at these lengths, and the best is taken.
+# Each Newton step is tried with these lengths, and the best is taken.
 LENGTHS = 0.5 ** np.arange(8)
 
 
@@ -44,8 +52,8 @@ class _Leg(NamedTuple):
 
     Attributes:
       log_det: ``log|det grad X_{s,t}|``.
-      sign: of the determinant, 0 where that is not finite.
-      inverted: whether the point that jumps to the given one was found.
+      sign: the sign of the determinant, or 0 if log_det is not finite.
+      inverted: whether an inverse was found.
     """
 
     log_det: Array
@@ -66,19 +74,19 @@ def push(
 
     Args:
       bound: the flow map with its parameters.
-      x0: the state at grid[0], of the law ``base``; a pytree of floating-point arrays.
-      grid: the times, ``[K + 1]``, every jump within ``bound.domain``.
+      x0: the state at grid[0], drawn from ``base``; a pytree of floating-point arrays.
+      grid: the times, ``[K + 1]``, with every jump within ``bound.domain``.
       cond: conditioning of the sample.
-      key: passed on to the network, one per jump; None for none.
+      key: a key from which each jump gets one for the network, or None.
       base: the law at time grid[0].
 
     Returns:
-      ``valid`` is False when a determinant is zero, negative or not finite.
+      LogDensity. ``valid`` is False if a determinant is zero, negative or not finite.
 
     Raises:
-      ValueError: for a grid with a jump outside the domain (the values of a traced grid are not checked), x0 that is not
-        finite, or a base density that is not a scalar; at an un-jitted call, where ``valid`` would be False.
-      TypeError: for anything but a BoundFlowMap, or x0 that is not floating-point.
+      ValueError: if the grid has a jump outside the domain (the values of a traced grid are not checked), x0 is not finite, or
+        the base density is not a scalar; without ``jax.jit`` also if ``valid`` would be False.
+      TypeError: if ``bound`` is not a BoundFlowMap, or x0 is not floating-point.
 
     Example:
       >>> import jax.numpy as jnp
@@ -112,31 +120,31 @@ def log_density(
 ) -> LogDensity:
     """The log-density of given data in nats, through the inverse of the sampler or through the encoder.
 
-    On an **ascending** grid: the density of ``samplers.jumps`` on that grid with that key. Each jump is inverted by
-    Newton's method with a dense Jacobian: from the diagonal's solve backward, each step at the best of eight lengths, until
-    the residual is below ``eps^(2/3) (1 + max|x|)``. If the map is not injective, one preimage counts and the others do not.
-    Derivatives of all orders but in the grid exist, as of an implicit function.
+    On an **ascending** grid it is the density of ``samplers.jumps`` on that grid with that key. Each jump is inverted by
+    Newton's method with a dense Jacobian. The initial guess is a backward solve along the diagonal. Each step takes the best
+    of eight lengths, and the result must have a residual of at most ``eps^(2/3) (1 + max|x|)``. If the map is not injective,
+    only one preimage is counted. Derivatives of all orders exist, except in the grid; they are those of the implicit function.
 
-    On a **descending** grid, of a map that goes backward: the density that its encoder defines. It is the density of the
-    sampler only as far as encoder and sampler are each other's inverse.
+    On a **descending** grid, for a map that also goes backward, it is the density that the encoder defines. This is the
+    density of the sampler only if the encoder and the sampler are inverse to each other.
 
     Args:
       bound: the flow map with its parameters.
       x: an event, at grid[-1] of an ascending grid and at grid[0] of a descending one.
-      grid: strictly monotone concrete times, ``[K + 1]``, every jump within ``bound.domain``.
+      grid: strictly monotone concrete times, ``[K + 1]``, with every jump within ``bound.domain``.
       cond: conditioning of the sample.
       key: as in ``push``.
       base: the law at the lowest time.
-      iterations: the most Newton steps of a jump.
+      iterations: the largest number of Newton steps per jump.
 
     Returns:
-      ``x0`` is the state at the lowest time. ``valid`` is False when a determinant is zero, negative or not finite, or an
-      inverse was not found.
+      LogDensity. ``x0`` is the state at the lowest time. ``valid`` is False if a determinant is zero, negative or not finite,
+      or an inverse was not found.
 
     Raises:
-      ValueError: for a grid that is traced, not strictly monotone or has a jump outside the domain; x that is not finite;
-        a base density that is not a scalar; at an un-jitted call, where ``valid`` would be False.
-      TypeError: for anything but a BoundFlowMap, x that is not floating-point, or ``iterations`` that is not a whole number.
+      ValueError: if the grid is traced, not strictly monotone or has a jump outside the domain, x is not finite, the base
+        density is not a scalar, or ``iterations`` is below 1; without ``jax.jit`` also if ``valid`` would be False.
+      TypeError: if ``bound`` is not a BoundFlowMap, x is not floating-point, or ``iterations`` is not a whole number.
     """
     check_bound(bound)
     x = check_event("x", x)
@@ -169,25 +177,31 @@ def refine(
     key: Key | None = None,
     base: Base = bases.STANDARD_NORMAL,
 ) -> Event:
-    """Base points of higher density for the sampler: x0 <- x0 + step_size grad_{x0} log rho_1(X(x0)), ``steps`` times.
+    r"""Moves base points by gradient ascent to points at which the sampler's density is higher.
+
+    With the step size eta it repeats ``steps`` times
+
+    .. math::
+
+        x_0 \leftarrow x_0 + \eta\, \nabla_{x_0} \log \rho_1(X(x_0)).
 
     To sample from the new points: ``samplers.jumps(bound, refine(bound, x0, grid, step_size=0.05), grid)``. The results are
-    **not samples of the model**: each step moves them towards a mode, so that spread is lost and tails vanish.
+    **not samples of the model**: each step moves them towards a mode, so they have less spread and lighter tails.
 
-    The density is that of ``push``, differentiated in reverse: a step costs about four times as much. The map needs
-    derivatives in both modes (of a solve: fixed steps, or ``adjoint="direct"``).
+    The density is that of ``push``. It is differentiated in reverse mode, so the map needs derivatives in both modes (a solve
+    has these with fixed steps or ``adjoint="direct"``).
 
     Args:
       bound, x0, grid, cond, key, base: as in ``push``.
-      step_size: in squared units of x0 per nat; a scalar, which may be traced.
-      steps: how many.
+      step_size: eta, in squared units of x0 per nat; a scalar, which may be traced.
+      steps: the number of steps.
 
     Returns:
-      Shaped like x0.
+      An event shaped like x0.
 
     Raises:
-      ValueError: as ``push``, and for a step size that is not a finite scalar of at least 0, or no steps; TypeError for
-        numbers of the wrong type.
+      ValueError: as ``push``, and if the step size is not a finite scalar of at least 0, or ``steps`` is below 1.
+      TypeError: as ``push``, and if the step size is not a number, or ``steps`` is not a whole number.
     """
     check_bound(bound)
     x0 = check_event("x0", x0)
@@ -206,14 +220,14 @@ def refine(
 def _jump_of(
     bound: BoundFlowMap, inputs: tuple[Array, Array, Array], cond: Cond, key: Key | None
 ) -> Callable[[Event], Event]:
-    """x -> X_{s,t}(x), the very function that ``samplers.jumps`` runs."""
+    """The function x -> X_{s,t}(x) that ``samplers.jumps`` runs."""
     index, s, t = inputs
     folded = _anew(None if key is None else jax.random.fold_in(key, index))
     return lambda x: bound.jump(s, t, x, cond, key=folded())
 
 
 def _anew(key: Key | None) -> Callable[[], Key | None]:
-    """The same key at each call: an inverse calls the map many times, which jax's key-reuse check would reject."""
+    """A function that returns a copy of the key, since jax's key-reuse check rejects the many calls of an inverse."""
     if key is None or not jnp.issubdtype(key.dtype, jax.dtypes.prng_key):
         return lambda: key
     data, impl = jax.random.key_data(key), jax.random.key_impl(key)
@@ -221,9 +235,9 @@ def _anew(key: Key | None) -> Callable[[], Key | None]:
 
 
 def _jump(jump: Callable[[Event], Event], x: Event) -> tuple[Event, _Leg]:
-    """X(x), and its determinant."""
+    """The image X(x), and the determinant of the Jacobian."""
     linear = linearise("X(x)", jump, x)
-    # Of the transposed matrix, whose determinant is the same.
+    # The matrix is transposed, which does not change the determinant.
     sign, log_det = jnp.linalg.slogdet(linear.columns())
     sign = jnp.where(jnp.isfinite(log_det), sign, 0.0)
     return linear.value, _Leg(log_det, sign, jnp.bool_(True))
@@ -239,7 +253,7 @@ def _guess(bound: BoundFlowMap, inputs: tuple[Array, Array, Array], y: Event, co
 
 
 def _invert(jump: Callable[[Event], Event], y: Event, guess: Array, iterations: int) -> Event:
-    """The x with X(x) = y by Newton's steps from a guess ``[d]``, or the best x that they found."""
+    """Solves X(x) = y by Newton's method from a guess ``[d]``; without convergence, the best x found."""
     target, unflatten = flatten(y)
     tolerance = _tolerance(y)
     lengths = jnp.asarray(LENGTHS, target.dtype)
@@ -256,7 +270,7 @@ def _invert(jump: Callable[[Event], Event], y: Event, guess: Array, iterations: 
             misses = jnp.linalg.norm(jax.vmap(gap)(tries), axis=1)
             misses = jnp.where(jnp.isfinite(misses), misses, jnp.inf)
             best = jnp.argmin(misses)
-            # Far away every step down counts; within the tolerance, those that are more than rounding.
+            # Accept any decrease above the tolerance; below it only a clear one, which is not rounding.
             closer = misses[best] < jnp.where(miss > tolerance, miss, 0.5 * miss)
             return jnp.where(closer, tries[best], x), jnp.where(closer, misses[best], miss), count + 1, closer
 
@@ -266,23 +280,23 @@ def _invert(jump: Callable[[Event], Event], y: Event, guess: Array, iterations: 
         first = (start, jnp.linalg.norm(gap(start)), jnp.int32(0), jnp.bool_(True))
         return jax.lax.while_loop(going, step, first)[0]
 
-    # Derivatives are those of the implicit function: the search itself has none.
+    # Differentiate the implicit function, not the search.
     return unflatten(jax.lax.custom_root(gap, guess, search, _solve))
 
 
 def _solve(column: Callable[[Array], Array], value: Array) -> Array:
-    """z with J z = value, of the linear function z -> J z."""
+    """Solves J z = value, where ``column`` is z -> J z."""
     return jnp.linalg.solve(jax.vmap(column)(jnp.eye(value.size, dtype=value.dtype)).T, value)
 
 
 def _tolerance(y: Event) -> Array:
-    """The largest distance from y to the image of its preimage: ``eps^(2/3) (1 + max|y|)``, eps of the narrowest dtype."""
+    """The tolerance of an inverse, ``eps^(2/3) (1 + max|y|)``, with eps of the narrowest dtype."""
     eps = max(float(jnp.finfo(leaf.dtype).eps) for leaf in jax.tree.leaves(y))
     return eps ** (2 / 3) * (1.0 + jnp.max(jnp.abs(flatten(y)[0])))
 
 
 def _inputs(times: Array) -> tuple[Array, Array, Array]:
-    """(index, s, t) of each jump."""
+    """The (index, s, t) of each jump."""
     return jnp.arange(times.shape[0] - 1, dtype=jnp.uint32), times[:-1], times[1:]
 
 
@@ -303,7 +317,7 @@ def _ascending(grid: Grid) -> bool:
 
 
 def _checked(base: Array, legs: _Leg, sign: float, x: Event, x0: Event, times: Array) -> LogDensity:
-    """base + sign times the log-determinants, refused where it is concrete and not valid."""
+    """The LogDensity base + sign times the sum of log-determinants; raises ValueError if it is concrete and not valid."""
     log_density = base + sign * jnp.sum(legs.log_det).astype(base.dtype)
     valid = jnp.all((legs.sign > 0) & legs.inverted) & (log_density < jnp.inf)
     if checks.concrete(valid) is not None and not valid:

@@ -1,18 +1,27 @@
-r"""Maximum likelihood of a continuous normalising flow, through a solve and its adjoint: the reference without bias.
+r"""Maximum likelihood of a continuous normalising flow, through an ODE solve and its adjoint.
 
-The loss of one sample::
+The loss of one sample is
 
-    loss(x1) = -log rho_1(x1) + kinetic int |b_t(x_t)|^2 dt + jacobian int |z' grad b_t(x_t)|^2 dt,    x_1 = x1
+.. math::
 
-with log rho_1(x1) = log rho_0(x_0) - int div b_t(x_t) dt (1806.07366; Hutchinson's estimate of the divergence 1810.01367),
-and the two regularisers of 2002.02798, which keep the paths short and straight, so that a solve takes few steps. All
-integrals run from t = 0 to 1 along one path, and are entries of the one state (x, log rho, kinetic, jacobian) that is solved
-back from t = 1. z has independent entries of mean 0 and variance 1, drawn once per sample: ``E|z'J|^2 = |J|_F^2``, the sum of
-the squares of the Jacobian's entries, and so is ``E|Jz|^2``, which is what is computed, forward-mode as all here.
+    \ell(x_1) = -\log \rho_1(x_1) + \text{kinetic} \int_0^1 |b_t(x_t)|^2\, dt
+        + \text{jacobian} \int_0^1 |\nabla b_t(x_t)\, z|^2\, dt
 
-The gradient is that of the solve ("recursive": of its very steps, with checkpoints, the default; "direct": the same with all
-steps in memory) or that of the adjoint's ODE solved back beside the state ("backsolve", 1806.07366: constant memory, and the
-error of a solve of its own).
+with (1806.07366; 1810.01367 with an estimated divergence)
+
+.. math::
+
+    \log \rho_1(x_1) = \log \rho_0(x_0) - \int_0^1 \nabla \cdot b_t(x_t)\, dt.
+
+The two regularisers (2002.02798) keep the paths short and straight, so that a solve takes few steps. All integrals are taken
+along one path. They are entries of the state (x, log rho, kinetic, jacobian), which is solved backward from t = 1. The entries
+of z are independent random signs, drawn once per sample, so the mean of :math:`|\nabla b\, z|^2` is the sum of the squares of
+the entries of the Jacobian. The paper uses :math:`|z^\top \nabla b|^2`, which has the same mean; the product with z is computed
+in forward mode.
+
+The gradient depends on ``adjoint``. "recursive" (the default) differentiates the steps of the solve, with checkpoints; "direct"
+does the same with all steps in memory. "backsolve" (1806.07366) solves the adjoint ODE backward together with the state; it
+needs constant memory, and has the error of a second solve.
 """
 
 from __future__ import annotations
@@ -36,8 +45,8 @@ class Along(NamedTuple):
 
     Attributes:
       state: the point and its log-density.
-      kinetic: ``int |b|^2 dt``, a scalar, or None where it is not asked for.
-      jacobian: ``int |Jz|^2 dt``, a scalar, or None where it is not asked for.
+      kinetic: ``int |b|^2 dt``, a scalar, or None if its weight is 0.
+      jacobian: ``int |Jz|^2 dt``, a scalar, or None if its weight is 0.
     """
 
     state: WithLogDensity
@@ -47,7 +56,7 @@ class Along(NamedTuple):
 
 @dataclasses.dataclass(frozen=True)
 class MaximumLikelihood:
-    """The objective of a flow's likelihood, made by ``maximum_likelihood``; it is called like every other objective.
+    """The maximum-likelihood objective, made by ``maximum_likelihood`` and called like every other objective.
 
     Attributes:
       solve: ``(params, s, t, along, cond, key=) -> (mean velocity, SolveStats)`` of ``Along``.
@@ -64,21 +73,21 @@ class MaximumLikelihood:
         """The loss of each sample in nats, and metrics.
 
         Args:
-          params: the velocity's.
+          params: the parameters of the velocity.
           key: a PRNG key, split over the samples.
           batch: data x1, ``[B, ...]``, floating point, and cond; x0 is not used.
           context: not used.
 
         Returns:
-          (loss [B], aux). Its metrics: "likelihood/raw", the mean of -log rho_1 in nats; "likelihood/loss", with the
-          regularisers; "likelihood/kinetic" and "likelihood/jacobian", their means without weight, where they have one;
-          "likelihood/nfe", the mean number of evaluations of the velocity, where it is known (``solvers.SolveStats``);
-          "likelihood/steps", the most steps of a sample; "likelihood/failed", the number of samples whose solve did not
-          reach the base or whose loss is not finite.
+          (loss [B], aux). The metrics are "likelihood/raw", the mean of -log rho_1 in nats; "likelihood/loss", with the
+          regularisers; "likelihood/kinetic" and "likelihood/jacobian", the means of the regularisers without their weights,
+          if these are not 0; "likelihood/nfe", the mean number of function evaluations (NFE) of the velocity, if known
+          (``solvers.SolveStats``); "likelihood/steps", the largest number of steps of a sample; and "likelihood/failed", the
+          number of samples whose solve did not reach the base or whose loss is not finite.
 
         Raises:
-          ValueError, TypeError: while tracing, for data that is not floating-point, leaves of different lengths, or a
-            velocity that is not shaped like x.
+          ValueError: while tracing, if leaves of the batch have different lengths, or the velocity is not shaped like x.
+          TypeError: while tracing, if the data are not floating-point.
         """
         del context
         batch = as_batch(batch)
@@ -102,7 +111,7 @@ class MaximumLikelihood:
         end = move(start, 1.0, 0.0, v)
         base = log_base(self.base, end.state.x)
         nll = end.state.log_density.astype(base.dtype) - base
-        # Solved back, an integral from 0 to 1 comes with the other sign.
+        # The backward solve gives the integrals from 1 to 0, so change their sign.
         kinetic, jacobian = jax.tree.map(jnp.negative, (end.kinetic, end.jacobian))
         loss = nll
         for weight, value in ((self.kinetic, kinetic), (self.jacobian, jacobian)):
@@ -120,30 +129,35 @@ def maximum_likelihood(
     solver: solvers.SolverLike | None = None,
     **choices: Unpack[solvers.Choices],
 ) -> MaximumLikelihood:
-    """-log rho_1(x1) in nats of the flow of a velocity, with the regularisers above; of a FlowMap, pass its ``velocity``.
+    r"""The maximum-likelihood objective of the flow of a velocity, -log rho_1(x1) in nats, with optional regularisers.
 
-    The loss is unbiased with an estimated divergence, whose probes are fixed within a solve. With few fixed steps, training
-    exploits the error of the solve, and the loss falls below the entropy, which no density can do (four steps of Tsit5 in the
-    plane: -119 nats, where the entropy was 1.34): prefer tolerances.
+    .. math::
 
-    An evaluation costs 1 + d passes with the exact divergence of an event of d entries, 1 + m with m probes, and 2 more for
-    ``jacobian``.
+        \ell(x_1) = -\log \rho_1(x_1) + \text{kinetic} \int_0^1 |b_t(x_t)|^2\, dt
+            + \text{jacobian} \int_0^1 |\nabla b_t(x_t)\, z|^2\, dt
+
+    For a FlowMap, pass its ``velocity``. The loss is unbiased with an estimated divergence, whose probes are fixed within a
+    solve. Prefer tolerances to a few fixed steps, with which training exploits the error of the solve: the loss falls below the
+    entropy, which is impossible for a density (four steps of Tsit5 in the plane: -119 nats, where the entropy was 1.34).
+
+    For an event of d entries, an evaluation costs 1 + d passes with the exact divergence or 1 + m with m probes, and 2 more
+    with ``jacobian``.
 
     Args:
       velocity: ``(params, t, x, cond=None, *, key=None) -> b_t(x)`` of one sample.
       divergence: ``exact_divergence()`` by default; or ``hutchinson`` or ``hutch_pp``.
       base: the law of x0.
-      kinetic: weight of ``int |b|^2 dt``, at least 0; at 0 it is not computed.
-      jacobian: weight of ``int |Jz|^2 dt``, at least 0; at 0 it is not computed.
+      kinetic: the weight of ``int |b|^2 dt``, at least 0; at 0 the integral is not computed.
+      jacobian: the weight of ``int |Jz|^2 dt``, at least 0; at 0 the integral is not computed.
       solver, choices: as in ``solvers.solve``, with ``max_steps`` 256 and ``adjoint`` "recursive" unless they or
-        ``options`` are given; the adjoint must have a reverse mode. Tolerances are on all entries of the state together.
+        ``options`` are given. The adjoint must support reverse mode. Tolerances apply to all entries of the state together.
 
     Returns:
       The objective.
 
     Raises:
-      ValueError, TypeError: as ``solvers.solve``, and for weights that are negative, not finite, or not numbers; TypeError
-        for a base that is not one.
+      ValueError: as ``solvers.solve``, and if the adjoint has no reverse mode, or a weight is negative or not finite.
+      TypeError: as ``solvers.solve``, and if ``base`` is not a base, or a weight is not a number.
     """
     bases.check(base)
     options = solvers.choose(solver, choices, max_steps=256, adjoint="recursive")
@@ -160,7 +174,7 @@ def maximum_likelihood(
         speed = None if along.kinetic is None else trees.sq_norm(state.x)
         steep = None
         if along.jacobian is not None:
-            # ``MaximumLikelihood`` has a key for every sample.
+            # ``MaximumLikelihood`` passes a key for every sample.
             assert probe is not None
             flat, cut = ravel_pytree(along.state.x)
             z = cut(jax.random.rademacher(probe, flat.shape, flat.dtype))

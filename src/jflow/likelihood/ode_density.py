@@ -1,10 +1,12 @@
-r"""The log-density along the ODE dx/dt = b_t(x), by one Diffrax solve of the state (x, log rho) (1806.07366)::
+r"""The log-density along the ODE dx/dt = b_t(x), by one Diffrax solve of the state (x, log rho) (1806.07366).
 
-    log rho_t(x_t) = log rho_0(x_0) - int_0^t div b_u(x_u) du
+.. math::
 
-in both directions: of a given x at time t, which is carried back to the base, and of the sample that a base point x_0
-flows to. With an estimated divergence, whose probes are fixed within a solve, the log-density is unbiased; the density,
-its exponential, is then biased upward (see ``jflow.likelihood.importance``).
+    \log \rho_t(x_t) = \log \rho_0(x_0) - \int_0^t \nabla \cdot b_u(x_u)\, du
+
+The solve runs in either direction: backward from a given x at time t to the base, or forward from a base point x_0 to a
+sample. With an estimated divergence, whose probes are fixed within a solve, the log-density is unbiased. The density, its
+exponential, is then biased upward (see ``jflow.likelihood.importance``).
 """
 
 from __future__ import annotations
@@ -23,16 +25,16 @@ from jflow.types import Array, Cond, Event, Key, Params, Time, Velocity, move
 
 
 class LogDensity(NamedTuple):
-    """A point of the model, the base point that flows to it, and its log-density.
+    """A point with its log-density, and the base point that is mapped to it.
 
     Attributes:
-      log_density: log rho(x) in nats, a scalar, float32 at least.
+      log_density: log rho(x) in nats, a scalar, in float32 at least.
       x: the point, an event.
       x0: the base point, an event.
-      valid: whether the log-density holds, a bool: the solve reached its end and the result is finite; through jumps, every
-        Jacobian has a positive determinant and every inverse was found.
-      sign: of the determinant of the sampler's Jacobian, the product over its jumps: 1.0; -1.0 where the map reverses
-        orientation, as in a fold; 0.0 where it is singular. Along a solve it is 1. See ``jflow.likelihood.importance``.
+      valid: whether the log-density can be used, a bool. For a solve: it reached its end and the result is finite. For jumps:
+        every Jacobian has a positive determinant, and every inverse was found.
+      sign: the sign of the determinant of the sampler's Jacobian, the product over its jumps: 1.0; -1.0 if the map reverses
+        orientation, as in a fold; 0.0 if it is singular. For a solve it is 1.0. See ``jflow.likelihood.importance``.
     """
 
     log_density: Array
@@ -44,7 +46,7 @@ class LogDensity(NamedTuple):
 
 @dataclasses.dataclass(frozen=True)
 class ODEDensity:
-    """The density of a velocity's flow; made by ``along_ode``. Methods work on one sample.
+    """The density of the flow of a velocity, made by ``along_ode``. Its methods take one sample.
 
     Attributes:
       base: the law of x0.
@@ -57,21 +59,21 @@ class ODEDensity:
     def log_density(
         self, params: Params, x: Event, cond: Cond = None, *, key: Key | None = None, t: Time = 1.0
     ) -> LogDensity:
-        """log rho_t(x), by a solve from x at time t back to the base.
+        """The log-density log rho_t(x), by a solve from x at time t backward to the base.
 
         Args:
-          params: the velocity's.
+          params: the parameters of the velocity.
           x: an event.
           cond: conditioning of the sample.
-          key: of the probes and the velocity; an exact divergence needs none.
+          key: a PRNG key for the probes and the velocity; not needed with an exact divergence.
           t: a scalar in [0, 1].
 
         Raises:
           ValueError: if t is not a scalar in [0, 1], x is not finite, the velocity is not shaped like x, the base density
             is not a scalar, or a stochastic estimate has no key.
           TypeError: if x is not floating-point.
-          RuntimeError: at an un-jitted call whose solve does not reach its end, or whose result is not finite. Traced,
-            ``valid`` is then False.
+          RuntimeError: if, without ``jax.jit``, the solve does not reach its end or the result is not finite. In a traced
+            call ``valid`` is then False.
         """
         x = check_event("x", x)
         end, success = self._flow(params, t, 0.0, x, cond, key)
@@ -80,9 +82,9 @@ class ODEDensity:
     def push(
         self, params: Params, x0: Event, cond: Cond = None, *, key: Key | None = None, t: Time = 1.0
     ) -> LogDensity:
-        """The x at time t that the base point x0 flows to, and log rho_t(x): a sample with its log-density.
+        """The sample x at time t to which the base point x0 flows, and its log-density log rho_t(x).
 
-        Args and errors: as ``log_density``.
+        The other arguments and the errors are those of ``log_density``.
         """
         x0 = check_event("x0", x0)
         end, success = self._flow(params, 0.0, t, x0, cond, key)
@@ -91,7 +93,7 @@ class ODEDensity:
     def _flow(
         self, params: Params, s: Time, t: Time, x: Event, cond: Cond, key: Key | None
     ) -> tuple[WithLogDensity, Array]:
-        """The WithLogDensity after the flow from (x, 0) at s to t, one of which is the caller's time and the other 0."""
+        """The WithLogDensity after the flow from (x, 0) at s to t, and whether the solve succeeded."""
         _check_time(s)
         _check_time(t)
         start = WithLogDensity(x, jnp.zeros((), trees.at_least_float32(x)))
@@ -107,22 +109,22 @@ def along_ode(
     solver: solvers.SolverLike | None = None,
     **choices: Unpack[solvers.Choices],
 ) -> ODEDensity:
-    """The density of the flow of a velocity, from a base at time 0; of a FlowMap, pass its ``velocity``.
+    """The density of the flow of a velocity, from a base at time 0. For a FlowMap, pass its ``velocity``.
 
-    Each evaluation costs 1 + d forward passes with the exact divergence of an event of d entries, 1 + m with m probes.
-    Fixed steps give the density of the exact flow with the method's error, not that of the discretised map, whose own
-    is ``push`` of its solve.
+    For an event of d entries, each evaluation costs 1 + d forward passes with the exact divergence, and 1 + m with m probes.
+    With fixed steps the result approximates the density of the exact flow, with the error of the method. It is not the density
+    of the discretised map, which is given by ``push`` of that solve.
 
     Args:
       velocity: ``(params, t, x, cond=None, *, key=None) -> b_t(x)`` of one sample.
       divergence: ``exact_divergence()`` by default; or ``hutchinson`` or ``hutch_pp``.
       base: the law of x0.
-      solver, choices: as in ``solvers.solve``; tolerances are on the mean velocity of x and
-        log-density together, as a root mean square over their d + 1 entries. For ``jax.grad``, give ``steps`` or an
-        adjoint "recursive" or "direct".
+      solver, choices: as in ``solvers.solve``. Tolerances apply to the mean velocity of x and the log-density together, as a
+        root mean square over their d + 1 entries. For ``jax.grad``, pass ``steps`` or the adjoint "recursive" or "direct".
 
     Raises:
-      ValueError, TypeError: as ``solvers.solve``; TypeError for a base that is not one.
+      ValueError: as ``solvers.solve``.
+      TypeError: as ``solvers.solve``, and if ``base`` is not a base.
 
     Example:
       >>> import jax.numpy as jnp
@@ -140,10 +142,11 @@ def along_ode(
 
 
 def log_base(base: Base, x: Event) -> Array:
-    """The base's log-density at x, checked to be one number, in float32 at least.
+    """The base's log-density at x, a scalar, in float32 at least.
 
     Raises:
-      ValueError: if it is not a scalar; TypeError for a base that is not one.
+      ValueError: if the log-density is not a scalar.
+      TypeError: if ``base`` is not a base.
     """
     bases.check(base)
     value = jnp.asarray(base.log_density(x))
@@ -152,10 +155,11 @@ def log_base(base: Base, x: Event) -> Array:
 
 
 def check_event(name: str, x: Event) -> Event:
-    """The event as jax arrays: floating-point, and finite where they are concrete.
+    """The event as jax arrays, after a check that it is floating-point and, if concrete, finite.
 
     Raises:
-      TypeError: for other dtypes; ValueError for numbers that are not finite.
+      TypeError: if a leaf is not floating-point.
+      ValueError: if a concrete value is not finite.
     """
     checks.floating(name, x)
     for leaf in jax.tree.leaves(x):
@@ -174,7 +178,7 @@ def _check_time(t: Time) -> None:
 
 def _checked(base: Array, change: Array, x: Event, x0: Event, success: Array) -> LogDensity:
     log_density = base + change.astype(base.dtype)
-    # The base may give minus infinity, outside its support; the change along the flow must be finite.
+    # The base may be minus infinity outside its support, but the change along the flow must be finite.
     valid = success & jnp.isfinite(change) & (log_density < jnp.inf)
     value = checks.concrete(valid)
     if value is not None and not value:

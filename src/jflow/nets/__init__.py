@@ -1,6 +1,6 @@
-"""Networks of one sample, (s, t, x, cond) in and something shaped like x out; and wrappers for networks of any origin.
+"""Networks of one sample, which map (s, t, x, cond) to an output shaped like x, and wrappers for other networks.
 
-``NETS`` maps names to constructors of flax.linen modules, which take the fields of the module as keywords.
+``NETS`` maps names to constructors of flax.linen modules; these take the fields of the module as keyword arguments.
 """
 
 from __future__ import annotations

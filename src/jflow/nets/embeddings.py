@@ -1,16 +1,18 @@
 r"""Features of times, of low-dimensional points, and of class labels.
 
-Sinusoidal features of a scalar t at frequencies f_k, in cycles per unit of t::
+The sinusoidal features of a scalar t at frequencies f_k, in cycles per unit of t, are
 
-    phi(t) = [sin(2 pi f_1 t), ..., sin(2 pi f_K t), cos(2 pi f_1 t), ..., cos(2 pi f_K t)]
+.. math::
 
-A flow map's network is trained through its derivatives d/ds and d/dt, and ``|d phi_k / dt| = 2 pi f_k``. The default
-frequencies are therefore moderate: a high one makes the tangent large, and with it the variance of the target
-(sCM, 2410.11081, lowers its Fourier scale from 16 to 0.02). Features of x enlarge the spatial derivative in the
-same way.
+    \phi(t) = [\sin(2 \pi f_1 t), \dots, \sin(2 \pi f_K t), \cos(2 \pi f_1 t), \dots, \cos(2 \pi f_K t)].
 
-All features are computed in float32, or in float64 if the input is float64. In bfloat16, two times less than 1/256
-apart would be equal. The features are analytic in their input, so every derivative is finite everywhere.
+A flow map's network is trained through its derivatives in s and t, and the derivatives of the features are at most
+2 pi f_k. The default frequencies are therefore moderate: a high frequency makes the tangent large, and with it the variance
+of the target (sCM, 2410.11081, lowers its Fourier scale from 16 to 0.02). Features of x enlarge the spatial derivative in
+the same way.
+
+All features are computed in float32, or in float64 if the input is float64. In bfloat16, two times that differ by less than
+1/256 could not be distinguished. The features are analytic in their input, so all derivatives are finite everywhere.
 """
 
 from __future__ import annotations
@@ -38,7 +40,7 @@ def at_least_float32(name: str, value: Array | float) -> Array:
 
 
 def times(s: Array | float, t: Array | float) -> tuple[Array, Array]:
-    """Both times in float32, or in float64 if either is.
+    """Both times in float32, or in float64 if either of them is float64.
 
     Raises:
       ValueError: if a time has axes.
@@ -52,17 +54,22 @@ def times(s: Array | float, t: Array | float) -> tuple[Array, Array]:
 
 
 def sinusoidal(t: Array | float, features: int, *, lowest: float = 0.125, highest: float = 2.0) -> Array:
-    """Sines and cosines of a scalar at frequencies in geometric progression.
+    r"""Sines and cosines of a scalar at frequencies in geometric progression.
 
-    The frequencies::
+    The frequencies are
 
-        f_k = lowest (highest / lowest)^{(k-1)/(K-1)},  k = 1 .. K = features / 2   (f_1 = lowest if K = 1)
+    .. math::
+
+        f_k = \text{lowest} \left(\frac{\text{highest}}{\text{lowest}}\right)^{(k-1)/(K-1)},
+        \qquad k = 1, \dots, K = \text{features}/2,
+
+    and f_1 = lowest if K = 1.
 
     Args:
       t: a scalar.
       features: the number of features, even.
-      lowest: the lowest frequency, in cycles per unit of t; at 1/8 the sine is monotone over [-1, 1].
-      highest: the highest, in the same unit; ``|d phi / dt|`` is at most 2 pi times it.
+      lowest: the lowest frequency, in cycles per unit of t. At 1/8 the sine is monotone over [-1, 1].
+      highest: the highest frequency. The derivative of each feature is at most 2 pi times it.
 
     Returns:
       ``[features]``, first the sines, then the cosines, in float32 (float64 if t is).
@@ -83,13 +90,13 @@ def sinusoidal(t: Array | float, features: int, *, lowest: float = 0.125, highes
 
 
 def fourier(t: Array | float, features: int, *, scale: float = 0.5, seed: int = 0) -> Array:
-    """Sines and cosines of a scalar at fixed random frequencies f_k ~ N(0, scale^2); random Fourier features.
+    """Random Fourier features of a scalar: sines and cosines at fixed frequencies f_k drawn from N(0, scale^2).
 
     Args:
       t: a scalar.
       features: the number of features, even.
       scale: the standard deviation of the frequencies, in cycles per unit of t.
-      seed: seed of the frequencies, which are constants of the network and not parameters.
+      seed: the seed of the frequencies, which are constants and not parameters.
 
     Returns:
       ``[features]``, first the sines, then the cosines, in float32 (float64 if t is).
@@ -102,11 +109,15 @@ def fourier(t: Array | float, features: int, *, scale: float = 0.5, seed: int = 
 
 
 def octaves(x: Array, count: int) -> Array:
-    """x, and sines and cosines of every coordinate at octaves: sin(2^k pi x), cos(2^k pi x), k < count.
+    r"""The vector x, and sines and cosines of its coordinates at octaves.
+
+    .. math::
+
+        \sin(2^k \pi x_i), \quad \cos(2^k \pi x_i), \qquad k = 0, \dots, \text{count} - 1
 
     Args:
-      x: ``[d]``; the period of the lowest pair is 2, so data should lie about [-1, 1].
-      count: the number K of octaves; the spatial derivative grows as 2^{K-1} pi.
+      x: ``[d]``. The longest period is 2, so data should lie in about [-1, 1].
+      count: the number K of octaves; the largest spatial derivative is 2^{K-1} pi.
 
     Returns:
       ``[d (1 + 2 K)]``: x, then the sines of all octaves, then the cosines; float32 (float64 if x is).
@@ -123,13 +134,13 @@ def octaves(x: Array, count: int) -> Array:
 
 
 def random_fourier(x: Array, features: int, *, scale: float = 0.5, seed: int = 0) -> Array:
-    """x, and sines and cosines of 2 pi F x with fixed random frequencies F_{kj} ~ N(0, scale^2).
+    """The vector x, and sines and cosines of 2 pi F x for a fixed matrix F with entries drawn from N(0, scale^2).
 
     Args:
       x: ``[d]``.
       features: the number of sines and cosines, even.
       scale: the standard deviation of the frequencies, in cycles per unit of x.
-      seed: seed of the frequencies, which are constants of the network and not parameters.
+      seed: the seed of the frequencies, which are constants and not parameters.
 
     Returns:
       ``[d + features]``: x, then the sines, then the cosines; float32 (float64 if x is).
@@ -140,7 +151,7 @@ def random_fourier(x: Array, features: int, *, scale: float = 0.5, seed: int = 0
     checks.shape("x", x, (None,))
     x = at_least_float32("x", x)
     frequencies = jnp.asarray(_normal(seed, (_half(features), x.shape[0]), scale), x.dtype)
-    # A sum, because GPUs would round a matmul to tf32.
+    # Use a sum, because GPUs would round a matmul to tf32.
     phases = 2 * np.pi * jnp.sum(frequencies * x[None, :], axis=1)
     return jnp.concatenate([x, jnp.sin(phases), jnp.cos(phases)])
 
@@ -151,11 +162,10 @@ def label(table: Array, index: Array | int, *, name: str = "label") -> Array:
     Args:
       table: ``[n, features]``, a row for each label from 0 to n - 1.
       index: the label, a scalar of any integer dtype.
-      name: how error messages call the label.
+      name: the name of the label in error messages.
 
     Returns:
-      ``[features]``, in the dtype of the table. A traced label outside 0 to n - 1 cannot be refused; its row is
-      NaN, so that it is never taken for another class.
+      ``[features]``, in the dtype of the table. A traced label outside 0 to n - 1 gives NaN, since it cannot raise an error.
 
     Raises:
       ValueError: if the label has axes, or is concrete and outside 0 to n - 1.
@@ -170,7 +180,7 @@ def label(table: Array, index: Array | int, *, name: str = "label") -> Array:
         raise TypeError(f"{name}: expected an integer label, got dtype {index.dtype}")
     if value is not None and not 0 <= int(value) < rows:
         raise ValueError(f"{name}: expected a label from 0 to {rows - 1} for a table of {rows} rows, got {value}")
-    # In a narrow dtype the number of rows would wrap around, 256 to 0 in uint8, and take() counts -1 from the end.
+    # In a narrow dtype the number of rows would overflow (256 becomes 0 in uint8), and take() counts -1 from the end.
     index = index.astype(jnp.int32) if index.dtype.itemsize < 4 else index
     inside = (index >= 0) & (index < rows)
     place = jnp.where(inside, index, rows).astype(jnp.int32)
@@ -190,6 +200,6 @@ def _half(features: int) -> int:
 
 
 def _normal(seed: int, shape: tuple[int, ...], scale: float) -> np.ndarray:
-    """Constants of a network. They are numpy's, whose RandomState stream is frozen; jax's depends on its configuration."""
+    """Normal constants of a network. numpy's RandomState has a frozen stream; that of jax depends on its configuration."""
     checks.number("scale", scale, low=0.0, open_low=True)
     return scale * np.random.RandomState(checks.integer("seed", seed)).standard_normal(shape)

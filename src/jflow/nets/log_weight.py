@@ -1,4 +1,4 @@
-"""The log weight w(s, t) of a learned reduction, and a map whose parameters hold it."""
+"""The log weight w(s, t) of a learned reduction, and a flow map whose parameters include it."""
 
 from __future__ import annotations
 
@@ -15,16 +15,20 @@ from jflow.types import Array, FlowMap, Params, Time
 
 
 class LogWeight(nn.Module):
-    """w(s, t) = W_out silu(W e + b) + b_out with e = [phi(s), phi(t - s)], a scalar (2312.02696, for two times).
+    r"""A network for the log weight w(s, t), a scalar (2312.02696, here for two times).
 
-    It balances the loss of ``reductions.learned``, ``e^{-w} |D|^2 + w``, over the times. W_out and b_out start at zero: then
+    .. math::
+
+        w(s, t) = W_\text{out}\, \mathrm{silu}(W e + b) + b_\text{out}, \qquad e = [\phi(s), \phi(t - s)]
+
+    It balances the loss of ``reductions.learned``, ``e^{-w} |D|^2 + w``, over the times. W_out and b_out start at zero, so
     w = 0, and training starts with the plain loss ``|D|^2``.
 
     Attributes:
-      features: width of the hidden layer.
-      time_features: number of sines and cosines of each time, even.
+      features: the width of the hidden layer.
+      time_features: the number of sines and cosines of each time, even.
       max_frequency: their highest frequency, in cycles per unit of time.
-      param_dtype: dtype of the parameters.
+      param_dtype: the dtype of the parameters.
     """
 
     features: int = 64
@@ -33,7 +37,7 @@ class LogWeight(nn.Module):
     param_dtype: jax.typing.DTypeLike = jnp.float32
 
     def __post_init__(self) -> None:
-        """Refuses fields out of range, at construction."""
+        """Checks the fields at construction."""
         checks.integer("features", self.features, low=1)
         checks.integer("time_features", self.time_features, low=2)
         super().__post_init__()
@@ -47,7 +51,7 @@ class LogWeight(nn.Module):
           t: target time, a scalar.
 
         Returns:
-          A scalar in float32, or in float64 if either time is.
+          A scalar in float32, or in float64 if either time is float64.
 
         Raises:
           ValueError: if a time has axes, or ``time_features`` is odd.
@@ -61,7 +65,7 @@ class LogWeight(nn.Module):
 
 
 class Weighted(NamedTuple):
-    """The parameters of a map and of the log weight that is trained with it.
+    """The parameters of a flow map and of the log weight that is trained with it.
 
     Attributes:
       map: the parameters of the map; keep these after training.
@@ -73,7 +77,7 @@ class Weighted(NamedTuple):
 
 
 def with_log_weight(flow_map: FlowMap, module: LogWeight) -> tuple[FlowMap, Callable[[Weighted, Time, Time], Array]]:
-    """Makes the map and the log weight functions of one pair of parameters, so that they are trained together.
+    """Makes a flow map and a log weight that share one pair of parameters, so that they are trained together.
 
     For example::
 
@@ -81,21 +85,21 @@ def with_log_weight(flow_map: FlowMap, module: LogWeight) -> tuple[FlowMap, Call
         objective = objectives.lsd(flow, path, reduction=reductions.learned(log_weight))
         params = nets.Weighted(map_params, module.init(key, 0.0, 0.0)["params"])
 
-    The parameters of a teacher or an average are then such a pair too.
+    The parameters of a teacher or an average are such a pair too.
 
     Args:
-      flow_map: the map.
+      flow_map: the flow map.
       module: the log weight, or any linen module called with (s, t).
 
     Returns:
-      (flow_map, log_weight): a FlowMap whose params are ``Weighted``, else the same; and ``(params, s, t) -> w(s, t)``.
+      (flow_map, log_weight): the same FlowMap with ``Weighted`` params, and ``(params, s, t) -> w(s, t)``.
 
     Raises:
-      TypeError: (when called) for params that are not ``Weighted``.
+      TypeError: at a call, if the params are not ``Weighted``.
     """
 
     def apply(weights: Params, s: Time, t: Time) -> Array:
-        # Without ``mutable`` it is the output alone.
+        # Without ``mutable``, apply returns the output alone.
         return cast(Array, module.apply({"params": weights}, s, t))
 
     return parts.map_on_part(Weighted, "map", flow_map), parts.on_part(Weighted, "log_weight", apply)

@@ -1,7 +1,7 @@
-r"""A multilayer perceptron of two times: net(s, t, x, cond), of one sample, shaped like x.
+r"""A multilayer perceptron net(s, t, x, cond) of two times and one sample, with an output shaped like x.
 
-Two presets: ``MLP()``, with embedded times that modulate every layer, for points and small images (8x8), and
-``MLP.plain()``, the network of the published two-dimensional experiments, whose cost is easily counted.
+There are two presets. ``MLP()`` embeds the times and modulates every layer with them; it suits points and small images (8x8).
+``MLP.plain()`` is the network of the published two-dimensional experiments.
 """
 
 from __future__ import annotations
@@ -29,61 +29,66 @@ NORMS = (None, "rms", "layer")
 
 
 class MLP(nn.Module):
-    r"""A perceptron of ``depth`` hidden layers, of one sample.
+    r"""A multilayer perceptron of one sample with ``depth`` hidden layers.
 
-    The layers::
+    The layers are
 
-        h_1     = W_1 p(x) + b_1
-        h_{i+1} = W_{i+1} g_i(h_i) + b_{i+1}  (+ h_i if residual),     i = 1 .. depth - 1
-        net     = W_out g_depth(h_depth) + b_out
-        g_i(h)  = act( (1 + a_i(c)) norm(h) + d_i(c) )                 with ``conditioning='film'``
-        g_i(h)  = act( norm(h) ),  p(x) = [p(x), e]                    with ``conditioning='concat'``
+    .. math::
 
-    Here p(x) are features of x, e = [phi(s), phi(t - s), label, other conditions], and c = act(W_c e + b_c) is a trunk
-    of width ``trunk``. A vmapped network has a trunk for each sample, so the trunk is narrow, and the matmuls of
-    features x features dominate the cost. The pair (s, t - s) is MeanFlow's (2505.13447): the map depends most simply on
-    the gap, which the network then need not compute as a difference of features.
+        h_1 &= W_1 p(x) + b_1, \\
+        h_{i+1} &= W_{i+1}\, g_i(h_i) + b_{i+1} \quad (+\, h_i \text{ if residual}), \qquad i = 1, \dots, \text{depth} - 1, \\
+        \mathrm{net} &= W_\text{out}\, g_\text{depth}(h_\text{depth}) + b_\text{out},
+
+    where p(x) are features of x. With ``conditioning='film'``
+
+    .. math::
+
+        g_i(h) = \mathrm{act}\big( (1 + a_i(c))\, \mathrm{norm}(h) + d_i(c) \big), \qquad c = \mathrm{act}(W_c e + b_c),
+        \qquad e = [\phi(s), \phi(t - s), \text{label}, \text{other conditions}],
+
+    where a_i and d_i are linear layers. With ``conditioning='concat'``, g_i(h) = act(norm(h)), and the input of the first layer
+    is [p(x), e]. The vector c is the trunk, of width ``trunk``. A vmapped network computes a trunk for each sample, so the
+    trunk is narrow, and the matmuls of features x features dominate the cost. The pair (s, t - s) is MeanFlow's (2505.13447).
 
     W_out and b_out start at zero, so a flow map in the v-formulation starts as the identity. The first gradient is then
-    zero in all other parameters; after one step none is zero.
+    zero for all other parameters.
 
-    With ``decoupled`` above 0 (2510.24474), the last ``decoupled`` layers see the target time alone, c(t, t) in place of
-    c(s, t), and the other layers the source time alone, c(s, s). The parameters do not depend on ``decoupled``, and on
-    the diagonal neither does the network. A velocity trained with s = t therefore loads unchanged, and is the map's
-    diagonal. The derivative in t passes through the last layers only.
+    With ``decoupled`` above 0 (2510.24474), the last ``decoupled`` layers depend on the target time only, through c(t, t)
+    in place of c(s, t), and the other layers on the source time only, through c(s, s). The parameters do not depend on
+    ``decoupled``, and for s = t neither does the output. Parameters of a velocity trained with s = t can therefore be used
+    unchanged. The derivative in t passes through the last layers only.
 
     An integer leaf of ``cond`` is a class label, a scalar from 0 to ``num_classes - 1``; there is at most one.
-    ``num_classes`` is the null label, and so is a missing condition (``cond=None``). Outside this range a concrete label
-    is refused and a traced one gives NaN. Floating-point leaves (a guidance scale, an observation) are flattened and
-    concatenated to ``cond_features`` numbers.
+    ``num_classes`` is the null label, which is also used if there is no label (``cond=None``). Outside this range a concrete
+    label raises an error, and a traced one gives NaN. Floating-point leaves (a guidance scale, an observation) are flattened
+    and concatenated to ``cond_features`` numbers.
 
-    Parameters are kept in ``param_dtype`` and used in ``dtype`` (None: the dtype of x). The embeddings and
-    the trunk are computed in float32, or from float64 times in float64. The result has the dtype of x.
+    Parameters are kept in ``param_dtype`` and used in ``dtype``. The embeddings and the trunk are computed in float32, or in
+    float64 if a time is float64. The output has the dtype of x.
 
     Attributes:
-      features: width of the hidden layers.
-      depth: number of hidden layers; depth - 1 of their matmuls are features x features.
+      features: the width of the hidden layers.
+      depth: the number of hidden layers; depth - 1 of their matmuls are features x features.
       activation: 'gelu' (tanh form) or 'silu'.
       conditioning: 'film' (scale and shift at every layer) or 'concat' (at the input).
       times: 'sinusoidal' (features of s and of t - s) or 'raw' (s and t themselves).
-      time_features: number of features of each time, even.
-      max_frequency: their highest frequency, in cycles per unit of time; the derivatives in s and t, which
-        are trained, grow with it.
-      trunk: width of the trunk.
-      decoupled: number of last hidden layers that see t alone, less than depth; 0: all layers see both times. Needs
-        ``conditioning='film'``.
-      points: features of x: 'raw' (x itself), 'octaves' or 'fourier', both with x itself.
-      point_frequencies: number of octaves, or of random frequencies.
-      point_damping: octave k is multiplied by exp(-(damping pi 2^k (1 - s))^2 / 2) at source time s. This removes what the
-        noise in x, of scale 1 - s, hides anyway. 0 for no damping.
+      time_features: the number of features of each time, even.
+      max_frequency: their highest frequency, in cycles per unit of time. The derivatives in s and t grow with it.
+      trunk: the width of the trunk.
+      decoupled: the number of last hidden layers that depend on t only, less than depth; 0 if all layers depend on both
+        times. It needs ``conditioning='film'``.
+      points: the features of x: 'raw' (x itself), or x with 'octaves' or 'fourier' features.
+      point_frequencies: the number of octaves, or of random frequencies.
+      point_damping: at source time s, octave k is multiplied by exp(-(damping pi 2^k (1 - s))^2 / 2). This damps frequencies
+        that the noise in x, of scale 1 - s, hides. 0 for no damping.
       point_scale: the standard deviation of the random frequencies, in cycles per unit of x.
-      residual: whether each hidden layer but the first adds its output to its input.
-      norm: None, 'rms' or 'layer': normalisation of h before every activation, without parameters of its own.
-      num_classes: number of labels, 0 for none.
-      cond_features: size of the floating-point condition.
+      residual: whether each hidden layer except the first adds its input to its output.
+      norm: None, 'rms' or 'layer': a normalisation of h before every activation, without parameters.
+      num_classes: the number of labels, 0 for none.
+      cond_features: the size of the floating-point condition.
       zero_init: whether the output layer starts at zero.
-      dtype: dtype of the matmuls; None for that of x.
-      param_dtype: dtype of the parameters.
+      dtype: the dtype of the matmuls; None for that of x.
+      param_dtype: the dtype of the parameters.
 
     Example:
       >>> import jax
@@ -119,19 +124,22 @@ class MLP(nn.Module):
 
     @classmethod
     def plain(cls, **fields: Any) -> MLP:
-        """The network of the published two-dimensional experiments (2505.18825): (s, t, x), 5 x 512, GELU.
+        r"""The network of the published two-dimensional experiments (2505.18825): input (s, t, x), 5 x 512, GELU.
 
-        No embedding, no residual; a forward pass costs 2 (d + 2) 512 + 8 512^2 + 2 512 d FLOPs and the
-        activations.
+        It has no embeddings and no residual connections. Apart from the activations, a forward pass costs
+
+        .. math::
+
+            2 \cdot 512\, (d + 2) + 8 \cdot 512^2 + 2 \cdot 512\, d \quad \text{FLOPs.}
 
         Args:
-          **fields: as of ``MLP``; they override the preset.
+          **fields: the fields of ``MLP``; they override the preset.
         """
         preset = {"conditioning": "concat", "times": "raw", "residual": False}
         return cls(**{**preset, **fields})
 
     def __post_init__(self) -> None:
-        """Refuses fields out of range, at construction."""
+        """Checks the fields at construction."""
         for name in ("features", "depth", "trunk", "time_features", "point_frequencies"):
             checks.integer(name, getattr(self, name), low=1)
         for name in ("num_classes", "cond_features"):
@@ -141,7 +149,7 @@ class MLP(nn.Module):
         checks.choice("times", self.times, TIMES)
         checks.choice("points", self.points, POINTS)
         checks.choice("norm", self.norm, NORMS)
-        # The first layer always sees s; otherwise only x would carry it.
+        # At least one layer must depend on s.
         checks.integer("decoupled", self.decoupled, high=self.depth - 1)
         if self.decoupled and self.conditioning != "film":
             raise ValueError(f"decoupled: expected 0 with conditioning={self.conditioning!r}, got {self.decoupled}")
@@ -158,7 +166,7 @@ class MLP(nn.Module):
           cond: see the class.
 
         Returns:
-          Shaped and typed like x.
+          An array of the shape and dtype of x.
 
         Raises:
           ValueError: if s or t has axes, or the condition does not match ``num_classes`` and
@@ -172,7 +180,7 @@ class MLP(nn.Module):
         conditions = self._conditions(cond, s.dtype)
         h = self._points(s, x.reshape(-1))
         if self.conditioning == "concat":
-            # In the embeddings' precision, because the times must not be rounded to the compute dtype first.
+            # Keep the precision of the embeddings: the times must not be rounded to the compute dtype first.
             h = jnp.concatenate([h.astype(s.dtype), *self._embed(s, t), *conditions])
             h = self._dense("input", self.features, s.dtype)(h).astype(dtype)
             modulation = [None] * self.depth
@@ -201,7 +209,7 @@ class MLP(nn.Module):
         return [embeddings.sinusoidal(u, self.time_features, highest=self.max_frequency) for u in (s, t - s)]
 
     def _conditions(self, cond: Cond, dtype: Dtype) -> list[Array]:
-        """[label, other conditions], in the embeddings' precision."""
+        """The list [label, other conditions], in the precision of the embeddings."""
         label, other = _split(cond, self.num_classes, self.cond_features)
         parts = [leaf.reshape(-1).astype(dtype) for leaf in other]
         if not self.num_classes:
@@ -234,7 +242,7 @@ def _modulate(h: Array, modulation: Array | None, norm: str | None) -> Array:
 
 
 def _normalise(h: Array, norm: str | None, epsilon: float = 1e-6) -> Array:
-    """h / rms(h), of the centred h for 'layer'; the statistics in float32 at least."""
+    """h / rms(h), after centring h for 'layer'; the statistics are computed in float32 at least."""
     if norm is None:
         return h
     wide = embeddings.at_least_float32("h", h)

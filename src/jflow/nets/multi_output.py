@@ -1,4 +1,4 @@
-"""One network with an output for each leaf of an event that is a pytree."""
+"""A network with one output for each leaf of an event that is a pytree."""
 
 from __future__ import annotations
 
@@ -10,15 +10,15 @@ from jflow.types import Array, Cond, Event
 
 
 class MultiOutput(nn.Module):
-    """A network of one flat array as a network of pytrees, with an output for each leaf.
+    """Applies a network of one flat array to a pytree, with an output for each leaf.
 
     All leaves of x are concatenated, the network is called once, and its output is split into the shapes of the leaves.
 
-    With a ``WithLogDensity`` (x, log rho) of ``jflow.likelihood`` it has an output shaped like x and a scalar one, and one pass
-    gives both: ``nets.MultiOutput(nets.MLP())``.
+    For a ``WithLogDensity`` (x, log rho) of ``jflow.likelihood``, one pass gives an output shaped like x and a scalar output:
+    ``nets.MultiOutput(nets.MLP())``.
 
     Attributes:
-      net: a module of one flat array, as ``MLP`` is: ``(s, t, x, cond=None)``, which returns an array shaped like x.
+      net: a module of one flat array, such as ``MLP``, called as ``(s, t, x, cond=None)``. Its output is shaped like x.
     """
 
     net: nn.Module

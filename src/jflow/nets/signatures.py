@@ -1,4 +1,4 @@
-"""Signatures: strings that say how a network takes (s, t, x, cond), for ``nets.wrappers``."""
+"""Signatures: strings that say how a network takes (s, t, x, cond). They are used by ``nets.wrappers``."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from jflow.types import Cond, Event, Key, Params, PyTree, Time, Velocity
 
 DEFAULT = "s t x cond"
 NAMES = ("s", "t", "x", "cond")
-# The usual signatures. From these a type checker knows whether a Network or a Velocity is made; others work as well.
+# Common signatures, from which a type checker infers whether the result is a Network or a Velocity. Others work as well.
 TwoTimes = Literal[
     "s t x cond",
     "s t x",
@@ -31,10 +31,10 @@ OneTime = Literal["t x cond", "t x", "t x y=cond", "x t cond", "x t", "x t y=con
 
 
 class Network(Protocol):
-    """A network of two times: (s, t, x) in, something shaped like x out, in the dtypes of x.
+    """A network of two times, which maps (s, t, x) to an output with the shapes and dtypes of x.
 
-    The parameterization that makes a FlowMap of it (``parameterizations.flow_map``) says what its output means: mean
-    velocity, data or noise.
+    Whether the output is the mean velocity, the data or the noise depends on the parameterization with which
+    ``parameterizations.flow_map`` makes a FlowMap of it.
     """
 
     def __call__(
@@ -51,7 +51,7 @@ class Call(NamedTuple):
     keywords: dict[str, str]
 
     def fill(self, values: Mapping[str, Any]) -> tuple[tuple, dict[str, Any]]:
-        """(args, kwargs) of a call with these values; ``cond=None`` is left out if it is last or a keyword."""
+        """The (args, kwargs) of a call with these values; ``cond=None`` is omitted if it is last or a keyword."""
         positional = self.positional
         if values["cond"] is None and positional[-1:] == ("cond",):
             positional = positional[:-1]
@@ -63,7 +63,7 @@ def read(signature: str) -> Call:
     """Parses a string such as "x t y=cond".
 
     Raises:
-      ValueError: for a string that cannot be read, an unknown name or a missing one.
+      ValueError: if the string cannot be parsed, or a name is unknown, missing or repeated.
     """
     positional, keywords = [], {}
     for word in signature.split():
@@ -85,7 +85,7 @@ def read(signature: str) -> Call:
 def wrap(
     run: Callable[[Params, tuple, dict, Any], PyTree], takes: inspect.Signature, signature: str, batched: bool
 ) -> Network | Velocity:
-    """Wraps ``run(params, args, kwargs, key)`` as a function of one sample that checks its arguments and its output.
+    """Makes a function of one sample of ``run(params, args, kwargs, key)``, which checks its arguments and its output.
 
     Returns:
       A ``Network`` of two times for a signature with ``s``, else a ``Velocity``.
@@ -142,7 +142,7 @@ def _time(name: str, value: Any) -> jax.Array:
 
 
 def _shaped_like(out: PyTree, x: PyTree, batched: bool) -> PyTree:
-    """The output without the batch axis, in the dtypes of x; refuses another structure or shape."""
+    """The output without the batch axis, in the dtypes of x; another structure or shape raises ValueError."""
     lead = (1,) if batched else ()
     expected = jax.tree.map(lambda leaf: lead + jnp.shape(leaf), x)
     got = jax.tree.map(jnp.shape, out)

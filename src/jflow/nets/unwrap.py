@@ -1,7 +1,7 @@
-"""The inverse of ``from_nnx`` and ``from_equinox``: a module that holds given parameters.
+"""The inverse of ``from_nnx`` and ``from_equinox``: makes a module that holds given parameters.
 
-``params`` may hold numpy arrays or arrays of jax, laid out over any devices. Its leaves are found by their paths from the
-root, so a dictionary of restored parameters and a list in the module match.
+``params`` may hold numpy arrays or jax arrays, with any sharding. Its leaves are matched by their paths from the root, so
+dictionaries in restored parameters match lists in the module.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ Path = tuple[str, ...]
 
 
 def to_nnx(module: NnxModule, params: Params) -> NnxModule:
-    """Makes a flax.nnx module that holds these parameters: the inverse of ``from_nnx``.
+    """Makes a flax.nnx module that holds the given parameters: the inverse of ``from_nnx``.
 
         >>> import jax.numpy as jnp
         >>> import numpy as np
@@ -41,21 +41,20 @@ def to_nnx(module: NnxModule, params: Params) -> NnxModule:
         >>> trained(0.0, 1.0, jnp.ones(2, "float32")).tolist()
         [3.0, 3.0]
 
-    After training the parameters are ``state.params`` or ``state.averaged()``; from a directory they are the first result of
-    ``training.restore_params(directory)``, without a template.
+    After training the parameters are ``state.params`` or ``state.averaged()``. They can be restored from a directory with
+    ``training.restore_params(directory)``, without a template, which returns them first.
 
     Args:
-      module: a module of the same graph as the one that was wrapped; it is left untouched.
-      params: the parameters, nested dictionaries as ``from_nnx`` returns them.
+      module: a module with the same graph as the one that was wrapped; it is not changed.
+      params: the parameters, nested dictionaries as returned by ``from_nnx``.
 
     Returns:
       A new module of the class of ``module``. Its variables of type ``nnx.Param`` hold ``params``; its other variables, its
       random streams and its mode (``train()`` or ``eval()``) are those of ``module``.
 
     Raises:
-      TypeError: for something other than an nnx module; for a leaf that is not an array, or is of another dtype than the
-        module's.
-      ValueError: for parameters that the module does not have, parameters that are missing, or other shapes.
+      TypeError: if ``module`` is not an nnx module, or a leaf is not an array or does not have the module's dtype.
+      ValueError: if ``params`` has missing or additional parameters, or a shape differs from the module's.
     """
     from flax import nnx
 
@@ -69,12 +68,12 @@ def to_nnx(module: NnxModule, params: Params) -> NnxModule:
     filled = nnx.from_flat_state(
         [(path, variable.replace(values[place])) for place, (path, variable) in zip(places, flat, strict=True)]
     )
-    # Mapping a state copies its variables: the new module must not share them with the old one.
+    # Mapping over a state copies its variables, which the new module must not share with the old one.
     return nnx.merge(graph, filled, jax.tree.map(lambda leaf: leaf, rest))
 
 
 def to_equinox(module: Module, params: Params) -> Module:
-    """Makes an equinox module that holds these parameters: the inverse of ``from_equinox``.
+    """Makes an equinox module that holds the given parameters: the inverse of ``from_equinox``.
 
         >>> import equinox as eqx
         >>> import jax
@@ -89,21 +88,20 @@ def to_equinox(module: Module, params: Params) -> Module:
         >>> trained(0.0, 1.0, jnp.ones(2)).tolist()
         [1.0, 1.0]
 
-    After training the parameters are ``state.params`` or ``state.averaged()``. From a directory they are the first result of
-    ``training.restore_params(directory, template=params)``, where ``params`` is what ``from_equinox`` returned.
+    After training the parameters are ``state.params`` or ``state.averaged()``. They can be restored from a directory with
+    ``training.restore_params(directory, template=params)``, which returns them first; ``params`` comes from ``from_equinox``.
 
     Args:
-      module: a module of the same structure as the one that was wrapped.
-      params: the parameters, a pytree of the structure that ``from_equinox`` returns.
+      module: a module with the same structure as the one that was wrapped.
+      params: the parameters, a pytree with the structure that ``from_equinox`` returns.
 
     Returns:
       A module of the class of ``module``. Its floating-point arrays are ``params``; everything else, such as functions,
       integer arrays and the inference flags of dropout layers, is that of ``module``.
 
     Raises:
-      TypeError: for a module without floating-point arrays; for a leaf that is not an array, or is of another dtype than the
-        module's.
-      ValueError: for parameters that the module does not have, parameters that are missing, or other shapes.
+      TypeError: if ``module`` has no floating-point arrays, or a leaf is not an array or does not have the module's dtype.
+      ValueError: if ``params`` has missing or additional parameters, or a shape differs from the module's.
     """
     import equinox as eqx
 
@@ -113,7 +111,7 @@ def to_equinox(module: Module, params: Params) -> Module:
         raise TypeError(f"module: expected an equinox module with floating-point arrays, got {described(module)}")
     expected = {_place(path): leaf for path, leaf in leaves}
     values = _matched(params, expected)
-    # By path: two modules made by the same code may hold functions that do not compare equal.
+    # Match by path, because two modules made by the same code may hold functions that do not compare equal.
     return eqx.combine(jax.tree.unflatten(structure, [values[_place(path)] for path, _ in leaves]), static)
 
 
@@ -122,7 +120,7 @@ def _place(path: tuple[Any, ...]) -> Path:
 
 
 def _matched(params: Params, expected: dict[Path, Any]) -> dict[Path, jax.Array]:
-    """The arrays of ``params`` by path, after a check that they are those of the module in shape and dtype."""
+    """The arrays of ``params`` by path, after a check that their paths, shapes and dtypes are those of the module."""
     given = {_place(path): leaf for path, leaf in jax.tree_util.tree_flatten_with_path(params)[0]}
     missing, extra = (
         sorted("/".join(path) for path in paths) for paths in (expected.keys() - given, given.keys() - expected)

@@ -1,37 +1,37 @@
-r"""Wrappers: any network as the function of one sample that the library takes.
+r"""Wrappers that turn networks of other libraries into the functions of one sample that jflow takes.
 
-The two signatures::
+They make functions of two kinds::
 
     apply(params, s, t, x, cond=None, *, key=None) -> shaped like x     a ``Network`` of two times
     velocity(params, t, x, cond=None, *, key=None) -> shaped like x     a ``jflow.types.Velocity``
 
-A network becomes a FlowMap through ``parameterizations.flow_map``, a Velocity through ``solvers.solve``.
+``parameterizations.flow_map`` makes a FlowMap of a ``Network``, and ``solvers.solve`` makes one of a ``Velocity``.
 
-``signature`` lists the network's arguments in its own order. It says which of the two is made and how the network is called::
+``signature`` lists the network's arguments in their order. It determines the kind of the result and how the network is
+called::
 
     "s t x cond"    net(s, t, x, cond)      two times, so ``apply``; the default
     "x t s y=cond"  net(x, t, s, y=cond)    any order, and keywords
     "x t"           net(x, t)               one time, so a velocity
 
-``cond=None`` is not passed on if it comes last or by keyword, so a network without that argument needs no
-other signature. For another convention (time reversed, a gap instead of s) pass a lambda to ``from_function``. For
-MeanFlow's u(z, r, t), whose time 0 is the data::
+``cond=None`` is not passed on if it is last or passed by keyword, so the default signature also fits a network without that
+argument. For another convention (reversed time, a gap instead of s) pass a lambda to ``from_function``. For MeanFlow's
+u(z, r, t), whose time 0 is the data::
 
     from_function(lambda params, s, t, x: -u(params, x, 1 - t, 1 - s))
 
-``to_nnx`` and ``to_equinox`` give a module back that holds trained parameters.
+``to_nnx`` and ``to_equinox`` make a module that holds trained parameters.
 
-Networks that take a batch, [B] times and [B, ...] points, are wrapped with ``batched=True``: each sample is a
-batch of one, and ``jax.vmap`` of that costs what a batch does. Layers that mix samples (batch normalisation
-with the statistics of the batch) are refused; with running averages that no longer change they are accepted.
+Networks that take a batch ([B] times and [B, ...] points) are wrapped with ``batched=True``. Each sample is then passed as a
+batch of one, which ``jax.vmap`` turns into one batch. Layers that mix samples (batch normalisation with the statistics of the
+batch) raise a TypeError; layers that use fixed running averages are accepted.
 
-A function of the library is pure, so a layer cannot keep anything from one call to the next. Variables that a call
-changes (running averages, the vectors of spectral normalisation, caches) are refused with a TypeError that names
-them; random streams, whose counters a call moves, are not state. Freeze such layers, or keep what changes in the
-state of an objective.
+The functions are pure, so a layer cannot keep a value from one call to the next. Variables that a call changes (running
+averages, the vectors of spectral normalisation, caches) raise a TypeError that names them. The counters of random streams
+may change. Freeze such layers, or keep the changing values in the state of an objective.
 
-Dropout: pass ``key`` at the call; without a key there is no dropout. An argument ``deterministic``, ``inference``,
-``train``, ``training`` or ``is_training`` of the network is set accordingly.
+For dropout, pass ``key`` at the call; without a key there is no dropout. If the network has an argument ``deterministic``,
+``inference``, ``train``, ``training`` or ``is_training``, it is set accordingly.
 """
 
 from __future__ import annotations
@@ -103,7 +103,7 @@ def from_linen(
     rngs: Sequence[str] = ("dropout",),
     constants: Mapping[str, PyTree] | None = None,
 ) -> Network | Velocity:
-    """Wraps a flax.linen module as a network of two times, or as a Velocity; its params are ``module.init(...)['params']``.
+    """Wraps a flax.linen module as a network of two times, or as a Velocity. Its params are ``module.init(...)['params']``.
 
     Args:
       module: the module.
@@ -111,19 +111,18 @@ def from_linen(
         one without ``s`` a ``Velocity``. See the module docstring.
       batched: whether it takes a batch.
       rngs: the random streams that it draws from; ``key`` is split among them.
-      constants: its other variable collections, which are neither trained nor changed: ``{"batch_stats": ...}`` of a
-        layer that is frozen.
+      constants: its other variable collections, which are neither trained nor changed, such as ``{"batch_stats": ...}`` for
+        a frozen layer.
 
     Returns:
       ``apply(params, s, t, x, cond=None, *, key=None)``, a ``Network``, for a signature with ``s`` (the default); else
-      ``velocity(params, t, x, cond=None, *, key=None)``, a ``Velocity``. They raise TypeError for a layer that
-      mixes samples or changes a variable, or if the module's ``__call__`` does not take the signature; ValueError for an
-      output not shaped like x, times with axes, a missing collection, or random numbers drawn without a key.
+      ``velocity(params, t, x, cond=None, *, key=None)``, a ``Velocity``. It raises TypeError if a layer mixes samples or
+      changes a variable, or if the module's ``__call__`` does not take the signature. It raises ValueError if the output is
+      not shaped like x, a time has axes, a collection is missing, or random numbers are drawn without a key.
 
     Raises:
-      ValueError: for a signature that cannot be read.
-      TypeError: for a collection of constants without variables, which the network could not have been given by its
-        ``init``.
+      ValueError: if the signature cannot be parsed.
+      TypeError: if a collection of constants has no variables.
 
     Example:
       >>> import jax
@@ -176,27 +175,27 @@ def from_nnx(module: nnx.Module, *, signature: str, batched: bool = ...) -> tupl
 def from_nnx(
     module: nnx.Module, *, signature: str = signatures.DEFAULT, batched: bool = False
 ) -> tuple[Network | Velocity, Params]:
-    """Wraps a flax.nnx module as a network of two times, or as a Velocity; its params are nested dicts with string keys.
+    """Wraps a flax.nnx module as a network of two times, or as a Velocity. Its params are nested dicts with string keys.
 
-    The parameters are the variables of type ``nnx.Param``; all others stay as they are. Without a key the
-    module runs with ``deterministic=True``, with one with ``deterministic=False`` and its random streams reseeded
-    from the key. ``use_running_average`` stays as it is: ``module.eval()`` before this freezes layers with state.
+    The parameters are the variables of type ``nnx.Param``; all other variables are constant. Without a key the module runs
+    with ``deterministic=True``. With a key it runs with ``deterministic=False``, and its random streams are reseeded from the
+    key. ``use_running_average`` is not changed; call ``module.eval()`` before wrapping to freeze layers with state.
 
-    What a call writes into parameters lasts for that call alone, as weight normalisation does.
+    If a call writes to parameters, as weight normalisation does, the change lasts for that call only.
 
     Args:
-      module: the module; it is left untouched.
+      module: the module; it is not changed.
       signature: how its ``__call__`` takes (s, t, x, cond); a signature with ``s`` gives a ``Network``,
         one without ``s`` a ``Velocity``. See the module docstring.
       batched: whether it takes a batch.
 
     Returns:
-      (network or velocity, params), as of ``from_linen``. When called it raises TypeError for a variable that the call
-      changes or creates, except parameters, random streams and intermediates.
+      (network or velocity, params), as of ``from_linen``. At a call it raises TypeError if the call changes or creates a
+      variable other than parameters, random streams and intermediates.
 
     Raises:
-      ValueError: for a signature that cannot be read.
-      TypeError: for a BatchNorm that uses the statistics of the batch.
+      ValueError: if the signature cannot be parsed.
+      TypeError: if the module has a BatchNorm that uses the statistics of the batch.
     """
     from flax import nnx
 
@@ -211,7 +210,7 @@ def from_nnx(
 
     def call(params: Any, args: tuple, kwargs: dict, key: Any) -> tuple[PyTree, dict[str, jax.Array]]:
         """The output, and the variables other than parameters that hold new arrays after the call."""
-        # Mapping the states copies their variables into the present trace, where they may be changed.
+        # Mapping over the states copies their variables into the current trace, where they may be changed.
         copy = nnx.merge(graph, jax.tree.map(lambda leaf: leaf, params), jax.tree.map(lambda leaf: leaf, rest))
         copy.eval() if key is None else copy.train()
         for path, layer in nnx.iter_modules(copy):
@@ -228,7 +227,7 @@ def from_nnx(
     stored = _variables(module)
 
     def unchanged(names: frozenset[str], args: tuple, kwargs: dict, key: Any) -> bool:
-        """Whether these variables hold the same values after a call. Scans and remat return equal values in new arrays."""
+        """Whether these variables have the same values after a call; scans and remat return equal values in new arrays."""
         if not names <= stored.keys():
             return False
         with jax.ensure_compile_time_eval():
@@ -269,10 +268,10 @@ def from_equinox(
 def from_equinox(
     module: Callable[..., PyTree], *, signature: str = signatures.DEFAULT, batched: bool = False
 ) -> tuple[Network | Velocity, Params]:
-    """Wraps an equinox module as a network of two times, or as a Velocity; its params are its floating-point arrays.
+    """Wraps an equinox module as a network of two times, or as a Velocity. Its params are its floating-point arrays.
 
-    The parameters have the module's own structure (``eqx.partition``). Without a key the module runs in
-    inference mode; with one, in training mode, and the key goes to its argument ``key``.
+    The parameters have the structure of the module (``eqx.partition``). Without a key the module runs in inference mode. With
+    a key it runs in training mode, and the key is passed to its argument ``key``.
 
     Args:
       module: the module.
@@ -284,8 +283,8 @@ def from_equinox(
       (network or velocity, params), as of ``from_linen``.
 
     Raises:
-      ValueError: for a signature that cannot be read.
-      TypeError: for a layer that mixes samples, or keeps state between calls (``eqx.nn.SpectralNorm``, anything with an
+      ValueError: if the signature cannot be parsed.
+      TypeError: if a layer mixes samples or keeps state between calls (``eqx.nn.SpectralNorm``, or any layer with an
         ``eqx.nn.StateIndex`` or an ``eqx.nn.State``).
         Freeze such a module and pass it to ``from_function`` as
         ``lambda params, s, t, x: eqx.nn.inference_mode(eqx.combine(params, static))(s, t, x, state)[0]``.
@@ -322,8 +321,8 @@ def from_function(
     """Wraps a function of params and the signature's arguments as a network of two times, or as a Velocity.
 
     Args:
-      function: ``function(params, s, t, x)`` with the default signature, or with ``cond`` after x. If it has
-        an argument ``key``, it gets the key.
+      function: for the default signature, ``function(params, s, t, x)`` or ``function(params, s, t, x, cond)``. If it has
+        an argument ``key``, the key is passed to it.
       signature: how it takes (s, t, x, cond) after params; a signature with ``s`` gives a ``Network``,
         one without ``s`` a ``Velocity``. See the module docstring.
       batched: whether it takes a batch.
@@ -332,7 +331,7 @@ def from_function(
       A ``Network`` or a ``Velocity``, as of ``from_linen``.
 
     Raises:
-      ValueError: for a signature that cannot be read.
+      ValueError: if the signature cannot be parsed.
 
     Example:
       >>> import jax.numpy as jnp
@@ -353,17 +352,19 @@ def from_function(
 
 
 def check_independent(function: Callable[..., PyTree], *batch: PyTree, rtol: float = 1e-5) -> None:
-    """Checks that a function of a batch does not mix samples: with all other rows changed, the first output must stay.
+    """Checks that a function of a batch does not mix samples.
+
+    It changes all rows of the batch except the first, and checks that the first output stays the same.
 
     Args:
-      function: takes ``*batch`` and returns arrays with the same leading axis. Close over the parameters;
-        they must not be those of a zero-initialised output layer.
-      *batch: concrete pytrees of arrays ``[B, ...]``, B of 2 at least; integer leaves are left as they are.
-      rtol: how far the first output may move, relative to the largest output.
+      function: takes ``*batch`` and returns arrays with the same leading axis. It closes over the parameters, which must not
+        be those of a zero-initialised output layer.
+      *batch: concrete pytrees of arrays ``[B, ...]`` with B at least 2. Integer leaves are not changed.
+      rtol: the tolerance for the first output, relative to the largest output.
 
     Raises:
-      ValueError: if the first output moves, if the others do not (the check then says nothing), or for fewer than two
-        rows.
+      ValueError: if the first output changes, the other outputs do not change (the check is then inconclusive), or there are
+        fewer than two rows.
     """
     for leaf in jax.tree.leaves(batch):
         if np.ndim(leaf) == 0 or np.shape(leaf)[0] < 2:
@@ -405,7 +406,7 @@ def _is(kinds: Any) -> Callable[[Any], bool]:
 
 
 def _variables(module: Any) -> dict[str, jax.Array]:
-    """The arrays of an nnx module's state by path and type, without parameters, random streams and intermediates."""
+    """The arrays of an nnx module's state by path and type, except parameters, random streams and intermediates."""
     from flax import nnx
 
     found = {}
@@ -419,14 +420,14 @@ def _variables(module: Any) -> dict[str, jax.Array]:
 
 
 def _equal(a: Any, b: Any) -> bool:
-    """Whether two arrays hold the same values; of PRNG keys, the same data."""
+    """Whether two arrays hold the same values, or two PRNG keys the same data."""
     if jnp.issubdtype(jnp.result_type(a), jax.dtypes.prng_key):
         a, b = jax.random.key_data(a), jax.random.key_data(b)
     return np.array_equal(a, b, equal_nan=True)
 
 
 def _example(leaf: Any) -> Any:
-    """An array of the same shape and dtype, which may be traced: numbers in (0, 1), zeros where it is not floating-point."""
+    """Concrete values for an array that may be traced: numbers in (0, 1) if it is floating-point, else zeros."""
     if not isinstance(leaf, (jax.Array, np.ndarray)):
         return leaf
     if not jnp.issubdtype(leaf.dtype, jnp.floating):
@@ -435,5 +436,5 @@ def _example(leaf: Any) -> Any:
 
 
 def _string_keys(tree: Any) -> Any:
-    """Replaces the whole numbers that nnx uses as keys for lists; checkpoints keep dicts with string keys only."""
+    """Replaces integer keys, which nnx uses for lists, by strings, because checkpoints allow only string keys."""
     return {str(k): _string_keys(v) for k, v in tree.items()} if isinstance(tree, Mapping) else tree

@@ -1,6 +1,6 @@
 """Plots: figures of samples, paths, images, residuals and learning curves, drawn with Matplotlib.
 
-The functions::
+The functions are::
 
     panels               a new figure and its axes
     paths                samples through time: against t in one dimension, coloured by t in the plane
@@ -15,7 +15,7 @@ The functions::
 
 Every function draws on ``ax``, or on a new figure if ``ax`` is None, and returns the figure, for example
 ``plots.paths(times, states).savefig("paths.png")``. Matplotlib is an extra, ``pip install 'jflow[plots]'``, imported at the
-first call. Figures are made without ``pyplot``: there is no global state, no choice of a backend and nothing to close, so
+first call. Figures are made without ``pyplot``, so there is no global state, no backend to choose and no figure to close, and
 threads and servers can draw. A notebook shows the returned figure after ``%matplotlib inline``.
 """
 

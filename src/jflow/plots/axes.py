@@ -21,20 +21,21 @@ Extent = tuple[float, float, float, float]
 def panels(
     rows: int = 1, columns: int = 1, *, size: tuple[float, float] = (4.8, 3.8), **subplots: Any
 ) -> tuple[Figure, np.ndarray]:
-    """A new figure with a grid of axes, which makes room for titles, labels and colour bars by itself.
+    """Makes a new figure with a grid of axes, whose layout leaves room for titles, labels and colour bars.
 
     Args:
-      rows: number of rows.
-      columns: number of columns.
-      size: width and height of one panel, in inches.
+      rows: the number of rows.
+      columns: the number of columns.
+      size: the width and height of one panel, in inches.
       **subplots: options of ``matplotlib.figure.Figure.subplots``, such as ``sharex=True``.
 
     Returns:
-      (the figure, its axes as an array [rows, columns]).
+      The figure, and its axes as an array [rows, columns].
 
     Raises:
-      ImportError: without Matplotlib.
-      TypeError, ValueError: if a number is not positive.
+      ImportError: if Matplotlib is not installed.
+      ValueError: if a number is not positive.
+      TypeError: if ``rows`` or ``columns`` is not a whole number, or ``size`` does not consist of numbers.
 
     Example:
       >>> import numpy as np
@@ -55,7 +56,7 @@ def figure_class() -> type[Figure]:
     """The class matplotlib.figure.Figure.
 
     Raises:
-      ImportError: if Matplotlib is missing; the message names the extra.
+      ImportError: if Matplotlib is not installed; the message says how to install it.
     """
     try:
         from matplotlib.figure import Figure
@@ -65,11 +66,11 @@ def figure_class() -> type[Figure]:
 
 
 def axis_or_new(ax: Axes | None, size: tuple[float, float] = (4.8, 3.8)) -> Axes:
-    """The given axis, or that of a new figure of this size in inches.
+    """The given axis, or the axis of a new figure of this size in inches.
 
     Raises:
-      ImportError: without Matplotlib.
-      TypeError: if ``ax`` is not one axis of Matplotlib.
+      ImportError: if Matplotlib is not installed.
+      TypeError: if ``ax`` is not an axis of Matplotlib.
     """
     figure_class()
     from matplotlib.axes import Axes
@@ -83,17 +84,17 @@ def axis_or_new(ax: Axes | None, size: tuple[float, float] = (4.8, 3.8)) -> Axes
 
 def figure_of(ax: Axes) -> Figure:
     """The whole figure that an axis is part of."""
-    # The inner one may be a sub-figure.
+    # ax.figure may be a sub-figure.
     return ax.figure.figure  # pyright: ignore[reportReturnType]
 
 
 def colour_bar(ax: Axes, colours: ScalarMappable, label: str) -> None:
-    """A colour bar at the right of the axis, as high as the axis is drawn."""
+    """Adds a colour bar to the right of the axis, with the height of the axis."""
     ax.figure.colorbar(colours, cax=ax.inset_axes((1.03, 0.0, 0.045, 1.0)), label=label)
 
 
 def label_plane(ax: Axes) -> None:
-    """The names of the two entries of a point, which have the same scale."""
+    """Labels the axes of a plane with the entries of a point, and gives both the same scale."""
     ax.set(xlabel="x[0]", ylabel="x[1]", aspect="equal")
 
 
@@ -101,17 +102,17 @@ def points_in_plane(name: str, samples: ArrayLike) -> np.ndarray:
     """Samples [N, 2] as a numpy array; N may be 0.
 
     Raises:
-      ValueError: for another shape.
+      ValueError: if the shape is not [N, 2].
     """
     checks.shape(name, samples, (None, 2))
     return np.asarray(samples)
 
 
 def extent_of(extent: Sequence[float] | None, points: np.ndarray) -> Extent:
-    """The rectangle (left, right, bottom, top) that is given, or that of all finite points with a margin of 5 %.
+    """The given rectangle (left, right, bottom, top), or that of all finite points with a margin of 5 %.
 
     Raises:
-      ValueError: if the sides are not four finite numbers in ascending pairs, or nothing finite is there to take them from.
+      ValueError: if ``extent`` is not four finite numbers in ascending pairs, or it is None and no point is finite.
     """
     if extent is None:
         finite = points[np.isfinite(points).all(axis=1)]

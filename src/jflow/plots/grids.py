@@ -1,4 +1,4 @@
-"""Grids: images side by side, and residuals over pairs of times."""
+"""Grids of images, and plots of residuals over pairs of times."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
-# The height of a label's band over that of an image.
+# The height of the band for a label, relative to the height of an image.
 BAND = 0.25
 
 
@@ -31,13 +31,13 @@ def image_grid(
     gap: int = 1,
     ax: Axes | None = None,
 ) -> Figure:
-    """Images side by side, row after row, each with its label above it.
+    """Draws images in a grid, row by row, each with a label above it.
 
     Args:
       images: [N, H, W, C] with C = 1 (grey) or 3 (red, green, blue), or [N, H, W], floating point.
-      columns: images per row; by default as many as make the grid about square.
-      labels: one for each image; a label that is wider than its image is made smaller.
-      vmin, vmax: the values of black and of white (of no and of full colour); vmin > vmax shows the negative.
+      columns: images per row; by default the square root of N, rounded up.
+      labels: one label for each image; a label that is wider than its image is drawn smaller.
+      vmin, vmax: the values shown as black and as white (as no and as full colour); vmin > vmax shows the negative.
       gap: pixels between images.
       ax: the axis to draw on; None for a new figure.
 
@@ -45,8 +45,8 @@ def image_grid(
       The figure.
 
     Raises:
-      ValueError: for another shape, values that are not finite, vmin = vmax, or another number of labels.
-      TypeError: for images that are not floating point.
+      ValueError: if the shape is another, a value is not finite, vmin = vmax, or there is not one label for each image.
+      TypeError: if the images are not floating point.
 
     Example:
       >>> import numpy as np
@@ -78,14 +78,14 @@ def image_grid(
     ax.set(xticks=[], yticks=[])
     for index, label in enumerate(labels or ()):
         row, column = divmod(index, across)
-        # Pixels are centred on whole numbers.
+        # Pixels are centred at integer coordinates.
         left, top = column * (width + gap) - 0.5, row * (height + band + gap) - 0.5
         _write(ax, str(label), left, top, width, band)
     return figure_of(ax)
 
 
 def _write(ax: Axes, text: str, left: float, top: float, width: float, height: float) -> None:
-    """Text as an outline that fills a rectangle at most, in the units of the data, so that it grows with the image."""
+    """Draws text as an outline inside a rectangle in data coordinates, so that it scales with the image."""
     from matplotlib.patches import PathPatch
     from matplotlib.textpath import TextPath
     from matplotlib.transforms import Affine2D
@@ -94,7 +94,7 @@ def _write(ax: Axes, text: str, left: float, top: float, width: float, height: f
         return
     path = TextPath((0.0, 0.0), text, size=1.0)
     box = path.get_extents()
-    # One height of the line for all labels, those without descenders too.
+    # Use the same line height for all labels, also for those without descenders.
     scale = min(0.75 * height, 0.96 * width / box.width)
     place = Affine2D().translate(-0.5 * (box.x0 + box.x1), -0.3).scale(scale, -scale)
     place = place.translate(left + 0.5 * width, top + 0.5 * height)
@@ -110,22 +110,23 @@ def residuals(
     cmap: str = "viridis",
     ax: Axes | Sequence[Axes] | None = None,
 ) -> Figure:
-    """RMS residuals over the source time s and the target time t, on a logarithmic colour scale shared by all panels.
+    """Plots root-mean-square (RMS) residuals over the source time s and the target time t.
 
-    Where the map's domain does not define a residual the panel is grey. The tangent residual is a line over s.
+    All panels share a logarithmic colour scale. Pairs of times at which a residual is not defined are grey. The tangent
+    residual is a line over s.
 
     Args:
-      grid: of ``diagnostics.residual_grid``.
-      names: of "tangent", "eulerian", "lagrangian", "semigroup"; by default all that have a finite value.
-      vmin, vmax: residuals of the first and last colour; by default the smallest positive and the largest.
+      grid: the result of ``diagnostics.residual_grid``.
+      names: one or several of "tangent", "eulerian", "lagrangian", "semigroup"; by default all that have a finite value.
+      vmin, vmax: the residuals of the first and last colour; by default the smallest positive and the largest residual.
       cmap: the colour map.
-      ax: the axis to draw on, for several names one each; None for a new figure.
+      ax: the axis to draw on, or one for each name; None for a new figure.
 
     Returns:
       The figure.
 
     Raises:
-      ValueError: for an unknown name, no finite residual, or another number of axes than of names.
+      ValueError: if a name is unknown, no residual is finite, or there is not one axis for each name.
     """
     if names is None:
         names = [name for name in IDENTITIES if np.isfinite(getattr(grid, name)).any()]
@@ -154,7 +155,7 @@ def residuals(
             axis.plot(grid.s, grid.tangent, "o-")
             axis.set(ylabel="RMS residual, in units of a velocity")
             continue
-        # A residual of zero has no logarithm, and gets the first colour; only what is undefined stays grey.
+        # A residual of zero has no logarithm, so it gets the first colour; only undefined residuals are grey.
         shown = np.maximum(getattr(grid, name), norm.vmin or 0.0)
         s, t = np.argsort(grid.s), np.argsort(grid.t)
         image = axis.pcolormesh(_edges(grid.s[s]), _edges(grid.t[t]), shown[np.ix_(s, t)].T, norm=norm, cmap=cmap)
@@ -165,7 +166,7 @@ def residuals(
 
 
 def _edges(centres: np.ndarray) -> np.ndarray:
-    """The edges of the cells around these points: the middles between them, and the same distances at the ends."""
+    """The edges of the cells around these points: the midpoints between them, and mirrored ones at both ends."""
     if centres.size == 1:
         return centres + np.array([-0.05, 0.05])
     middles = 0.5 * (centres[1:] + centres[:-1])

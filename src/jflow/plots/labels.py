@@ -1,4 +1,4 @@
-"""Points with labels that never overlap."""
+"""Scatter plots whose labels do not overlap."""
 
 from __future__ import annotations
 
@@ -19,12 +19,12 @@ if TYPE_CHECKING:
 
 MARKER = 6.0
 MARKERS = "osD^vP*X"
-# Points of free room around a label.
+# The free space around a label, in points.
 ROOM = 1.5
-# What a place costs, in half heights of a label, by which rings are apart: the label on a marker, a bar, the legend or a line;
-# its own line across a label, a marker, another line.
+# The cost of a position in units of the distance between rings, which is half the height of a label. COVERS: the label covers a
+# marker, an error bar, the legend or a line. CROSSES: the line of the label crosses a label, a marker or another line.
 COVERS, CROSSES = 60.0, (30.0, 20.0, 10.0)
-# Directions in which room is looked for, in degrees: beside the point first, right before left, above before below.
+# The directions to try, in degrees: sideways first, right before left, above before below.
 DIRECTIONS = sorted(range(-165, 181, 15), key=lambda a: (min(abs(a), 180 - abs(a)), abs(a) > 90, a < 0))
 
 
@@ -38,25 +38,25 @@ def labelled_scatter(
     fontsize: float = 7.0,
     ax: Axes | None = None,
 ) -> Figure:
-    """Points with a label each. A label lies where no other label is, and is joined to its point by a line if it is far.
+    """Draws points with labels that do not overlap. A label that is far from its point is connected to it by a line.
 
-    The labels are placed whenever the figure is drawn, so scales, limits and sizes may be set after the call. They also avoid
-    the markers, the error bars, the legend and the edges of the axis while there is room. The placement is deterministic.
+    The labels are placed whenever the figure is drawn, so scales, limits and sizes may be set after the call. If there is
+    space, they also avoid the markers, the error bars, the legend and the edges of the axis. The placement is deterministic.
 
     Args:
       x: [N], finite.
       y: [N], finite.
-      labels: one for each point. A point outside the axis has no label.
-      yerr: [N], halves of the error bars.
-      groups: the group of each point. Each group has a marker, a colour and an entry of the legend, above the axis.
-      fontsize: size of the labels, in points.
+      labels: one label for each point. Points outside the axis are not labelled.
+      yerr: the half-lengths of the error bars, [N].
+      groups: the group of each point. Each group has a marker, a colour and an entry in the legend above the axis.
+      fontsize: the size of the labels, in points.
       ax: the axis to draw on; None for a new figure.
 
     Returns:
       The figure.
 
     Raises:
-      ValueError: for other lengths, or coordinates that are not finite.
+      ValueError: if the lengths differ, or a coordinate is not finite.
     """
     points = np.stack([_column("x", x, len(labels)), _column("y", y, len(labels))], axis=-1)
     bars = np.zeros(len(labels)) if yerr is None else _column("yerr", yerr, len(labels))
@@ -78,7 +78,7 @@ def labelled_scatter(
             label=group or None,
         )
     if groups is not None and len(groups):
-        # Above the axis, where nothing lies.
+        # Put the legend above the axis, where nothing else is drawn.
         ax.legend(loc="lower right", bbox_to_anchor=(1.0, 1.0), ncols=len(set(groups)), frameon=False)
     texts = [
         ax.annotate(
@@ -114,7 +114,7 @@ def _placer(ax: Axes, texts: Sequence[Annotation], points: np.ndarray, bars: np.
             _place(ax, renderer, texts, points, bars)
 
     placer = Placer()
-    # Before everything else of the axis, and without an effect on its size.
+    # Draw it before everything else in the axis, and exclude it from the layout.
     placer.set_zorder(-np.inf)
     for artist in (placer, *texts):
         artist.set_in_layout(False)
@@ -122,13 +122,13 @@ def _placer(ax: Axes, texts: Sequence[Annotation], points: np.ndarray, bars: np.
 
 
 class Boxes(NamedTuple):
-    """Rectangles (left, bottom, right, top) that labels keep away from, in pixels; each ``[n, 4]``.
+    """Objects that labels avoid, in pixels: rectangles (left, bottom, right, top), and lines; each ``[n, 4]``.
 
     Attributes:
-      markers: around the points.
-      others: the error bars and the legend.
-      labels: the labels that have their places.
-      lines: from points to labels, no boxes but (x, y, x, y) of both ends.
+      markers: the rectangles of the markers.
+      others: the rectangles of the error bars and the legend.
+      labels: the rectangles of the labels placed so far.
+      lines: the lines from points to labels, as (x, y, x, y) of both ends.
     """
 
     markers: np.ndarray
@@ -138,7 +138,7 @@ class Boxes(NamedTuple):
 
 
 def _place(ax: Axes, renderer: Any, texts: Sequence[Annotation], points: np.ndarray, bars: np.ndarray) -> None:
-    """Moves every label to the nearest place that is free."""
+    """Moves every label to the position of lowest cost."""
     pixels = renderer.points_to_pixels(1.0)
     low, centres, high = (ax.transData.transform(points + np.outer(bars, [0.0, side])) for side in (-1.0, 0.0, 1.0))
     reach = 0.5 * MARKER * pixels
@@ -151,7 +151,7 @@ def _place(ax: Axes, renderer: Any, texts: Sequence[Annotation], points: np.ndar
     markers = np.concatenate([centres - reach, centres + reach], axis=-1)
     shown = _inside(np.concatenate([centres, centres], axis=-1), frame)
     boxes = Boxes(markers[shown], others, np.zeros((0, 4)), np.zeros((0, 4)))
-    # From above down, so that the order of the points matters only for those at one place.
+    # Go from top to bottom, so that the order of the points matters only for equal points.
     for index in np.lexsort((centres[:, 0], -centres[:, 1])):
         text, point = texts[index], centres[index]
         if text.get_visible() != shown[index]:
@@ -165,7 +165,7 @@ def _place(ax: Axes, renderer: Any, texts: Sequence[Annotation], points: np.ndar
         boxes = boxes._replace(
             labels=np.concatenate([boxes.labels, box[None]]), lines=np.concatenate([boxes.lines, line])
         )
-        # A change asks for another drawing, which must change nothing; the layout differs by rounding.
+        # A change triggers another draw, which must not change anything; round, since the layout differs by rounding errors.
         offset = tuple(np.round((centre - point) / pixels, 2).tolist())
         if text.get_position() != offset:
             text.set_position(offset)
@@ -174,7 +174,7 @@ def _place(ax: Axes, renderer: Any, texts: Sequence[Annotation], points: np.ndar
 
 
 def _size(text: Annotation, renderer: Any) -> tuple[float, float]:
-    """Width and height of the label without its line, in pixels."""
+    """The width and height of the label without its line, in pixels."""
     from matplotlib.text import Text
 
     box = Text.get_window_extent(text, renderer)
@@ -184,9 +184,10 @@ def _size(text: Annotation, renderer: Any) -> tuple[float, float]:
 def _free(
     point: np.ndarray, size: np.ndarray, reach: float, frame: np.ndarray, boxes: Boxes
 ) -> tuple[np.ndarray, bool]:
-    """The best place of a label of this half size that no other label covers, and whether it needs a line to its point.
+    """The position of lowest cost for a label of this half size, and whether it needs a line to its point.
 
-    A place costs the number of its ring, and what it covers; rings are tried until they cost more than the best place.
+    The cost is the number of the ring plus the costs of what the label covers. A position that overlaps another label is not
+    allowed. Rings are tried until their number exceeds the lowest cost.
     """
     things = np.concatenate([boxes.markers, boxes.others])
     outside = np.hypot(*(frame[2:] - frame[:2])) / size[1]
@@ -210,7 +211,7 @@ def _free(
 
 
 def _ring(point: np.ndarray, size: np.ndarray, away: float) -> np.ndarray:
-    """Centres of the label around the point: its nearest side or corner lies on a square, as the marker is one."""
+    """Centres of the label around the point, such that its nearest side or corner is on a square around the marker."""
     angles = np.deg2rad(DIRECTIONS)
     directions = np.stack([np.cos(angles), np.sin(angles)], axis=-1)
     directions /= np.abs(directions).max(axis=1, keepdims=True)
@@ -218,7 +219,7 @@ def _ring(point: np.ndarray, size: np.ndarray, away: float) -> np.ndarray:
 
 
 def _line(point: np.ndarray, places: np.ndarray, reach: float) -> np.ndarray:
-    """The lines from the edge of a marker to the nearest points of labels, as (x, y, x, y) of both ends, ``[n, 4]``."""
+    """The lines from the edge of a marker to the nearest points of labels, as (x, y, x, y) of both ends; ``[n, 4]``."""
     ends = np.clip(point, places[:, :2], places[:, 2:])
     lengths = np.hypot(*(ends - point).T)[:, None]
     starts = point + (ends - point) * np.minimum(1.0, 2.0 * reach / np.maximum(lengths, 1e-9))
@@ -228,7 +229,7 @@ def _line(point: np.ndarray, places: np.ndarray, reach: float) -> np.ndarray:
 def _through(lines: np.ndarray, boxes: np.ndarray) -> np.ndarray:
     """Which lines pass through which boxes, ``[lines, boxes]``."""
     starts, ways = lines[:, None, :2], (lines[:, 2:] - lines[:, :2])[:, None]
-    # The shares of the way at which the line enters and leaves the slab of each coordinate.
+    # The fractions of the line at which it enters and leaves the slab of each coordinate.
     ways = np.where(np.abs(ways) < 1e-9, 1e-9, ways)
     low, high = (boxes[None, :, :2] - starts) / ways, (boxes[None, :, 2:] - starts) / ways
     enters, leaves = np.minimum(low, high).max(axis=-1), np.maximum(low, high).min(axis=-1)
@@ -236,7 +237,7 @@ def _through(lines: np.ndarray, boxes: np.ndarray) -> np.ndarray:
 
 
 def _crossing(lines: np.ndarray, others: np.ndarray) -> np.ndarray:
-    """Which lines cross which others, ``[lines, others]``: each has its ends on both sides of the other."""
+    """Which lines cross which others, ``[lines, others]``; each line has its ends on both sides of the other."""
 
     def side(points: np.ndarray, a: np.ndarray, b: np.ndarray) -> np.ndarray:
         way, to = b - a, points - a
@@ -252,6 +253,6 @@ def _inside(boxes: np.ndarray, frame: np.ndarray) -> np.ndarray:
 
 
 def _overlap(boxes: np.ndarray, others: np.ndarray) -> np.ndarray:
-    """Which of the boxes share area with one of the others, ``[n]``."""
+    """Which of the boxes overlap one of the others, ``[n]``."""
     low = np.maximum(boxes[:, None, :2], others[None, :, :2])
     return np.any(np.all(low < np.minimum(boxes[:, None, 2:], others[None, :, 2:]), axis=-1), axis=1)

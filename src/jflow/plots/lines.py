@@ -1,4 +1,4 @@
-"""Lines: learning curves, curves with error bars, and estimates against exact values."""
+"""Line plots: learning curves, curves with error bars, and estimates against exact values."""
 
 from __future__ import annotations
 
@@ -29,14 +29,14 @@ def learning_curve(
     yscale: str = "linear",
     ax: Axes | None = None,
 ) -> Figure:
-    """Metrics against the step. A value that was not finite (null in the file) leaves a gap.
+    """Plots metrics against the step. A value that was not finite (null in the file) leaves a gap.
 
     Args:
-      source: a ``metrics.jsonl``, the directory of a run that holds one, or its rows.
-      names: the metrics; those of training and of evaluation are separate lines.
-      smooth: number of rows of the training whose mean is drawn at their middle; the values themselves are then drawn
-        faintly. The values of evaluations are drawn as they are, with markers.
-      yscale: scale of the vertical axis, "linear" or "log".
+      source: a file ``metrics.jsonl``, the directory of a run that holds one, or its rows.
+      names: the metrics. Values from training and from evaluation are separate lines.
+      smooth: the number of training rows in a centred running mean. With more than one, the values themselves are drawn
+        faintly as well. Values of evaluations are not smoothed, and are drawn with markers.
+      yscale: the scale of the vertical axis, "linear" or "log".
       ax: the axis to draw on; None for a new figure.
 
     Returns:
@@ -44,7 +44,8 @@ def learning_curve(
 
     Raises:
       FileNotFoundError: if there is no such file.
-      ValueError: for a name that no row holds, or a metric that is not a number.
+      ValueError: if no row holds a name, a metric is not a number, or ``smooth`` is below 1.
+      TypeError: if ``smooth`` is not a whole number.
     """
     names = (names,) if isinstance(names, str) else tuple(names)
     checks.integer("smooth", smooth, low=1)
@@ -67,7 +68,7 @@ def learning_curve(
 
 
 def _lines_of(rows: Sequence[Row], name: str) -> dict[str, tuple[str, np.ndarray, np.ndarray]]:
-    """The kind, the steps and the values of a metric by label, one line for each kind of row."""
+    """The lines of a metric by label, one for each kind of row, as (kind, steps, values)."""
     holders = [row for row in rows if name in row]
     if not holders:
         known = sorted({key for row in rows for key in row} - {"kind", "step"})
@@ -88,7 +89,7 @@ def _lines_of(rows: Sequence[Row], name: str) -> dict[str, tuple[str, np.ndarray
 
 
 def _running_mean(values: np.ndarray, count: int) -> np.ndarray:
-    """The mean of the finite ones among ``count`` values around each, fewer at the ends; NaN where the value is."""
+    """The mean of the finite values among ``count`` values around each (fewer at the ends); NaN where the value is NaN."""
     padded = np.pad(values, ((count - 1) // 2, count // 2), constant_values=np.nan)
     windows = np.lib.stride_tricks.sliding_window_view(padded, count)
     finite = np.isfinite(windows)
@@ -103,13 +104,13 @@ def curves(
     legend: bool = True,
     ax: Axes | None = None,
 ) -> Figure:
-    """Lines with markers, one for each label, with error bars where errors are given.
+    """Draws lines with markers, one for each label, with error bars where errors are given.
 
-    Points without a finite value are left out, and the line joins its neighbours.
+    Points that are not finite are left out, and the line connects their neighbours.
 
     Args:
-      series: by label, (x, y) or (x, y, error): arrays of one length, the error being half of a bar.
-      formats: by label, Matplotlib's short form of a line such as "s--"; "o-" for those that are not named.
+      series: for each label (x, y) or (x, y, error), arrays of the same length. The error is the half-length of the bar.
+      formats: for each label a Matplotlib format such as "s--"; the default is "o-".
       legend: whether to draw the legend.
       ax: the axis to draw on; None for a new figure.
 
@@ -117,7 +118,7 @@ def curves(
       The figure.
 
     Raises:
-      ValueError: for arrays of different lengths, or a format of an unknown label.
+      ValueError: if arrays have different lengths, or a format has an unknown label.
 
     Example:
       >>> import numpy as np
@@ -149,18 +150,18 @@ def _columns(label: str, given: Sequence[ArrayLike]) -> tuple[np.ndarray, np.nda
 
 
 def against(exact: ArrayLike, estimates: ArrayLike | Mapping[str, ArrayLike], *, ax: Axes | None = None) -> Figure:
-    """Estimates against exact values as points, with the line where both are equal.
+    """Plots estimates against exact values as points, with the line on which both are equal.
 
     Args:
-      exact: [N].
-      estimates: [N], or several by label.
+      exact: the exact values, [N].
+      estimates: the estimates, [N], or several by label.
       ax: the axis to draw on; None for a new figure.
 
     Returns:
       The figure.
 
     Raises:
-      ValueError: for another shape.
+      ValueError: if the exact values do not have shape [N], or estimates have another shape.
     """
     named = estimates if isinstance(estimates, Mapping) else {"": estimates}
     truth = np.asarray(exact)

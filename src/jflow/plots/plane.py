@@ -1,4 +1,4 @@
-"""Samples, densities and paths in the plane."""
+"""Plots of samples, densities and paths in the plane."""
 
 from __future__ import annotations
 
@@ -30,13 +30,14 @@ def samples_in_plane(
     colorbar: bool = True,
     ax: Axes | None = None,
 ) -> Figure:
-    """A histogram of samples in the plane, as a density: the share of all samples in a bin over the area of the bin.
+    """Plots a histogram of samples in the plane as a density: the fraction of samples in a bin, divided by its area.
 
     Args:
       samples: [N, 2].
-      extent: (left, right, bottom, top) of what is shown; by default all samples. Samples outside count in the total.
-      bins: number of bins along each side.
-      vmin, vmax: densities of the first and last colour; by default 0 and the largest density.
+      extent: the shown rectangle (left, right, bottom, top); by default that of all samples. Samples outside are counted in
+        the total.
+      bins: the number of bins along each side.
+      vmin, vmax: the densities of the first and last colour; by default 0 and the largest density.
       cmap: the colour map.
       colorbar: whether to draw a colour bar.
       ax: the axis to draw on; None for a new figure.
@@ -45,7 +46,8 @@ def samples_in_plane(
       The figure.
 
     Raises:
-      ValueError: for another shape of samples, or a bad extent.
+      ValueError: if the samples do not have shape [N, 2], the extent is invalid, or ``bins`` is below 1.
+      TypeError: if ``bins`` is not a whole number.
 
     Example:
       >>> import numpy as np
@@ -77,13 +79,14 @@ def density_and_samples(
     colorbar: bool = True,
     ax: Axes | None = None,
 ) -> Figure:
-    """A density in the plane as colours, with samples as points on it.
+    """Plots a density in the plane as colours, with samples as points on top.
 
     Args:
       log_density: ``x [2] -> ()``, in nats; -inf is a density of zero.
-      samples: [N, 2], floating point; the density is computed in their dtype. N may be 0 if ``extent`` is given.
-      extent: (left, right, bottom, top) of what is shown; by default all samples.
-      resolution: number of points along each side where the density is computed.
+      samples: [N, 2], floating point; the density is computed in their dtype, or in float32 if that is wider. N may be 0 if
+        ``extent`` is given.
+      extent: the shown rectangle (left, right, bottom, top); by default that of all samples.
+      resolution: the number of points along each side at which the density is computed.
       colorbar: whether to draw a colour bar.
       ax: the axis to draw on; None for a new figure.
 
@@ -91,8 +94,10 @@ def density_and_samples(
       The figure.
 
     Raises:
-      ValueError: for another shape of samples, a bad extent, or a log-density that is not one number.
-      TypeError: if log_density is not a function, or samples are not floating point.
+      ValueError: if the samples do not have shape [N, 2], the extent is invalid, the log-density is not a scalar, or
+        ``resolution`` is below 2.
+      TypeError: if ``log_density`` is not a function, the samples are not floating point, or ``resolution`` is not a whole
+        number.
     """
     checks.function("log_density", log_density, "x -> log rho(x)")
     checks.floating("samples", samples)
@@ -100,7 +105,7 @@ def density_and_samples(
     checks.integer("resolution", resolution, low=2)
     left, right, bottom, top = box = extent_of(extent, points)
     ax = axis_or_new(ax)
-    # The centres of the cells, whose outer edges are those of the extent.
+    # The centres of cells that fill the extent.
     x, y = (
         low + (np.arange(resolution) + 0.5) * (high - low) / resolution for low, high in ((left, right), (bottom, top))
     )
@@ -120,23 +125,23 @@ def density_and_samples(
 def paths(
     times: ArrayLike, states: ArrayLike, *, cmap: str = "viridis", colorbar: bool = True, ax: Axes | None = None
 ) -> Figure:
-    """Samples through time: lines against t for states of one number, lines in the plane coloured by t for states of two.
+    """Plots samples through time: lines against t in one dimension, and lines coloured by t in the plane.
 
     In the plane a dot marks the first state and a square the last.
 
     Args:
       times: [T], at least two.
-      states: [N, T], [N, T, 1] or [N, T, 2]: N samples at these times, such as the result of ``jax.vmap`` over
-        ``solvers.trajectory``, or the states of one over ``samplers.run_path``.
+      states: [N, T], [N, T, 1] or [N, T, 2]: N samples at these times, for example from ``jax.vmap`` of
+        ``solvers.trajectory`` or of ``samplers.run_path``.
       cmap: the colour map of t, for states in the plane.
-      colorbar: whether to draw its colour bar.
+      colorbar: whether to draw the colour bar of t.
       ax: the axis to draw on; None for a new figure.
 
     Returns:
       The figure.
 
     Raises:
-      ValueError: for other shapes.
+      ValueError: if the states or times have other shapes.
     """
     values, t = np.asarray(states), np.asarray(times)
     if values.ndim == 2:

@@ -1,22 +1,22 @@
-"""Checks that hold a method, a network, a path or an oracle of one's own to what jflow's are held to.
+"""Checks for user-defined methods, networks, paths and oracles; jflow's own tests use them too.
 
-Each check raises AssertionError if a property does not hold; the message has the figure, its limit and what it means. The
-checks need float64 (``jax.config.update("jax_enable_x64", True)``) and no test framework: call them in a test of your own.
+Each check raises AssertionError if a property does not hold; the message has the value, its limit and its meaning. The checks
+need float64 (``jax.config.update("jax_enable_x64", True)``) but no test framework; call them from any test.
 
-The checks::
+The checks are::
 
-    check_method        stationarity as declared, reports, and cost: calls the next three
+    check_method        calls the next three checks
     check_stationary    the expected gradient at the exact map is zero, or of the declared order
     check_report        loss and metrics near the exact map
     check_cost          FLOPs of the gradient against the sum of the declared parts
-    check_network       derivatives, dtypes, finiteness at s = t and at both ends, vmap
-    check_interpolant   ends, derivatives, divided differences, conversions of a path
-    check_flow_map      an exact map against the flow's identities and a fine solve
-    check_oracle        the same of an oracle's map, and its density, score, denoiser and velocity
+    check_network       derivatives, dtypes, finite values at s = t and at both ends, vmap
+    check_interpolant   ends, derivatives, divided differences and conversions of a path
+    check_flow_map      an exact map against the flow's identities and an accurate solve
+    check_oracle        check_flow_map for an oracle's map, and its density, score, denoiser and velocity
 
 Example:
-  A method is a function that makes an ``Objective``, with its row above it. This check takes some ten seconds; without
-  ``paths`` it covers two paths.
+  A method is a function that makes an ``Objective``, with a decorator that declares its row in the catalogue. This check takes
+  some ten seconds; without ``paths`` it covers two paths.
 
   >>> import jax
   >>> from jflow import identities, interpolants, objectives, testing

@@ -1,4 +1,4 @@
-"""What the checks share: the need for float64, and failures that say the figure, the limit and what they mean."""
+"""Assertions for the checks, whose messages have the value, its limit and its meaning."""
 
 from __future__ import annotations
 
@@ -22,10 +22,10 @@ def require_x64() -> None:
 
 
 def true(condition: Any, message: str) -> None:
-    """Fails with a message.
+    """Expects the condition to be true.
 
     Raises:
-      AssertionError: if the condition is false.
+      AssertionError: if the condition is false, with the message.
     """
     if not condition:
         raise AssertionError(message)
@@ -35,13 +35,13 @@ def at_most(name: str, value: Any, limit: Any, meaning: str) -> None:
     """Expects every entry of ``value`` to be at most ``limit``, which broadcasts; NaN fails.
 
     Args:
-      name: the figure.
-      value: the figures, an array.
-      limit: the largest that pass.
-      meaning: what a failure means.
+      name: the name of the value in the message.
+      value: an array.
+      limit: the largest values that pass.
+      meaning: the meaning of a failure.
 
     Raises:
-      AssertionError: with the entry that exceeds its limit by the largest factor.
+      AssertionError: if an entry exceeds its limit; the message has the entry that does so by the largest factor.
     """
     value, limit = np.broadcast_arrays(np.asarray(value, np.float64), np.asarray(limit, np.float64))
     if np.all(value <= limit):
@@ -55,7 +55,7 @@ def above(name: str, value: Any, limit: float, meaning: str) -> None:
     """Expects every entry of ``value`` to be larger than ``limit``; NaN fails.
 
     Raises:
-      AssertionError: with the smallest entry.
+      AssertionError: if an entry is not larger; the message has the smallest entry.
     """
     value = np.asarray(value, np.float64)
     if not np.all(value > limit):
@@ -66,7 +66,7 @@ def close(name: str, value: Any, expected: Any, *, meaning: str, rtol: float, at
     """Expects ``|value - expected| <= atol + rtol |expected|`` in every entry, and both finite.
 
     Raises:
-      AssertionError: with the largest excess.
+      AssertionError: if an entry differs; the message has the one with the largest excess.
     """
     value, expected = np.asarray(value, np.float64), np.asarray(expected, np.float64)
     # inf - inf is NaN, which fails.
@@ -79,7 +79,7 @@ def finite(name: str, tree: Any, meaning: str) -> None:
     """Expects every entry of every leaf to be finite.
 
     Raises:
-      AssertionError: with the number of entries that are not, and the first leaf with one.
+      AssertionError: if an entry is not finite; the message has their number in the first such leaf.
     """
     for place, leaf in jax.tree_util.tree_leaves_with_path(tree):
         bad = ~np.isfinite(np.asarray(leaf, np.float64))

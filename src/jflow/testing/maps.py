@@ -1,4 +1,4 @@
-"""Checks of an exact flow map and of an oracle: identities, inverse, a fine solve, and the density's equations."""
+"""Checks of an exact flow map and of an oracle: identities, inverse, an accurate solve, and equations of the density."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ PAIRS = np.array(
     ]
 )
 REPEATS = 3
-# A share of the gap t - s that the first leg of the semigroup identity takes.
+# The fraction of the gap t - s that the first leg of the semigroup identity takes.
 SHARE = 0.7
 
 
@@ -45,29 +45,29 @@ def check_flow_map(
     tolerance: float = 1e-7,
     solve_tolerance: float | None = 1e-9,
 ) -> None:
-    """Checks that a map is the exact flow of a velocity: for closed forms and solvers, not for learned maps.
+    """Checks that a map is the exact flow of a velocity. It is meant for closed forms and solvers, not for learned maps.
 
-    At every row, with errors relative to the terms of each equation:
+    For every row it checks the following, with errors relative to the terms of each equation:
 
-    - v is continuous at s = t: v_{t,t} is the velocity, and so are the map's own ``velocity`` and its ``jump`` consistent.
+    - v_{t,t} and the map's ``velocity`` are the velocity of the flow, and ``jump`` is x + (t - s) v.
     - The Eulerian, Lagrangian and semigroup residuals are zero, with derivatives in forward mode.
     - The jump back, if the map's domain allows it, is the inverse.
     - v is that of a "dopri8" solve of the velocity.
 
     Args:
-      flow_map: the map, of events that are one array.
+      flow_map: the map; its events are single arrays.
       params: its parameters.
-      s, t: source and target times, ``[N]``, within the map's domain; with both ends and s = t among them.
+      s, t: source and target times, ``[N]``, within the map's domain. They should include both ends and s = t.
       x: the states at the source times, ``[N, ...]``, float64.
-      velocity: the velocity of the flow, with the same parameters; by default the map's own.
-      tolerance: the relative error that passes; of the jump there and back, a tenth of it.
+      velocity: the velocity of the flow, with the same parameters; by default that of the map.
+      tolerance: the relative error that passes. For the jump there and back it is a tenth of this.
       solve_tolerance: the relative error against the solve that passes. None skips the solve, which takes a second or two
         to compile.
 
     Raises:
-      AssertionError: for a property that does not hold; the message has the figure, its limit, and what it means.
+      AssertionError: if a property does not hold; the message has the value, its limit and its meaning.
       RuntimeError: if ``jax_enable_x64`` is off.
-      ValueError: for times outside the map's domain.
+      ValueError: if times are outside the map's domain.
     """
     expect.require_x64()
     s, t, x = np.asarray(s, np.float64), np.asarray(t, np.float64), np.asarray(x, np.float64)
@@ -120,22 +120,22 @@ def check_oracle(
     solve_tolerance: float | None = 1e-9,
     seed: int = 0,
 ) -> None:
-    """Checks an oracle: its map as in ``check_flow_map``, and its density, score, denoiser and velocity with each other.
+    """Checks an oracle: its map with ``check_flow_map``, and the consistency of its density, score, denoiser and velocity.
 
     - The score is the gradient of the log-density.
-    - The density and the velocity satisfy the continuity equation, at both ends as well.
-    - Score and denoiser satisfy Tweedie's formula, and the velocity is what the path makes of the two.
+    - The density and the velocity satisfy the continuity equation, also at both ends.
+    - The score and the denoiser satisfy Tweedie's formula, and the velocity is the combination of both given by the path.
 
     Args:
       oracle: the oracle.
       params: the parameters of its data.
-      tolerance: the relative error that passes; of a map that is a solve, some 100 times the tolerance of the solve.
+      tolerance: the relative error that passes. For a map that is a solve, use about 100 times the tolerance of the solve.
       solve_tolerance: as in ``check_flow_map``; None if the map is itself a solve.
-      seed: of the points, drawn from the oracle's marginals.
+      seed: the seed of the points, which are drawn from the oracle's marginals.
 
     Raises:
       AssertionError, RuntimeError: as in ``check_flow_map``.
-      TypeError: for anything but an Oracle.
+      TypeError: if ``oracle`` is not an Oracle.
     """
     expect.require_x64()
     if not isinstance(oracle, oracles.Oracle):
@@ -153,11 +153,11 @@ def residuals(
 ) -> dict[str, np.ndarray]:
     """The tangent, Eulerian, Lagrangian and semigroup residuals of many rows, relative to the sizes of their terms.
 
-    They are written out here, and do not use ``jflow.identities``.
+    They are computed independently of ``jflow.identities``.
 
     Args:
-      rows: ``(s, t, x, ds, dt, dx) -> (v_{s,t}(x), its derivative along (ds, dt, dx))``, of arrays of rows.
-      velocity: ``(t, x) -> b_t(x)``, of arrays of rows.
+      rows: ``(s, t, x, ds, dt, dx) -> (v_{s,t}(x), its derivative along (ds, dt, dx))``, for arrays of rows.
+      velocity: ``(t, x) -> b_t(x)``, for arrays of rows.
       s, t: times, ``[N]``.
       x: states at the times s, ``[N, ...]``.
     """
@@ -186,7 +186,7 @@ def residuals(
 
 
 def _derivative(flow_map: FlowMap) -> Callable[..., tuple[Any, Any]]:
-    """v and its derivative, of many rows: one program for every direction."""
+    """A function for v and its directional derivative at many rows; one program serves every direction."""
 
     def along(p: Params, s: Any, t: Any, x: Any, ds: Any, dt: Any, dx: Any) -> tuple[Any, Any]:
         return jax.jvp(lambda *a: flow_map.mean_velocity(p, *a), (s, t, x), (ds, dt, dx))
@@ -201,7 +201,7 @@ def _check_density(oracle: oracles.Oracle, params: oracles.MixtureParams, t: np.
         b, divergence = oracle.velocity(p, t, x), jnp.trace(jax.jacfwd(lambda x: oracle.velocity(p, t, x))(x))
         c, score, denoiser = oracle.interpolant.coefficients(t), oracle.score(p, t, x), oracle.denoiser(p, t, x)
         mean, std = oracle.base.moments(x)
-        # E[alpha x0 | x] for x0 = mean + std z, from the score -E[z | x]/(alpha std).
+        # E[x0 | x] for x0 = mean + std z, from the score -E[z | x]/(alpha std).
         noise = mean - c.alpha * std**2 * score
         return {
             "score": (score, gradient),
@@ -224,7 +224,7 @@ def _check_density(oracle: oracles.Oracle, params: oracles.MixtureParams, t: np.
 
 
 def _draw(oracle: oracles.Oracle, params: oracles.MixtureParams, s: np.ndarray, seed: int) -> np.ndarray:
-    """One point of the marginal at each time, drawn in numpy, which compiles nothing."""
+    """One point of the marginal at each time, drawn with numpy, which needs no compilation."""
     rng, p = np.random.default_rng(seed), jax.tree.map(np.asarray, params)
     k = rng.choice(len(p.log_weights), size=len(s), p=np.exp(p.log_weights))
     x1 = p.means[k] + np.einsum("nij,nj->ni", p.bases[k], np.sqrt(p.variances)[k] * rng.normal(size=p.means[k].shape))
@@ -235,7 +235,7 @@ def _draw(oracle: oracles.Oracle, params: oracles.MixtureParams, s: np.ndarray, 
 
 
 def _column(values: np.ndarray, like: np.ndarray) -> np.ndarray:
-    """Values per row, to multiply rows."""
+    """Values per row, reshaped to broadcast with the rows of ``like``."""
     return np.reshape(values, (-1, *[1] * (like.ndim - 1)))
 
 

@@ -26,7 +26,7 @@ from jflow.testing.quadrature import (
     times_within,
 )
 
-# The small number h of a method that is exact in a limit alone.
+# Values of the small number h for methods that are exact only in the limit h -> 0.
 STEPS = np.array([0.08, 0.04, 0.02, 0.01])
 FORMS = ("v", "x")
 BATCH, DIM = 512, 2
@@ -40,19 +40,19 @@ def check_method(
     uncounted: int = 0,
     **choices: Any,
 ) -> None:
-    """Checks a method against what its row declares: ``check_stationary`` on each path, ``check_report``, ``check_cost``.
+    """Checks a method against its row in the catalogue: ``check_stationary`` on each path, ``check_report``, ``check_cost``.
 
     Args:
-      method: the row that ``objectives.method`` made, for instance ``objectives.METHODS["lsd"]``.
-      paths: the paths for ``check_stationary``; by default the linear and the trigonometric one, if the method allows them.
+      method: the row made by ``objectives.method``, for instance ``objectives.METHODS["lsd"]``.
+      paths: the paths for ``check_stationary``; by default the linear and the trigonometric path, if the method allows them.
       forms: the parameterizations for ``check_stationary``.
       uncounted: as in ``check_cost``, which runs if the row declares a cost.
-      **choices: of the method's constructor, where it has arguments without a default.
+      **choices: arguments of the method's constructor, for those without a default.
 
     Raises:
-      AssertionError: for a property that does not hold; the message has the figure, its limit, and what it means.
+      AssertionError: if a property does not hold; the message has the value, its limit and its meaning.
       RuntimeError: if ``jax_enable_x64`` is off.
-      TypeError: for anything but a Method.
+      TypeError: if ``method`` is not a Method.
     """
     _check_arguments(method)
     if paths is None:
@@ -68,17 +68,17 @@ def check_method(
 def check_stationary(
     method: objectives.Method, interpolant: Interpolant, *, forms: Sequence[str] = FORMS, **choices: Any
 ) -> None:
-    """Checks that the exact map is a stationary point of the expected loss, as the row declares, and another map is not.
+    """Checks that the exact map is a stationary point of the expected loss, as its row declares, and another map is not.
 
     The expected gradient is a finite sum over pairs of a nonlinear flow without symmetry (``jflow.testing.quadrature``), at
-    two pairs of times. A row that declares "exact" must have a gradient of zero to rounding; one that declares "order" or
-    "limit", a gradient of order h^order, by regression over four values of h.
+    two pairs of times. If the row declares "exact", the gradient must be zero up to rounding. If it declares "order" or
+    "limit", the gradient must be of order h^order, by regression over four values of h.
 
     Args:
       method: the row.
       interpolant: the path.
-      forms: "v", "x" or both: how the student's error enters, as an error of the mean velocity or of predicted data.
-      **choices: of the method's constructor.
+      forms: "v", "x" or both. The error of the student is an error of the mean velocity ("v") or of predicted data ("x").
+      **choices: arguments of the method's constructor.
 
     Raises:
       AssertionError, RuntimeError, TypeError: as in ``check_method``.
@@ -125,19 +125,20 @@ def check_stationary(
 def check_report(method: objectives.Method, **choices: Any) -> None:
     """Checks the loss and the metrics of a method near the exact map.
 
-    The loss is finite, one number for each of 32 samples. Of each term there are raw residuals, positive, with one count for
-    each of its rows by t; of the method's own term also a positive norm of its tangent and counts by gap.
+    The loss must be finite, with one number for each of 32 samples. Each term must report positive raw residuals, whose bins
+    by t count each of its rows once. The method's own term must also report a positive tangent norm, and bins by gap that
+    count each of its rows once.
 
     Args:
       method: the row.
-      **choices: of the method's constructor.
+      **choices: arguments of the method's constructor.
 
     Raises:
       AssertionError, RuntimeError, TypeError: as in ``check_method``.
     """
     _check_arguments(method)
     path = interpolants.INTERPOLANTS[method.paths[0] if method.paths else "linear"]()
-    # Any map will do here, and this one is the quickest to compile.
+    # Any map can be used here; this one is the fastest to compile.
     this = solved_pairs(path)
     objective = objective_of(method, student(this, path, False), path, this.exact, **choices)
     theta, middle = jnp.asarray(OFF), len(this.weights) // 2
@@ -179,22 +180,22 @@ def check_cost(
     teacher: bool = False,
     **choices: Any,
 ) -> None:
-    """Checks that the gradient of the loss costs what the row declares, in XLA's count of FLOPs.
+    """Checks that the cost of the loss's gradient, in FLOPs as counted by XLA, is the cost that the row declares.
 
-    The network is a plain MLP with 5 layers of 512. The parts, which the row counts in ``cost``, are compiled by themselves.
+    The network is a plain MLP with 5 layers of 512. The parts that the row counts in ``cost`` are compiled separately.
 
     Args:
-      method: the row, with a cost.
+      method: a row with a cost.
       tolerance: the relative difference that passes, in both directions.
-      uncounted: forward passes of an off-diagonal row that XLA does not count: its analysis counts the body of a loop once,
-        and Diffrax loops over the stages of a step.
-      on_extra, off_extra: further forward passes of a diagonal and of an off-diagonal row, beyond what the row declares.
+      uncounted: the number of forward passes of an off-diagonal row that XLA does not count. XLA counts the body of a loop
+        once, and Diffrax loops over the stages of a step.
+      on_extra, off_extra: the numbers of forward passes of a diagonal and of an off-diagonal row that the row does not declare.
       teacher: whether to give the method a teacher, a FlowMap with the same network.
-      **choices: of the method's constructor.
+      **choices: arguments of the method's constructor.
 
     Raises:
-      AssertionError: for FLOPs that differ by more than the tolerance.
-      TypeError: for anything but a Method.
+      AssertionError: if the FLOPs differ by more than the tolerance.
+      TypeError: if ``method`` is not a Method.
     """
     if not isinstance(method, objectives.Method):
         raise TypeError(f"method: expected an objectives.Method, got {type(method).__name__}")
@@ -235,7 +236,7 @@ def flops(function: Callable[..., Any], *args: Any) -> float:
 
 @functools.cache
 def pieces() -> Mapping[str, float]:
-    """The FLOPs of one row of each piece of ``objectives.PASSES``, each compiled by itself."""
+    """The FLOPs per row of each piece of ``objectives.PASSES``, each compiled separately."""
     network: Callable[..., Any] = jax.vmap(nets.from_linen(_network()), (None, 0, 0, 0))
     params, points = _params(), (_floats(BATCH), _floats(BATCH), _floats(BATCH, DIM))
     out = points[2]

@@ -13,7 +13,7 @@ from jflow.nets.signatures import Network
 from jflow.testing import expect
 from jflow.types import Cond, Event, Params, PyTree
 
-# The four corners, the diagonal and the inside of the square of times.
+# The four corners of the square of times, a point on the diagonal, and a point inside.
 TIMES = np.array([(0.0, 0.0), (1.0, 1.0), (0.0, 1.0), (1.0, 0.0), (0.4, 0.4), (0.2, 0.7)])
 DTYPES = ("float16", "bfloat16", "float32", "float64")
 
@@ -28,32 +28,32 @@ def check_network(
     rtol: float = 1e-6,
     dtypes: tuple[str, ...] = DTYPES,
 ) -> None:
-    """Checks that a network can be trained by every method, and sampled from.
+    """Checks that a network of two times fulfils the requirements of training and sampling.
 
-    - Its forward-mode derivative along (s, t, x) is that of central differences in float64, also at s = t, 0 and 1.
-    - Its value, that derivative, and the gradients of both to the parameters, the times and x are finite in float32, at s = t,
-      0 and 1, and at x = 0.
+    - Its forward-mode derivative along (s, t, x) agrees with central differences in float64, also at s = t and at 0 and 1.
+    - In float32, its value, this derivative, and the gradients of both with respect to the parameters, the times and x are
+      finite, also at s = t, at 0 and 1, and at x = 0.
     - Its output has the shapes and dtypes of x.
-    - Under ``jax.vmap`` it gives what it gives sample by sample.
+    - Under ``jax.vmap`` it gives the same values as for single samples.
 
-    A network may ignore a time: that is not an error of the network.
+    A network may ignore a time.
 
     Args:
-      network: ``(params, s, t, x, cond=None, *, key=None)``, of one sample; what ``nets.from_linen``, ``nets.from_equinox``
-        and their like return.
-      params: its parameters; cast to float64 or float32 where they are floating-point.
+      network: ``(params, s, t, x, cond=None, *, key=None)``, of one sample, for example from ``nets.from_linen`` or
+        ``nets.from_equinox``.
+      params: its parameters; floating-point leaves are cast to float64 or float32.
       x: one sample, a pytree of floating-point arrays.
       cond: its condition, or None.
-      step: the step of the differences. Of a network that computes in float32 whatever it is given, take 1e-2.
-      rtol: the error of the derivative that passes, relative to its entry plus a tenth of (1 + the largest output). Of such
-        a network, take 1e-2.
+      step: the step of the differences. For a network that always computes in float32, use 1e-2.
+      rtol: the error of the derivative that passes, relative to its entry plus a tenth of (1 + the largest output). For a
+        network that always computes in float32, use 1e-2.
       dtypes: the dtypes of x to try.
 
     Raises:
-      AssertionError: for a property that does not hold; the message has the figure, its limit, and what it means.
+      AssertionError: if a property does not hold; the message has the value, its limit and its meaning.
       RuntimeError: if ``jax_enable_x64`` is off.
-      TypeError: if x is not floating-point, or the network not a function of these arguments.
-      ValueError: for parameters that are not finite.
+      TypeError: if x is not floating-point, or the network is not a function of these arguments.
+      ValueError: if the parameters are not finite.
     """
     expect.require_x64()
     checks.accepts("network", network, "(params, s, t, x, cond=None, *, key=None)", 5)
@@ -126,7 +126,7 @@ def _check_derivative(network: Network, params: Params, x: Event, cond: Cond, st
 
 
 def map_to_numpy(tree: PyTree) -> PyTree:
-    """The tree with its arrays as numpy's."""
+    """The tree with numpy arrays as leaves."""
     return jax.tree.map(np.asarray, tree)
 
 
@@ -135,7 +135,7 @@ def _flat(tree: PyTree) -> jax.Array:
 
 
 def _cast(tree: PyTree, dtype: Any) -> PyTree:
-    """The floating-point leaves in this dtype."""
+    """The tree with its floating-point leaves cast to this dtype."""
 
     def cast(leaf: Any) -> Any:
         floating = jnp.issubdtype(jax.dtypes.result_type(leaf), jnp.floating)

@@ -1,4 +1,4 @@
-"""Checks of a path: its ends, derivatives, divided differences and conversions."""
+"""Checks of the ends, derivatives, divided differences and conversions of a path."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from jflow import interpolants
 from jflow.interpolants import Interpolant
 from jflow.testing import expect
 
-# Both directions, both ends, and a pair so close that a quotient would lose digits.
+# Both directions, both ends, and a close pair, for which a quotient loses digits.
 PAIRS = np.array([(0.2, 0.7), (0.9, 0.1), (0.0, 1.0), (1.0, 0.0), (0.5, 0.5001)])
 INSIDE = np.array([0.1, 0.3, 0.5, 0.9])
 GRID = np.array([0.0, 0.3, 1.0])
@@ -23,20 +23,21 @@ STEP = 1e-6
 def check_interpolant(interpolant: Interpolant) -> None:
     """Checks a path I_t = alpha_t x0 + beta_t x1 against the definitions of its parts.
 
-    - alpha and beta take the declared values at the ends.
-    - alpha_dot and beta_dot are those of central differences, and w = alpha beta_dot - alpha_dot beta is positive inside.
-    - alpha_dd and beta_dd are divided differences; at s = t they are the derivatives, and their own derivatives are f''/2.
-    - The mean derivative of a pair is (I_t - I_s)/(t - s), and the integral of I' by Gauss-Legendre quadrature.
+    - alpha and beta have the declared values at the ends.
+    - alpha_dot and beta_dot agree with central differences, and w = alpha beta_dot - alpha_dot beta is positive inside.
+    - alpha_dd and beta_dd are divided differences. At s = t they are the derivatives, and their partial derivatives are half
+      of the second derivatives.
+    - The mean derivative of a pair is (I_t - I_s)/(t - s), and agrees with Gauss-Legendre quadrature of I'.
     - Values and gradients are finite at every end that is not declared singular.
-    - ``interpolants.convert`` takes each of velocity, noise, data and score to each other.
+    - ``interpolants.convert`` converts correctly between velocity, noise, data and score.
 
     Args:
       interpolant: the path.
 
     Raises:
-      AssertionError: for a property that does not hold; the message has the figure, its limit, and what it means.
+      AssertionError: if a property does not hold; the message has the value, its limit and its meaning.
       RuntimeError: if ``jax_enable_x64`` is off.
-      TypeError: for anything but an Interpolant.
+      TypeError: if ``interpolant`` is not an Interpolant.
     """
     expect.require_x64()
     interpolants.check(interpolant)
@@ -71,10 +72,10 @@ def check_interpolant(interpolant: Interpolant) -> None:
 
 
 def _figures(path: Interpolant, regular: np.ndarray) -> dict[str, Any]:
-    """Everything that is compared, in one program."""
+    """All values to compare, computed in one program."""
     out: dict[str, Any] = {}
     inside = jnp.asarray(INSIDE)
-    # The coefficients that a singular end does not have.
+    # Leave out singular ends, where coefficients are not defined.
     grid = jnp.asarray([t for t in GRID if t not in path.singular])
     s, t = jnp.asarray([pair for pair in PAIRS if not set(pair) & set(path.singular)]).T
     for which in ("alpha", "beta"):
@@ -129,7 +130,7 @@ def _figures(path: Interpolant, regular: np.ndarray) -> dict[str, Any]:
 
 
 def _conversions(path: Interpolant) -> dict[str, Any]:
-    """Each kind of prediction of one pair, from each other: (converted, expected)."""
+    """The pairs (converted, expected) for the conversion of each kind of prediction to each other kind."""
     t, x0, x1 = jnp.asarray(0.4), jnp.asarray(X0), jnp.asarray(X1)
     alpha, beta = path.alpha(t), path.beta(t)
     slope = jax.jacfwd(lambda u: path.alpha(u) * x0 + path.beta(u) * x1)(t)

@@ -1,16 +1,20 @@
 r"""Expected gradients of a method near a known flow map, as finite sums.
 
-The flow is that of dx/dt = kappa'(t) sqrt(1 + (x-mu)^2), in one dimension::
+The flow is that of dx/dt = kappa'(t) sqrt(1 + (x-mu)^2), in one dimension:
 
-    X_{s,t}(x) = mu + (x-mu) cosh K + sqrt(1 + (x-mu)^2) sinh K,    K = kappa(t) - kappa(s)
+.. math::
 
-It is nonlinear, depends on time, and has no symmetry. At the time s of a pair (s, t), I_s takes a few values, and at each of
-them I_s' takes two values, of unequal probability, whose mean is the velocity; x0 and x1 follow from I_s and I_s'. An
-expectation over pairs is therefore a finite sum, and a gradient that should vanish does so to rounding. The student is
+    X_{s,t}(x) = \mu + (x - \mu) \cosh K + \sqrt{1 + (x - \mu)^2} \, \sinh K, \qquad K = \kappa(t) - \kappa(s)
 
-    v = v_exact + c(s,t) Theta . phi(s, t, x)
+It is nonlinear, depends on time, and has no symmetry. At the time s of a pair (s, t), I_s takes a few values. At each of them
+I_s' takes two values, of unequal probability, whose mean is the velocity. x0 and x1 follow from I_s and I_s'. The expectation
+over pairs is a finite sum, so a gradient that should vanish is zero up to rounding. The mean velocity of the student is
 
-with fixed random features phi, so that the student is a flow at Theta = 0 alone. c is 1 in the v-form; in the x-form it is the
+.. math::
+
+    v_{s,t}(x) = v^{\text{exact}}_{s,t}(x) + c(s,t)\, \Theta \cdot \phi(s, t, x)
+
+with fixed random features phi, so the student is a flow only for Theta = 0. In the v-form c is 1; in the x-form it is the
 factor of the network in the parameterization.
 """
 
@@ -28,7 +32,7 @@ from jflow.interpolants import Interpolant
 from jflow.types import Array, Cond, Event, Key, Params, Time
 
 FEATURES = 4
-# Parameters of a student that is not a flow.
+# The parameters of a student that is not a flow.
 OFF = 0.3 * np.array([1.0, -1.0, 0.5, 0.8])
 NODES = 60
 # Terms of the series of sinh K / K and (cosh K - 1)/K, enough for |K| < 2.
@@ -40,7 +44,7 @@ UPPER = 0.3
 
 
 class Setting(NamedTuple):
-    """Pairs with their exact map.
+    """Weighted pairs (x0, x1) with their exact map.
 
     Attributes:
       exact: the exact map.
@@ -97,7 +101,7 @@ def noisy_pairs(interpolant: Interpolant, rate: float = 1.0) -> Setting:
 
 
 def solved_pairs(interpolant: Interpolant) -> Setting:
-    """(z, m + sigma z), the pairs of a coupling that is a map: their flow has z = (x - beta m)/(alpha + beta sigma)."""
+    """Pairs (z, m + sigma z), coupled by a map; along their flow z = (x - beta m)/(alpha + beta sigma)."""
     mean, sigma = 0.7, 0.4
 
     def velocity(params: Params, t: Time, x: Event, cond: Cond = None, *, key: Key | None = None) -> Event:
@@ -118,15 +122,15 @@ def solved_pairs(interpolant: Interpolant) -> Setting:
 
 
 def setting(method: objectives.Method, interpolant: Interpolant) -> Setting:
-    """The pairs and the exact map for a method, by what it needs."""
+    """The pairs and the exact map for a method: coupled pairs if it needs pairs, else noisy ones."""
     return solved_pairs(interpolant) if "pairs" in method.needs else noisy_pairs(interpolant)
 
 
 def student(this: Setting, interpolant: Interpolant, by_x: Any, *, on_diagonal: bool = True) -> types.FlowMap:
-    """v_exact + c Theta . phi, with Theta its parameters.
+    """The student, a FlowMap with mean velocity v_exact + c Theta . phi and parameters Theta.
 
     Args:
-      this: the exact map.
+      this: the setting with the exact map.
       interpolant: the path.
       by_x: 1 for the x-form, 0 for the v-form; may be traced.
       on_diagonal: whether the student differs from the exact map at s = t as well.
@@ -162,7 +166,7 @@ def times_within(domain: types.Domain) -> list[tuple[float, float]]:
 def objective_of(
     method: objectives.Method, flow_map: types.FlowMap, interpolant: Interpolant, exact: types.FlowMap, **choices: Any
 ) -> objectives.Objective:
-    """A method's objective, with the exact map as its teacher if it needs one."""
+    """The objective of a method, with the exact map as teacher if it needs one."""
     if set(method.needs) & {"teacher", "map teacher"}:
         choices = {"teacher": exact, **choices}
     return method.constructor(flow_map, interpolant, **choices)
@@ -184,7 +188,7 @@ def expected_gradient(
     this: Setting | None = None,
     **choices: Any,
 ) -> tuple[Array, Array]:
-    """(gradient ``[FEATURES]``, mean loss): of a method's own term, expected over the pairs at one pair of times.
+    """The expected gradient ``[FEATURES]`` and the mean loss of a method's own term at one pair of times.
 
     Args:
       method: the method.
@@ -193,7 +197,7 @@ def expected_gradient(
       pair: (s, t).
       by_x, on_diagonal: as in ``student``.
       this: the pairs and the exact map; by default ``setting(method, interpolant)``.
-      **choices: of the method's constructor.
+      **choices: arguments of the method's constructor.
     """
     this = setting(method, interpolant) if this is None else this
     flow_map = student(this, interpolant, by_x, on_diagonal=on_diagonal)
@@ -205,7 +209,7 @@ def expected_gradient(
     def at_both(key: Key, n: int) -> tuple[Array, Array]:
         return jnp.full((n,), s), jnp.full((n,), t)
 
-    # A method with a term of its own: its off-diagonal rows alone.
+    # If the method has its own term, use off-diagonal rows only.
     fixed = {"pairs": at_both, "diagonal": 0.0} if method.cost else {"times": at_s}
     objective = objective_of(method, flow_map, interpolant, this.exact, **{**fixed, **choices})
 

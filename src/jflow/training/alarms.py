@@ -1,21 +1,24 @@
-"""Alarms: says in words when training explodes, from the first row of a log on.
+"""Alarms: detect exploding values in the training rows of a run, and describe them in one sentence.
 
-Two rules are applied to the numbers of every row of training.
+Two rules are applied to every training row.
 
-relative    a tangent norm or a raw residual above FACTOR times the median of its rows so far, of which there are at least ROWS.
+The relative rule reports a tangent norm or a raw residual above FACTOR times the median of its earlier rows. It needs at
+least ROWS earlier rows.
 
-absolute    a number above FACTOR times what it was at the start of the run, from the first row on:
-            - a raw residual, above FACTOR times the largest raw residual of the run's first row, or FACTOR times its own
-              first row, whichever is more. Residuals are mean squares of velocities, so those of the first row are the scale
-              of the data: a residual between two outputs of the network that starts near zero may well rise to it.
-            - a tangent norm, while it has fewer than ROWS rows, above FACTOR times their median (the lower of two).
-            - the loss, above FACTOR times the loss of the first step; grad_norm, above FACTOR^2 times its first row.
+The absolute rule compares with the start of the run, from the first row on. It reports
 
-The loss and grad_norm mean something else when the objective changes, as in a curriculum. So their start is that of the
-present terms (the raw residuals that are above zero), and where a row has residuals or tangents, one of these must have
-grown by CONFIRMED as well. In the first row, where there is nothing to compare with, the loss must come within FACTOR of the
-largest residual. A loss that has been negative, as with learned weights, or zero at the first step has no scale: it is not
-judged, its residuals are. The first row of a term that starts later is not used: it may be a mean over steps without it.
+- a raw residual above FACTOR times its own first row and above FACTOR times the largest raw residual of the run's first row.
+  Residuals are mean squares of velocities, so the residuals of the first row set the scale of the data. A residual between
+  two outputs of the network starts near zero and may rise to that scale without exploding.
+- a tangent norm, while it has fewer than ROWS rows, above FACTOR times their median (of an even number, the lower one).
+- a loss above FACTOR times the loss of the first step, and a grad_norm above FACTOR^2 times its first row.
+
+The loss and grad_norm change their meaning when the objective changes, as in a curriculum. Their reference is therefore taken
+anew whenever the set of raw residuals above zero changes. If a row has residuals or tangents, one of these must also have
+grown by a factor CONFIRMED before the loss or grad_norm is reported. The first row has no earlier values, so there FACTOR
+times the loss must exceed the largest residual. A loss that has been negative (as with learned weights), or that was zero at
+the first step, has no scale and is not judged; its residuals are. The first row of a term that starts later is not used as a
+reference, because it may average over steps without that term.
 """
 
 from __future__ import annotations
@@ -29,19 +32,19 @@ import numpy as np
 
 from jflow.reports import Report, Residual, Tangent, bins_name
 
-# A value this many times the median of its rows so far, or its value at the start, has exploded. Of runs with rows of a
-# hundred steps, the healthy ones stayed below 2 for tangents and 9 for residuals (of the median); where a tangent blew up, it
-# came to thousands.
+# A value has exploded if it exceeds this many times the median of its earlier rows, or its value at the start. In runs with
+# rows of a hundred steps, healthy tangents stayed below 2 times and healthy residuals below 9 times the median; a tangent that
+# blew up reached thousands.
 FACTOR = 20.0
-# The fewest rows that have a median worth comparing with.
+# The number of rows from which on the median is used.
 ROWS = 5
-# What residuals or tangents must at least have grown by for a loss or gradient to be believed.
+# A loss or gradient is reported only if a residual or a tangent has grown by this factor.
 CONFIRMED = 2.0
-# What a number is: of a term, or of the whole step.
+# The kinds of values: tangents and residuals belong to a term, loss and gradient to the whole step.
 TANGENT, RESIDUAL, LOSS, GRADIENT = "tangent", "residual", "loss", "gradient"
-# The names of the last two in a row.
+# The keys of the loss and the gradient norm in a row.
 ROW = {LOSS: "loss", GRADIENT: "grad_norm"}
-# What the value measures, and what may help.
+# For each kind: its name, what its value is, and what may help.
 WORDS = {
     TANGENT: (
         "tangent",
@@ -56,16 +59,16 @@ WORDS = {
     LOSS: ("loss", "mean", "lower the learning rate, lengthen its warm-up, or clip the gradient"),
     GRADIENT: ("gradient", "norm", "lower the learning rate, lengthen its warm-up, or clip the gradient"),
 }
-# Bins are equal parts of [0, 1]; what they are bins of.
+# The binned quantity for each key of bins; the bins are equal parts of [0, 1].
 SYMBOLS = {"gap": "t - s"}
 
 
 class Watched(NamedTuple):
-    """The metrics of a row that an alarm looks at beside the loss and the gradient, with the keys of their bins.
+    """The residual and tangent metrics of a row, with the keys of their bins.
 
     Attributes:
-      residual: the keys of the bins by the name of the metric.
-      tangent: likewise.
+      residual: for each residual metric, the keys of its bins.
+      tangent: for each tangent metric, the keys of its bins.
     """
 
     residual: dict[str, tuple[str, ...]]
@@ -73,21 +76,21 @@ class Watched(NamedTuple):
 
 
 def watched(metrics: Mapping[str, Report]) -> Watched:
-    """What of these metrics is watched: residuals and tangents, by what they are and not by their names."""
+    """The metrics to watch: those of type ``Residual`` or ``Tangent``, whatever their names."""
     tangents = {name: tuple(report.by) for name, report in metrics.items() if isinstance(report, Tangent)}
     residuals = {name: tuple(report.by) for name, report in metrics.items() if isinstance(report, Residual)}
     return Watched({name: keys for name, keys in residuals.items() if name not in tangents}, tangents)
 
 
 class Found(NamedTuple):
-    """A number that has exploded.
+    """A value that has exploded.
 
     Attributes:
       kind: TANGENT, RESIDUAL, LOSS or GRADIENT.
-      name: of the metric.
-      value: in this row.
-      reference: what it is compared with.
-      what: the reference in words.
+      name: the name of the metric.
+      value: its value in this row.
+      reference: the value that it is compared with.
+      what: a description of the reference.
     """
 
     kind: str
@@ -98,29 +101,29 @@ class Found(NamedTuple):
 
 
 class Watch:
-    """Looks at the rows of a run in their order.
+    """Checks the rows of a run one after another.
 
-    The verdict on a row depends on the numbers of the training rows before it and its own, so that a resumed run, whose
-    watch starts from the rows that were kept, says what an unbroken one does. Numbers that are zero (a term not yet in force)
-    or not finite are not counted.
+    The result for a row depends only on that row and the training rows before it. A resumed run starts its watch from the
+    rows that were kept, so it gives the same warnings as an uninterrupted run. Values that are zero (a term not yet in use)
+    or not finite are ignored.
 
     Args:
-      names: the metrics that are watched, or None where they are not known yet (``expect``).
-      rows: those before; of other kinds than "train", or without such metrics, they may be there as well.
+      names: the metrics to watch, or None if they are not known yet (``expect``).
+      rows: the earlier rows. Rows of other kinds than "train" are skipped.
     """
 
     def __init__(self, names: Watched | None = None, rows: Iterable[Mapping[str, Any]] = ()) -> None:
         self._names = Watched({}, {})
         self._kept = list(rows)
-        # Sorted values by name, and the first few of each in order; the scale of residuals; what the loss and the gradient
-        # were with the present terms.
+        # For each name all values, sorted, and its first ROWS values in order; the largest residual of the first row; the
+        # names of the residuals in use; the reference values of the loss and the gradient for these.
         self._seen: dict[str, list[float]] = {}
         self._early: dict[str, list[float]] = {}
         self._scale = 0.0
         self._terms: frozenset[str] | None = None
         self._start: dict[str, float] = {}
         self._has_scale = True
-        # Training rows in all, and those since the terms changed.
+        # The number of training rows, and of those since the terms changed.
         self._rows = self._same = 0
         if names is not None:
             self._start_with(names)
@@ -138,10 +141,10 @@ class Watch:
                 self._keep(row)
 
     def __call__(self, row: Mapping[str, Any]) -> str | None:
-        """What is wrong with the next training row, as one sentence, or None.
+        """A warning about the next training row, as one sentence, or None.
 
-        Of several values that have exploded the tangents come first, being the cause, then residuals, the loss and the
-        gradient; and of each the worst.
+        If several values have exploded, tangents are reported first, because they are the cause; then residuals, the loss
+        and the gradient. Within a kind, the worst value is reported.
         """
         self._begin(row)
         found = next(filter(None, (self._worst(row, kind) for kind in (TANGENT, RESIDUAL))), None)
@@ -150,7 +153,7 @@ class Watch:
         return None if found is None else self._sentence(row, found)
 
     def _begin(self, row: Mapping[str, Any]) -> None:
-        """Starts the loss and the gradient anew where the terms in force change, and sees whether the loss has a scale."""
+        """Resets the references of the loss and the gradient if the terms change, and checks whether the loss has a scale."""
         terms = frozenset(name for name, _ in self._values(row, RESIDUAL))
         if terms != self._terms:
             self._terms, self._start, self._same = terms, {}, 0
@@ -176,7 +179,7 @@ class Watch:
         self._rows, self._same = self._rows + 1, self._same + 1
 
     def _worst(self, row: Mapping[str, Any], kind: str) -> Found | None:
-        """The value that is most above its reference, where any is too far above it."""
+        """The exploded value with the largest ratio to its reference, or None."""
         found = [self._exploded(name, value, kind) for name, value in self._values(row, kind)]
         return max(filter(None, found), key=lambda entry: entry.value / entry.reference, default=None)
 
@@ -207,17 +210,17 @@ class Watch:
         return Found(GRADIENT, ROW[GRADIENT], value, first, "that at the start")
 
     def _confirmed(self, row: Mapping[str, Any]) -> bool:
-        """Whether a residual or a tangent has grown too, where the row has any."""
+        """Whether a residual or a tangent has grown as well; True if the row has none."""
         values = [*self._values(row, TANGENT), *self._values(row, RESIDUAL)]
         if self._rows == 0:
-            # Nothing to compare with yet: a loss far below the residuals, near zero by chance, is not their mean.
+            # There are no earlier values. A loss far below the residuals is near zero by chance, and no scale.
             largest = max((value for _, value in self._values(row, RESIDUAL)), default=0.0)
             return FACTOR * row[ROW[LOSS]] > largest
         known = [(value, self._early[name][0]) for name, value in values if self._early.get(name)]
         return not values or any(value > CONFIRMED * first for value, first in known)
 
     def _values(self, row: Mapping[str, Any], kind: str) -> list[tuple[str, float]]:
-        """The metrics of a kind in a row, and their values, where these are above zero."""
+        """The names and values of a kind of metrics in a row, for values above zero."""
         names = self._names.tangent if kind == TANGENT else self._names.residual
         values = ((name, _positive(row.get(name))) for name in names)
         return [(name, value) for name, value in values if value is not None]
@@ -239,7 +242,7 @@ class Watch:
 
 def _worst_bin(row: Mapping[str, Any], name: str, symbol: str) -> str | None:
     values = np.asarray(row.get(name, ()), np.float64)
-    # A bin without rows is not a number, null in the file.
+    # An empty bin is NaN, or null in the file.
     if values.ndim != 1 or np.isinf(values).any() or not np.any(values > 0):
         return None
     place = int(np.nanargmax(values))
@@ -247,13 +250,13 @@ def _worst_bin(row: Mapping[str, Any], name: str, symbol: str) -> str | None:
 
 
 def _positive(value: Any) -> float | None:
-    """The number, if it is one above zero."""
+    """The value if it is a finite number above zero, else None."""
     number = _number(value)
     return number if number is not None and number > 0 else None
 
 
 def _number(value: Any) -> float | None:
-    """The finite number, or None; a row read from the file has null for what is not finite."""
+    """The value if it is a finite number, else None. Rows read from the file have null for values that are not finite."""
     if value is None or np.ndim(value) != 0:
         return None
     return float(value) if math.isfinite(value) else None

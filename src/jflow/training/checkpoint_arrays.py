@@ -1,15 +1,17 @@
-"""A pytree as named arrays and back, with a record of each that shows damage and refuses silent casts.
+r"""Converts a pytree to named arrays and back, with a record of each array that detects damage and prevents silent casts.
 
-The record of a leaf is ``{"dtype", "shape", "checksum", "prng", "path"}``: ``prng`` is the implementation of a typed PRNG key
-(stored as its key data) or None, ``path`` its keys from the root down where all of them below the first are those of
-dictionaries, or None.
+The record of a leaf is ``{"dtype", "shape", "checksum", "prng", "path"}``. ``prng`` is the implementation of a typed PRNG key
+(stored as its key data), or None. ``path`` lists the keys from the root to the leaf if all keys below the first are
+dictionary keys; otherwise it is None.
 
-The checksum is computed where the array lies. With the array's words w_i (of at most 32 bits, in C order) and a bijective
-mixer h of 32-bit words it is the pair::
+The checksum is computed on the devices that hold the array. Let w_i be the array's words (of at most 32 bits, in C order)
+and h a bijective mixer of 32-bit words. The checksum is the pair
 
-    sum_i h(w_i + h(2 i)) ,  sum_i h(w_i + h(2 i + 1))        modulo 2^32:
+.. math::
 
-sums of integers are exactly associative, so it is the same however an array is spread over devices and processes.
+    \sum_i h(w_i + h(2 i)), \qquad \sum_i h(w_i + h(2 i + 1)) \qquad (\mathrm{mod}\ 2^{32}).
+
+Integer sums are associative, so the checksum does not depend on how the array is spread over devices and processes.
 """
 
 from __future__ import annotations
@@ -21,22 +23,22 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-# Of host or device arrays; PRNG keys as their key data.
+# Host or device arrays by name; PRNG keys are stored as their key data.
 Arrays = dict[str, Any]
 Records = dict[str, dict[str, Any]]
 
 
 class DamagedError(Exception):
-    """What was read is not what was written."""
+    """The data read differ from the data written."""
 
 
 def copies(tree: Any) -> tuple[Arrays, Records]:
-    """Copies of all leaves by name ("params/Dense_0/kernel"), laid out as they are, and the record of each.
+    """Copies all leaves, with their shardings, and makes a record of each; both by name ("params/Dense_0/kernel").
 
-    The copies share no memory with the buffers of the tree, which the next step may reuse while they are being written.
+    The copies share no memory with the tree, whose buffers the next step may reuse while the copies are being written.
 
     Raises:
-      ValueError: when two leaves have the same name; of several processes, when a leaf lies on one alone.
+      ValueError: if two leaves have the same name, or, with several processes, if a leaf lies on one process alone.
     """
     arrays: Arrays = {}
     records: Records = {}
@@ -62,8 +64,8 @@ def copies(tree: Any) -> tuple[Arrays, Records]:
 
 
 def checksums(arrays: Mapping[str, Any]) -> dict[str, list[int]]:
-    """The checksum of each array; all processes must call it for arrays that are spread over them."""
-    # All are under way before the first is waited for.
+    """The checksum of each array. If arrays are spread over several processes, all of these must call it."""
+    # Dispatch all computations before waiting for the first.
     pairs = {
         name: _checksum(_host_words(value) if isinstance(value, np.ndarray) else value)
         for name, value in arrays.items()
@@ -72,10 +74,10 @@ def checksums(arrays: Mapping[str, Any]) -> dict[str, list[int]]:
 
 
 def verify(arrays: Mapping[str, Any], records: Mapping[str, Mapping[str, Any]]) -> None:
-    """Holds arrays to their records.
+    """Checks arrays against their records.
 
     Raises:
-      DamagedError: naming the first leaf that is missing or differs.
+      DamagedError: if a leaf is missing or differs from its record; the message names the first such leaf.
     """
     for name, record in records.items():
         if name not in arrays:
@@ -92,15 +94,15 @@ def verify(arrays: Mapping[str, Any], records: Mapping[str, Mapping[str, Any]]) 
 
 
 def match(records: Mapping[str, Mapping[str, Any]], template: Any, depth: int = 0) -> dict[str, Any]:
-    """The template's leaves by the names of the records that they take.
+    """The template's leaves, by the names of the records that they match.
 
     Args:
-      records: by name.
+      records: the records by name.
       template: a pytree of arrays or ``jax.ShapeDtypeStruct``.
-      depth: how many keys lead to the template's root.
+      depth: the number of keys of a record's name that lead to the template's root.
 
     Raises:
-      ValueError: naming the leaves that are missing, left over, or of another dtype, shape or key implementation.
+      ValueError: if leaves are missing, left over, or of another dtype, shape or key implementation; the message names them.
     """
     leaves = jax.tree_util.tree_flatten_with_path(template)[0]
     root = next(iter(records), "").split("/")[:depth]
@@ -119,13 +121,13 @@ def match(records: Mapping[str, Mapping[str, Any]], template: Any, depth: int = 
 
 
 def layout(leaf: Any) -> Any:
-    """The sharding in which a leaf like this one is to be read; None for one that is free to follow others."""
-    # A committed array would not mix with a sharded batch.
+    """The sharding with which to read a leaf like this one; None for an array that is not committed to devices."""
+    # If read as a committed array, an uncommitted leaf could no longer be combined with a sharded batch.
     return getattr(leaf, "sharding", None) if getattr(leaf, "committed", True) else None
 
 
 def to_tree(arrays: Mapping[str, Any], records: Mapping[str, Mapping[str, Any]], template: Any, depth: int = 0) -> Any:
-    """The arrays, read in the ``layout`` of each of the template's leaves, in its structure; arguments as ``match``.
+    """The arrays in the template's structure, each with the ``layout`` of the template's leaf; arguments as for ``match``.
 
     Raises:
       ValueError: as ``match``.
@@ -140,11 +142,11 @@ def to_tree(arrays: Mapping[str, Any], records: Mapping[str, Mapping[str, Any]],
 
 
 def to_dict(arrays: Mapping[str, Any], records: Mapping[str, Mapping[str, Any]], depth: int) -> Any:
-    """The arrays as nested dictionaries, without a template; the first ``depth`` keys of each path are left out.
+    """The arrays as nested dictionaries, without a template; the first ``depth`` keys of each path are omitted.
 
     Raises:
-      ValueError: when a leaf lies in something other than dictionaries with string keys, or has a dtype that this
-        session cannot hold (float64 without x64).
+      ValueError: if a leaf lies in something other than dictionaries with string keys, or has a dtype that this session
+        cannot hold (float64 without x64).
     """
     result: Any = {}
     for name, record in records.items():
@@ -163,7 +165,7 @@ def to_dict(arrays: Mapping[str, Any], records: Mapping[str, Mapping[str, Any]],
 
 def dtype_of(record: Mapping[str, Any]) -> np.dtype:
     """The dtype in which a leaf is stored."""
-    # jnp.dtype knows bfloat16 and its like by name.
+    # Unlike np.dtype, jnp.dtype knows bfloat16 and similar types by name.
     return jnp.dtype(record["dtype"])
 
 
@@ -177,7 +179,7 @@ def _name(path: tuple[Any, ...]) -> str:
 
 
 def _host_words(value: np.ndarray) -> np.ndarray:
-    """The words of a host array, of a dtype that every session can hold (float64 and int64 need not be)."""
+    """The words of a host array as unsigned integers of at most 32 bits, which jax can hold without x64."""
     width = {1: np.uint8, 2: np.uint16}.get(value.dtype.itemsize, np.uint32)
     return np.ascontiguousarray(value).reshape(-1).view(width)
 
@@ -189,9 +191,9 @@ def _checksum(value: jax.Array) -> tuple[jax.Array, jax.Array]:
     if jnp.issubdtype(value.dtype, jnp.complexfloating):
         value = jnp.stack([value.real, value.imag], axis=-1)
     width = {1: jnp.uint8, 2: jnp.uint16}.get(value.dtype.itemsize, jnp.uint32)
-    # Of eight bytes it makes two words along a new last axis.
+    # An element of eight bytes becomes two words along a new last axis.
     words = jax.lax.bitcast_convert_type(value, width).astype(jnp.uint32)
-    # The place in C order from the place along each axis: flattening would collect what is spread.
+    # Compute each word's index in C order from its index along each axis; flattening would gather a sharded array.
     place, stride = jnp.zeros(words.shape, jnp.uint32), 1
     for axis in reversed(range(words.ndim)):
         place += jax.lax.broadcasted_iota(jnp.uint32, words.shape, axis) * jnp.uint32(stride % 2**32)
@@ -204,7 +206,7 @@ def _checksum(value: jax.Array) -> tuple[jax.Array, jax.Array]:
 
 
 def _mix(word: jax.Array) -> jax.Array:
-    """A bijection of uint32 that spreads every bit over all."""
+    """A bijection of uint32 that mixes all bits of the word."""
     word = (word ^ (word >> 16)) * jnp.uint32(0x7FEB352D)
     word = (word ^ (word >> 15)) * jnp.uint32(0x846CA68B)
     return word ^ (word >> 16)
@@ -224,5 +226,5 @@ def _kind_of_record(record: Mapping[str, Any]) -> str:
 def _on_device(name: str, value: Any) -> jax.Array:
     if jax.dtypes.canonicalize_dtype(value.dtype) != value.dtype:
         raise ValueError(f"{name}: expected jax_enable_x64 to be set, since the checkpoint holds {value.dtype.name}")
-    # A copy, never an alias of other memory: a donated buffer must be the array's own.
+    # Always copy: a buffer that will be donated must not be shared.
     return jnp.array(value, dtype=value.dtype, copy=True)

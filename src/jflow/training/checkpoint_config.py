@@ -1,4 +1,4 @@
-"""What a checkpoint says of its run beside the arrays, the config and the notes, as JSON; and how two of them differ."""
+"""The config and the notes that a checkpoint stores as JSON, and their comparison."""
 
 from __future__ import annotations
 
@@ -14,10 +14,10 @@ _ABSENT = object()
 
 
 def as_json(name: str, value: Any) -> Any:
-    """The value as it comes back from JSON (tuples as lists).
+    """The value after a round trip through JSON, which turns tuples into lists.
 
     Raises:
-      TypeError: when it is not made of JSON types.
+      TypeError: if the value cannot be represented in JSON.
     """
     try:
         return json.loads(json.dumps(value, allow_nan=False))
@@ -28,7 +28,7 @@ def as_json(name: str, value: Any) -> Any:
 
 
 def difference(before: Any, now: Any, name: str = "") -> dict[str, tuple[Any, Any]]:
-    """The entries in which two JSON values differ, by dotted name: (before, now), with "(absent)" for a missing one."""
+    """The entries in which two JSON values differ, as (before, now) by dotted name; "(absent)" stands for a missing one."""
     if isinstance(before, dict) and isinstance(now, dict):
         found: dict[str, tuple[Any, Any]] = {}
         for key in [*before, *(key for key in now if key not in before)]:
@@ -42,10 +42,10 @@ def difference(before: Any, now: Any, name: str = "") -> dict[str, tuple[Any, An
 
 
 def compare(before: Any, now: Any, ignore: Collection[str]) -> None:
-    """Refuses a config that is not the checkpoint's, but for the entries of these dotted names and what lies in them.
+    """Checks that a config is equal to the checkpoint's, except for the entries named in ``ignore`` and what they contain.
 
     Raises:
-      ValueError: naming every entry that differs, with both values.
+      ValueError: if other entries differ; the message has the name and both values of each.
     """
     found = {
         name: values
@@ -64,5 +64,5 @@ def compare_notes(before: Any, now: Any) -> None:
 
 
 def versions() -> dict[str, str]:
-    """What a resumed run must have in common with the saved one to continue bit for bit, beside its config."""
+    """The jax version and the backend. A resumed run continues bit for bit only if these are unchanged."""
     return {"jax": jax.__version__, "backend": jax.default_backend()}

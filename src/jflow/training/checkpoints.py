@@ -1,15 +1,15 @@
-"""Checkpoints that are verified: the whole state, the config, and a checksum of every array.
+"""Verified checkpoints: the whole state, the config, and a checksum of every array.
 
-The one module that touches Orbax, whose own files carry no checksums: flipped bits come back as other numbers, a wrong
-dtype is cast, and there is no second try. A checkpoint of step n is one Orbax composite::
+Only this module uses Orbax. Orbax's files carry no checksums, so it reads flipped bits as other numbers; it casts a wrong
+dtype, and it does not fall back to an earlier checkpoint. A checkpoint of step n is one Orbax composite::
 
     n/state   every array of the state by name (see ``checkpoint_arrays``)
     n/meta    JSON: {"crc32", "body"}, the body {"step", "config", "notes", "position", "score", "leaves": the record of
               each array}
 
 Saves are asynchronous: ``save`` copies the state and returns, so later steps may reuse its buffers. Values and checksums do
-not depend on how the state is laid out, so it may be restored on any number of devices and processes. Of several processes
-each makes the same calls; each reads and writes the parts that lie on its own devices, in a directory that all see.
+not depend on the sharding of the state, so it may be restored on any number of devices and processes. With several
+processes, all must make the same calls. Each reads and writes the parts on its own devices, in a directory that all share.
 """
 
 from __future__ import annotations
@@ -36,11 +36,11 @@ _log = logging.getLogger(__name__)
 
 
 class Stepped(Protocol):
-    """What a checkpoint holds: a named tuple of arrays, one of which is the number of steps taken."""
+    """The content of a checkpoint: a named tuple of arrays, one of which is the number of steps taken."""
 
     @property
     def step(self) -> Array | int:
-        """The steps taken, a whole number."""
+        """The number of steps taken."""
         ...
 
 
@@ -51,20 +51,20 @@ class Checkpoints:
     """The checkpoints of one run in one directory; a context manager that waits for pending saves when it ends.
 
     Args:
-      directory: relative or absolute; made if missing.
-      config: the run's config, of JSON types; saved, and compared on restore.
-      notes: other JSON values worth keeping (versions of libraries); a difference on restore is only logged.
-      keep: the number of newest checkpoints that are kept; more than one, to have another when the last is damaged. None
-        for all.
-      keep_best: the number of checkpoints with the lowest scores that are kept beside them.
-      resume: the directory may hold checkpoints.
-      overwrite: what the directory holds is deleted.
+      directory: a relative or absolute path; created if it is missing.
+      config: the run's config, of JSON types. It is saved, and compared on restore.
+      notes: other JSON values to save, such as versions of libraries. A difference on restore is only logged.
+      keep: the number of newest checkpoints to keep; None for all. With more than one, an earlier checkpoint remains if the
+        last one is damaged.
+      keep_best: the number of further checkpoints to keep, those with the lowest scores.
+      resume: whether the directory may already hold checkpoints.
+      overwrite: whether to delete the content of the directory.
 
     Raises:
-      FileExistsError: when the directory is not empty and neither ``resume`` nor ``overwrite`` is set.
-      NotADirectoryError: when there is a file of that name.
-      TypeError: for a config that is not of JSON types.
-      ValueError: when both are set, or a number of checkpoints is out of range.
+      FileExistsError: if the directory is not empty and neither ``resume`` nor ``overwrite`` is set.
+      NotADirectoryError: if ``directory`` is a file.
+      TypeError: if the config or the notes are not of JSON types, or ``keep`` or ``keep_best`` is not a whole number.
+      ValueError: if ``resume`` and ``overwrite`` are both set, or ``keep`` or ``keep_best`` is out of range.
     """
 
     def __init__(
@@ -97,17 +97,17 @@ class Checkpoints:
         self._manager = _writer(self.directory, keep, keep_best, self._scores)
 
     def save(self, state: Stepped, *, position: Any = None, score: float | None = None) -> None:
-        """Copies the state, at once, and writes it, in the background.
+        """Copies the state immediately and writes the copy in the background.
 
         Args:
           state: a ``TrainState``, or another named tuple of arrays with a ``step``.
-          position: of data that come from the host (``Feed.position``), of JSON types.
-          score: what ``keep_best`` compares, lower being better; without one (or with one that is not finite) a
-            checkpoint is never among the best.
+          position: the position of a host iterator (``Feed.position``), of JSON types.
+          score: the number that ``keep_best`` compares; lower is better. A checkpoint whose score is None or not finite is
+            never among the best.
 
         Raises:
-          ValueError: when there is a checkpoint of this step or a later one already; of several processes, when an array
-            lies on one alone.
+          ValueError: if there is already a checkpoint of this step or a later one, or, with several processes, if an array
+            lies on one process alone.
         """
         import orbax.checkpoint as ocp
 
@@ -129,7 +129,7 @@ class Checkpoints:
             self._scores[step] = score
         self._manager.save(
             step,
-            # Orbax refuses arrays without elements; their record says all there is.
+            # Orbax refuses arrays without elements; their record is enough to restore them.
             args=ocp.args.Composite(
                 state=ocp.args.StandardSave({name: value for name, value in arrays.items() if value.size}),
                 meta=ocp.args.JsonSave({"crc32": _crc_of_json(body), "body": body}),
@@ -137,29 +137,29 @@ class Checkpoints:
         )
 
     def restore_latest(self, template: State, *, ignore: Collection[str] = ()) -> tuple[State, Any]:
-        """The newest checkpoint that is whole.
+        """Restores the newest checkpoint that is not damaged.
 
-        A damaged one is named in the log and set aside, as STEP.damaged, and the one before it is tried.
+        A damaged checkpoint is logged and renamed to STEP.damaged, and the one before it is tried.
 
         Args:
-          template: a state of the same structure, shapes and dtypes, laid out as the result should be (``init_state``,
-            ``sharding.place``), on whatever devices; arrays or ``jax.ShapeDtypeStruct``.
-          ignore: config entries that may differ, by their dotted names ("total_steps").
+          template: a state with the same structure, shapes and dtypes, and with the shardings that the result should have
+            (``init_state``, ``sharding.place``); arrays or ``jax.ShapeDtypeStruct``.
+          ignore: dotted names of config entries that may differ ("total_steps").
 
         Returns:
           (state, position): as they were saved.
 
         Raises:
           FileNotFoundError: if there is no checkpoint, or every one is damaged.
-          TypeError: when ``ignore`` is one string.
-          ValueError: when the config differs, with the difference; when the template does, naming the leaves.
+          TypeError: if ``ignore`` is a string.
+          ValueError: if the config or the template differs from the checkpoint; the message names the entries or leaves.
         """
         if isinstance(ignore, str):
             raise TypeError(f"ignore: expected a collection of names, got the string {ignore!r}")
         damaged: list[int] = []
         self.wait()
         steps = _of_first(sorted(self.steps(), reverse=True))
-        # A manager of its own: Orbax ties one that has read a part of an item to that way of reading and writing it.
+        # Use a separate manager: once an Orbax manager has read part of an item, it keeps that way of reading and writing it.
         with _reader(self.directory) as manager:
             for step in steps:
                 try:
@@ -180,15 +180,15 @@ class Checkpoints:
         raise _none_whole(self.directory, damaged)
 
     def steps(self) -> list[int]:
-        """The steps of which there are checkpoints, whole or not, oldest first."""
+        """The steps that have a checkpoint, damaged or not, oldest first."""
         return sorted(self._manager.all_steps())
 
     def wait(self) -> None:
-        """Returns when all saves are on disk; raises what went wrong with one."""
+        """Waits until all saves are on disk, and raises the error of a save that failed."""
         self._manager.wait_until_finished()
 
     def close(self) -> None:
-        """Waits, and lets go of the directory."""
+        """Waits for pending saves and closes the Orbax manager."""
         self._manager.close()
 
     def __enter__(self) -> Checkpoints:
@@ -198,12 +198,12 @@ class Checkpoints:
         self.close()
 
     def drop_after(self, step: int) -> None:
-        """Deletes the checkpoints of later steps, which a run that goes on from ``step`` will write again."""
+        """Deletes the checkpoints of later steps, which a run resumed from ``step`` will write again."""
         for later in [other for other in self.steps() if other > step]:
             self._manager.delete(later)
 
     def _set_aside(self, steps: list[int]) -> None:
-        # Left where they are, they would keep the steps from being saved again, and later runs from a whole one.
+        # If a damaged checkpoint kept its name, its step could not be saved again.
         for step in steps if first_process() else ():
             aside = self.directory / f"{step}.damaged"
             shutil.rmtree(aside, ignore_errors=True)
@@ -216,23 +216,26 @@ class Checkpoints:
 def restore_params(
     directory: str | os.PathLike[str], which: str = "params", *, step: int | str | None = None, template: Params = None
 ) -> tuple[Params, dict[str, Any]]:
-    """Only the parameters, or one average of them, and the config; no optimizer is needed. One process may call it alone.
+    """Restores only the parameters, or one average of them, and the config.
+
+    It needs no optimizer and changes nothing on disk. A single process may call it.
 
     Args:
-      directory: a run's directory, or the one with its checkpoints.
+      directory: a run's directory, or its directory of checkpoints.
       which: "params", or the name of an average ("0.999").
-      step: which checkpoint; by default the newest that is whole; "best" for the one with the lowest score. Nothing on disk
-        is changed.
-      template: a pytree of the same structure, needed only where the parameters are not nested dictionaries, or to lay
-        them out as its leaves are.
+      step: the step of the checkpoint, or "best" for the one with the lowest score; by default the newest one that is not
+        damaged.
+      template: a pytree of the same structure. It is needed only if the parameters are not nested dictionaries, or to give
+        them the shardings of its leaves.
 
     Returns:
-      (params, config): the dtypes are those that were saved; an average of bfloat16 parameters is in float32.
+      (params, config): the parameters in the dtypes that were saved (an average of bfloat16 parameters is in float32), and
+      the config.
 
     Raises:
-      FileNotFoundError: when there is no such directory or checkpoint, or none that is whole.
-      ValueError: for an unknown ``which``, listing those there are; for dtypes that this session cannot hold; TypeError for a
-        step of another type.
+      FileNotFoundError: if there is no such directory or checkpoint, or every checkpoint tried is damaged.
+      ValueError: if ``which`` is unknown (the message lists the names), the template does not match, or a dtype needs x64.
+      TypeError: if ``step`` is neither None, a whole number nor "best".
     """
     root = absolute("directory", directory)
     if step is not None and step != "best":
@@ -245,7 +248,7 @@ def restore_params(
         for this in _chosen(root, sorted(manager.all_steps(), reverse=True), step):
             try:
                 body = _read_meta(manager, this, alone=True)
-                # Asking for what was never saved is the caller's mistake, not damage.
+                # An unknown name is the caller's mistake, not damage.
                 records, depth = _select(body["leaves"], which)
                 wanted = {} if template is None else checkpoint_arrays.match(records, template, depth)
                 layouts = {name: checkpoint_arrays.layout(leaf) for name, leaf in wanted.items()}
@@ -264,8 +267,8 @@ def absolute(name: str, directory: str | os.PathLike[str]) -> pathlib.Path:
     """The absolute path of a directory.
 
     Raises:
-      ValueError: for the address of an object store, which would become a local directory of that name.
-      NotADirectoryError: when it is a file.
+      ValueError: if it is the address of an object store, which would create a local directory of that name.
+      NotADirectoryError: if it is a file.
     """
     if "://" in os.fspath(directory):
         raise ValueError(f"{name}: expected a path of a mounted file system, got {os.fspath(directory)!r}")
@@ -284,7 +287,7 @@ def _writer(directory: pathlib.Path, keep: int | None, keep_best: int, scores: M
 
 
 class _Best:
-    """A preservation policy of Orbax: the ``count`` steps of lowest score, the newer of two that are equal."""
+    """An Orbax preservation policy that keeps the ``count`` steps with the lowest scores; of equal scores, the newer."""
 
     def __init__(self, count: int, scores: Mapping[int, float]) -> None:
         self._count, self._scores = count, scores
@@ -299,8 +302,8 @@ class _Best:
 def _reader(directory: pathlib.Path) -> Any:
     import orbax.checkpoint as ocp
 
-    # Orbax's own read_only warns at every start; a manager that keeps all and never saves changes nothing either. It is
-    # this process's alone: one that fails on a damaged file would leave the others at Orbax's barriers.
+    # Orbax's read_only option warns at every start; a manager that keeps everything and never saves changes nothing either.
+    # It runs on this process alone: if it failed on a damaged file, the other processes would wait at Orbax's barriers.
     me = jax.process_index()
     options = ocp.CheckpointManagerOptions(
         create=False,
@@ -314,7 +317,7 @@ def _reader(directory: pathlib.Path) -> Any:
 
 
 def _read_meta(manager: Any, step: int, alone: bool = False) -> dict[str, Any]:
-    """The verified body of a step's record; the same for all processes, unless ``alone``."""
+    """The verified body of a step's metadata. Unless ``alone``, an error on one process is raised on all."""
     import orbax.checkpoint as ocp
 
     failure = None
@@ -334,7 +337,7 @@ def _read_meta(manager: Any, step: int, alone: bool = False) -> dict[str, Any]:
 def _read_arrays(
     manager: Any, step: int, records: checkpoint_arrays.Records, layouts: Mapping[str, Any], alone: bool = False
 ) -> checkpoint_arrays.Arrays:
-    """The verified arrays of these records, each in its layout, or as a numpy array if it has no layout."""
+    """The verified arrays of these records, each with its sharding in ``layouts``, or as a numpy array if it has none."""
     import orbax.checkpoint as ocp
 
     empty = {name for name, record in records.items() if 0 in record["shape"]}
@@ -345,7 +348,7 @@ def _read_arrays(
     }
 
     def how(name: str, like: jax.ShapeDtypeStruct) -> Any:
-        # Without the dtypes that were saved, Orbax would cast in silence.
+        # Pass the saved dtypes; otherwise Orbax casts silently.
         if layouts.get(name) is None:
             return ocp.RestoreArgs(restore_type=np.ndarray, dtype=like.dtype)
         return ocp.ArrayRestoreArgs(sharding=layouts[name], global_shape=tuple(like.shape), dtype=like.dtype)
@@ -365,7 +368,7 @@ def _read_arrays(
 
 
 def _raise_on_all(failure: Exception | None, alone: bool) -> None:
-    """Raises on every process what failed on one: apart, they would go on from different steps, or wait for one another."""
+    """Raises the failure of one process on all; otherwise they would resume from different steps, or deadlock."""
     if jax.process_count() > 1 and not alone:
         failed = multihost_utils.process_allgather(np.asarray(failure is not None))
         if failure is None and failed.any():
@@ -375,7 +378,7 @@ def _raise_on_all(failure: Exception | None, alone: bool) -> None:
 
 
 def _of_first(steps: list[int]) -> list[int]:
-    """What the first process sees: on a shared file system another may see a change late."""
+    """The steps that the first process sees; on a shared file system other processes may see changes later."""
     if jax.process_count() == 1:
         return steps
     padded = np.full(4096, -1, np.int32)
@@ -384,7 +387,7 @@ def _of_first(steps: list[int]) -> list[int]:
 
 
 def _chosen(directory: pathlib.Path, steps: list[int], step: int | str | None) -> list[int]:
-    """The steps to try, in this order."""
+    """The steps to try, in order."""
     if step is None:
         return steps
     if step == "best":
@@ -398,7 +401,7 @@ def _chosen(directory: pathlib.Path, steps: list[int], step: int | str | None) -
 
 
 def _read_scores(directory: pathlib.Path) -> dict[int, float]:
-    """The scores of the checkpoints that have one that can be read."""
+    """The scores of all checkpoints that have a readable score."""
     scores = {}
     if not directory.is_dir():
         return scores
@@ -420,7 +423,7 @@ def _none_whole(directory: pathlib.Path, damaged: list[int]) -> FileNotFoundErro
 
 
 def _as_damage(error: Exception) -> Exception:
-    """Broken files make Orbax and TensorStore fail in many ways; only running out of memory says nothing about them."""
+    """The error as a DamagedError: damaged files make Orbax and TensorStore raise many types. MemoryError is kept."""
     if isinstance(error, (checkpoint_arrays.DamagedError, MemoryError)):
         return error
     return checkpoint_arrays.DamagedError(
@@ -431,7 +434,7 @@ def _as_damage(error: Exception) -> Exception:
 def _select(records: checkpoint_arrays.Records, which: str) -> tuple[checkpoint_arrays.Records, int]:
     """The records of the parameters or of one average, and the number of keys that lead to them."""
     prefix, depth = ("params", 1) if which == "params" else (f"ema/{which}", 2)
-    # A bare array as parameters is a leaf of that very name.
+    # If the parameters are a single array, the leaf's name is the prefix itself.
     selected = {name: record for name, record in records.items() if name == prefix or name.startswith(prefix + "/")}
     if not selected:
         names = sorted({name.split("/")[1] for name in records if name.startswith("ema/")})

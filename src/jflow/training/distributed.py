@@ -1,12 +1,12 @@
-"""Several processes that train together, and how a run ends when a machine is taken away or dies.
+"""Training with several processes, and the end of a run when a machine is preempted or fails.
 
 For example::
 
-    with distributed.processes():          # on a TPU pod, under SLURM, Open MPI or Kubernetes; nothing on one machine
+    with distributed.processes():          # on a TPU pod, under SLURM, Open MPI or Kubernetes; no effect on one machine
         ...                                # jax.devices() are those of all processes
 
-A process that is asked to stop, that loses another one, or that stands still ends with an exit code of its own, so that a
-script can tell what to do: start the same command again after 75, 76 and 77, look at the message after any other.
+The exit code tells a script how a process ended: 75 if it was asked to stop, 76 if it lost another process, 77 if it stalled.
+After these the same command may be started again; after any other code, read the message.
 """
 
 from __future__ import annotations
@@ -32,19 +32,19 @@ from jflow.training.hooks import Hook
 
 _log = logging.getLogger(__name__)
 
-# 75 is EX_TEMPFAIL of sysexits.h, "try again"; the next two belong to nobody.
+# 75 is EX_TEMPFAIL of sysexits.h, "try again"; 76 and 77 are our own choice.
 EXIT_PREEMPTED = 75
 EXIT_PEER_LOST = 76
 EXIT_STALLED = 77
-# What jax says of a collective whose other side has gone.
+# Words in the messages of jax when a collective fails because another process is gone.
 LOST = ("UNAVAILABLE", "ABORTED", "CANCELLED", "DEADLINE_EXCEEDED", "Gloo", "NCCL", "heartbeat")
 
 
 class PreemptedError(RuntimeError):
-    """The machine is about to be taken away, and the run has saved its state.
+    """The machine is about to be preempted, and the run has saved its state.
 
     Attributes:
-      step: of the checkpoint from which it goes on.
+      step: the step of the saved checkpoint, from which the run can be resumed.
     """
 
     def __init__(self, step: int) -> None:
@@ -62,23 +62,25 @@ def processes(
     heartbeat_seconds: int = 30,
     start_seconds: int = 300,
 ) -> Iterator[None]:
-    """``jax.distributed`` for the body of a with statement. Enter it before any call that asks jax for its devices.
+    """Initialises ``jax.distributed`` for the body of a with statement. Enter it before any call that uses jax's devices.
 
     Without arguments jax looks for a TPU pod, SLURM, Open MPI or Kubernetes; if it finds none, the run has one process. If
     another process dies, jax aborts this one within about ``heartbeat_seconds``, and it ends with a message and
-    ``EXIT_PEER_LOST``. If the body raises, the process ends soon and does not wait for the others.
+    ``EXIT_PEER_LOST``. If the body raises, the process ends within seconds and does not wait for the others.
 
     Args:
-      coordinator: HOST:PORT of the process with index 0; with ``count`` and ``index``, or not at all.
+      coordinator: HOST:PORT of the process with index 0. Give ``coordinator``, ``count`` and ``index``, or none of them.
       count: the number of processes.
-      index: of this process, from 0.
-      automatic: whether to look for a cluster where there is no coordinator.
-      heartbeat_seconds: silence after which a process counts as dead.
-      start_seconds: how long to wait for all processes to appear.
+      index: the index of this process, from 0.
+      automatic: whether to look for a cluster if no coordinator is given.
+      heartbeat_seconds: seconds without a sign of life after which a process counts as dead.
+      start_seconds: how long to wait for all processes to connect.
 
     Raises:
-      ValueError: when only some of the first three are given, or numbers are out of range; TypeError for other types.
-      RuntimeError: when jax has its devices already, or the processes do not find each other.
+      ValueError: if only some of ``coordinator``, ``count`` and ``index`` are given, the coordinator is not HOST:PORT, or a
+        number is out of range.
+      TypeError: if a number is not a whole number.
+      RuntimeError: if jax has already initialised its devices, or the processes do not connect in time.
     """
     checks.integer("heartbeat_seconds", heartbeat_seconds, low=1)
     checks.integer("start_seconds", start_seconds, low=1)
@@ -100,11 +102,11 @@ def processes(
             cluster_detection_method=None if coordinator is None else "deactivate",
             initialization_timeout=start_seconds,
             heartbeat_timeout_seconds=heartbeat_seconds,
-            # The others wait at the end for the first process, which may have an evaluation to do.
+            # At the end the other processes wait for the first, which may still be evaluating.
             shutdown_timeout_seconds=24 * 3600,
         )
     except ValueError as error:
-        # All that jax says of a machine in no cluster.
+        # The only sign that jax gives for a machine outside a cluster.
         if coordinator is not None or "should be defined" not in str(error):
             raise
         yield
@@ -125,16 +127,16 @@ def first_process() -> bool:
 
 
 def barrier(what: str) -> None:
-    """Waits until every process has come here; ``what`` is named when they come to different places."""
+    """Waits until every process has called it; ``what`` names the barrier, and must be the same on all."""
     if jax.process_count() > 1:
         multihost_utils.sync_global_devices(what)
 
 
 class Notice:
-    """Whether this machine is about to be taken away: SIGTERM, on any of the processes. A context manager.
+    """A context manager that detects a preemption notice: SIGTERM on any of the processes.
 
-    Of several processes jax carries the notice to all, and they agree on the step. Of one, the signal is caught here, for
-    the time of the context, in the main thread; a second one does what it would have done before.
+    With several processes, jax sends the notice to all, and they agree on the step at which to stop. With one process, a
+    signal handler is installed in the main thread while the context lasts. A second SIGTERM is handled as before the context.
     """
 
     def __init__(self) -> None:
@@ -143,7 +145,7 @@ class Notice:
         self._asked: int | None = None
 
     def __enter__(self) -> Notice:
-        # A handler of ours would take the signal from jax, which then tells nobody.
+        # With jax.distributed a handler of ours would replace the one of jax, which notifies the other processes.
         if not jax.distributed.is_initialized() and threading.current_thread() is threading.main_thread():
             self._before = signal.signal(signal.SIGTERM, self._handle)
         return self
@@ -154,10 +156,10 @@ class Notice:
             self._before = None
 
     def seen(self, step: int) -> bool:
-        """Whether to stop after ``step`` steps; to be asked by all processes, who get the same answer, for growing steps."""
+        """Whether to stop after ``step`` steps. All processes must call it, with increasing steps; all get the same answer."""
         if not jax.distributed.is_initialized():
             return self._seen.is_set()
-        # The processes agree on the number of one step, and Orbax asks for steps too: none may be left out.
+        # The processes agree on one step number, and Orbax queries steps too, so query every step since the last call.
         steps = range(step if self._asked is None else self._asked + 1, step + 1)
         self._asked = step
         return any([multihost_utils.reached_preemption_sync_point(each) for each in steps])
@@ -169,17 +171,19 @@ class Notice:
 
 
 class Watchdog(Hook):
-    """Ends the process if a chunk takes too long: a step that waits for a lost device never ends.
+    """A hook that ends the process if a chunk takes too long. It is meant for runs of several processes.
 
-    For runs of several processes. It watches from the beginning of a chunk, and of the run, to the next event, compilation
-    included, and ends the process with exit code ``EXIT_STALLED`` and a message.
+    A step that waits for a lost device never ends. The watchdog measures the time from the start of the run, or of a chunk,
+    to the next event; this includes compilation. After ``seconds`` it prints a message and ends the process with exit code
+    ``EXIT_STALLED``.
 
     Args:
       seconds: the longest time for a chunk.
-      end: called with the exit code; by default ``os._exit``, because an orderly end would wait for the device too.
+      end: called with the exit code; by default ``os._exit``, because an ordinary exit would wait for the device as well.
 
     Raises:
-      ValueError: if seconds is not positive; TypeError if it is not a number.
+      ValueError: if ``seconds`` is not positive.
+      TypeError: if ``seconds`` is not a number.
     """
 
     def __init__(self, seconds: float, end: Callable[[int], object] = os._exit) -> None:
@@ -203,13 +207,13 @@ class Watchdog(Hook):
             self._thread.join()
 
     def before_chunk(self, step: int, length: int) -> None:
-        """Starts to wait for the steps of this chunk."""
+        """Starts the timer for this chunk."""
         with self._changed:
             self._doing, self._deadline = f"steps {step + 1} to {step + length}", time.monotonic() + self._seconds
             self._changed.notify()
 
     def pause(self) -> None:
-        """Waits for nothing until the next chunk."""
+        """Stops the timer until the next chunk."""
         with self._changed:
             self._deadline = float("inf")
 
@@ -238,8 +242,8 @@ def _check_address(coordinator: Any) -> None:
 def _abort_exits_with(code: list[int]) -> Iterator[None]:
     """While the context lasts, abort() ends the process with this code and a message.
 
-    Jax ends a process that has lost another one by abort(), from a thread of its own, and offers nothing to hang on to.
-    A Python signal handler would not run, since abort() does not return to the interpreter; a C function does.
+    When another process is lost, jax calls abort() from one of its threads and offers no callback. A Python signal handler
+    would not run, because abort() does not return to the interpreter, so the handler is a C function.
     """
     if os.name != "posix":
         yield
@@ -261,7 +265,7 @@ def _abort_exits_with(code: list[int]) -> Iterator[None]:
 
 
 def _leave(error: BaseException, code: list[int]) -> None:
-    """Ends this process after an error: with the others, where they end too, but not waiting for them for long."""
+    """Ends this process after an error. It waits for the other processes to end as well, but for at most 10 seconds."""
     if isinstance(error, SystemExit):
         code[0] = error.code if isinstance(error.code, int) else int(error.code is not None)
     else:
@@ -270,7 +274,7 @@ def _leave(error: BaseException, code: list[int]) -> None:
         code[0] = EXIT_PEER_LOST if lost else 1
     sys.stdout.flush()
     sys.stderr.flush()
-    # An ordinary end is a meeting of all processes, and jax aborts where one stays away.
+    # An ordinary shutdown is a barrier of all processes, and jax aborts if one of them does not arrive.
     patience = threading.Timer(10.0, os._exit, code)
     patience.daemon = True
     patience.start()
@@ -281,6 +285,6 @@ def _leave(error: BaseException, code: list[int]) -> None:
 
 
 def _say(message: str) -> None:
-    # Another thread may hold the lock of print and never release it.
+    # Do not use print: another thread may hold its lock and never release it.
     with contextlib.suppress(OSError):
         os.write(2, f"jflow: {message}\n".encode())

@@ -1,18 +1,25 @@
-r"""Exponential moving averages of parameters, several at once.
+r"""Exponential moving averages (EMA) of parameters.
 
-An average a follows the parameters p as::
+An average a follows the parameters p as
 
-    a_{n+1} = a_n + w_n (p_{n+1} - a_n),        a_0 = p_0,
+.. math::
 
-where n counts the optimizer's updates made before and the weight of the new parameters, w_n = 1 - decay_n, comes from a
-schedule. A schedule returns w rather than the decay because 1 - 0.9999 in float32 has lost four digits.
+    a_{n+1} = a_n + w_n (p_{n+1} - a_n), \qquad a_0 = p_0,
 
-The schedules::
+where n is the number of earlier updates by the optimizer. The weight of the new parameters, w_n = 1 - decay_n, comes from a
+schedule. A schedule returns the weight rather than the decay because 1 - 0.9999 loses four digits in float32.
 
-    constant(d)    w_n = 1 - d
-    warmup(d)      w_n = 1 - min(d, (1 + n)/(10 + n))
-    power(g)       w_n = 1 - (1 - 1/(n + 1))^{g + 1}        weights near k^g of p_1, ..., p_n, normalised (2312.02696)
-    unbiased(d)    w_n = (1 - d)/(1 - d^{n+1})      the weights d^{n-k} of p_1, ..., p_n, normalised; forgets p_0
+The schedules are
+
+.. math::
+
+    \text{constant}(d): \quad & w_n = 1 - d, \\
+    \text{warmup}(d): \quad & w_n = 1 - \min\left(d, \frac{1 + n}{10 + n}\right), \\
+    \text{power}(g): \quad & w_n = 1 - \left(\frac{n}{n + 1}\right)^{g + 1}, \\
+    \text{unbiased}(d): \quad & w_n = \frac{1 - d}{1 - d^{\,n + 1}}.
+
+The averages of ``power`` (2312.02696) and ``unbiased`` do not depend on p_0. After n updates ``power`` weights p_k
+approximately in proportion to k^g, and ``unbiased`` in proportion to d^{n-k}.
 """
 
 from __future__ import annotations
@@ -32,10 +39,11 @@ Averages = Mapping[str, Schedule] | Iterable[float]
 
 
 def constant(decay: float) -> Schedule:
-    """w_n = 1 - decay.
+    """The schedule of a constant decay, w_n = 1 - decay.
 
     Raises:
-      ValueError: when the decay is outside [0, 1]; TypeError if it is not a number.
+      ValueError: if the decay is outside [0, 1].
+      TypeError: if it is not a number.
 
     Example:
       >>> import jax.numpy as jnp
@@ -49,20 +57,32 @@ def constant(decay: float) -> Schedule:
 
 
 def warmup(decay: float) -> Schedule:
-    """w_n = 1 - min(decay, (1 + n)/(10 + n)) = max(1 - decay, 9/(10 + n)): short-sighted at first.
+    r"""The schedule of a decay that grows to its final value, so that early parameters are forgotten quickly.
+
+    .. math::
+
+        w_n = 1 - \min\left(\text{decay}, \frac{1 + n}{10 + n}\right) = \max\left(1 - \text{decay}, \frac{9}{10 + n}\right)
 
     Raises:
-      ValueError: when the decay is outside [0, 1]; TypeError if it is not a number.
+      ValueError: if the decay is outside [0, 1].
+      TypeError: if it is not a number.
     """
     weight = 1.0 - checks.number("decay", decay, low=0.0, high=1.0)
     return lambda n: jnp.maximum(jnp.float32(weight), 9.0 / (10.0 + jnp.asarray(n).astype(jnp.float32)))
 
 
 def unbiased(decay: float) -> Schedule:
-    """w_n = (1 - decay)/(1 - decay^{n+1}): Adam's bias correction; the start is a plain mean, and p_0 is forgotten.
+    r"""The schedule of a constant decay with Adam's bias correction.
+
+    .. math::
+
+        w_n = \frac{1 - \text{decay}}{1 - \text{decay}^{\,n + 1}}
+
+    The first updates form nearly a plain mean of the new parameters, and p_0 has no weight.
 
     Raises:
-      ValueError: when the decay is outside (0, 1); TypeError if it is not a number.
+      ValueError: if the decay is outside (0, 1).
+      TypeError: if it is not a number.
     """
     decay = checks.number("decay", decay, low=0.0, high=1.0)
     if decay in (0.0, 1.0):
@@ -77,13 +97,18 @@ def unbiased(decay: float) -> Schedule:
 
 
 def power(gamma: float) -> Schedule:
-    """w_n = 1 - (n/(n + 1))^{gamma + 1}: a profile that keeps its shape as the run grows; relative width about 1/gamma.
+    r"""The schedule of an average whose width is a fixed fraction of the run, about 1/gamma (2312.02696).
 
-    Of n parameters p_k has the weight (k/n)^{gamma + 1} - ((k - 1)/n)^{gamma + 1}, and p_0 none. With gamma = 16 the
-    average reaches back over about the last 6 % of the steps, however many they are (2312.02696).
+    .. math::
+
+        w_n = 1 - \left(\frac{n}{n + 1}\right)^{\gamma + 1}
+
+    After n updates the parameters :math:`p_k` have the weight :math:`(k/n)^{\gamma + 1} - ((k - 1)/n)^{\gamma + 1}`, and
+    :math:`p_0` has none. With gamma = 16 the average reaches back over about the last 6 % of the steps, however many there are.
 
     Raises:
-      ValueError: when gamma is negative; TypeError if it is not a number.
+      ValueError: if gamma is negative.
+      TypeError: if it is not a number.
     """
     exponent = checks.number("gamma", gamma, low=0.0) + 1.0
 
@@ -96,11 +121,12 @@ def power(gamma: float) -> Schedule:
 
 
 def resolve(averages: Averages) -> dict[str, Schedule]:
-    """Schedules by name: a mapping as it is, and a number d as ``{"d": constant(d)}``, so 0.999 is called "0.999".
+    """Schedules by name: a mapping unchanged, and for each decay a constant schedule named after it ("0.999").
 
     Raises:
-      TypeError: for names that are no strings or hold "/", or schedules that cannot be called.
-      ValueError: for a decay outside [0, 1].
+      TypeError: if ``averages`` is not a mapping or an iterable of numbers, a name is not a string or contains "/", or a
+        schedule is not callable.
+      ValueError: if a decay is outside [0, 1].
     """
     if averages is None or isinstance(averages, (str, float, int)):
         raise TypeError(f"ema: expected a mapping of names to schedules or a tuple of decays, got {averages!r}")
@@ -114,22 +140,23 @@ def resolve(averages: Averages) -> dict[str, Schedule]:
 
 
 def init(params: Params) -> Params:
-    """The average before any update, a_0 = p_0, in at least float32: in bfloat16 an update of 1e-3 would be lost."""
+    """The average before any update, a_0 = p_0, in at least float32; bfloat16 would round away an update of 1e-3."""
     return jax.tree.map(widen, params)
 
 
 def update(average: Params, params: Params, weight: Array | float) -> Params:
-    """a + w (p - a), leaf by leaf, in the average's dtype; leaves that are not floating point are replaced.
+    """The updated average, a + w (p - a) for each leaf, in the average's dtype.
 
-    With a weight of zero the average stays as it is, even where the parameters are not finite.
+    Leaves that are not floating point are replaced by those of ``params``. With a weight of zero the floating-point leaves
+    are unchanged, even if the parameters are not finite.
 
     Args:
-      average: a pytree like params.
+      average: a pytree like ``params``.
       params: the new parameters.
       weight: w in [0, 1], a scalar.
 
     Raises:
-      ValueError: when the two differ in structure or shapes.
+      ValueError: if the two differ in structure or shapes.
     """
     checks.same_structure("average", average, "params", params)
     weight = jnp.asarray(weight)
@@ -143,19 +170,20 @@ def update(average: Params, params: Params, weight: Array | float) -> Params:
 
 
 def as_params(average: Params, params: Params) -> Params:
-    """The average cast leaf by leaf to the dtypes of params, to be used in their place."""
+    """The average with its leaves cast to the dtypes of ``params``, to be used in their place."""
     return jax.tree.map(lambda a, p: a.astype(p.dtype), average, params)
 
 
 def decay_of_half_life(half_life: float, batch_size: int) -> float:
-    """The decay per step at which a weight halves every ``half_life`` samples: 2^(-batch_size/half_life).
+    """The decay per step with which a weight halves every ``half_life`` samples: 2^(-batch_size/half_life).
 
     Args:
-      half_life: in samples.
+      half_life: the half-life in samples.
       batch_size: samples per step.
 
     Raises:
-      ValueError: when either is not positive; TypeError if it is not a number.
+      ValueError: if either is not positive.
+      TypeError: if ``batch_size`` is not a whole number, or ``half_life`` not a number.
 
     Example:
       >>> from jflow.training import ema
@@ -167,10 +195,11 @@ def decay_of_half_life(half_life: float, batch_size: int) -> float:
 
 
 def half_life_of_decay(decay: float, batch_size: int) -> float:
-    """The samples after which a weight has halved: -batch_size log 2/log(decay), the inverse of decay_of_half_life.
+    """The half-life of a decay in samples, -batch_size log 2/log(decay); the inverse of ``decay_of_half_life``.
 
     Raises:
-      ValueError: when the decay is outside (0, 1); TypeError when an argument is no number.
+      ValueError: if the decay is outside (0, 1), or ``batch_size`` is not positive.
+      TypeError: if ``batch_size`` is not a whole number, or ``decay`` not a number.
     """
     checks.integer("batch_size", batch_size, low=1)
     decay = checks.number("decay", decay, low=0.0, high=1.0)
@@ -182,6 +211,6 @@ def half_life_of_decay(decay: float, batch_size: int) -> float:
 def widen(leaf: Array) -> Array:
     """A floating-point array in at least float32; anything else as it is."""
     leaf = jnp.asarray(leaf)
-    # Not by jnp.promote_types, which refuses float64 with float32 where promotion is strict.
+    # jnp.promote_types would refuse to combine float64 and float32 under strict promotion.
     narrow = jnp.issubdtype(leaf.dtype, jnp.floating) and jnp.finfo(leaf.dtype).bits < 32
     return leaf.astype(jnp.float32) if narrow else leaf

@@ -1,4 +1,4 @@
-"""Hooks: objects that watch a run of ``fit`` and take part at its events."""
+"""Hooks: objects whose methods ``fit`` calls at the events of a run."""
 
 from __future__ import annotations
 
@@ -14,12 +14,12 @@ from jflow.training.state import TrainState
 from jflow.training.step import Chunk, Metrics
 from jflow.types import PyTree
 
-# A row of metrics, as it is written: ``kind`` ("train" or "eval"), ``step`` and the metrics.
+# A row of metrics, as written to the file: ``kind`` ("train" or "eval"), ``step`` and the metrics.
 Row = dict[str, Any]
 
 
 class Started(NamedTuple):
-    """What a run starts with.
+    """The arguments with which a run starts.
 
     Attributes:
       step: the number of steps taken so far; more than zero in a resumed run.
@@ -35,9 +35,9 @@ class Started(NamedTuple):
 
 
 class Hook:
-    """Takes part in a run. ``fit`` enters it as a context and calls one method per event; by default each does nothing.
+    """Base class of hooks. ``fit`` enters a hook as a context and calls one method per event; by default they do nothing.
 
-    A hook of your own overrides the methods that it needs::
+    A subclass overrides the methods that it needs::
 
         class LargestGradient(Hook):
             found = 0.0
@@ -46,36 +46,37 @@ class Hook:
                 if row["kind"] == "train":
                     self.found = max(self.found, float(row["grad_norm"]))
 
-    A plain function ``row -> None`` in place of a hook is called with every row. Of several processes each calls its hooks.
+    A plain function ``row -> None`` in place of a hook is called with every row. With several processes, each calls its own
+    hooks.
     """
 
     def start(self, started: Started) -> None:
-        """Before the first chunk; not called if no steps are left to take."""
+        """Called before the first chunk; not called if no steps are left to take."""
 
     def before_chunk(self, step: int, length: int) -> None:
-        """Before the chunk of ``length`` steps that begins after ``step`` steps."""
+        """Called before a chunk of ``length`` steps that begins after ``step`` steps."""
 
     def after_chunk(self, step: int, metrics: Metrics) -> None:
-        """After the dispatch of a chunk that ends after ``step`` steps; its metrics may still be in computation."""
+        """Called after the dispatch of a chunk that ends after ``step`` steps; its metrics may not be computed yet."""
 
     def complete(self, row: Row) -> None:
-        """Adds entries to a row of training, before it is written."""
+        """Called before a training row is written; may add entries to it."""
 
     def row(self, row: Row) -> None:
-        """After a row has been written."""
+        """Called after a row has been written."""
 
     def pause(self) -> None:
-        """Before an evaluation, a checkpoint or a snapshot, and before the end."""
+        """Called before an evaluation, a checkpoint or a snapshot, and before the end."""
 
     def __enter__(self) -> Self:
         return self
 
     def __exit__(self, *_: object) -> None:
-        """At the end of the run, also after an error."""
+        """Called at the end of the run, also after an error."""
 
 
 class Call(Hook):
-    """A function that is called with every row."""
+    """A hook that calls a function with every row."""
 
     def __init__(self, function: Callable[[Row], object]) -> None:
         self._function = function
@@ -86,10 +87,10 @@ class Call(Hook):
 
 
 def as_hooks(hooks: Any) -> list[Hook]:
-    """A sequence of hooks and functions of a row, as hooks.
+    """Turns a sequence of hooks and functions of a row into a list of hooks.
 
     Raises:
-      TypeError: for anything else.
+      TypeError: if it is not a sequence, or an entry is neither a hook nor a function.
     """
     if not isinstance(hooks, Sequence) or isinstance(hooks, str):
         raise TypeError(f"hooks: expected a sequence of hooks or functions of a row, got {type(hooks).__name__}")
@@ -100,16 +101,16 @@ def as_hooks(hooks: Any) -> list[Hook]:
 
 
 class Profile(Hook):
-    """Records a trace with ``jax.profiler`` of the steps between two, as far as chunks allow; the first process alone.
+    """A hook that records a ``jax.profiler`` trace of a range of steps, in whole chunks, on the first process only.
 
     Args:
-      directory: where the trace goes; TensorBoard and Perfetto read it.
-      first: the trace begins with the chunk that holds this step.
-      last: it ends after the chunk that holds this step.
+      directory: the directory of the trace, which TensorBoard and Perfetto can read.
+      first: the trace begins with the first chunk that starts after ``first`` steps or more.
+      last: the trace ends with the first chunk that ends after ``last`` steps or more.
 
     Raises:
-      ValueError: unless 0 <= first < last; when the run starts, for a ``last`` after its end. TypeError if they are not whole
-        numbers.
+      ValueError: if 0 <= first < last does not hold, or, when the run starts, if ``last`` is after its end.
+      TypeError: if ``first`` or ``last`` is not a whole number.
     """
 
     def __init__(self, directory: str | os.PathLike[str], first: int, last: int) -> None:
@@ -120,19 +121,19 @@ class Profile(Hook):
         self._running = self._over = False
 
     def start(self, started: Started) -> None:
-        """Refuses steps after the end."""
+        """Checks that ``last`` is not after the end."""
         if self._last > started.total_steps:
             raise ValueError(f"last: expected at most total_steps = {started.total_steps}, got {self._last}")
 
     def before_chunk(self, step: int, length: int) -> None:
-        """Begins the trace when its first step is due."""
+        """Begins the trace at its first chunk."""
         del length
         if jax.process_index() == 0 and not (self._running or self._over) and self._first <= step < self._last:
             jax.profiler.start_trace(str(self._directory))
             self._running = True
 
     def after_chunk(self, step: int, metrics: Metrics) -> None:
-        """Ends the trace after its last step."""
+        """Ends the trace after its last chunk."""
         if self._running and step >= self._last:
             jax.block_until_ready(metrics)
             self.__exit__()

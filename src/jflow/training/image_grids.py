@@ -1,4 +1,4 @@
-"""Many images as one, and as a file."""
+"""Arranges images in a grid, and writes images to files."""
 
 from __future__ import annotations
 
@@ -11,24 +11,24 @@ from numpy.typing import ArrayLike
 
 from jflow import checks
 
-# Between the images, and where the last row has none.
+# The grey level between the images, and of empty cells in the last row.
 GREY = 128
 
 
 def tile(images: ArrayLike, columns: int | None = None, gap: int = 1) -> np.ndarray:
-    """Images side by side, row after row.
+    """Arranges images in a grid, row by row.
 
     Args:
-      images: [N, H, W, C] with C = 1 (grey) or 3 (red, green, blue), floating point in [-1, 1]; what lies outside is clipped.
-      columns: images per row; by default as many as make the grid about square.
+      images: [N, H, W, C] with C = 1 (grey) or 3 (red, green, blue), floating point in [-1, 1]; values outside are clipped.
+      columns: images per row; by default the square root of N, rounded up.
       gap: pixels between images.
 
     Returns:
-      [rows (H + gap) - gap, columns (W + gap) - gap, 3], uint8: -1 is 0 and 1 is 255.
+      [rows (H + gap) - gap, columns (W + gap) - gap, 3], uint8; -1 becomes 0, and 1 becomes 255.
 
     Raises:
-      ValueError: for another shape, no images, values that are not finite, or numbers out of range.
-      TypeError: for images that are not floating point, or numbers that are none.
+      ValueError: if the shape is another, an axis has length 0, a value is not finite, or a number is out of range.
+      TypeError: if the images are not floating point, or ``columns`` or ``gap`` is not a whole number.
     """
     checks.floating("images", images)
     checks.shape("images", images, (None, None, None, None))
@@ -42,7 +42,7 @@ def tile(images: ArrayLike, columns: int | None = None, gap: int = 1) -> np.ndar
     checks.integer("gap", gap)
     rows = -(-count // columns)
     pixels = np.round((np.clip(images, -1.0, 1.0) + 1.0) * 127.5).astype(np.uint8)
-    # Every cell has its gap below and to the right; those of the last row and column are cut off.
+    # Every cell has a gap below and to the right; the gaps of the last row and column are cut off.
     cells = np.full((rows * columns, height + gap, width + gap, 3), GREY, np.uint8)
     cells[:count, :height, :width] = pixels
     grid = cells.reshape(rows, columns, height + gap, width + gap, 3).swapaxes(1, 2)
@@ -51,11 +51,12 @@ def tile(images: ArrayLike, columns: int | None = None, gap: int = 1) -> np.ndar
 
 
 def write_png(path: str | os.PathLike[str], image: np.ndarray) -> None:
-    """Writes an image [H, W, 3], uint8, so that a file of this name is whole at any time.
+    """Writes an image [H, W, 3], uint8, as a PNG file. The file is replaced in one step, so it is never incomplete.
 
     Raises:
-      ImportError: without Pillow, which comes with ``jflow[experiments]``.
-      ValueError: for another shape; TypeError for another dtype.
+      ImportError: if Pillow is not installed; it comes with ``jflow[experiments]``.
+      ValueError: if the shape is another.
+      TypeError: if the dtype is not uint8.
     """
     checks.shape("image", image, (None, None, 3))
     if np.asarray(image).dtype != np.uint8:
@@ -73,7 +74,7 @@ def pillow() -> Any:
     """The module PIL.Image.
 
     Raises:
-      ImportError: where it is missing, saying what brings it.
+      ImportError: if Pillow is not installed; the message says how to install it.
     """
     try:
         from PIL import Image

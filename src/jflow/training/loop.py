@@ -1,4 +1,4 @@
-"""The loop: chunks of steps on the device, and between them, at fixed steps, logging, evaluation and checkpoints."""
+"""The training loop: chunks of steps on the device, with logging, evaluation and checkpoints between them."""
 
 from __future__ import annotations
 
@@ -25,18 +25,21 @@ from jflow.types import PyTree
 
 @dataclasses.dataclass(frozen=True)
 class Plan:
-    """What falls on which step. It depends on the absolute step only, so a resumed run keeps the boundaries.
+    """The steps at which chunks, rows, checkpoints, evaluations and snapshots fall.
+
+    They depend on the absolute step only, so they are the same in a resumed run.
 
     Attributes:
       total_steps: the step at which the run ends.
-      chunk_steps: the length of a chunk; only the steps that are left at the end are taken one by one, so two lengths
-        are compiled at most.
-      log_every: a multiple of chunk_steps.
-      checkpoint_every, snapshot_every: of the run directory; multiples of log_every, or None for never.
-      eval_every: ``every`` of the evaluation, likewise.
+      chunk_steps: the length of a chunk. Steps that do not fill a chunk at the end are taken one by one, so at most two
+        lengths are compiled.
+      log_every: steps per row, a multiple of chunk_steps.
+      checkpoint_every, snapshot_every: those of the run directory; multiples of log_every, or None for never.
+      eval_every: ``every`` of the evaluation; a multiple of log_every, or None for never.
 
     Raises:
-      ValueError, TypeError: naming the number that is not a positive whole number, or not such a multiple.
+      ValueError: if a number is not positive, or not such a multiple.
+      TypeError: if a number is not a whole number.
     """
 
     total_steps: int
@@ -78,14 +81,15 @@ class Plan:
 
 @dataclasses.dataclass(frozen=True)
 class Evaluation:
-    """What is measured between chunks.
+    """A function of the state that is evaluated between chunks.
 
     Attributes:
       function: ``state -> {name: number}``. It must not keep the state, which the next step donates.
-      every: steps between two evaluations, a multiple of ``log_every``; also at the end.
+      every: steps between two evaluations, a multiple of ``log_every``. The function is also evaluated at the end.
 
     Raises:
-      TypeError, ValueError: for anything but a function and a positive whole number.
+      ValueError: if ``every`` is not positive.
+      TypeError: if ``function`` is not a function, or ``every`` is not a whole number.
     """
 
     function: Callable[[TrainState], Mapping[str, Any]]
@@ -111,45 +115,50 @@ def fit(
 ) -> TrainState:
     """Trains until the state has taken ``total_steps`` steps. ``training.train`` is shorter for the common case.
 
-    A run that is stopped and resumed is bit for bit the unbroken one (on the same devices, versions and flags): state, order
-    of the data, and rows except for their times. A run that was asked to stop between two rows has one row more. Resumed on
-    other devices, or another number of processes, it starts from the same bits, and the losses agree to rounding. Of several
-    processes each makes the same call, with a state and data laid out over the devices of all (``jflow.sharding``); the first
-    one writes rows.
+    On the same devices, versions and flags, a run that is stopped and resumed equals an uninterrupted run bit for bit: the
+    state, the order of the data, and the rows except for their times. A run that was asked to stop between two rows has one
+    more row. A run resumed on other devices, or with another number of processes, starts from the same bits, and its losses
+    agree to rounding.
 
-    With checkpoints, SIGTERM, or the notice that a machine of a pod is about to be taken away, ends the current chunk, saves
-    the state, and raises PreemptedError.
+    With several processes, each must make the same call, with a state and data that are sharded over the devices of all
+    processes (``jflow.sharding``). The first process writes the rows.
+
+    If there are checkpoints, SIGTERM, or the notice that a machine of a pod will be preempted, stops the run: the current
+    chunk ends, the state is saved, and PreemptedError is raised.
 
     Args:
-      state: from ``init_state``; donated, so it cannot be used after the call. For a resumed run, an example of the restored
-        state and its layout.
-      chunk: from ``make_chunk``.
-      data: the second argument of the chunk: arrays on the device; or a ``Feed``, which provides the data of each chunk.
-      total_steps: the step at which to end; not counted from the restored one.
-      log_every: steps per row of metrics, which averages over them.
-      chunk_steps: steps per dispatch, a divisor of ``log_every``, which is the default.
-      run: where the run is kept, and whether an earlier one is resumed; None to write nothing.
-      evaluation: what is measured, and how often; None for nothing.
-      forgive: the number of broken steps in a row after which the run may go on. A broken step has a loss or a gradient that
-        is not finite and leaves the parameters finite, because the optimizer skips such an update
+      state: the state from ``init_state``. It is donated, so it cannot be used after the call. For a resumed run it gives the
+        structure, shapes, dtypes and shardings of the restored state.
+      chunk: the function from ``make_chunk``.
+      data: the second argument of the chunk: arrays on the device, or a ``Feed``, which provides the data of each chunk.
+      total_steps: the step at which the run ends, counted from the start of the first run.
+      log_every: steps per row of metrics; a row averages over these steps.
+      chunk_steps: steps per dispatch, a divisor of ``log_every``; by default ``log_every``.
+      run: the directory of the run, and whether an earlier run is resumed; None to write nothing.
+      evaluation: a function of the state, and how often it is evaluated; None for no evaluation.
+      forgive: the largest number of consecutive broken steps after which the run continues. A broken step has a loss or a
+        gradient that is not finite but leaves the parameters finite, because the optimizer skips such an update
         (``optax.apply_if_finite``, ``optax.MultiSteps`` with ``optax.skip_not_finite``, ``optax.zero_nans``). Broken steps
-        are counted across chunks and resumptions. In rows ``broken_steps`` is their number, ``broken_run`` the largest
-        number in a row so far, and means are over the other steps, if there are any.
-      hooks: objects that watch the run (``training.Hook``), or functions that are called with every row, in this order:
-        ``Progress()`` alone by default, ``()`` for none. See also ``TensorBoard``, ``Profile``, ``CountFlops``, ``Watchdog``.
+        are counted across chunks and resumptions. In a row, ``broken_steps`` is the number of broken steps, ``broken_run``
+        the largest number of consecutive ones, and means are over the other steps, if there are any.
+      hooks: hooks (``training.Hook``), or functions that are called with every row; they are called in this order. The
+        default is ``Progress()`` alone; ``()`` means none. See also ``TensorBoard``, ``Profile``, ``CountFlops``,
+        ``Watchdog``.
 
     Returns:
-      The state after ``total_steps`` steps. Rows have ``kind`` ("train" or "eval"), ``step``, and the metrics. Those of
-      training also have ``steps`` (averaged over), ``steps_per_second``, ``seconds`` since the call, and ``warning``, a
-      sentence, if a tangent or a residual has exploded (``training.alarms``).
+      The state after ``total_steps`` steps. Rows have ``kind`` ("train" or "eval"), ``step``, and the metrics. Training rows
+      also have ``steps`` (the number averaged over), ``steps_per_second``, ``seconds`` since the call, and ``warning``, a
+      sentence, if a value has exploded (``training.alarms``).
 
     Raises:
-      NonFiniteError: if a loss, gradient or update is not finite, or more than ``forgive`` in a row are not, or the
-        parameters after a step; nothing is saved after it.
+      NonFiniteError: if more than ``forgive`` consecutive steps have a loss, gradient or update that is not finite, or the
+        parameters are not finite. Nothing is saved after it.
       PreemptedError: if the process was asked to stop; the state has been saved.
-      FileExistsError, FileNotFoundError: as ``RunDirectory`` says.
-      ValueError: for numbers that are not multiples, a state past the end, or a checkpoint of another config or kind.
-      TypeError: for arguments of another type.
+      FileExistsError: if the run's directory holds a run, and neither ``resume`` nor ``overwrite`` is set.
+      FileNotFoundError: if there is no checkpoint to resume from, or every one is damaged.
+      ValueError: if a number is not a multiple as required, the state is past ``total_steps``, its arrays were donated, or
+        the checkpoint has another config, structure, shape or dtype.
+      TypeError: if an argument has another type.
 
     Example:
       >>> import jax
@@ -203,7 +212,7 @@ def fit(
             # Called for a planned checkpoint or after a notice; neither exists without checkpoints.
             assert run is not None and opened.checkpoints is not None
             score = None if run.best is None else recorder.score(step, run.best)
-            # Two saves at once would meet at the same barriers of Orbax.
+            # Wait for the other save: two at once would use the same barriers of Orbax.
             if opened.snapshots is not None:
                 opened.snapshots.wait()
             opened.checkpoints.save(state, position=None if feed is None else feed.position, score=score)
@@ -246,7 +255,7 @@ def fit(
             if not any(plan.falls(what, step) for what in ("eval", "checkpoint", "snapshot")) and step < total_steps:
                 continue
 
-            # The device waits here. Write the rows first, so that a checkpoint never lacks the rows before it.
+            # The device is idle here. Write the rows first, so that no checkpoint is newer than the rows.
             recorder.train(done)
             done = []
             for hook in hooks:
@@ -265,12 +274,12 @@ def fit(
 
 
 def _leave(hook: Hook, *error: Any) -> None:
-    """Leaves a hook; whatever it returns, an error goes on."""
+    """Exits a hook, ignoring its return value, so that it cannot suppress an error."""
     hook.__exit__(*error)
 
 
 def _check_arguments(state: Any, chunk: Any, data: Any, run: Any, evaluation: Any) -> None:
-    """Refuses arguments that would fail only after the first steps, or with a message of jax."""
+    """Checks arguments that would otherwise fail only after the first steps, or with a message of jax."""
     if not isinstance(state, TrainState):
         raise TypeError(f"state: expected a TrainState, from init_state, got {type(state).__name__}")
     checks.accepts("chunk", chunk, "(state, data, steps) -> (state, metrics), from make_chunk", 3, model=False)

@@ -1,4 +1,4 @@
-"""A file of JSON lines, one row of metrics each, that outlives the process and is resumed."""
+"""A file of metrics in JSON lines that a resumed run continues."""
 
 from __future__ import annotations
 
@@ -15,18 +15,19 @@ from jflow import checks
 
 
 class MetricsLog:
-    """A file of JSON lines, one row each, written through at once: a killed process loses at most the line it was in.
+    """A file of JSON lines, one per row. Each row is flushed at once, so a killed process loses at most one line.
 
     Every row holds ``step``, the number of steps taken. Numbers that are not finite are written as null.
 
     Args:
       path: the file; its directory must exist.
-      after: on resume, the step restored: rows past it, and a torn last line, are dropped, so that none comes twice.
-        None to start a new file.
+      after: on resume, the restored step. Rows of later steps, and an incomplete last line, are removed, so that no row
+        occurs twice. None to start a new file.
 
     Raises:
-      FileExistsError: when the file exists and ``after`` is None.
-      ValueError, TypeError: when ``after`` is no whole number from 0, or a line is no row.
+      FileExistsError: if the file exists and ``after`` is None.
+      ValueError: if ``after`` is negative, or a line of the file is not a row.
+      TypeError: if ``after`` is not a whole number.
     """
 
     def __init__(self, path: str | os.PathLike[str], after: int | None = None) -> None:
@@ -56,11 +57,11 @@ class MetricsLog:
 
 
 def read(path: str | os.PathLike[str]) -> list[dict[str, Any]]:
-    """The rows of a metrics file, oldest first; a torn last line is left out.
+    """The rows of a metrics file, oldest first; an incomplete last line is left out.
 
     Raises:
-      FileNotFoundError: when there is no such file.
-      ValueError: for a line, other than a torn last one, that is not JSON.
+      FileNotFoundError: if there is no such file.
+      ValueError: if a line is not JSON (other than an incomplete last line), or not a row with a step.
     """
     rows = []
     lines = pathlib.Path(path).read_text(encoding="utf-8").split("\n")
@@ -83,7 +84,7 @@ def _drop(path: pathlib.Path, after: int) -> None:
     if not path.exists():
         return
     kept = [json.dumps(row) + "\n" for row in read(path) if row["step"] <= after]
-    # In a new file that takes the old one's place at once: killed in between, either is whole.
+    # Write a new file and replace the old one in one step, so that a killed process leaves a complete file.
     temporary = path.with_suffix(".tmp")
     temporary.write_text("".join(kept), encoding="utf-8")
     os.replace(temporary, path)

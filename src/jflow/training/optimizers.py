@@ -1,4 +1,4 @@
-"""Calls an optax optimizer with everything that one may ask for, and tells whether it has made an update."""
+"""Extra arguments for optax optimizers, and a test of whether an optimizer has made an update."""
 
 from __future__ import annotations
 
@@ -11,12 +11,12 @@ import optax
 
 from jflow.types import Array, PyTree
 
-# Wrappers that return zeros at some of their calls, and whose states do not say at which.
+# Wrappers that return zero updates at some calls, and whose states do not show at which.
 SILENT = (optax.ConditionallyMaskState, optax.ApplyEvery)
 
 
 class Optimizer(Protocol):
-    """What optax trains with: a ``GradientTransformation`` of any kind, or ``optax.MultiSteps``, which is not one."""
+    """An optax optimizer: any ``GradientTransformation``, or ``optax.MultiSteps``, which is not one."""
 
     @property
     def init(self) -> optax.TransformInitFn:
@@ -25,15 +25,15 @@ class Optimizer(Protocol):
 
     @property
     def update(self) -> Callable[..., tuple[PyTree, PyTree]]:
-        """``(gradient, state, params) -> (update, state)``, with extra arguments by keyword where it takes them."""
+        """``(gradient, state, params) -> (update, state)``; it may take extra arguments by keyword."""
         ...
 
 
 def check_optimizer(optimizer: Optimizer) -> None:
-    """Refuses a learning rate, or an optimizer that was not called.
+    """Checks that this is an optimizer, and not, for example, a learning rate or ``optax.adam`` without a call.
 
     Raises:
-      TypeError: naming its type.
+      TypeError: if it has no ``init`` and ``update``; the message names its type.
     """
     if not (hasattr(optimizer, "init") and hasattr(optimizer, "update")):
         raise TypeError(
@@ -61,10 +61,10 @@ def has_updated(before: PyTree, after: PyTree, changed: Array) -> Array:
 
         MultiSteps                          an update was made if ``gradient_step`` has moved
         apply_if_finite                     if the last gradient was finite
-        conditionally_mask, apply_every     their states do not tell, so an update that changes nothing is not counted
+        conditionally_mask, apply_every     their states do not show it, so an update that changes nothing is not counted
         none of these                       every call makes an update
 
-    With several of them all must agree.
+    With several of them, all must indicate an update.
 
     A transformation that moves the parameters by itself, such as ``optax.add_decayed_weights``, must be inside
     ``optax.MultiSteps``. Chained after it, the transformation changes the parameters at every call, so every call counts as
@@ -72,7 +72,7 @@ def has_updated(before: PyTree, after: PyTree, changed: Array) -> Array:
 
     Args:
       before: the optimizer's state before the call.
-      after: the one after it.
+      after: the optimizer's state after the call.
       changed: whether any parameter has changed, a scalar bool.
     """
     said = [
@@ -85,7 +85,7 @@ def has_updated(before: PyTree, after: PyTree, changed: Array) -> Array:
 
 
 def _states(state: PyTree, kind: type) -> list[Any]:
-    """The states of one class within an optimizer's state, one inside another as well."""
+    """All states of one class within an optimizer's state, including nested ones."""
     found = optax.tree.get_all_with_path(state, kind.__name__, lambda _, value: isinstance(value, kind))
     return [value for _, value in found]
 

@@ -1,4 +1,4 @@
-"""Batches from a host iterator, several steps of them at once, on the devices before they are needed.
+"""Prefetching: reads batches from a host iterator and transfers them to the devices, one chunk of steps at a time.
 
 For example::
 
@@ -8,9 +8,9 @@ For example::
         feed.start(0, None, plan.length, total_steps)
         state, metrics = chunk(state, feed.take(), steps)
 
-A thread reads, stacks and transfers chunks of steps while the devices compute. ``feed.position`` is where the iterator
-was after the chunks that were taken, however far it has read since: kept with a checkpoint, it makes a resumed run see
-the batches that it would have seen.
+A thread reads, stacks and transfers chunks of steps while the devices compute. ``feed.position`` is the iterator's state
+after the chunks that were taken, even if the thread has read further. When it is saved with a checkpoint, a resumed run
+sees the same batches as an uninterrupted one.
 """
 
 from __future__ import annotations
@@ -33,25 +33,25 @@ from jflow.types import Array, PyTree
 
 Place = Callable[[np.ndarray], Array]
 
-# Seconds that close() gives the iterator to come back with the batch it is at.
+# The longest time in seconds that close() waits for the iterator to return the batch that it is reading.
 PATIENCE = 5.0
-# The one entry of a position that stands for bytes.
+# The key that marks a position whose iterator state is bytes.
 BYTES = "jflow.bytes"
 
 
 class BatchIterator(Protocol):
-    """What a Feed reads: one batch after another, from a state that can be kept. Grain's iterators are such."""
+    """An iterator over batches whose state can be saved and restored, such as those of Grain."""
 
     def __next__(self) -> PyTree:
-        """This process's rows of the next batch: numpy arrays, leading axis B / processes in all; or StopIteration."""
+        """This process's rows of the next batch, numpy arrays with leading axis B / processes; raises StopIteration."""
         ...
 
     def get_state(self) -> Any:
-        """Where it is: bytes, or a JSON value other than None."""
+        """The iterator's state: bytes, or a JSON value other than None."""
         ...
 
     def set_state(self, state: Any) -> None:
-        """Goes where ``get_state`` once was."""
+        """Restores a state that ``get_state`` returned."""
         ...
 
 
@@ -59,7 +59,7 @@ class Stacked(NamedTuple):
     """The batches of a chunk of K steps.
 
     Attributes:
-      first: the step of the first one, an int32 scalar.
+      first: the step of the first batch, an int32 scalar.
       batches: the batches, leaves ``[K, B, ...]``.
     """
 
@@ -68,33 +68,33 @@ class Stacked(NamedTuple):
 
 
 def batch(data: Stacked, step: Array) -> PyTree:
-    """The batch of a step, leaves ``[B, ...]``: the ``batch_fn`` of ``make_chunk`` for what ``Feed.take`` returns.
+    """The batch of a step, leaves ``[B, ...]``. It is the ``batch_fn`` of ``make_chunk`` for the data of ``Feed.take``.
 
-    Traced; ``step`` is an int32 scalar, one of the chunk's: ``data.first``, ..., ``data.first + K - 1``.
+    The function is traced. ``step`` is an int32 scalar from ``data.first`` to ``data.first + K - 1``.
     """
     place = step - data.first
     return jax.tree.map(lambda leaf: jax.lax.dynamic_index_in_dim(leaf, place, keepdims=False), data.batches)
 
 
 class Feed:
-    """Chunks of batches from an iterator, put on the devices by a thread of its own.
+    """Chunks of batches from an iterator, transferred to the devices by a separate thread.
 
-    The iterator is the caller's, and only this feed may use it. Its arrays are copied, so it may use its buffers again.
-    Where jax has no 64-bit types (``jax_enable_x64`` is off when the feed is started) float64 is rounded to float32, and
-    int64 becomes int32; a value that does not fit is refused.
+    No other code may use the iterator while the feed is in use. Its arrays are copied, so it may reuse its buffers. If
+    ``jax_enable_x64`` is off when the feed is started, float64 is rounded to float32 and int64 becomes int32; a value that
+    does not fit raises an error.
 
-    With a ``sharding``, row i of process p's B/P rows is row p B/P + i of the batch of B, whatever the devices: the
-    batch does not depend on how many there are, nor, if the iterator's rows do not, on the number of processes P.
+    With a ``sharding``, row i of the B/P rows of process p is row p B/P + i of the batch of B. The batch does not depend on
+    the number of devices. It does not depend on the number of processes P either, if the iterator's rows do not.
 
     Args:
-      iterator: a BatchIterator. All its batches have one structure and the same shapes and dtypes.
-      sharding: how the rows, the leading axis of a batch, lie on a mesh; None for the default device.
-      ahead: how many chunks may be on the devices, or on their way, before they are taken. Those taken stay there until
-        they have been used: up to ``ahead`` + 2 chunks in all.
+      iterator: a BatchIterator. All its batches must have the same structure, shapes and dtypes.
+      sharding: the sharding of the rows (the leading axis of a batch) over a mesh; None for the default device.
+      ahead: the number of chunks that may be on the devices, or in transfer, before they are taken. A chunk that was taken
+        stays on the devices until it has been used, so up to ``ahead`` + 2 chunks are held in all.
 
     Raises:
-      ValueError: for ``ahead`` below 1; TypeError if it is not a whole number, ``sharding`` is not a NamedSharding, or a method
-        of the iterator is missing.
+      ValueError: if ``ahead`` is below 1.
+      TypeError: if ``ahead`` is not a whole number, ``sharding`` is not a NamedSharding, or the iterator lacks a method.
     """
 
     def __init__(self, iterator: BatchIterator, *, sharding: NamedSharding | None = None, ahead: int = 2) -> None:
@@ -111,30 +111,30 @@ class Feed:
 
     @property
     def position(self) -> Any:
-        """The iterator's state after the batches of all chunks taken, a JSON value; bytes are encoded in it.
+        """The iterator's state after the chunks that were taken, as a JSON value; a state of bytes is encoded.
 
         Raises:
-          TypeError: when the iterator's state is no JSON value (lists and dicts with string keys, numbers that are
-            finite) and no bytes.
+          TypeError: if the iterator's state is neither bytes nor a JSON value (lists, dicts with string keys, strings and
+            finite numbers).
         """
         return _encode(self._iterator.get_state()) if self._position is None else self._position
 
     def start(self, step: int, position: Any, length: Callable[[int], int], total_steps: int) -> None:
-        """Begins to read the chunks ``step``, ``step + length(step)``, ... before ``total_steps``.
+        """Starts to read the chunks that begin at ``step``, ``step + length(step)``, ... and end at ``total_steps``.
 
-        A feed may be started again: what was read and not taken is then dropped.
+        A feed may be started again; chunks that were read but not taken are then dropped.
 
         Args:
-          step: of the first batch.
-          position: the ``position`` of a feed that had taken the chunks before ``step``. With None the iterator stays
-            where it is (at this feed's position, when it was started before).
-          length: the number of steps of the chunk that begins at a step, at least 1; called in the thread.
-          total_steps: the step before which the last chunk ends.
+          step: the step of the first batch.
+          position: the ``position`` of a feed that has taken the chunks before ``step``. With None the iterator continues
+            from its current state, or, if this feed was started before, from the feed's position.
+          length: returns the number of steps, at least 1, of the chunk that begins at a step. It is called in the thread.
+          total_steps: the step at which to end.
 
         Raises:
-          ValueError: when step > 0 and there is no position, or for numbers below 0.
-          TypeError: as ``position``, and for numbers that are not whole.
-          RuntimeError: when the iterator is still busy with a batch for an earlier start.
+          ValueError: if step > 0 and there is no position, the iterator rejects the position, or a number is below 0.
+          TypeError: if a number is not whole, or the iterator's state is neither bytes nor a JSON value.
+          RuntimeError: if the iterator is still reading a batch for an earlier start.
         """
         checks.integer("step", step)
         checks.integer("total_steps", total_steps)
@@ -153,10 +153,10 @@ class Feed:
                 raise ValueError(f"position: expected one of this iterator's, got {position!r}") from error
         self._position = _encode(self._iterator.get_state())
         self._shelf = _Shelf(self._ahead)
-        # A feed that is forgotten ends its thread, which therefore must not hold it.
+        # When the feed is garbage-collected its thread ends, so the thread must not hold a reference to the feed.
         weakref.finalize(self, self._shelf.close)
-        # Both may be set for the caller's thread alone.
-        # jax's class for its options gets their names while jax is imported: its types do not have them.
+        # Pass both options to the thread, since they may be set for the caller's thread only.
+        # jax adds the options to its config class at import, so type checkers do not see them.
         x64 = jax.config.jax_enable_x64  # pyright: ignore[reportAttributeAccessIssue]
         device = jax.config.jax_default_device  # pyright: ignore[reportAttributeAccessIssue]
         spans = _spans(step, length, total_steps)
@@ -165,15 +165,16 @@ class Feed:
         self._thread.start()
 
     def take(self) -> Stacked:
-        """The next chunk, in order; waits for it.
+        """Waits for the next chunk and returns it.
 
         Raises:
-          ValueError: naming the step, when the data ended, no chunk is left before ``total_steps``, or a batch is unlike
-            the first one, has leaves of different numbers of rows, or rows that the sharding does not divide or wants
-            on another process, or a value does not fit the dtype that it gets on the device (an int64 beyond int32, a
-            finite float64 beyond float32); TypeError when it holds no numbers.
-          RuntimeError: before ``start`` and after ``close``.
-          Exception: whatever else the iterator or ``length`` raised, after the chunks before it were taken.
+          ValueError: if the data ended, no chunk is left before ``total_steps``, a batch differs from the first in structure,
+            shapes or dtypes, its leaves have different numbers of rows, the sharding does not divide the rows or places
+            them on another process, or a value does not fit its dtype on the device (an int64 beyond int32, a finite
+            float64 beyond float32).
+          TypeError: if a batch holds something other than numbers.
+          RuntimeError: if the feed was not started, or was closed.
+          Exception: any other error of the iterator or of ``length``, after the earlier chunks were taken.
         """
         if self._shelf is None:
             raise RuntimeError("Feed: expected start() before take()")
@@ -181,9 +182,9 @@ class Feed:
         return data
 
     def close(self) -> None:
-        """Ends the thread and drops what was not taken; ``position`` stays.
+        """Ends the thread and drops the chunks that were not taken; ``position`` is unchanged.
 
-        Where the iterator is in the middle of a batch, this waits for it 5 s at most; the thread ends after that batch.
+        If the iterator is reading a batch, this waits for at most 5 s; the thread ends after that batch.
         """
         if self._shelf is not None and self._thread is not None:
             self._shelf.close()
@@ -197,9 +198,9 @@ class Feed:
 
 
 class _Shelf:
-    """What lies between the two threads: at most ``size`` chunks with the position after each, and an error at the end.
+    """A queue between the two threads: at most ``size`` chunks with the position after each, and an error at the end.
 
-    Its lock may be taken again by the thread that has it, since ``close`` may come from the garbage collector.
+    Its lock is reentrant, because the garbage collector may call ``close`` in a thread that holds it.
     """
 
     def __init__(self, size: int) -> None:
@@ -210,7 +211,7 @@ class _Shelf:
         self.closed = False
 
     def room(self) -> bool:
-        """Waits until another chunk may be made; whether it is wanted."""
+        """Waits until there is room for another chunk; returns False if the queue was closed."""
         with self._changed:
             self._changed.wait_for(lambda: self.closed or len(self._chunks) < self._size)
             return not self.closed
@@ -232,7 +233,7 @@ class _Shelf:
             if self.closed:
                 raise RuntimeError("Feed: expected start() before take(), it is closed")
             if not self._chunks:
-                # The wait above ended, so that without chunks there is an error.
+                # The wait above ended without a chunk, so there is an error.
                 assert self._error is not None
                 raise self._error
             self._changed.notify_all()
@@ -254,7 +255,7 @@ def _fill(
     x64: bool,
     device: Any,
 ) -> None:
-    """The thread: chunk after chunk, until it is told to stop or something is raised."""
+    """The thread's function: reads and transfers chunks until the queue is closed or an error is raised."""
     try:
         with jax.enable_x64(x64), jax.default_device(device):
             for first, chunk in _chunks(shelf, iterator, spans, total_steps):
@@ -268,7 +269,7 @@ def _fill(
 
 
 def _spans(step: int, length: Callable[[int], int], total_steps: int) -> Iterator[tuple[int, int]]:
-    """The first step and the length of each chunk."""
+    """Yields the first step and the length of each chunk."""
     while step < total_steps:
         count = checks.integer(f"length({step})", length(step), low=1)
         yield step, count
@@ -278,7 +279,7 @@ def _spans(step: int, length: Callable[[int], int], total_steps: int) -> Iterato
 def _chunks(
     shelf: _Shelf, iterator: BatchIterator, spans: Iterator[tuple[int, int]], total_steps: int
 ) -> Iterator[tuple[int, PyTree]]:
-    """The first step and the batches, numpy arrays [K, rows, ...], of each chunk, when there is room; until closed."""
+    """Yields the first step and the batches, numpy arrays [K, rows, ...], of each chunk, until the queue is closed."""
     kind = None
     for first, count in spans:
         chunk = None
@@ -303,7 +304,7 @@ def _chunks(
             checks.fits(f"iterator: step {step}: batch", values)
             if chunk is None:
                 chunk = jax.tree.map(lambda leaf: np.empty((count, *leaf.shape), leaf.dtype), values)  # noqa: B023
-            # Copied one by one: the iterator may use its buffers again for the next batch.
+            # Copy each batch at once, since the iterator may reuse its buffers for the next one.
             for whole, leaf in zip(jax.tree.leaves(chunk), jax.tree.leaves(values), strict=True):
                 whole[step - first] = leaf
         yield first, chunk
@@ -311,7 +312,7 @@ def _chunks(
 
 
 def _check(values: PyTree, step: int) -> None:
-    """Numbers, with one common leading axis of rows."""
+    """Checks that a batch holds numbers only, with the same number of rows in each leaf."""
     for leaf in jax.tree.leaves(values):
         if not (jnp.issubdtype(leaf.dtype, jnp.number) or leaf.dtype == bool):
             raise TypeError(f"iterator: expected arrays of numbers, got dtype {leaf.dtype} at step {step}")
@@ -319,24 +320,24 @@ def _check(values: PyTree, step: int) -> None:
 
 
 def _placing(sharding: NamedSharding | None) -> Place:
-    """Puts this process's part [K, B/P, ...] of a chunk, or a scalar, on the devices."""
+    """A function that puts this process's part [K, B/P, ...] of a chunk, or a scalar, on the devices."""
     if sharding is None:
         return jax.device_put
-    # On a mesh of this process's own devices the batch is this process's alone.
+    # If the mesh has only devices of this process, so does the batch.
     alone = sharding.is_fully_addressable
     processes, process = (1, 0) if alone else (jax.process_count(), jax.process_index())
     stacked = NamedSharding(sharding.mesh, PartitionSpec(None, *sharding.spec))
     everywhere = NamedSharding(sharding.mesh, PartitionSpec())
 
     def place(local: np.ndarray) -> Array:
-        # Neither case makes processes talk to each other: the order among their other communications would be lost.
+        # Neither branch may communicate between processes: this thread would break the order of their other collectives.
         if local.ndim == 0:
             return jax.make_array_from_callback((), everywhere, lambda _: local)
         rows = local.shape[1]
         shape = (local.shape[0], rows * processes, *local.shape[2:])
 
         def block(index: tuple[slice, ...] | None) -> np.ndarray:
-            # None, in jax's type, stands for a shard without rows; the rows of a NamedSharding have indices.
+            # jax's type allows None, for a shard without rows; with a NamedSharding there is always an index.
             assert index is not None
             start, stop, _ = index[1].indices(shape[1])
             start, stop = start - rows * process, stop - rows * process
@@ -357,7 +358,7 @@ def _encode(state: Any) -> Any:
     if isinstance(state, bytes):
         return {BYTES: base64.b64encode(state).decode("ascii")}
     try:
-        # A copy as well: an iterator may return the very state that it goes on to change.
+        # This also copies the state, which the iterator may change later.
         plain = json.loads(json.dumps(state, allow_nan=False))
     except (TypeError, ValueError) as error:
         raise TypeError(f"iterator.get_state: expected bytes or a JSON value, got {state!r}") from error
@@ -369,5 +370,5 @@ def _encode(state: Any) -> Any:
 def _decode(position: Any) -> Any:
     if isinstance(position, dict) and set(position) == {BYTES}:
         return base64.b64decode(position[BYTES])
-    # The iterator may keep and change what it is given.
+    # Pass a copy, since the iterator may keep and change it.
     return json.loads(json.dumps(position))

@@ -1,4 +1,4 @@
-"""A progress bar in terminals and notebooks; one line per row elsewhere."""
+"""Shows the progress of training: a bar in terminals and notebooks, one line per row elsewhere."""
 
 from __future__ import annotations
 
@@ -10,10 +10,10 @@ from jflow.training.hooks import Hook, Row, Started
 
 
 class Progress(Hook):
-    """Shows the steps taken, the loss, the rate, the time left and warnings.
+    """A hook that shows the steps taken, the loss, the rate, the time left and warnings.
 
-    In a terminal or a notebook it is a bar of rich; elsewhere it prints one line per row. Of several processes only the first
-    shows anything.
+    In a terminal or a notebook it shows a progress bar of rich; elsewhere it prints one line per row. With several processes
+    only the first shows anything.
     """
 
     def __init__(self) -> None:
@@ -37,7 +37,7 @@ class Progress(Hook):
             )
 
     def row(self, row: Row) -> None:
-        """Shows a row of training."""
+        """Shows a training row."""
         if row["kind"] != "train" or jax.process_index() != 0:
             return
         step, rate, loss, warning = row["step"], row["steps_per_second"], float(row["loss"]), row.get("warning")
@@ -69,7 +69,7 @@ def _left(total: int, step: int, rate: float) -> str:
 def _bar(console: Any) -> Any:
     from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn
 
-    # No automatic refresh: its thread would compete with the thread that feeds the device.
+    # Disable the automatic refresh, whose thread would compete with the thread that feeds the device.
     return Progress(
         TextColumn("{task.description}"),
         BarColumn(),

@@ -1,4 +1,4 @@
-"""Rows of metrics: read from the device, judged, written and shown."""
+"""The recorder: reads metrics from the device, checks them, and passes rows to the log and the hooks."""
 
 from __future__ import annotations
 
@@ -14,16 +14,16 @@ from jflow.training.hooks import Hook, Row
 from jflow.training.run_directory import Opened
 from jflow.training.step import Metrics
 
-# The steps taken before a chunk and after it, and its metrics, still on the device.
+# For each chunk the steps taken before it and after it, and its metrics, which are still on the device.
 Interval = list[tuple[int, int, Metrics]]
 
 
 class NonFiniteError(RuntimeError):
-    """More steps than are forgiven had a loss, gradient or update that was not finite, or the parameters are not.
+    """More consecutive steps than allowed had a loss, gradient or update that was not finite, or the parameters are not finite.
 
     Attributes:
-      first_step, last_step: the steps among which it happened, both counted from 1.
-      checkpoint: the step of the newest checkpoint, from before it happened, or None.
+      first_step, last_step: the range of steps in which it happened, counted from 1.
+      checkpoint: the step of the newest checkpoint, saved before it happened, or None.
     """
 
     def __init__(self, first_step: int, last_step: int, checkpoint: int | None, metrics: Mapping[str, Any]) -> None:
@@ -40,7 +40,7 @@ class NonFiniteError(RuntimeError):
 
 
 def _survivors(metrics: Mapping[str, Any]) -> str:
-    """What an error says of the broken steps that the parameters survived."""
+    """The part of the error message about broken steps after which the parameters were finite."""
     broken = int(metrics.get("broken_steps", 0))
     if not broken:
         return ""
@@ -51,12 +51,12 @@ def _survivors(metrics: Mapping[str, Any]) -> str:
 
 
 class Recorder:
-    """Reads metrics from the device, writes rows, and ends a run whose numbers are not finite.
+    """Reads metrics from the device, writes rows, and raises an error if values are not finite.
 
     Args:
       opened: the files of the run.
-      hooks: called with every row.
-      forgive: the number of broken steps in a row after which the run may go on.
+      hooks: the hooks to call with every row.
+      forgive: the largest number of consecutive broken steps after which the run continues.
     """
 
     def __init__(self, opened: Opened, hooks: Sequence[Hook], forgive: int = 0) -> None:
@@ -66,7 +66,7 @@ class Recorder:
         self._began = self._last = time.perf_counter()
 
     def train(self, interval: Interval) -> None:
-        """One row for the chunks of an interval; waits until they are done."""
+        """Waits for the chunks of an interval and writes one row for them."""
         if not interval:
             return
         chunks = jax.device_get([metrics for _, _, metrics in interval])
@@ -92,20 +92,20 @@ class Recorder:
                 raise NonFiniteError(start + 1, stop, self._last_good(), reports.values(metrics))
 
     def eval(self, step: int, values: Mapping[str, Any]) -> None:
-        """One row of what an evaluation found; TypeError if that is not a mapping."""
+        """Writes one row with the result of an evaluation; raises TypeError if it is not a mapping."""
         if not isinstance(values, Mapping):
             raise TypeError(f"evaluation: expected a mapping of names to numbers, it returned {type(values).__name__}")
         values = jax.device_get(dict(values))
         self._evaluated = step, values
         self._write({"kind": "eval", "step": step, **values})
-        # The time it took is not the training's.
+        # Exclude the time of the evaluation from the rate of training.
         self._last = time.perf_counter()
 
     def score(self, step: int, name: str) -> float | None:
-        """What the evaluation at this step found under this name; None where there was none.
+        """The entry of this name in the evaluation at this step; None if there was no evaluation.
 
         Raises:
-          ValueError: when it found nothing of that name.
+          ValueError: if the evaluation has no entry of this name.
         """
         at, values = self._evaluated
         if at != step:
@@ -115,10 +115,10 @@ class Recorder:
         return float(values[name])
 
     def _forgiven(self, metrics: Mapping[str, Any]) -> bool:
-        """Whether the run may go on after a chunk."""
+        """Whether the run may continue after a chunk."""
         if metrics["finite"] or not self._forgive:
             return bool(metrics["finite"])
-        # Parameters that are not finite stay so: those after the last step tell of all.
+        # Parameters that are not finite stay so, so it suffices to check them after the last step.
         return bool(np.isfinite(metrics["param_norm"]) and metrics["broken_run"] <= self._forgive)
 
     def _write(self, row: Row) -> None:

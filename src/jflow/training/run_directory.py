@@ -1,4 +1,4 @@
-"""The directory of a run: metrics, checkpoints and snapshots, and how an earlier run in it is treated."""
+"""The directory of a run: its metrics, checkpoints and snapshots, and resuming or replacing an earlier run."""
 
 from __future__ import annotations
 
@@ -22,31 +22,35 @@ from jflow.types import Array, Params
 
 @dataclasses.dataclass(frozen=True)
 class RunDirectory:
-    """Where ``fit`` keeps a run, what it keeps, and what happens to an earlier run there.
+    """The directory in which ``fit`` keeps a run, with the choice of what to keep and of what to do with an earlier run.
 
-    The files::
+    It contains::
 
         PATH/metrics.jsonl        rows of metrics (``metrics_log.read``)
         PATH/checkpoints/STEP     checkpoints of the whole state (``restore_params`` reads the parameters)
         PATH/averages/STEP        snapshots of the averages alone (``training.ema_posthoc`` recombines them)
 
-    Of several processes each gives the same directory, which all of them can see.
+    With several processes, all must use the same directory on a shared file system.
 
     Attributes:
-      path: the directory; made if it is missing. Other files in it are left alone.
-      checkpoint_every: steps per checkpoint, a multiple of ``log_every``; also at the end. None for no checkpoints.
-      snapshot_every: steps per snapshot of the averages, likewise; all snapshots are kept.
-      resume: True to continue from the newest checkpoint that is whole; later rows of metrics are dropped. "auto" to start
-        anew if there is no checkpoint, so that one command serves a machine that may be taken away.
+      path: the directory; created if it is missing. Other files in it are not touched.
+      checkpoint_every: steps per checkpoint, a multiple of ``log_every``; one is also made at the end. None for no
+        checkpoints.
+      snapshot_every: steps per snapshot of the averages, a multiple of ``log_every``; one is also made at the end, and all
+        are kept. None for no snapshots.
+      resume: True to continue from the newest checkpoint that is not damaged; later rows of metrics are removed. "auto" does
+        the same, but starts a new run if there is no checkpoint, so that the same command starts and resumes a run.
       overwrite: whether to delete the metrics, checkpoints and snapshots of an earlier run.
       keep: the number of newest checkpoints to keep.
-      keep_best: the number of further checkpoints to keep, those of the lowest ``best``.
-      best: the name of an entry that the evaluation returns. Checkpoints of steps with an evaluation are compared.
-      config: JSON values that are kept in the checkpoints. On resume they must be the same.
-      ignore: entries of ``config``, by dotted name, that may differ on resume.
+      keep_best: the number of further checkpoints to keep, those with the lowest value of ``best``.
+      best: the name of an entry that the evaluation returns. Only checkpoints of steps with an evaluation are compared.
+      config: JSON values to save in the checkpoints. On resume they must be the same.
+      ignore: dotted names of entries of ``config`` that may differ on resume.
 
     Raises:
-      ValueError, TypeError: for numbers out of range, values that JSON cannot hold, or choices that exclude each other.
+      ValueError: if a number is out of range, both ``resume`` and ``overwrite`` are set, ``resume`` is "auto" without
+        checkpoints, or only one of ``best`` and ``keep_best`` is given or both without checkpoints.
+      TypeError: if a number is not a whole number, or ``config`` is not made of JSON types.
     """
 
     path: str | os.PathLike[str]
@@ -80,7 +84,7 @@ class RunDirectory:
         """Opens the directory and finds where the run begins.
 
         Args:
-          state: the first state; for a resumed run, an example of the restored one and its layout.
+          state: the initial state. For a resumed run it gives the structure, shapes, dtypes and shardings of the restored one.
           chunk_steps: the length of a chunk, which checkpoints record.
 
         Yields:
@@ -88,8 +92,8 @@ class RunDirectory:
 
         Raises:
           FileExistsError: if the directory holds a run, and neither ``resume`` nor ``overwrite`` is set.
-          FileNotFoundError: if there is nothing to resume, or no checkpoint is whole.
-          ValueError: for a checkpoint of another config or kind.
+          FileNotFoundError: if there is no checkpoint to resume from, or every one is damaged.
+          ValueError: if the checkpoint has another config, structure, shape or dtype.
         """
         with contextlib.ExitStack() as stack:
             out = self._prepare()
@@ -108,7 +112,7 @@ class RunDirectory:
                 if self.resume is True or (self.resume == "auto" and checkpoints.steps()):
                     resumed = True
                     state, position = checkpoints.restore_latest(state, ignore=self.ignore)
-            # A run that was killed before its first checkpoint begins anew, and its rows are dropped.
+            # A run that was killed before its first checkpoint starts again, and its rows are removed.
             kept = (int(state.step) if resumed else 0) if self.resume else None
             if self.snapshot_every is not None:
                 snapshots = Checkpoints(out / "averages", config=self.config, keep=None, resume=bool(self.resume))
@@ -117,13 +121,13 @@ class RunDirectory:
             if first_process():
                 log = stack.enter_context(MetricsLog(out / "metrics.jsonl", kept))
             if resumed:
-                # Every process has the same alarms, for a hook may act on them.
+                # Give every process the same alarms, since a hook may act on them.
                 barrier("dropped the later rows")
                 watch = Watch(rows=read(out / "metrics.jsonl"))
             yield Opened(state, position, resumed, checkpoints, snapshots, log, watch)
 
     def _prepare(self) -> pathlib.Path:
-        """Makes the directory; an earlier run is refused, kept or deleted."""
+        """Creates the directory, and rejects, keeps or deletes an earlier run in it."""
         out = absolute("path", self.path)
         out.mkdir(parents=True, exist_ok=True)
         folders = [out / "checkpoints", out / "averages"]
@@ -141,21 +145,21 @@ class RunDirectory:
 
 
 class Averages(NamedTuple):
-    """What a snapshot keeps: the step and the averages of a state."""
+    """The content of a snapshot: the step and the averages of a state."""
 
     step: Array
     ema: dict[str, Params]
 
 
 class Opened(NamedTuple):
-    """An open run directory, or the lack of one.
+    """The open files of a run, and the state to begin with.
 
     Attributes:
       state: the state to begin with.
       position: the restored position of a feed, or None.
       resumed: whether the state was restored.
-      checkpoints, snapshots, log: where to write; None for not at all.
-      watch: looks at rows for alarms; it has seen the rows of a resumed run.
+      checkpoints, snapshots, log: the files to write to; None to write nothing.
+      watch: the alarms; in a resumed run they have seen the earlier rows.
     """
 
     state: TrainState

@@ -1,4 +1,4 @@
-"""The state of a training run: everything that the next step needs, and a checkpoint keeps."""
+"""The state of a training run: everything that the next step needs and a checkpoint saves."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from jflow.training import ema as averages
 from jflow.training.optimizers import Optimizer, check_optimizer
 from jflow.types import Array, Key, ObjectiveFn, Params, PyTree
 
-# A state prints the shapes of parts with at most so many arrays.
+# The repr of a state lists the shapes of a part with at most this many arrays.
 LEAVES_SHOWN = 12
 
 
@@ -20,17 +20,18 @@ class TrainState(NamedTuple):
     """The state of a run, a pytree of arrays.
 
     Attributes:
-      step: the number of steps taken, an int32 scalar: the position in the data, and what the key is folded with.
+      step: the number of steps taken, an int32 scalar. It selects the batch and is folded into the key.
       updates: the number of updates that the optimizer has made, an int32 scalar. Averages, curricula and updates of the
-        teacher follow it. Below ``step`` where several steps make one update (``optax.MultiSteps``), or an update was left
-        out (``optax.apply_if_finite``).
-      broken: how many of the last steps, in a row, had a loss, gradient or update that was not finite; an int32 scalar.
+        teacher depend on it. It is below ``step`` if several steps make one update (``optax.MultiSteps``), or updates were
+        skipped (``optax.apply_if_finite``).
+      broken: the number of consecutive steps, up to the last one, whose loss, gradient or update was not finite; an int32
+        scalar.
       params: the parameters being trained.
       opt_state: the optimizer's state.
       ema: averages of the parameters by name ("0.999"), in at least float32.
       key: a typed PRNG key that never changes; step n draws from ``jax.random.fold_in(key, n)``.
       teacher: frozen parameters of a teacher, or None.
-      objective_state: the objective's own state, ``()`` for one without.
+      objective_state: the objective's state; ``()`` if it has none.
     """
 
     step: Array
@@ -44,7 +45,7 @@ class TrainState(NamedTuple):
     objective_state: PyTree = ()
 
     def averaged(self, name: str | None = None) -> Params:
-        """An average of the parameters, by default the first, in the dtypes of the parameters.
+        """An average of the parameters, in their dtypes; by default the first average.
 
         Raises:
           ValueError: if there is no average of that name, or none at all.
@@ -56,7 +57,7 @@ class TrainState(NamedTuple):
         return averages.as_params(self.ema[name], self.params)
 
     def __repr__(self) -> str:
-        """Shapes and dtypes, a line for each part."""
+        """The shapes and dtypes, with one line per field."""
         parts = (f"  {name}={_shapes(value)}" for name, value in zip(self._fields, self, strict=True))
         return "TrainState(\n" + ",\n".join(parts) + ",\n)"
 
@@ -72,20 +73,21 @@ def init_state(
 ) -> TrainState:
     """The state before the first step.
 
-    Every array is a copy of its own: a step donates the state's buffers, so none may be shared with the caller's
-    parameters or twice within the state.
+    Every array is copied: a step donates the state's buffers, so they must not be shared with the caller's parameters or
+    within the state.
 
     Args:
       params: a pytree of arrays.
       optimizer: an optax ``GradientTransformation``, or ``optax.MultiSteps``.
       key: a typed PRNG key (``jax.random.key``).
-      ema: decays, or names with schedules of ``training.ema``; give ``make_step`` the same.
+      ema: decays, or a mapping of names to schedules of ``training.ema``; pass the same to ``make_step``.
       teacher: frozen parameters, or None.
-      objective: the objective, whose ``init(key, params)`` makes its state; needed where it has one. Its key is
+      objective: the objective; needed if it has a state, which its ``init(key, params)`` makes. The key for it is
         ``jax.random.fold_in(key, 2**32 - 1)``, which no step uses.
 
     Raises:
-      TypeError: when the key is no single typed key, or ``ema`` or the optimizer is of another type.
+      ValueError: if a decay is outside [0, 1].
+      TypeError: if the key is not a single typed key, or ``ema`` or the optimizer has another type.
 
     Example:
       >>> import jax
@@ -119,12 +121,12 @@ def init_state(
 
 
 def _private_copy(leaf: Any) -> Array:
-    # The explicit dtype also makes a weakly typed leaf strong: else the second step would trace anew.
+    # The explicit dtype also removes weak types; otherwise the second step would be traced again.
     return trees.on_words(lambda words: jnp.array(words, dtype=jnp.result_type(words), copy=True), leaf)
 
 
 def _shapes(tree: PyTree) -> str:
-    """A pytree of short texts such as float32[3, 2]; of one with many leaves, how many there are and their size."""
+    """The shapes in a pytree, such as float32[3, 2]; for many leaves only their number and total size."""
     leaves = jax.tree.leaves(tree)
     if len(leaves) > LEAVES_SHOWN:
         size = sum(jnp.size(leaf) for leaf in leaves)
@@ -133,7 +135,7 @@ def _shapes(tree: PyTree) -> str:
 
 
 class _shape:
-    """A leaf that prints as its dtype and shape."""
+    """A leaf whose repr is its dtype and shape."""
 
     def __init__(self, leaf: Any) -> None:
         self.text = f"{jnp.result_type(leaf)}{list(jnp.shape(leaf))}"

@@ -1,4 +1,4 @@
-"""One optimizer step, and many of them in one dispatch."""
+"""One optimizer step, and a chunk of many steps in one dispatch."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ Metrics = dict[str, Report]
 Step = Callable[[TrainState, Batch], tuple[TrainState, Metrics]]
 BatchFn = Callable[[PyTree, Array], Batch]
 Chunk = Callable[[TrainState, PyTree, int], tuple[TrainState, Metrics]]
-# Steps, or a traced function of the step.
+# A sequence of steps, or a traced function of the step.
 When = Sequence[int] | Callable[[Array], Array]
 
 
@@ -34,20 +34,24 @@ def make_step(
     context_ema: str | None = None,
     teacher_updates: When = (),
 ) -> Step:
-    """A pure function ``(state, batch) -> (state, metrics)``: one call of the optimizer with the mean loss of a batch.
+    r"""Makes a training step: one call of the optimizer with the mean loss of a batch.
 
-    One step::
+    The step is a pure function ``(state, batch) -> (state, metrics)``. With the parameters :math:`\theta` and the per-row
+    losses :math:`\ell_i` of the objective, which draws from the key ``fold_in(state.key, state.step)``, it computes
 
-        loss   = mean_i objective(params, fold_in(key, step), batch, context)[i]
-        params <- params + optimizer's update of grad loss,   then every average in ``ema`` follows.
+    .. math::
 
-    Batches and keys go by ``state.step``. Averages, ``context.step`` (curricula, laws of times) and ``teacher_updates`` go
-    by ``state.updates``, the number of updates that the optimizer has made: with ``optax.MultiSteps(optimizer, 4)`` they
-    move at every fourth step (``training.optimizers.has_updated`` says which wrappers are known). Put transformations such as
-    weight decay inside ``MultiSteps``: chained after it they change the parameters at every step, and every step then counts
-    as an update.
+        L(\theta) = \frac{1}{B} \sum_{i=1}^{B} \ell_i(\theta),
 
-    The step passes the optimizer the extra arguments of optax's optimizers: ``value``, the loss; ``grad``; and ``value_fn``,
+    adds the optimizer's update for the gradient of L to the parameters, and then updates every average in ``ema``.
+
+    The batch and the key depend on ``state.step``. Averages, ``context.step`` (curricula, laws of times) and
+    ``teacher_updates`` depend on ``state.updates``, the number of updates that the optimizer has made. With
+    ``optax.MultiSteps(optimizer, 4)`` they change at every fourth step (``training.optimizers.has_updated`` lists the known
+    wrappers). Put transformations such as weight decay inside ``MultiSteps``. Chained after it, they change the parameters at
+    every step, so every step counts as an update.
+
+    The step passes optax's extra arguments to the optimizer: ``value``, the loss; ``grad``, the gradient; and ``value_fn``,
     the loss at other parameters with the same key, batch and context, for line searches.
 
     Args:
@@ -55,30 +59,32 @@ def make_step(
         cast to the parameters' dtypes, the teacher and the objective's state. In place of ``Aux`` it may return a mapping of
         metrics.
       optimizer: an optax ``GradientTransformation``, or ``optax.MultiSteps``.
-      ema: as given to ``init_state``.
+      ema: the averages, as passed to ``init_state``.
       context_ema: the name of the average that the Context holds; by default the first.
-      teacher_updates: when the teacher becomes the average that the Context holds, or, without one, the parameters: a
-        sequence of steps, or a traced ``step -> bool``. A step is named by the number of updates made before it,
-        ``state.updates``, and the objective sees the new teacher from that very step on: the rounds of progressive
-        distillation (2202.00512), in each of which the student of the last one teaches. Nothing else is reset: the
-        optimizer's state, the averages and the objective's state go on.
+      teacher_updates: the steps at which the teacher is replaced by the average that the Context holds, or by the parameters
+        if there is no average: a sequence of steps, or a traced ``step -> bool``. Steps are counted by ``state.updates``,
+        the number of updates made before the step, and the objective sees the new teacher from that step on. These are the
+        rounds of progressive distillation (2202.00512): the student of one round teaches the next. The optimizer's state,
+        the averages and the objective's state are not reset.
 
     Returns:
-      The step. Its metrics are reports (``jflow.reports``): those of the objective, and ``loss``; ``grad_norm``;
-      ``update_norm``, of the parameters' change, over the steps that made an update; ``param_norm``, after the step;
-      ``finite``, whether loss, gradient and update are; ``updates``, the number of updates after the step;
-      ``broken_steps``, one where the loss or the gradient is not finite and the new parameters are; ``broken_run``, how many
-      steps up to this one, in a row, were not finite; ``first_loss`` and ``last_loss``. Averages count the other steps only.
+      The step. Its metrics are reports (``jflow.reports``): the metrics of the objective; ``loss``; ``grad_norm``;
+      ``update_norm``, the norm of the parameters' change, over steps that made an update; ``param_norm``, after the step;
+      ``finite``, whether loss, gradient and update are finite; ``updates``, the number of updates after the step;
+      ``broken_steps``, 1 if the loss or the gradient is not finite but the new parameters are; ``broken_run``, the number of
+      consecutive steps, up to this one, that were not finite; ``first_loss`` and ``last_loss``. Means leave out broken steps.
 
-      A step whose loss or gradient is not finite leaves the objective's state as it was. Averages never move to
-      parameters that are not finite.
+      A step whose loss, gradient or update is not finite does not change the objective's state. Averages are never updated
+      with parameters that are not finite.
 
     Raises:
-      ValueError: for a ``context_ema`` that is not in ``ema``, or a negative step in ``teacher_updates``; TypeError for one
-        that is not a whole number. The step raises, while tracing, ValueError when the state's averages are others than
-        ``ema``, its teacher is to be updated and not like the parameters, the loss is not of rank one, or the
-        objective's state is missing or changes its structure, shapes or dtypes; TypeError when ``teacher_updates`` returns
-        no scalar bool, the objective anything but a loss and an Aux, or the state is not a TrainState.
+      ValueError: if ``context_ema`` is not in ``ema``, or ``teacher_updates`` has a negative step. While tracing, the step
+        raises it if the state's averages are not those of ``ema``, a teacher to be updated is missing or unlike the
+        parameters, the loss does not have rank one, or the objective's state is missing or changes its structure, shapes or
+        dtypes.
+      TypeError: if ``teacher_updates`` has an entry that is not a whole number. While tracing, the step raises it if
+        ``teacher_updates`` does not return a scalar bool, the objective does not return a loss and an Aux, or the state is
+        not a TrainState.
 
     Example:
       >>> import jax
@@ -121,18 +127,18 @@ def make_step(
         context = Context(state.updates, followed, teacher, state.objective_state)
 
         def mean_loss(params: Params) -> tuple[Array, tuple[Array, Aux]]:
-            # Made here, for a line search draws the same numbers again: the key itself would be used twice.
+            # Make the key inside, since a line search calls this again; a key from outside would be used twice.
             key = jax.random.fold_in(state.key, state.step)
             return _mean_loss(*objectives.call(objective, params, key, batch, context))
 
         (loss, (rows, aux)), grads = jax.value_and_grad(mean_loss, has_aux=True)(state.params)
-        # In the session's own floats: optax's backtracking transposes a Python 1.0 through it.
+        # Cast to the default float dtype, because optax's backtracking transposes this function with a Python 1.0.
         value_fn = lambda params: mean_loss(params)[0].astype(float)  # noqa: E731
         params, opt_state = _optimize(optimizer, state, loss, grads, value_fn)
-        # The change itself: kept apart, the updates would cost another pass, and rounding may have eaten them.
+        # Measure the actual change: rounding may have removed an update, and keeping the updates would cost another pass.
         change = jax.tree.map(jnp.subtract, params, state.params)
         grad_norm, update_norm = _norm(grads), _norm(change)
-        # From finite parameters a finite change leads to finite ones.
+        # If the change is finite, so are the new parameters.
         alive = jnp.isfinite(update_norm)
         finite = jnp.isfinite(loss) & jnp.isfinite(grad_norm) & alive
         updated = has_updated(state.opt_state, opt_state, update_norm != 0)
@@ -174,21 +180,21 @@ def make_chunk(
     state_sharding: PyTree = None,
     donate: bool = True,
 ) -> Chunk:
-    """A jitted ``(state, data, steps) -> (state, metrics)`` that takes ``steps`` steps in one dispatch.
+    """Makes a chunk: a jitted ``(state, data, steps) -> (state, metrics)`` that takes ``steps`` steps in one dispatch.
 
-    ``steps`` is static and each value compiles anew. The batches are ``batch_fn(data, state.step)``, so they depend on
-    the absolute step only. The state is donated: after the call the one passed in is gone.
+    ``steps`` is static, so each value is compiled separately. The batches are ``batch_fn(data, state.step)``, so they depend
+    on the absolute step only. The state is donated, so the state passed in cannot be used after the call.
 
     Args:
-      step: from ``make_step``.
-      batch_fn: ``(data, step) -> batch``, pure; traced.
-      batch_sharding: how the leading axis of every leaf of a batch is spread over devices, or None.
-      state_sharding: the shardings of the state that comes out: one, or a pytree of them; replicated over the mesh of
-        ``batch_sharding`` by default.
+      step: the function from ``make_step``.
+      batch_fn: ``(data, step) -> batch``; a pure function, which is traced.
+      batch_sharding: the sharding of the leading axis of every leaf of a batch, or None.
+      state_sharding: the sharding of the returned state, or a pytree of shardings; by default replicated over the mesh of
+        ``batch_sharding``.
       donate: whether the state is donated.
 
     Returns:
-      The chunk. Its metrics are those of the step, merged over its steps.
+      The chunk. Its metrics are those of the step, merged over the steps of the chunk.
 
     Raises:
       TypeError: if ``step`` or ``batch_fn`` is not a function of two arguments, or ``batch_sharding`` not a NamedSharding;
@@ -214,10 +220,10 @@ def make_chunk(
                     f"{type(found).__name__}; make_chunk takes (step, batch_fn)"
                 )
             state, metrics = found
-            # The norm needs a pass over all parameters, which costs time at small batches: take it once per chunk.
+            # The norm needs a pass over all parameters, so compute it once per chunk.
             return state, {name: value for name, value in metrics.items() if name != "param_norm"}
 
-        # Objectives read this mesh, so that each device evaluates its own rows.
+        # Objectives read this mesh so that each device evaluates its own rows.
         with (
             contextlib.nullcontext()
             if batch_sharding is None
@@ -230,7 +236,7 @@ def make_chunk(
 
 
 def _mean_loss(loss: Array, aux: Aux) -> tuple[Array, tuple[Array, Aux]]:
-    """(mean of the loss, (number of rows, aux))."""
+    """The mean of the loss, and the pair (number of rows, aux)."""
     wide = averages.widen(loss)
     return jnp.mean(wide), (jnp.asarray(len(loss), wide.dtype), aux)
 
@@ -243,7 +249,7 @@ def _optimize(
     value_fn: Callable[[Params], Array],
 ) -> tuple[Params, PyTree]:
     """The parameters and the optimizer's state after one call of the optimizer."""
-    # Optax's own arithmetic (decay**count) does not pass where the session promotes strictly.
+    # Optax's arithmetic (decay**count) fails under strict dtype promotion.
     with jax.numpy_dtype_promotion("standard"):
         expected = jax.tree.structure(jax.eval_shape(optimizer.init, state.params))
         if (got := jax.tree.structure(state.opt_state)) != expected:
@@ -257,7 +263,7 @@ def _optimize(
 def _next_averages(
     schedules: Mapping[str, averages.Schedule], state: TrainState, params: Params, moves: Array
 ) -> dict[str, Params]:
-    """The averages after a step; they stay as they are unless it ``moves`` them."""
+    """The averages after a step; unchanged unless ``moves``."""
 
     def weight(schedule: averages.Schedule) -> Array:
         found = jnp.asarray(schedule(state.updates))
@@ -268,7 +274,7 @@ def _next_averages(
 
 def _norm(tree: PyTree) -> Array:
     """The Euclidean norm over all leaves, accumulated in at least float32."""
-    # A dot with itself takes half the time of a sum of squares on CPU, and needs no reshape of sharded arrays.
+    # On CPU a dot product takes half the time of a sum of squares, and it needs no reshape of sharded arrays.
     wide = [averages.widen(leaf) for leaf in jax.tree.leaves(tree)]
     squares = [jnp.tensordot(leaf, leaf, leaf.ndim, precision=jax.lax.Precision.HIGHEST) for leaf in wide]
     dtype = max((square.dtype for square in squares), key=lambda d: d.itemsize, default=jnp.float32)
@@ -276,7 +282,7 @@ def _norm(tree: PyTree) -> Array:
 
 
 def _when(steps: When) -> Callable[[Array], Array] | None:
-    """Whether it is time, as a function of the traced step; None for never."""
+    """A function of the traced step that says whether the teacher is due for an update; None for never."""
     if callable(steps):
 
         def due(step: Array) -> Array:
@@ -306,7 +312,7 @@ def _next_teacher(due: Array, teacher: Params, followed: Params, params: Params)
 
 
 def _check_objective_state(objective: ObjectiveFn, state: TrainState) -> None:
-    """Refuses a training state that was not made for this objective."""
+    """Checks that the training state was made for this objective."""
     key = jax.eval_shape(lambda: jax.random.key(0))
     with jax.numpy_dtype_promotion("standard"):
         expected = jax.eval_shape(lambda key: objectives.init(objective, key, state.params), key)
@@ -318,7 +324,7 @@ def _check_objective_state(objective: ObjectiveFn, state: TrainState) -> None:
 
 
 def _next_objective_state(state: PyTree, new: PyTree, finite: Array) -> PyTree:
-    """The objective's next state; a step that is not finite leaves it as it was."""
+    """The objective's next state; a step that is not finite does not change it."""
 
     def kind(tree: PyTree) -> Any:
         return jax.tree.map(lambda leaf: f"{jnp.result_type(leaf)}{list(jnp.shape(leaf))}", tree)

@@ -1,4 +1,4 @@
-"""The rows of a run as events that TensorBoard shows."""
+"""Writes the rows of a run as TensorBoard events."""
 
 from __future__ import annotations
 
@@ -13,26 +13,26 @@ from numpy.typing import ArrayLike
 from jflow.training import image_grids
 from jflow.training.hooks import Hook, Row, Started
 
-# A killed process loses the events of about so long.
+# A killed process loses the events of about this time.
 FLUSH_SECONDS = 10
 
 
 class TensorBoard(Hook):
-    """A hook that writes every row to a directory of events.
+    """A hook that writes every row to a directory of TensorBoard events.
 
     For example::
 
         fit(state, chunk, data, hooks=[TensorBoard(out / "tensorboard"), Progress()], ...)
 
-    A number becomes ``KIND/NAME`` ("train/loss"), a vector (means by bins) one such number per entry, ``KIND/NAME/0`` and so
-    on, and a string, such as ``warning``, a text. In a resumed run TensorBoard hides what the directory holds of later steps.
-    Of several processes only the first writes.
+    A number is written as the scalar ``KIND/NAME`` ("train/loss"). A vector (means by bins) is written as one scalar per
+    entry, ``KIND/NAME/0`` and so on. A string, such as ``warning``, is written as text. In a resumed run TensorBoard hides
+    the earlier events of later steps. With several processes only the first writes.
 
     Args:
-      directory: made if it is missing.
+      directory: the directory; created if it is missing.
 
     Raises:
-      ImportError: without tensorboardX, which comes with ``jflow[tensorboard]``.
+      ImportError: if tensorboardX is not installed; it comes with ``jflow[tensorboard]``.
     """
 
     def __init__(self, directory: str | os.PathLike[str]) -> None:
@@ -41,8 +41,8 @@ class TensorBoard(Hook):
     def start(self, started: Started) -> None:
         """Opens a file of events."""
         if jax.process_index() == 0:
-            # The names of event files differ by the second only. A suffix keeps a run that is resumed within that second from
-            # overwriting the earlier file; zeros in front, because files are read in the order of their names.
+            # The names of event files contain the time in whole seconds. The suffix keeps a run that is resumed within the
+            # same second from overwriting the earlier file. It is zero-padded, because files are read in order of their names.
             suffix = f".{time.time_ns() % 10**9:09d}"
             purge = started.step + 1 if started.step else None
             self._writer = self._make(
@@ -50,7 +50,7 @@ class TensorBoard(Hook):
             )
 
     def row(self, row: Row) -> None:
-        """Writes every entry of rank 0 or 1, but for ``kind`` and ``step``."""
+        """Writes every entry of rank 0 or 1, except ``kind`` and ``step``."""
         if self._writer is None:
             return
         for name, value in row.items():
@@ -64,28 +64,28 @@ class TensorBoard(Hook):
             if value.ndim == 0:
                 self._writer.add_scalar(tag, float(value), row["step"])
             elif value.ndim == 1:
-                # A bin without rows is NaN, of which tensorboardX warns each time.
+                # An empty bin is NaN; tensorboardX would print a warning for it each time.
                 for place, entry in enumerate(value):
                     if np.isfinite(entry):
                         self._writer.add_scalar(f"{tag}/{place}", float(entry), row["step"])
 
     def images(self, step: int, name: str, images: ArrayLike) -> None:
-        """Writes images [N, H, W, C] in [-1, 1] as one grid (``image_grids.tile``) of that name.
+        """Writes images [N, H, W, C] in [-1, 1] as one grid (``image_grids.tile``) with the given name.
 
-        Within a run only, for example in an evaluation; before and after it nothing is written.
+        Images are written only during a run, for example in an evaluation; before and after it the call has no effect.
 
         Raises:
-          ImportError: without Pillow, which comes with ``jflow[experiments]``.
+          ImportError: if Pillow is not installed; it comes with ``jflow[experiments]``.
           ValueError, TypeError: as ``image_grids.tile``.
         """
         if self._writer is None:
             return
-        # TensorboardX encodes with it, and would not say how to get it.
+        # TensorboardX encodes images with Pillow. Import it first, for an error message that says how to install it.
         image_grids.pillow()
         self._writer.add_image(name, image_grids.tile(images), step, dataformats="HWC")
 
     def __exit__(self, *_: object) -> None:
-        """Writes what is pending and closes the file."""
+        """Writes pending events and closes the file."""
         if self._writer is not None:
             self._writer.close()
             self._writer = None

@@ -1,6 +1,11 @@
-"""How fast a run is: steps per second, the arithmetic of a step, and the share of the devices' peak that is used.
+r"""The speed of a run: steps per second, floating-point operations per step, and the utilisation of the devices.
 
-utilisation (MFU) = FLOPs per step * steps per second/(peak FLOPs per second of a device * devices)
+The utilisation (model FLOPs utilisation, MFU) is
+
+.. math::
+
+    \frac{\text{FLOPs per step} \cdot \text{steps per second}}
+         {\text{peak FLOPs per second of a device} \cdot \text{number of devices}}.
 """
 
 from __future__ import annotations
@@ -15,8 +20,8 @@ from jflow.training.hooks import Hook, Row, Started
 from jflow.training.state import TrainState
 from jflow.types import Device, PyTree
 
-# Vendors' figures in FLOPs per second: dense (no sparsity) bfloat16 with float32 sums, per jax device, by its device_kind.
-# A TPU v2, v3 or 7x chip is two devices, so its figure is half the chip's; V100 and T4 have no bfloat16: float16.
+# The vendors' peak FLOPs per second per jax device, by device_kind: dense (no sparsity) bfloat16 with float32 sums.
+# A TPU v2, v3 or 7x chip is two devices, so the value is half the chip's. V100 and T4 have no bfloat16; theirs is float16.
 PEAK = {
     "TPU v2": 22.5e12,
     "TPU v3": 61.5e12,
@@ -46,24 +51,23 @@ PEAK = {
 
 
 def flops_per_step(chunk: Any, state: TrainState, data: PyTree) -> float | None:
-    """The FLOPs of one optimizer step, the whole batch, over all devices together.
+    """The floating-point operations (FLOPs) of one optimizer step, for the whole batch on all devices.
 
-    Counted by XLA in the program as it was written, before it is optimised and divided among devices: so the number does
-    not depend on the device or the sharding, and nothing is compiled. (After compilation XLA counts what one device does,
-    and on some GPUs nothing for products that are calls to a library.) It holds the whole step: optimizer, averages and
-    norms as well as the loss and its gradient. The body of a loop counts once, so that of a loop within the step, such as
-    a scan over layers or a solve, is counted too little.
+    XLA counts them in the lowered program, before optimisation and partitioning. The number therefore does not depend on the
+    device or the sharding, and nothing is compiled. (A compiled program counts one device only, and on some GPUs omits
+    products that are library calls.) The count includes the whole step: loss, gradient, optimizer, averages and norms. The
+    body of a loop is counted once, so a loop within the step, such as a scan over layers or an ODE solve, is undercounted.
 
     Args:
-      chunk: from ``make_chunk``, jitted; traced for one step.
+      chunk: the jitted function from ``make_chunk``; it is traced for one step.
       state: the state, or its shapes and dtypes (``jax.eval_shape``); not donated.
       data: as in ``chunk(state, data, steps)``, or its shapes and dtypes.
 
     Returns:
-      The number, or None where the backend does not count.
+      The number, or None if the backend does not count operations.
 
     Raises:
-      TypeError: when the chunk is no jitted function.
+      TypeError: if the chunk is not a jitted function.
     """
     if not hasattr(chunk, "lower"):
         raise TypeError(f"chunk: expected a jitted function, as make_chunk returns, got {type(chunk).__name__}")
@@ -76,9 +80,9 @@ def flops_per_step(chunk: Any, state: TrainState, data: PyTree) -> float | None:
 
 
 class CountFlops(Hook):
-    """Adds ``flops_per_second`` to rows of training and, on devices whose peak is known, ``utilisation``.
+    """A hook that adds ``flops_per_second`` and, on devices with a known peak, ``utilisation`` to training rows.
 
-    XLA counts the floating-point operations of a step (``flops_per_step``), for which the chunk is traced once more.
+    To count the operations of a step (``flops_per_step``) the chunk is traced one more time.
     """
 
     def __init__(self) -> None:
@@ -89,7 +93,7 @@ class CountFlops(Hook):
         self._flops = flops_per_step(started.chunk, started.state, started.data)
 
     def complete(self, row: Row) -> None:
-        """Adds the entries, if the backend counts."""
+        """Adds the entries, if the backend counts operations."""
         if self._flops is None:
             return
         row["flops_per_second"] = self._flops * row["steps_per_second"]
@@ -99,7 +103,7 @@ class CountFlops(Hook):
 
 
 def peak_flops(device: Device | None = None) -> float | None:
-    """The peak of a device, by default the first, in FLOPs per second, dense bfloat16 (``PEAK``); None if unknown."""
+    """The peak FLOPs per second of a device in dense bfloat16 (``PEAK``), or None if unknown; by default the first device."""
     device = jax.devices()[0] if device is None else device
     return PEAK.get(device.device_kind)
 
@@ -113,16 +117,16 @@ def utilisation(
     """The share of the devices' peak that a run uses (MFU).
 
     Args:
-      flops: per step, over all devices (``flops_per_step``).
-      steps_per_second: of the run (``steady_rate``).
-      devices: those that the run uses, of one kind; by default all.
-      peak: FLOPs per second of one device; by default that of the first.
+      flops: FLOPs per step, over all devices (``flops_per_step``).
+      steps_per_second: the rate of the run (``steady_rate``).
+      devices: the devices that the run uses, all of the same kind; by default all devices.
+      peak: the peak FLOPs per second of one device; by default that of the first.
 
     Returns:
-      flops * steps_per_second/(peak * len(devices)), or None where ``flops`` or the peak is unknown.
+      flops * steps_per_second/(peak * len(devices)), or None if ``flops`` or the peak is unknown.
 
     Raises:
-      ValueError: for no devices.
+      ValueError: if ``devices`` is empty.
     """
     devices = jax.devices() if devices is None else devices
     if not len(devices):
@@ -134,17 +138,17 @@ def utilisation(
 
 
 def steady_rate(rows: Sequence[Mapping[str, Any]]) -> float:
-    """Steps per second once a run has settled: the median over its rows of training.
+    """The steps per second of a run without compilation: the median over its training rows.
 
-    The first row of every call of ``fit``, which took all the ``seconds`` since the call, holds the compilation and is left
-    out. Evaluations are in no row's time. A checkpoint, the few steps at the end, which are compiled by themselves, or
-    another program on the machine slow single rows: hence the median rather than the mean.
+    The first row of every call of ``fit`` includes the compilation and is left out. Such a row is recognised because it took
+    all the ``seconds`` since the call. The time of evaluations is in no row. The median is used because single rows are slower:
+    those with a checkpoint, or with the last few steps, which are compiled separately, or while another program runs.
 
     Args:
-      rows: those of ``metrics.jsonl`` (``metrics_log.read``), or as hooks get them; other kinds may be among them.
+      rows: the rows of ``metrics.jsonl`` (``metrics_log.read``), or those passed to hooks; other kinds of rows are skipped.
 
     Raises:
-      ValueError: when no row of training is left.
+      ValueError: if no training row is left.
     """
     train = [row for row in rows if row["kind"] == "train"]
     rates = [

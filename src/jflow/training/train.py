@@ -1,4 +1,4 @@
-"""Training in one call: the state, the step, the chunk and the loop with the usual choices."""
+"""Training in one call: makes the state, the step and the chunk, and runs the loop, with default choices."""
 
 from __future__ import annotations
 
@@ -23,14 +23,14 @@ from jflow.types import Array, Batch, Key, ObjectiveFn, Params, PyTree
 
 
 class Dataset(Protocol):
-    """Batches as a function of arrays and the step: ``jflow.datasets.ArrayDataset``, ``SampledDataset`` and their kin."""
+    """A dataset whose batches are a function of arrays and the step, such as those of ``jflow.datasets``."""
 
     @property
     def data(self) -> PyTree:
-        """The arrays that ``batch`` gets; placed on the devices."""
+        """The arrays that are placed on the devices and passed to ``batch``."""
 
     def batch(self, data: PyTree, step: Array) -> Batch:
-        """The batch of a step; traced."""
+        """The batch of a step; the function is traced."""
         ...
 
 
@@ -58,33 +58,34 @@ def train(
         state = train(objectives.lsd(flow_map, path), optax.adam(1e-3), params, ArrayDataset(x, 256), steps=10_000)
         samples = samplers.jumps(flow_map.bind(state.averaged()), noise, samplers.uniform_grid(1))
 
-    It makes the state (``init_state``), the step (``make_step``), the chunk (``make_chunk``) and runs the loop (``fit``). Use
-    these for anything that is not an argument here.
+    It makes the state (``init_state``), the step (``make_step``) and the chunk (``make_chunk``), and runs the loop (``fit``).
+    Call these functions directly for options that are not arguments here.
 
     Args:
       objective: ``(params, key, batch, context) -> (loss [B], aux)``, such as one of ``jflow.objectives``.
       optimizer: an optax ``GradientTransformation``, or ``optax.MultiSteps``.
-      params: a pytree of arrays; or ``key -> params``, which on a mesh makes each part of them on its device.
-      dataset: one of ``jflow.datasets``, or a ``Feed`` of an iterator.
-      steps: the number of steps, those of a resumed run included.
-      seed: of the training's random numbers, and of ``params`` if it is a function.
-      mesh: from ``sharding.mesh``; by default all devices, each with the whole state. The number of devices must divide the
-        rows of a batch.
-      ema: decays of the averages, or names with schedules of ``training.ema``; ``()`` for none.
+      params: a pytree of arrays; or ``key -> params``, which on a mesh makes each shard on its device.
+      dataset: a dataset of ``jflow.datasets``, or a ``Feed`` of an iterator.
+      steps: the number of steps, including those before a run was resumed.
+      seed: the seed of all random numbers of the training, and of ``params`` if it is a function.
+      mesh: a mesh from ``sharding.mesh``; by default all devices, each with the whole state. The number of devices must
+        divide the rows of a batch.
+      ema: decays of the averages, or a mapping of names to schedules of ``training.ema``; ``()`` for none.
       teacher: frozen parameters of a teacher, or None.
       out_dir: a directory for metrics, and for checkpoints at each fifth of the run, of which the newest three are kept; or
         a ``RunDirectory``, for other choices and to resume. None to write nothing.
-      evaluate: what is measured during training, and how often.
-      log_every: steps per row of metrics, and per dispatch; by default at most 100 and a fifth of the steps, and a divisor of
-        the numbers of steps in ``out_dir`` and ``evaluate``.
+      evaluate: a function of the state to evaluate during training, and how often.
+      log_every: steps per row of metrics, and per dispatch; by default the largest number that is at most 100, at most a
+        fifth of the steps, and a divisor of the numbers of steps in ``out_dir`` and ``evaluate``.
       forgive: as in ``fit``.
-      hooks: as in ``fit``: a progress bar by default.
+      hooks: as in ``fit``; by default a progress bar.
 
     Returns:
       The state: ``state.params`` are the trained parameters, ``state.averaged()`` their average.
 
     Raises:
-      ValueError, TypeError: for arguments out of range or of another type, before an earlier run is touched.
+      ValueError: if an argument is out of range. An earlier run is not changed.
+      TypeError: if an argument has another type. An earlier run is not changed.
       NonFiniteError, PreemptedError, FileExistsError, FileNotFoundError: as ``fit``.
 
     Example:
@@ -112,7 +113,7 @@ def train(
         )
     if mesh is not None and not isinstance(mesh, Mesh):
         raise TypeError(f"mesh: expected a jax.sharding.Mesh, from sharding.mesh, got {type(mesh).__name__}")
-    # The parameters of equinox are a module, which can be called, too; but it is a pytree, and a function is a leaf.
+    # An equinox module of parameters is callable too, but it is a pytree with leaves, whereas a function is a leaf itself.
     is_maker = callable(params) and jax.tree_util.all_leaves([params])
     if log_every is None:
         given = () if not isinstance(out_dir, RunDirectory) else (out_dir.checkpoint_every, out_dir.snapshot_every)

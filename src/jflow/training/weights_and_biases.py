@@ -1,4 +1,4 @@
-"""The rows of a run in Weights & Biases."""
+"""Writes the rows of a run to Weights & Biases."""
 
 from __future__ import annotations
 
@@ -22,23 +22,25 @@ class Run(Protocol):
 class Wandb(Hook):
     """A hook that writes every row to a run of Weights & Biases.
 
+    For example::
+
         fit(state, chunk, data, hooks=[Wandb(project="digits", config={"lr": 1e-3}), Progress()], ...)
 
-    A number becomes ``KIND/NAME`` ("train/loss"), a vector (means by bins) one such number per entry, ``KIND/NAME/0`` and so
-    on, and a string, such as ``warning``, a text. Entries of vectors that are not finite are left out. Of several processes
-    only the first writes.
+    A number is written as ``KIND/NAME`` ("train/loss"). A vector (means by bins) is written as one number per entry,
+    ``KIND/NAME/0`` and so on, without entries that are not finite. A string, such as ``warning``, is written as text. With
+    several processes only the first writes.
 
-    To continue a run of wandb after a restart, pass ``id="..."`` and ``resume="allow"``. Wandb ignores values at steps before
+    To continue a wandb run after a restart, pass ``id="..."`` and ``resume="allow"``. Wandb ignores values at steps before
     the last one that it has.
 
     Args:
-      run: a run that ``wandb.init`` returned, which the hook does not finish; by default the hook makes one when training
+      run: a run returned by ``wandb.init``, which the hook does not finish; by default the hook makes a run when training
         starts, and finishes it at the end.
       settings: arguments of ``wandb.init``, such as ``project``, ``name``, ``config``, ``dir`` and ``mode``.
 
     Raises:
-      ImportError: without wandb, which comes with ``jflow[wandb]``; not with a run.
-      TypeError: for a run without ``log``, or settings together with a run.
+      ImportError: if no run is given and wandb is not installed; it comes with ``jflow[wandb]``.
+      TypeError: if the run has no ``log``, or settings are given together with a run.
     """
 
     def __init__(self, run: Run | None = None, **settings: Any) -> None:
@@ -57,7 +59,7 @@ class Wandb(Hook):
             self._run = self._given if self._init is None else self._init(**self._settings)
 
     def row(self, row: Row) -> None:
-        """Writes every entry of rank 0 or 1, but for ``kind`` and ``step``."""
+        """Writes every entry of rank 0 or 1, except ``kind`` and ``step``."""
         if self._run is None:
             return
         values: dict[str, Any] = {}
@@ -76,7 +78,7 @@ class Wandb(Hook):
         self._run.log(values, step=row["step"])
 
     def __exit__(self, *error: object) -> None:
-        """Finishes the run that the hook made; after an error, as failed."""
+        """Finishes the run if the hook made it, and marks it as failed after an error."""
         run, self._run = self._run, None
         if run is not None and self._given is None:
             run.finish(exit_code=int(error[:1] not in ((), (None,))))
