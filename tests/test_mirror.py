@@ -34,8 +34,6 @@ MISSING = {
     "objectives/velocity_estimates.py",
     "oracles/mixtures.py",
     "samplers/diffusing.py",
-    "solvers/counting.py",
-    "solvers/methods.py",
     "training/progress.py",
     "trees.py",
 }
