@@ -16,7 +16,6 @@ MISSING = {
     "comparison/programs.py",
     "comparison/subjects.py",
     "comparison/table.py",
-    "likelihood/jacobian.py",
     "nets/multi_output.py",
     "nets/signatures.py",
     "objectives/batch_split.py",
@@ -32,10 +31,7 @@ MISSING = {
     "objectives/row.py",
     "objectives/semigroup.py",
     "objectives/velocity_estimates.py",
-    "oracles/mixtures.py",
-    "samplers/diffusing.py",
     "training/progress.py",
-    "trees.py",
 }
 
 
