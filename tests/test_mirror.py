@@ -16,8 +16,6 @@ MISSING = {
     "comparison/programs.py",
     "comparison/subjects.py",
     "comparison/table.py",
-    "nets/multi_output.py",
-    "nets/signatures.py",
     "objectives/batch_split.py",
     "objectives/calling.py",
     "objectives/consistency.py",
@@ -31,7 +29,6 @@ MISSING = {
     "objectives/row.py",
     "objectives/semigroup.py",
     "objectives/velocity_estimates.py",
-    "training/progress.py",
 }
 
 
