@@ -38,7 +38,9 @@ def test_one_call_gives_an_output_for_each_leaf():
 
 
 def test_each_leaf_keeps_its_dtype(standard_promotion):
-    found, _ = call({"a": jnp.ones(2, jnp.bfloat16), "b": jnp.ones((), jnp.float32)}, jnp.float32(0.0), jnp.float32(0.0))
+    found, _ = call(
+        {"a": jnp.ones(2, jnp.bfloat16), "b": jnp.ones((), jnp.float32)}, jnp.float32(0.0), jnp.float32(0.0)
+    )
     assert found["a"].dtype == jnp.bfloat16 and found["b"].dtype == jnp.float32
 
 
