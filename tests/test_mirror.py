@@ -8,38 +8,6 @@ from pathlib import Path
 TESTS = Path(__file__).resolve().parent
 SOURCE = TESTS.parent / "src" / "jflow"
 
-# Tested from the files of other modules as yet. A module that gets its file leaves this set, or the test fails.
-MISSING = {
-    "comparison/distances.py",
-    "comparison/entries.py",
-    "comparison/measure.py",
-    "comparison/programs.py",
-    "comparison/subjects.py",
-    "comparison/table.py",
-    "likelihood/jacobian.py",
-    "nets/multi_output.py",
-    "nets/signatures.py",
-    "objectives/batch_split.py",
-    "objectives/calling.py",
-    "objectives/consistency.py",
-    "objectives/distributions.py",
-    "objectives/eulerian.py",
-    "objectives/group.py",
-    "objectives/lagrangian.py",
-    "objectives/method.py",
-    "objectives/objective.py",
-    "objectives/regression.py",
-    "objectives/row.py",
-    "objectives/semigroup.py",
-    "objectives/velocity_estimates.py",
-    "oracles/mixtures.py",
-    "samplers/diffusing.py",
-    "solvers/counting.py",
-    "solvers/methods.py",
-    "training/progress.py",
-    "trees.py",
-}
-
 
 def defines(path: Path) -> bool:
     """Whether a module has functions or classes of its own, beside what it re-exports."""
@@ -53,4 +21,4 @@ def test_every_module_has_its_file_of_tests():
         for module in modules
         if defines(SOURCE / module) and not (TESTS / module.parent / f"test_{module.name}").exists()
     }
-    assert without == MISSING
+    assert not without

@@ -119,7 +119,7 @@ def test_shortcut_is_midpoint_self_distillation_on_a_dyadic_grid(key):
     flow_map = quadrature.student(PAIRS, LINEAR, False)
     theta, path = jnp.asarray(quadrature.OFF), interpolants.linear()
     batch = jax.tree.map(lambda leaf: jnp.tile(leaf, (4, 1)), PAIRS.batch(0.2))
-    # Gaps of at least two cells of the finer grid: over one cell the legs are asked at s = t (test_recipes).
+    # Gaps of at least two cells of the finer grid: over one cell the legs are asked at s = t (test_semigroup).
     longer = {"pairs": times.dyadic(5), "domain": types.dyadic(6)}
     one = objectives.shortcut(flow_map, path, levels=6, leg="own", **longer)
     two = objectives.psd_m(flow_map, path, pairs=times.dyadic(5), diagonal=0.875)

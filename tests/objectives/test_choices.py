@@ -239,28 +239,3 @@ def test_a_residual_without_a_derivative_reports_none(key):
     x = jnp.asarray(np.random.default_rng(0).normal(size=(8, 2)))
     loss, aux = jax.jit(of(residual))(jnp.float64(0.5), key, x)
     assert loss.shape == (8,) and "made_up/raw" in aux.metrics and "made_up/tangent_norm" not in aux.metrics
-
-
-# --- The catalogue ---------------------------------------------------------------------------------------------------
-
-
-def test_a_method_defined_again_takes_the_place_of_the_first_and_no_other_does():
-    def declare(times_of_it):
-        def made_up_again(flow_map, interpolant, **choices):
-            return objectives.flow_matching(flow_map, interpolant, times=times_of_it, **choices)
-
-        return made_up_again
-
-    row = {"title": "Made up", "source": "-", "identity": "-", "velocity": "-", "when": "Never."}
-    try:
-        for law in (times.constant(0.2), times.constant(0.3)):
-            objectives.method(**row)(declare(law))
-        assert objectives.METHODS["made_up_again"].constructor(FORWARD, LINEAR).times is law
-
-        def made_up_again(flow_map, interpolant, **choices):
-            return objectives.flow_matching(flow_map, interpolant, **choices)
-
-        with pytest.raises(ValueError, match=r"^method: the catalogue has a method 'made_up_again' already"):
-            objectives.method(**row)(made_up_again)
-    finally:
-        objectives.METHODS.pop("made_up_again", None)

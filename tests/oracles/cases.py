@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 
 from jflow import interpolants, oracles
@@ -42,3 +43,19 @@ def draw(name, path, s, seed):
     c = make(name, path).interpolant
     alpha, beta = (np.array([float(f(u)) for u in s]) for f in (c.alpha, c.beta))
     return alpha[:, None] * rng.normal(size=x1.shape) + beta[:, None] * x1
+
+
+@functools.cache
+def pointwise(path):
+    """log rho, its gradient, the score, the denoiser, b, and the terms of the continuity equation."""
+    oracle = make("mixture", path)
+
+    def at(p, t, x):
+        log_rho, gradient = jax.value_and_grad(lambda x: oracle.log_density(p, t, x))(x)
+        in_time = jax.jvp(lambda t: oracle.log_density(p, t, x), (t,), (jnp.ones_like(t),))[1]
+        b = oracle.velocity(p, t, x)
+        divergence = jnp.trace(jax.jacfwd(lambda x: oracle.velocity(p, t, x))(x))
+        terms = jnp.stack([in_time, divergence, jnp.dot(gradient, b)])
+        return log_rho, gradient, oracle.score(p, t, x), oracle.denoiser(p, t, x), b, terms
+
+    return jax.jit(jax.vmap(at, (None, 0, 0)))

@@ -9,14 +9,9 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from jflow import bases, interpolants, likelihood, oracles, samplers, solvers, types
+from jflow import bases, likelihood, oracles, samplers, types
+from tests.samplers.gaussian_oracle import BOUND, GRID, ORACLE, PARAMS, PATH, X
 
-PATH = interpolants.trigonometric()
-ORACLE = oracles.gaussian(PATH)
-PARAMS = oracles.gaussian_params([0.7, -0.4], [[0.3, 0.1], [0.1, 0.2]])
-BOUND = ORACLE.flow_map.bind(PARAMS)
-GRID = [0.1, 0.35, 0.6, 1.0]
-X = jnp.array([0.4, -1.2])
 SAMPLERS = {
     "jumps": samplers.Jumps(BOUND),
     "renoise": samplers.Renoise(BOUND, PATH, kappa=0.5, base=bases.Normal(0.2, np.array([0.5, 1.5]))),
@@ -112,31 +107,6 @@ def test_a_keyed_network_gets_a_key_of_its_own():
     assert np.all(np.abs(added - moved) > 1e-6)
 
 
-def test_sde_returns_its_path_and_keeps_small_steps_of_narrow_states():
-    path = jax.jit(lambda key: samplers.sde_path(BOUND, X, GRID, key=key, interpolant=PATH))(jax.random.key(9))
-    assert path.shape == (4, 2)
-    end = samplers.sde(BOUND, X, GRID, key=jax.random.key(9), interpolant=PATH)
-    np.testing.assert_allclose(path[-1], end, rtol=1e-12)
-    # A thousand steps of 1e-3 from 1, each below half a unit of bfloat16's last place.
-    drifts = types.FlowMap(lambda p, s, t, x, c=None, *, key=None: jnp.ones_like(x)).bind(None)
-    grid = samplers.uniform_grid(1000)
-    one = jnp.ones(2, jnp.bfloat16)
-    still = samplers.sde(drifts, one, grid, key=jax.random.key(0), interpolant=PATH, diffusion=0.0)
-    assert still.dtype == jnp.bfloat16
-    np.testing.assert_allclose(still.astype(jnp.float32), 2.0, rtol=1e-2)
-
-
-@pytest.mark.parametrize("method", ["euler", "heun"])
-def test_the_sde_sampler_steps_as_the_sde_of_the_solvers(method):
-    sampler, key = samplers.SDE(BOUND, PATH, method=method), jax.random.key(10)
-    simulate = solvers.sde(BOUND.flow_map.velocity, PATH, method=method)
-    # The increments depend on the key and the times, so that one key may serve every step.
-    state = sampler.init(X, GRID[0])
-    for t in GRID[1:]:
-        state, _ = sampler.step(key, state, t)
-    np.testing.assert_allclose(state.x, simulate(PARAMS, key, jnp.asarray(GRID), X), rtol=1e-12)
-
-
 class Counted:
     """A flow map that counts how often it runs."""
 
@@ -209,7 +179,6 @@ def test_a_sampler_of_ones_own_runs():
         samplers.run(Drift(), jax.random.key(13), X, [0.0, 0.1, 0.2, 0.3, 0.4])
 
 
-DRAWN = {name: SAMPLERS[name] for name in ("jumps", "renoise", "heun")}
 LIKE = jax.ShapeDtypeStruct((2,), jnp.float64)
 
 

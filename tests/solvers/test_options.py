@@ -10,62 +10,9 @@ import optimistix
 import pytest
 
 from jflow import solvers
+from tests.solvers.cases import CLIPPED, GRID, PID, P, X, exact_mean, solved, velocity
 
-P, X = jnp.asarray(0.2), jnp.asarray([-0.7, 0.2, 0.9])
-PID = diffrax.PIDController(rtol=1e-7, atol=1e-7)
-CLIPPED = diffrax.ClipStepSizeController(PID, step_ts=[0.3], jump_ts=[0.25, 0.5])
-GRID = diffrax.StepTo(jnp.asarray([0.0, 0.1, 0.5, 1.0]))
 ROOT = diffrax.VeryChord(rtol=1e-4, atol=1e-4, norm=optimistix.rms_norm)
-
-
-def velocity(params, t, x, cond=None, *, key=None):
-    return params * (1.0 + 2.0 * t) * (1.0 + x * x)
-
-
-def exact_mean(p, s, t, x):
-    return (jnp.tan(jnp.arctan(x) + p * (t + t * t - s - s * s)) - x) / (t - s)
-
-
-def solved(solver=None, **choices):
-    return jax.jit(solvers.solve_counted(velocity, solver, **choices))
-
-
-# ---- orders ----
-
-
-@pytest.mark.parametrize(
-    ("solver", "order", "counts", "evaluations"),
-    [
-        ("rk4", 4, (8, 16, 32), lambda steps: 4 * steps),
-        pytest.param("dopri5", 5, (16, 20, 24, 28, 32), lambda steps: 6 * steps + 1, marks=pytest.mark.slow),
-        pytest.param("midpoint", 2, (8, 12, 16, 24, 32), lambda steps: 2 * steps, marks=pytest.mark.slow),
-    ],
-)
-def test_order_of_convergence_in_the_number_of_steps(solver, order, counts, evaluations):
-    want = exact_mean(P, 0.8, 0.1, X)
-    errors = []
-    for steps in counts:
-        v, stats = solved(solver, steps=steps)(P, 0.8, 0.1, X)
-        errors.append(float(jnp.max(jnp.abs(v - want))))
-        assert int(stats.nfe) == evaluations(steps)
-    slope = -np.polyfit(np.log(counts), np.log(errors), 1)[0]
-    assert abs(slope - order) < 0.2, slope
-
-
-def test_rk4_is_the_classical_method():
-    f = lambda t, x: velocity(P, t, x)  # noqa: E731
-    h, t, x = 0.35, 0.1, X
-    for _ in range(2):
-        k1 = f(t, x)
-        k2 = f(t + h / 2, x + h / 2 * k1)
-        k3 = f(t + h / 2, x + h / 2 * k2)
-        k4 = f(t + h, x + h * k3)
-        t, x = t + h, x + h / 6 * (k1 + 2 * k2 + 2 * k3 + k4)
-    v, _ = solved("rk4", steps=2)(P, 0.1, 0.8, X)
-    np.testing.assert_allclose(X + 0.7 * v, x, rtol=1e-14)
-
-
-# ---- Diffrax's objects ----
 
 
 @pytest.mark.representatives("controller")
@@ -110,89 +57,6 @@ def test_an_adjoint_and_its_name_give_the_same_gradient(adjoint):
     np.testing.assert_allclose(by_object, want, rtol=1e-6)
 
 
-@pytest.mark.representatives("heun-choices3-True")
-@pytest.mark.parametrize(
-    ("solver", "choices", "counted"),
-    [
-        # Of fixed steps: the orders above count those of rk4, and test_ode those of tsit5.
-        pytest.param("rk4", {"steps": 5}, True, marks=pytest.mark.slow),
-        pytest.param("dopri5", {"steps": 5}, True, marks=pytest.mark.slow),
-        pytest.param("dopri5", {"rtol": 1e-7}, True, marks=pytest.mark.slow),
-        ("heun", {"stepsize_controller": diffrax.PIDController(1e-3, 1e-3)}, True),
-        pytest.param(diffrax.Bosh3(), {"rtol": 1e-4}, True, marks=pytest.mark.slow),
-        pytest.param(
-            diffrax.Tsit5(),
-            {"stepsize_controller": diffrax.PIDController(1e-7, 1e-7, pcoeff=0.3, icoeff=0.4, dtmax=0.05)},
-            True,
-            marks=pytest.mark.slow,
-        ),
-        (diffrax.Tsit5(), {"stepsize_controller": CLIPPED}, True),
-        pytest.param("dopri8", {"stepsize_controller": CLIPPED}, True, marks=pytest.mark.slow),
-        pytest.param("tsit5", {"stepsize_controller": GRID}, True, marks=pytest.mark.slow),
-        (diffrax.LeapfrogMidpoint(), {"steps": 6}, True),
-        pytest.param(diffrax.ReversibleHeun(), {"steps": 6}, True, marks=pytest.mark.slow),
-        pytest.param(
-            diffrax.ReversibleHeun(),
-            {"stepsize_controller": diffrax.ClipStepSizeController(diffrax.PIDController(1e-3, 1e-3), jump_ts=[0.5])},
-            True,
-            marks=pytest.mark.slow,
-        ),
-        (diffrax.HalfSolver(diffrax.Euler()), {"rtol": 1e-2}, True),
-        pytest.param(
-            diffrax.HalfSolver(diffrax.Tsit5()),
-            {"stepsize_controller": CLIPPED, "adjoint": "recursive"},
-            True,
-            marks=pytest.mark.slow,
-        ),
-        (diffrax.Kvaerno3(), {"rtol": 1e-4}, False),
-    ],
-)
-def test_evaluations_are_counted_exactly_or_not_at_all(solver, choices, counted):
-    """Against a counter in the velocity, which is stiff enough for rejections from the first step on."""
-    calls = []
-
-    def count(t):
-        calls.append(float(t))
-        return np.zeros_like(t)
-
-    def counting(params, t, x, cond=None, *, key=None):
-        zero = jax.pure_callback(count, jax.ShapeDtypeStruct((), t.dtype), t)
-        return 5.0 * jnp.sin(40.0 * t * t) * x + params * (1.0 + x * x) + zero
-
-    _, stats = jax.jit(solvers.solve_counted(counting, solver, **choices))(P, jnp.asarray(0.0), jnp.asarray(1.0), X)
-    jax.block_until_ready(stats)
-    assert bool(stats.success)
-    assert (stats.nfe is not None) == counted
-    if counted:
-        assert int(stats.nfe) == len(calls)
-    fixed = "steps" in choices or choices.get("stepsize_controller") is GRID
-    assert (int(stats.rejected) == 0) == fixed
-
-
-def test_solvers_that_users_write_are_counted_by_their_tableau_or_not_at_all():
-    class Heun3(diffrax.AbstractERK):
-        tableau = diffrax.ButcherTableau(
-            c=np.array([1 / 3, 2 / 3]),
-            b_sol=np.array([0.25, 0.0, 0.75]),
-            b_error=np.zeros(3),
-            a_lower=(np.array([1 / 3]), np.array([0.0, 2 / 3])),
-        )
-        interpolation_cls = diffrax.ThirdOrderHermitePolynomialInterpolation.from_k
-
-    class Twice(diffrax.Euler):
-        def step(self, terms, t0, t1, y0, args, solver_state, made_jump):
-            half = t0 + 0.5 * (t1 - t0)
-            middle = super().step(terms, t0, half, y0, args, solver_state, made_jump)[0]
-            return super().step(terms, half, t1, middle, args, solver_state, made_jump)
-
-    v, stats = solved(Heun3(), steps=40)(P, 0.1, 0.8, X)
-    assert int(stats.nfe) == 120
-    np.testing.assert_allclose(v, exact_mean(P, 0.1, 0.8, X), rtol=1e-5)
-    v, stats = solved(Twice(), steps=20)(P, 0.1, 0.8, X)
-    assert stats.nfe is None and int(stats.steps) == 20
-    np.testing.assert_allclose(v, solved("euler", steps=40)(P, 0.1, 0.8, X)[0], rtol=1e-12)
-
-
 @pytest.mark.representatives("implicit, fixed")
 @pytest.mark.parametrize(
     ("solver", "choices"),
@@ -213,16 +77,6 @@ def test_other_solvers_reach_the_exact_end(solver, choices):
         v, stats = solve(P, s, t, X)
         assert bool(stats.success)
         np.testing.assert_allclose(v, exact_mean(P, s, t, X), atol=1e-4)
-
-
-@pytest.mark.slow
-def test_counts_are_each_samples_own_under_vmap():
-    counted = solvers.solve_counted(velocity, diffrax.Dopri5(), stepsize_controller=CLIPPED)
-    batch = jnp.asarray([[0.01], [0.9], [1.3]])
-    _, stats = jax.jit(jax.vmap(counted, (None, None, None, 0)))(P, 0.0, 1.0, batch)
-    one = jax.jit(counted)
-    alone = [int(one(P, 0.0, 1.0, x)[1].nfe) for x in batch]
-    assert stats.nfe.tolist() == alone and len(set(alone)) > 1
 
 
 @pytest.mark.representatives("fixed")

@@ -412,21 +412,6 @@ def test_hooks_are_called_at_their_events(problem, tmp_path):
     assert hook.seen[-1] == "exit"
 
 
-def test_lines_where_there_is_no_terminal(problem, capsys):
-    run(problem, None, 16, hooks=None)
-    lines = capsys.readouterr().out.splitlines()
-    assert len(lines) == 2
-    assert lines[1].startswith("step 16/16  loss ") and lines[1].endswith("left")
-
-
-def test_the_bar_in_a_terminal(problem, capsys, monkeypatch):
-    monkeypatch.setenv("FORCE_COLOR", "1")
-    monkeypatch.setenv("COLUMNS", "120")
-    run(problem, None, 16, hooks=None)
-    shown = capsys.readouterr().out
-    assert "16/16" in shown and "steps/s" in shown
-
-
 def test_the_log_refuses_and_drops(tmp_path):
     path = tmp_path / "metrics.jsonl"
     with MetricsLog(path) as log:

@@ -1,6 +1,5 @@
-"""The row as one value: guided targets, random middle times, targets of N legs; the walk through the code; what prints."""
+"""The row as one value: guided targets, random middle times, stops and legs; the walk through the code; what prints."""
 
-import dataclasses
 import functools
 import importlib
 import inspect
@@ -12,30 +11,11 @@ import numpy as np
 import pytest
 
 import jflow
-from jflow import identities, interpolants, objectives, reductions, testing, times, trees, types
+from jflow import identities, interpolants, objectives, reductions, times, trees, types
+from tests.objectives.conditional_map import EMA, MAP, PARAMS, TEACHER, S, T, batch_of, fixed, mean_velocity
 
 clone = jax.random.clone
-S, T = 0.2, 0.7
-PARAMS, EMA, TEACHER = jnp.array([0.8, -0.6]), jnp.array([0.5, -0.2]), jnp.array([0.7, -0.5])
 NULL = jnp.float64(-3.0)
-
-
-def mean_velocity(params, s, t, x, cond=None, *, key=None):
-    """A smooth map of two parameters, which sees its condition."""
-    a, b = params
-    return jnp.sin(a * x[::-1] + s * b) + b * jnp.cos(t + s * a) * x + (0.0 if cond is None else cond * t * a)
-
-
-MAP = types.FlowMap(mean_velocity, types.BOTH)
-
-
-def batch_of(n=4, cond=True):
-    x = np.random.default_rng(0).normal(size=(2, n, 2))
-    return types.Batch(jnp.asarray(x[0] + 0.5), jnp.asarray(x[1]), jnp.linspace(-1.0, 2.0, n) if cond else None)
-
-
-def fixed(s=S, t=T):
-    return times.independent(times.constant(s), times.constant(t))
 
 
 def point(batch, s=S):
@@ -205,60 +185,7 @@ def row_key(key, use):
     return objectives.Row(**fields).key_for(use)
 
 
-# --- A target of N legs ----------------------------------------------------------------------------------------------
-
-
-LEGS = 4
-
-
-@objectives.method(
-    title="self-distillation of N legs",
-    source="-",
-    identity="semigroup of N legs, + tangent",
-    velocity="self legs",
-    stop_gradient="all legs",
-    when="tests",
-    cost={"forward": 1 + LEGS, "backward": 1},
-)
-def n_legs(flow_map, interpolant, *, legs=LEGS, **choices):
-    """R( v_{s,t} - sg (X_{u_N-1,t} o ... o X_{s,u_1}(x) - x)/(t - s) ) + tangent, with legs of equal gaps."""
-
-    def residual(row):
-        there, total = row.x, trees.zeros_like(row.x)
-        for i in range(legs):
-            a, b = (row.s + (row.t - row.s) * j / legs for j in (i, i + 1))
-            v = row.frozen.v(a, b, there)
-            there, total = types.move(there, a, b, v), trees.axpy(1.0 / legs, v, total)
-        own = row.own.v(row.s, row.t, row.x)
-        return identities.Residual(own, jax.lax.stop_gradient(total), jax.lax.stop_gradient(trees.sub(v, own)))
-
-    return objectives.Objective("n_legs", flow_map, interpolant, objectives.Term("legs", residual), **choices)
-
-
-N_LEGS = objectives.METHODS.pop("n_legs")
-
-
-def test_a_method_of_one_row_takes_less_than_thirty_lines():
-    assert len(inspect.getsource(n_legs).splitlines()) < 30
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("path", ["linear", "trigonometric"])
-def test_a_target_of_n_legs_gets_every_property(path):
-    testing.check_method(N_LEGS, paths=[interpolants.INTERPOLANTS[path]()])
-
-
-def test_two_legs_are_midpoint_self_distillation(key):
-    make = lambda c, **more: c(MAP, interpolants.linear(), diagonal=0.5, **more)  # noqa: E731
-    run = jax.jit(
-        lambda k: [
-            make(c, **m)(PARAMS, clone(k), batch_of(8))[0] for c, m in ((n_legs, {"legs": 2}), (objectives.psd_m, {}))
-        ]
-    )
-    np.testing.assert_allclose(*run(clone(key)), rtol=1e-10)
-
-
-# --- Methods of the catalogue: stop, leg, rows -------------------------------------------------------------------------
+# --- Methods of the catalogue: stop and leg --------------------------------------------------------------------------
 
 
 LEGS_OF = {"own": PARAMS, "ema": EMA, "teacher": TEACHER}
@@ -315,46 +242,6 @@ def test_a_stop_or_a_leg_that_does_not_exist_is_refused(name, key):
         with pytest.raises(ValueError, match=f"^{choice}: expected one of"):
             objective = make(MAP, interpolants.linear(), **{choice: value})
             jax.eval_shape(lambda: objective(PARAMS, clone(key), batch_of(16), types.Context(ema=EMA)))  # noqa: B023
-
-
-def test_rows_of_the_catalogue():
-    titles = [m.title for m in objectives.METHODS.values()]
-    assert len(set(titles)) == len(titles)
-    for name, method in objectives.METHODS.items():
-        assert method.constructor.__name__ == name and getattr(objectives, name) is method.constructor
-        assert method.constructor.__doc__ and len(method.constructor.__doc__) > 60
-        assert method.source and all(
-            len(part.strip()) in (9, 10) and part.strip()[4] == "." for part in method.source.split(",")
-        )
-        for text in (method.title, method.identity, method.velocity, method.when):
-            assert text.strip()
-        assert set(method.cost) <= set(objectives.PASSES)
-        kinds = {p.kind for p in list(inspect.signature(method.constructor).parameters.values())[2:]}
-        assert kinds <= {inspect.Parameter.KEYWORD_ONLY, inspect.Parameter.VAR_KEYWORD}
-        path = interpolants.INTERPOLANTS[(method.paths or ("linear",))[0]]()
-        assert method.constructor(MAP, path).name == name
-        assert method.constructor(MAP, path, **method.published()).name == name
-
-
-def test_a_name_is_declared_once():
-    before = dict(objectives.METHODS)
-    row = {"title": "again", "source": "-", "identity": "-", "velocity": "-", "when": "-"}
-
-    def lsd(flow_map, interpolant, **choices):
-        """Another."""
-
-    with pytest.raises(ValueError, match="already"):
-        objectives.method(**row)(lsd)
-
-    def new(flow_map, interpolant, **choices):
-        """New."""
-
-    for wrong in ({**row, "titel": "x"}, {k: v for k, v in row.items() if k != "when"}):
-        with pytest.raises(TypeError, match=r"titel|when"):
-            objectives.method(**wrong)(new)
-    with pytest.raises(dataclasses.FrozenInstanceError):
-        objectives.METHODS["lsd"].title = "x"
-    assert objectives.METHODS == before
 
 
 # --- A walk of the code ----------------------------------------------------------------------------------------------

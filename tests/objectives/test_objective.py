@@ -9,34 +9,11 @@ import pytest
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
 from jflow import bases, interpolants, objectives, reductions, times, types
+from tests.objectives.cases import FLOW_MAP, PARAMS, batch_of, make, mean_velocity
 
 S, T = 0.2, 0.7
 clone = jax.random.clone
 FLOW_MAP_METHODS = ["esd", "improved_mean_flow", "lsd", "mean_flow", "psd_m", "psd_u"]
-
-
-def mean_velocity(params, s, t, x, cond=None, *, key=None):
-    """A small smooth map with two parameters, nonlinear in everything."""
-    a, b = params
-    return jnp.sin(a * x[::-1] + s * b) + b * jnp.cos(t + s * a) * x
-
-
-FLOW_MAP = types.FlowMap(mean_velocity, types.BOTH)
-PARAMS = jnp.array([0.8, -0.6])
-
-
-def batch_of(n, seed=0):
-    first, second = jax.random.split(jax.random.key(seed))
-    return types.Batch(jax.random.normal(first, (n, 2)) + 0.5, jax.random.normal(second, (n, 2)))
-
-
-def make(name, path=None, **choices):
-    path = interpolants.linear() if path is None else path
-    method = objectives.METHODS[name]
-    if method.cost:
-        choices.setdefault("diagonal", 0.5)
-    path = interpolants.INTERPOLANTS[method.paths[0]]() if method.paths else path
-    return method.constructor(FLOW_MAP, path, **choices)
 
 
 def central(f, z, h=1e-5):
@@ -169,25 +146,6 @@ def test_loss_and_gradient_follow_the_formula(name, path_name, key):
         assert name in NOTHING_STOPPED or abs(loose - slope) > 1e-3 * abs(slope)
 
 
-def test_flow_matching_follows_its_formula(key):
-    path = interpolants.trigonometric()
-    batch = batch_of(3)
-    objective = objectives.flow_matching(FLOW_MAP, path, times=times.constant(0.3))
-    loss, aux = jax.jit(objective)(PARAMS, clone(key), batch)
-
-    @jax.jit
-    @jax.vmap
-    def formula(x0, x1):
-        v = mean_velocity(PARAMS, 0.3, 0.3, path.interpolate(0.3, x0, x1))
-        return jnp.sum((v - path.derivative(0.3, x0, x1)) ** 2)
-
-    np.testing.assert_allclose(loss, formula(batch.x0, batch.x1), rtol=1e-12)
-    assert np.all(aux.metrics["diagonal_rows"].values)
-    velocity = lambda p, t, x, cond=None, *, key=None: mean_velocity(p, t, t, x)  # noqa: E731
-    bare = objectives.flow_matching(velocity, path, times=times.constant(0.3))
-    np.testing.assert_array_equal(jax.jit(bare)(PARAMS, clone(key), batch)[0], loss)
-
-
 @pytest.mark.representatives("4")
 @pytest.mark.parametrize("blocks", [1, 4])
 def test_losses_come_back_in_batch_order_with_the_mask_of_diagonal_rows(blocks, key):
@@ -268,16 +226,6 @@ def test_reductions_apply_off_the_diagonal_and_on_it(key):
     np.testing.assert_allclose(on, np.where(mask, squared / (squared + 0.01), squared), rtol=1e-9)
 
 
-def test_the_finite_difference_of_lsd_tends_to_its_derivative(key):
-    from jflow import identities
-
-    batch = batch_of(8)
-    run = lambda **choices: jax.jit(make("lsd", diagonal=0.0, **choices))(PARAMS, clone(key), batch)[0]  # noqa: E731
-    exact = run()
-    errors = [np.abs(run(derivative=identities.finite_difference(h)) - exact).max() for h in (1e-2, 1e-3)]
-    assert 8 < errors[0] / errors[1] < 12  # first order
-
-
 @pytest.mark.parametrize(
     ("call", "error", "message"),
     [
@@ -295,69 +243,6 @@ def test_the_finite_difference_of_lsd_tends_to_its_derivative(key):
 def test_bad_input(call, error, message, key):
     with pytest.raises(error, match=message):
         call(key)
-
-
-def row_of(path, t, batch, i):
-    """A diagonal row as an estimate sees it."""
-    leg = objectives.Leg(FLOW_MAP, PARAMS, None, None)
-    x = path.interpolate(t, batch.x0[i], batch.x1[i])
-    own = {"own": leg, "frozen": leg, "ema": None, "teacher": None, "estimate": objectives.velocity_estimates.pair}
-    drawn = {"s": t, "t": t, "x0": batch.x0[i], "x1": batch.x1[i], "x": x, "cond": None, "key": None, "gamma": None}
-    return objectives.Row(
-        **drawn, **own, step=jnp.int32(0), data=batch.x1, interpolant=path, base=bases.STANDARD_NORMAL
-    )
-
-
-def test_the_batch_velocity_is_the_posterior_mean_over_the_batch(key):
-    """Against Bayes' rule written out, on every path; the last row is near the data, where it is the pair's own."""
-    batch = batch_of(6)
-    t = jnp.array([0.1, 0.3, 0.5, 0.7, 0.9, 1.0])
-    for name in interpolants.INTERPOLANTS:
-        path = interpolants.INTERPOLANTS[name]()
-
-        @jax.jit
-        def run(batch, path=path):
-            rows = [row_of(path, t[i], batch, i) for i in range(6)]
-            pairs = jax.vmap(path.derivative)(t, batch.x0, batch.x1)
-            return [objectives.velocity_estimates.batch(row) for row in rows], jax.vmap(path.coefficients)(t), pairs
-
-        got, coefficients, pairs = jax.tree.map(np.asarray, run(batch))
-        for i in range(6):
-            c = jax.tree.map(lambda leaf, i=i: leaf[i], coefficients)
-            x0, x1 = np.asarray(batch.x0), np.asarray(batch.x1)
-            x = c.alpha * x0[i] + c.beta * x1[i]
-            if c.alpha < 2e-2:
-                np.testing.assert_allclose(got[i], pairs[i], rtol=1e-6)
-                continue
-            noise = (x[None] - c.beta * x1) / c.alpha
-            weight = np.exp(-0.5 * np.sum(noise**2, 1))
-            each = c.alpha_dot * noise + c.beta_dot * x1
-            np.testing.assert_allclose(got[i], (weight[:, None] * each).sum(0) / weight.sum(), rtol=1e-8)
-
-
-def test_the_batch_velocity_has_the_same_expected_gradient_and_less_variance(key):
-    path = interpolants.linear()
-
-    def gradients(estimate):
-        objective = objectives.flow_matching(FLOW_MAP, path, velocity=estimate)
-
-        def one(k):
-            first, second = jax.random.split(k)
-            skewed = types.Batch(jnp.exp(0.5 * jax.random.normal(first, (64, 2))))
-            return jax.grad(lambda p: objective(p, second, skewed)[0].mean())(PARAMS)
-
-        return np.asarray(jax.jit(lambda ks: jax.lax.map(one, ks, batch_size=50))(jax.random.split(clone(key), 2000)))
-
-    pair, batch = gradients(objectives.velocity_estimates.pair), gradients(objectives.velocity_estimates.batch)
-    error = np.sqrt((pair - batch).var(0) / 2000)
-    assert np.all(np.abs((pair - batch).mean(0)) < 4 * error)
-    assert np.all(batch.var(0) < 0.8 * pair.var(0))
-
-
-def test_the_batch_velocity_refuses_pairs_that_are_not_independent(key):
-    objective = objectives.flow_matching(FLOW_MAP, interpolants.linear(), velocity=objectives.velocity_estimates.batch)
-    with pytest.raises(ValueError, match="neither x0 nor cond"):
-        objective(PARAMS, key, batch_of(4))
 
 
 # Quick in test_combine.
