@@ -66,7 +66,7 @@ def noisy_pairs(interpolant: Interpolant, rate: float = 1.0) -> Setting:
 
     Args:
       interpolant: the path.
-      rate: the factor of the velocity, between -2.8 and 2.8. The flow mostly expands if it is positive, and contracts if negative.
+      rate: the factor of the velocity, between -2.8 and 2.8. A positive rate mostly expands, a negative one contracts.
     """
     centre = -0.3
 
