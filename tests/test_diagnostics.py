@@ -156,6 +156,7 @@ def test_what_a_domain_defines(domain, s, t, names):
     assert got == names | {"tangent"}
 
 
+@pytest.mark.slow
 def test_a_map_from_noise_is_asked_for_jumps_from_noise_alone():
     """v + e (t-s) at s = 0, and anything elsewhere: the report is the Lagrangian residual worked out by hand."""
 

@@ -264,7 +264,7 @@ def test_the_default_diffusion_is_proportional_to_the_deviation_and_its_correcti
 
 # Quick in samplers/test_renoising.
 @pytest.mark.slow
-@pytest.mark.parametrize("kappa", [0.5, pytest.param(1.0, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("kappa", [0.5, 1.0])
 @pytest.mark.parametrize("base", ["numbers", "entries"])
 def test_renoise_keeps_the_marginals(base, kappa):
     """By the exact map of a mixture on the line; without the base's mean or deviation it does not."""

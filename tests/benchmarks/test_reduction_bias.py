@@ -47,6 +47,7 @@ def test_the_shift_is_a_root_downhill_of_zero():
     assert abs(float(expected_score(score, law, m, NODES))) < 1e-8
 
 
+@pytest.mark.slow
 def test_against_monte_carlo_of_the_library_residual():
     # Data weighted by the density of x given it: neither the posterior nor grad X (I_s' - b) is used.
     x, score = 0.1, SCORES["adaptive(1, 0.01)"]

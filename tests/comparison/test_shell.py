@@ -102,6 +102,7 @@ def test_mistakes_end_in_a_message(main, arguments, message, capsys):
     assert ended.value.code == 2 and message in said and "Traceback" not in said
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("missing", ["tyro", "matplotlib.figure"])
 def test_a_missing_package_is_named_with_the_extra_that_brings_it(missing, tmp_path, monkeypatch, capsys):
     monkeypatch.setitem(sys.modules, missing, None)

@@ -72,6 +72,7 @@ def test_singular_samples_are_counted_and_have_no_weight():
     assert row["weighted"]["cov_z"] < 2.5 and row["cov_z"] > 7
 
 
+@pytest.mark.slow
 def test_a_singular_sampler_has_no_weights_and_is_no_error():
     this, found = gaussian_samples(64, 1.3)
     turned = found._replace(sign=-found.sign, valid=~found.valid)

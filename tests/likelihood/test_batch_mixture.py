@@ -38,7 +38,8 @@ def drawn(bound, count, kappa, key, grid=GRID):
     return x0, keys, pushed, found.base
 
 
-@pytest.mark.parametrize("kappa", [0.6, pytest.param(1.0, marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("kappa", [0.6, 1.0])
 def test_the_samples_are_those_of_the_sampler_and_the_density_tends_to_its_law(kappa):
     """With the exact map that law is the data's; the density at fixed points, and of samples, as the batch grows."""
     oracle = oracles.gaussian(PATH)

@@ -208,7 +208,8 @@ def test_the_exact_heads_loss_is_zero_on_every_row_and_no_others(identity, choic
     assert np.mean(loss[2][~on[2]]) > 0.1 or identity == "semigroup" or "along" in choices
 
 
-@pytest.mark.parametrize("identity", [pytest.param("lagrangian", marks=pytest.mark.slow), "eulerian"])
+@pytest.mark.slow
+@pytest.mark.parametrize("identity", ["lagrangian", "eulerian"])
 def test_with_an_estimated_divergence_the_exact_head_is_stationary(identity):
     """The mean gradient vanishes within its standard error, and far from it with the sign of the head turned."""
     choices = {"divergence": lik.hutchinson(1, "gaussian"), "diagonal": 0.75}

@@ -171,6 +171,7 @@ def test_derivatives_at_data_are_those_of_the_implicit_function():
     assert abs(slope) > 0.05
 
 
+@pytest.mark.slow
 def test_conditions_and_keys_are_those_of_the_sampler(key):
     other = jax.random.clone(key)
 
@@ -187,6 +188,7 @@ def test_conditions_and_keys_are_those_of_the_sampler(key):
     np.testing.assert_allclose(again.log_density, there.log_density, atol=1e-12)
 
 
+@pytest.mark.slow
 def test_events_are_trees_and_float32_is_inverted_to_its_rounding():
     def split(params, s, t, x, cond=None, *, key=None):
         v = warped(params, s, t, jnp.stack([x["a"], x["b"][0]]))
@@ -203,6 +205,7 @@ def test_events_are_trees_and_float32_is_inverted_to_its_rounding():
     np.testing.assert_allclose(back.x0["b"], x0["b"], atol=1e-6)
 
 
+@pytest.mark.slow
 def test_jit_and_no_jit_agree():
     x = samplers.jumps(WARPED, POINTS[0], STEPS)
     eager = likelihood.log_density(WARPED, x, STEPS)

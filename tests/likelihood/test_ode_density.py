@@ -160,6 +160,7 @@ def test_conditions_keys_trees_and_dtypes_reach_the_velocity():
     assert not np.allclose(another.x0["a"], found.x0["a"])
 
 
+@pytest.mark.slow
 def test_jit_and_no_jit_agree():
     ode = likelihood.along_ode(blows_up, solver="euler", steps=2)
     eager, jitted = ode.push(0.2, X), jax.jit(ode.push)(0.2, X)

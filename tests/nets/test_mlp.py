@@ -45,7 +45,7 @@ def build(name, shape=(2,), dtype="float64", **fields):
 
 
 # The plain network concatenates its conditions; the decoupled one has tests of its own below.
-@pytest.mark.representatives("mlp", "mlp-silu-rms-octaves")
+@pytest.mark.representatives("mlp-silu-rms-octaves")
 @pytest.mark.parametrize("name", CASES)
 def test_derivatives_dtypes_edges_and_vmap(name):
     maker, more = CASES[name]

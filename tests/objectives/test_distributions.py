@@ -48,7 +48,7 @@ def sampled(size, s, t, a, b, batches=4000, groups=8):
     return jax.device_get(jax.jit(lambda ks: jax.lax.map(one, ks, batch_size=200))(keys))
 
 
-@pytest.mark.representatives("0.2-0.9-0.3-0.0-6")
+@pytest.mark.slow
 @pytest.mark.parametrize("size", [2, 6])
 @pytest.mark.parametrize(("s", "t", "a", "b"), [(0.0, 1.0, 0.0, 0.0), (0.2, 0.9, 0.3, 0.0), (0.0, 1.0, -0.2, 0.5)])
 def test_the_loss_is_unbiased(size, s, t, a, b, assert_mean):
@@ -113,6 +113,7 @@ def test_equal_samples_give_finite_gradients(key):
     assert value == 0.0 and slope == 0.0
 
 
+@pytest.mark.slow
 def test_the_example_runs():
     lines = objectives.energy_distance.__doc__.split("classes::")[1].split("    Args:")[0]
     found = {}

@@ -329,7 +329,7 @@ def test_a_choice_that_a_method_does_not_read_is_refused(name, choice, half):
     assert " at 0x" not in str(caught.value)
 
 
-@pytest.mark.representatives("ect")
+@pytest.mark.slow
 @pytest.mark.parametrize("name", sorted(METHODS))
 def test_a_choice_that_is_accepted_is_read(name, key):
     """Each changes the losses of the batch, or the gradient, with half of the rows on the diagonal."""

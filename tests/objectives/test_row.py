@@ -91,6 +91,7 @@ def test_no_gradient_passes_through_the_rows_velocity(key):
     assert np.abs(slope).max() > 1e-2
 
 
+@pytest.mark.slow
 def test_a_residual_sees_every_leg(key):
     """own, frozen, ema and teacher, each at its own parameters, with the row's condition; gradients through own alone."""
 

@@ -94,6 +94,7 @@ def test_an_eager_jvp_through_a_reverse_only_solve_names_adjoint(adjoint):
             forward()
 
 
+@pytest.mark.slow
 def test_an_eager_jvp_through_a_kernel_with_a_reverse_rule_alone_names_the_velocity():
     @jax.custom_vjp
     def kernel(x):

@@ -370,6 +370,7 @@ def test_x_may_be_a_pytree_of_dtypes_and_cond_and_key_reach_the_velocity():
     np.testing.assert_allclose(v["b"][1], want[2], rtol=1e-4)
 
 
+@pytest.mark.slow
 def test_eager_calls_compile_once():
     traces = []
 

@@ -17,6 +17,7 @@ def restored(problem, out, *arguments, **options):
 
 
 # Reads that fail leave others under way, which report to an event loop that has ended.
+@pytest.mark.slow
 @pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
 @pytest.mark.parametrize(
     ("attempt", "error", "message"),

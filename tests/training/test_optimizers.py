@@ -201,6 +201,7 @@ def test_teachers_and_curricula_go_by_updates():
     assert [float(found["stage"]) for found in metrics] == [0.0] * 6 + [1.0] * 3
 
 
+@pytest.mark.slow
 def test_the_length_of_an_update_is_averaged_over_updates():
     optimizer = every(4)
     _, metrics = walk(optimizer, 8)

@@ -31,6 +31,7 @@ def call(problem, **options):
     return train(problem.objective, optimizer, options.pop("params", problem.params), problem.dataset, **options)
 
 
+@pytest.mark.slow
 def test_it_is_fit_with_the_usual_choices(problem, assert_same):
     mesh = sharding.mesh(devices=jax.devices()[:1])
     found = call(problem, mesh=mesh, seed=3)
