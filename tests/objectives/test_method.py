@@ -122,3 +122,31 @@ def test_a_method_defined_again_takes_the_place_of_the_first_and_no_other_does()
             objectives.method(**row)(made_up_again)
     finally:
         objectives.METHODS.pop("made_up_again", None)
+
+
+@pytest.mark.parametrize(
+    ("wrong", "message"),
+    [
+        ({"cost": {"jvps": 1}}, "^cost: expected .*'jvp'.*got 'jvps'"),
+        ({"stationary": "exactly"}, "^stationary: expected .*'exact'.*got 'exactly'"),
+        ({"stationary": "order", "order": 1}, '^at: expected h -> choices with stationary="order", got None'),
+        ({"needs": ("a teacher",)}, "^needs: expected .*'teacher'.*got 'a teacher'"),
+    ],
+)
+def test_a_declaration_of_what_does_not_exist_is_refused(wrong, message):
+    with pytest.raises(ValueError, match=message):
+        dataclasses.replace(objectives.METHODS["lsd"], **wrong)
+
+
+def test_a_method_without_a_cost_is_named_before_its_stationarity_is_checked():
+    with pytest.raises(AssertionError, match=r"^cost: expected one exactly if there is a term, got \{\}"):
+        testing.check_method(dataclasses.replace(objectives.METHODS["lsd"], cost={}))
+
+
+def test_a_residual_that_reads_more_than_it_declares_is_refused(key):
+    residual = lambda row: identities.eulerian(row.own.v, row.s, row.t, row.x, row.conditional)  # noqa: E731
+    objective = objectives.Objective(
+        "mine", MAP, interpolants.linear(), objectives.Term("mine", residual), diagonal=0.0
+    )
+    with pytest.raises(ValueError, match=r'^term\.reads: expected "velocity" in it'):
+        jax.eval_shape(objective, PARAMS, key, batch_of())

@@ -59,7 +59,7 @@ def kept(problem, out, **options):
         pytest.param(
             lambda d, p: runs.again(p, d, resume=False),
             FileExistsError,
-            "holds a run already; resume it, overwrite it, or choose another directory$",
+            "holds a run already; resume it .*, overwrite it .*, or choose another directory$",
             id="a directory with another run",
         ),
     ],

@@ -18,6 +18,12 @@ from tests.training import runs
             id="a learning rate as the optimizer",
         ),
         pytest.param(
+            lambda p: runs.state(p._replace(params={"net": {"act": jax.nn.gelu}})),
+            TypeError,
+            r"^params\['net'\]\['act'\]: expected an array, got .*; pass the arrays of a module alone",
+            id="a function among the parameters",
+        ),
+        pytest.param(
             lambda p: runs.state(p, key=0),
             TypeError,
             r"^key: expected one typed PRNG key from jax\.random\.key, got int 0$",

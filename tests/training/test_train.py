@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import functools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
 
-from jflow import sharding
+from jflow import datasets, interpolants, objectives, sharding
 from jflow.training import (
     Evaluation,
     Feed,
@@ -22,7 +24,7 @@ from jflow.training import (
     train,
 )
 from jflow.training.metrics_log import read
-from jflow.types import Batch
+from jflow.types import Batch, FlowMap
 
 
 def call(problem, **options):
@@ -48,6 +50,23 @@ def test_it_is_fit_with_the_usual_choices(problem, assert_same):
         found.averaged("a")
     with pytest.raises(ValueError, match=r"^name: .*got None$"):
         found._replace(ema={}).averaged()
+
+
+def test_a_teacher_that_the_loss_does_not_read_is_refused():
+    """Otherwise a run that should distil learns from the data."""
+    model = FlowMap(lambda p, s, t, x, cond=None, *, key=None: p * x)
+    dataset = datasets.ArrayDataset(jnp.ones((8, 2)), 8)
+    run = functools.partial(train, optimizer=optax.sgd(0.1), dataset=dataset, steps=1, hooks=())
+    for params in (jnp.float64(0.5), lambda key: jnp.float64(0.5)):
+        with pytest.raises(
+            ValueError, match=r"^teacher: expected None, because the loss of flow_matching does not depend"
+        ):
+            run(objectives.flow_matching(model, interpolants.linear()), params=params, teacher=jnp.float64(0.3))
+    distilled = objectives.flow_matching(model, interpolants.linear(), teacher=model.velocity)
+    assert run(distilled, params=jnp.float64(0.5), teacher=jnp.float64(0.3)).step == 1
+    with pytest.raises(TypeError) as caught:
+        run(distilled, params=jnp.float64(0.5))
+    assert any(note.startswith("teacher: called with params None") for note in caught.value.__notes__)
 
 
 @pytest.mark.slow

@@ -143,7 +143,7 @@ class Comparison:
           The Matplotlib Figure.
 
         Raises:
-          ImportError: if Matplotlib is not installed; it comes with ``jflow[experiments]``.
+          ImportError: if Matplotlib is not installed; it comes with ``jflow[plots]``.
           ValueError: if the number of axes is not two.
         """
         if axes is None:
@@ -237,5 +237,5 @@ def _matplotlib(module: str) -> Any:
         import matplotlib.figure
         import matplotlib.pyplot
     except ImportError as error:
-        raise ImportError("plot needs Matplotlib, which is missing: pip install 'jflow[experiments]'") from error
+        raise ImportError("plot needs Matplotlib, which is missing: pip install 'jflow[plots]'") from error
     return getattr(matplotlib, module)

@@ -8,6 +8,7 @@ import inspect
 from collections.abc import Callable, Mapping
 from typing import Any, TypeVar, cast
 
+from jflow import checks
 from jflow.named import shown
 from jflow.objectives.choices import Choices
 from jflow.objectives.objective import Objective
@@ -23,6 +24,10 @@ PASSES = {
     "jvp_backward": 4,  # through the value and the derivative
     "input_backward": 1,  # of one forward pass, to its input x only
 }
+
+
+STATIONARY = ("exact", "order", "limit")
+NEEDS = ("teacher", "map teacher", "ema", "pairs", "backward")
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -68,6 +73,15 @@ class Method:
     published: Callable[[], dict[str, Any]] = dict
     published_passes: int | None = None
 
+    def __post_init__(self) -> None:
+        for piece in self.cost:
+            checks.choice("cost", piece, PASSES)
+        checks.choice("stationary", self.stationary, STATIONARY)
+        for need in self.needs:
+            checks.choice("needs", need, NEEDS)
+        if self.stationary != "exact" and self.at is None:
+            raise ValueError(f'at: expected h -> choices with stationary="{self.stationary}", got None')
+
     @property
     def off_diagonal_passes(self) -> int | None:
         """The cost of one off-diagonal sample in forward passes; None if there are no such samples."""
@@ -93,7 +107,8 @@ def method(**row: Any) -> Callable[[Constructor], Constructor]:
         other that differs from its default.
 
     Raises:
-      ValueError: if the catalogue has another function of this name.
+      ValueError: if the catalogue has another function of this name, or a name in ``cost``, ``stationary`` or ``needs`` is
+        unknown.
       TypeError: if a required attribute of ``Method`` is missing, or an attribute is unknown.
     """
 

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import zlib
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import NamedTuple
 
 import jax
@@ -44,7 +45,8 @@ class Leg(NamedTuple):
         """
         if not isinstance(self.model, FlowMap):
             raise ValueError("teacher: expected a FlowMap, whose jumps the method needs, got a Velocity")
-        return self.model.mean_velocity(self.params, s, t, x, self.cond, key=self.key)
+        with self._without_params():
+            return self.model.mean_velocity(self.params, s, t, x, self.cond, key=self.key)
 
     def jump(self, s: Time, t: Time, x: Event) -> Event:
         """Returns X_{s,t}(x), shaped like x.
@@ -56,7 +58,20 @@ class Leg(NamedTuple):
 
     def velocity(self, t: Time, x: Event) -> Event:
         """Returns b_t(x) = v_{t,t}(x), shaped like x."""
-        return as_velocity("teacher", self.model)(self.params, t, x, self.cond, key=self.key)
+        with self._without_params():
+            return as_velocity("teacher", self.model)(self.params, t, x, self.cond, key=self.key)
+
+    @contextlib.contextmanager
+    def _without_params(self) -> Iterator[None]:
+        """Adds to an error of a model without parameters that it has none; a forgotten teacher fails deep inside it."""
+        try:
+            yield
+        except (TypeError, ValueError, KeyError, AttributeError) as error:
+            if self.params is None:
+                error.add_note(
+                    "teacher: called with params None; pass its parameters as teacher= to train or init_state"
+                )
+            raise
 
 
 class Row(NamedTuple):
@@ -97,11 +112,17 @@ class Row(NamedTuple):
     data: Event
     interpolant: Interpolant
     base: Base
-    estimate: Callable[[Row], Event]
+    estimate: Callable[[Row], Event] | None
 
     @property
     def conditional(self) -> Event:
-        """The objective's estimate of the velocity b_s(x) at the row's point, under a stop-gradient."""
+        """The objective's estimate of the velocity b_s(x) at the row's point, under a stop-gradient.
+
+        Raises:
+          ValueError: if the objective has no estimate, because its term does not read "velocity".
+        """
+        if self.estimate is None:
+            raise ValueError('term.reads: expected "velocity" in it, because the residual reads row.conditional')
         return jax.lax.stop_gradient(self.estimate(self))
 
     def pair(self, s: Time, u: Time) -> Event:
@@ -121,10 +142,8 @@ class Row(NamedTuple):
         checks.choice("leg", which, ("own", "frozen", "ema", "teacher"))
         found = getattr(self, which)
         if found is None:
-            raise ValueError(
-                f"context.{which}: expected parameters, got None: the method needs "
-                + ("an average of its own (make_step's ema)" if which == "ema" else "a teacher (init_state's teacher)")
-            )
+            source = "an average (make_step's ema)" if which == "ema" else "a teacher (teacher= of train or init_state)"
+            raise ValueError(f"context.{which}: expected parameters, got None: the method needs {source}")
         return found
 
 

@@ -87,6 +87,7 @@ def check_stationary(
     interpolants.check(interpolant)
     this = setting(method, interpolant)
     probe = objective_of(method, student(this, interpolant, False), interpolant, this.exact, **choices)
+    _check_cost_is_declared(method, probe)
     pairs = jnp.asarray(times_within(probe.domain))
     by_x = jnp.asarray([form == "x" for form in forms])
 
@@ -151,7 +152,7 @@ def check_report(method: objectives.Method, **choices: Any) -> None:
     expect.true(aux.state == (), f"aux.state: expected (), got {aux.state!r}")
     metrics, rows = aux.metrics, aux.metrics["diagonal_rows"].values
     own = set() if objective.term is None else {objective.term.name}
-    expect.true(bool(own) == bool(method.cost), f"cost: expected one exactly if there is a term, got {method.cost!r}")
+    _check_cost_is_declared(method, objective)
     terms = {name.split("/")[0] for name in metrics if "/" in name}
     expected = ({"tangent"} if objective.diagonal > 0 else set()) | own
     expect.true(terms == expected, f"metrics: expected the terms {sorted(expected)}, got {sorted(terms)}")
@@ -272,6 +273,11 @@ def pieces() -> Mapping[str, float]:
         "input_backward": flops(input_backward, params, points, out) - forward,
     }
     return {name: count / BATCH for name, count in whole.items()}
+
+
+def _check_cost_is_declared(method: objectives.Method, objective: objectives.Objective) -> None:
+    has_term = objective.term is not None
+    expect.true(has_term == bool(method.cost), f"cost: expected one exactly if there is a term, got {method.cost!r}")
 
 
 def _check_arguments(method: objectives.Method) -> None:

@@ -33,6 +33,8 @@ class NonFiniteError(RuntimeError):
             for name in ("loss", "grad_norm", "update_norm")
             if name in metrics
         )
+        if first_step == 1:
+            numbers += "; if the first steps fail, look for values in the data that are not finite"
         good = "there is no checkpoint" if checkpoint is None else f"the last good checkpoint is of step {checkpoint}"
         super().__init__(
             f"not finite within steps {first_step} to {last_step} (means: {numbers}){_survivors(metrics)}; {good}"

@@ -134,7 +134,10 @@ class RunDirectory:
         metrics = out / "metrics.jsonl"
         used = metrics.exists() or any(folder.exists() and any(folder.iterdir()) for folder in folders)
         if used and not (self.resume or self.overwrite):
-            raise FileExistsError(f"{out} holds a run already; resume it, overwrite it, or choose another directory")
+            raise FileExistsError(
+                f"{out} holds a run already; resume it (RunDirectory's resume=True), overwrite it (overwrite=True), or choose "
+                "another directory"
+            )
         barrier("looked at the run's directory")
         if used and self.overwrite and first_process():
             metrics.unlink(missing_ok=True)

@@ -87,7 +87,8 @@ def init_state(
 
     Raises:
       ValueError: if a decay is outside [0, 1].
-      TypeError: if the key is not a single typed key, or ``ema`` or the optimizer has another type.
+      TypeError: if the key is not a single typed key, a leaf of params is not an array, or ``ema`` or the optimizer has
+        another type.
 
     Example:
       >>> import jax
@@ -101,7 +102,7 @@ def init_state(
     if not trees.is_key(key) or key.shape != ():
         raise TypeError(f"key: expected one typed PRNG key from jax.random.key, got {type(key).__name__} {key}")
     check_optimizer(optimizer)
-    params = jax.tree.map(jnp.asarray, params)
+    params = jax.tree_util.tree_map_with_path(_as_array, params)
     with jax.numpy_dtype_promotion("standard"):
         opt_state = optimizer.init(params)
     state = TrainState(
@@ -118,6 +119,16 @@ def init_state(
         else objectives.init(objective, jax.random.fold_in(key, 2**32 - 1), params),
     )
     return jax.tree.map(_private_copy, state)
+
+
+def _as_array(path: tuple[Any, ...], leaf: Any) -> Array:
+    try:
+        return jnp.asarray(leaf)
+    except TypeError as error:
+        raise TypeError(
+            f"params{jax.tree_util.keystr(path)}: expected an array, got {type(leaf).__name__}; pass the arrays of a module "
+            "alone, for example equinox.filter(module, equinox.is_inexact_array)"
+        ) from error
 
 
 def _private_copy(leaf: Any) -> Array:

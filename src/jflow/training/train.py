@@ -8,9 +8,10 @@ from collections.abc import Callable, Sequence
 from typing import Any, Protocol
 
 import jax
+import jax.numpy as jnp
 from jax.sharding import Mesh
 
-from jflow import checks, sharding
+from jflow import checks, objectives, sharding
 from jflow.training import ema as averages
 from jflow.training import prefetch
 from jflow.training.hooks import Hook, Row
@@ -19,7 +20,7 @@ from jflow.training.optimizers import Optimizer
 from jflow.training.run_directory import RunDirectory
 from jflow.training.state import TrainState, init_state
 from jflow.training.step import make_chunk, make_step
-from jflow.types import Array, Batch, Key, ObjectiveFn, Params, PyTree
+from jflow.types import Array, Batch, Context, Key, ObjectiveFn, Params, PyTree
 
 
 class Dataset(Protocol):
@@ -71,7 +72,7 @@ def train(
       mesh: a mesh from ``sharding.mesh``; by default all devices, each with the whole state. The number of devices must
         divide the rows of a batch.
       ema: decays of the averages, or a mapping of names to schedules of ``training.ema``; ``()`` for none.
-      teacher: frozen parameters of a teacher, or None.
+      teacher: frozen parameters of the objective's teacher, or None.
       out_dir: a directory for metrics, and for checkpoints at each fifth of the run, of which the newest three are kept; or
         a ``RunDirectory``, for other choices and to resume. None to write nothing.
       evaluate: a function of the state to evaluate during training, and how often.
@@ -84,7 +85,7 @@ def train(
       The state: ``state.params`` are the trained parameters, ``state.averaged()`` their average.
 
     Raises:
-      ValueError: if an argument is out of range. An earlier run is not changed.
+      ValueError: if an argument is out of range, or the loss does not depend on ``teacher``. An earlier run is not changed.
       TypeError: if an argument has another type. An earlier run is not changed.
       NonFiniteError, PreemptedError, FileExistsError, FileNotFoundError: as ``fit``.
 
@@ -132,6 +133,11 @@ def train(
     step = make_step(objective, optimizer, ema=ema)
     init_key, train_key = jax.random.split(jax.random.key(seed))
 
+    if teacher is not None and not feed and isinstance(objective, objectives.Objective):
+        made = jax.eval_shape(params, init_key) if is_maker else params
+        batch = jax.eval_shape(dataset.batch, dataset.data, jnp.int32(0))
+        _check_teacher_is_read(objective, made, batch, teacher)
+
     def make_state(init_key: Key, train_key: Key, teacher: Params) -> TrainState:
         made = params(init_key) if is_maker else params
         return init_state(made, optimizer, train_key, ema=ema, teacher=teacher, objective=objective)
@@ -157,3 +163,20 @@ def train(
         forgive=forgive,
         hooks=hooks,
     )
+
+
+def _check_teacher_is_read(objective: objectives.Objective, params: Params, batch: PyTree, teacher: Params) -> None:
+    """Checks that the loss depends on the teacher's parameters; otherwise a run that should distil learns from the data."""
+
+    def loss(teacher: Params, params: Params, key: Key, batch: Batch) -> Array:
+        return objective(params, key, batch, Context(jnp.int32(0), ema=params, teacher=teacher))[0]
+
+    key = jax.eval_shape(lambda: jax.random.key(0))
+    jaxpr = jax.make_jaxpr(loss)(teacher, params, key, batch).jaxpr
+    given = jaxpr.invars[: len(jax.tree.leaves(teacher))]
+    read = {id(variable) for equation in jaxpr.eqns for variable in equation.invars}
+    if given and not any(id(variable) in read for variable in given):
+        raise ValueError(
+            f"teacher: expected None, because the loss of {objective.name} does not depend on a teacher; to distil, give the "
+            "objective its model too, for example teacher=flow_map.velocity"
+        )
