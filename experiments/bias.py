@@ -456,7 +456,7 @@ def quick(config: Config) -> Config:
     """A small run in the first dimension, of a few rows unless others are named."""
     few = {"dims": config.dims[:1], "methods": config.methods or QUICK_ROWS}
     few |= {"points": 32, "likelihood_steps": 3, "likelihood_batch": 16, "head_steps": 6, "jumps": (2,), "seeds": 1}
-    return options.quick(config, steps=6, log_every=3, warmup=2, samples=128, features=8, **few)
+    return options.quick(config, steps=6, log_every=6, warmup=2, samples=128, features=8, depth=1, **few)
 
 
 def main(config: Config) -> None:

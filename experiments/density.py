@@ -306,7 +306,7 @@ def summary(log_density: np.ndarray, valid: np.ndarray, solve: np.ndarray, data:
 
 def quick(config: Config) -> Config:
     """A small run."""
-    small = {"steps": 8, "log_every": 4, "warmup": 1, "features": 16, "batch": 32}
+    small = {"steps": 8, "log_every": 4, "warmup": 1, "features": 16, "depth": 1, "batch": 32}
     few = {"looks": 2, "likelihood_steps": 4, "likelihood_batch": 16, "map_steps": 8, "noises": 1, "jumps": (1,)}
     return options.quick(config, **small, **few)
 

@@ -172,6 +172,9 @@ def main(config_type: type, run: Callable[[Any], None]) -> None:
     config = tyro.cli(config_type, prog=f"python -m {results.program()}", description=description)
     try:
         config.check()
+        if hasattr(config, "output") and config.output.quick:
+            # A quick run compiles for longer than it computes.
+            jax.config.update("jax_disable_most_optimizations", True)
         with config.machine.joined() if hasattr(config, "machine") else contextlib.nullcontext():
             try:
                 run(config)
