@@ -53,7 +53,7 @@ def make(name, base, path="linear"):
 # --- oracles ----------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.representatives("linear-entries", "variance_exploding-numbers", "linear-mean alone")
+@pytest.mark.representatives("linear-entries", "variance_exploding-numbers")
 @pytest.mark.parametrize("base", BASES)
 @pytest.mark.parametrize("path", ["linear", "variance_exploding"])
 def test_density_score_denoiser_and_velocity_of_the_oracle(base, path):

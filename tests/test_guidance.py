@@ -216,6 +216,7 @@ def compiled(interval):
     return jax.jit(lambda conds: values(conds, nulls))(conds), jax.jit(values)(conds, nulls)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("case", range(len(PAIRS)), ids=lambda case: repr(PAIRS[case]))
 @pytest.mark.parametrize("interval", [guidance.ALWAYS, (0.2, 0.8)])
 def test_no_dtype_changes_the_condition_or_the_null(case, interval):

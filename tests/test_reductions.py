@@ -171,6 +171,7 @@ def test_bad_input(make):
         reductions.scaled("2", reductions.squared)
 
 
+@pytest.mark.representatives("0.0-1e-30-float16", "0.001-1e-30-float32", "10000.0-0.001-bfloat16")
 @pytest.mark.parametrize("dtype", [jnp.float16, jnp.bfloat16, jnp.float32])
 @pytest.mark.parametrize("c", [1e-30, 1e-3])
 @pytest.mark.parametrize("size", [0.0, 1e-3, 1e4])

@@ -174,7 +174,7 @@ ALONE = {
 }
 
 
-@pytest.mark.representatives("psd_m", "energy")
+@pytest.mark.representatives("psd_m")
 @pytest.mark.parametrize("name", ALONE)
 def test_no_row_leaves_its_device(name):
     """Gradients are summed over devices, and nothing is collected: not the data of the batch, which only the batch's

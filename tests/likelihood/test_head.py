@@ -282,6 +282,7 @@ def test_the_heads_loss_trains_the_head_alone(key):
     assert np.all(first[2] == 0.0)
 
 
+@pytest.mark.slow
 def test_joint_training_is_the_sum_of_both():
     flow, x1 = lik.shared_network(APPLY, FORM), jax.random.normal(jax.random.key(1), (16, 2))
     map_alone, head_alone = objectives.lsd(lik.without_head(flow), PATH), lik.head_objective(flow, PATH)

@@ -177,7 +177,7 @@ def kinked(params, t, x, cond=None, *, key=None):
 
 
 # By Euler steps to infinity, the change along the flow is not finite, as with the kink.
-@pytest.mark.representatives("solve", "kink", "base")
+@pytest.mark.representatives("solve")
 @pytest.mark.parametrize(
     ("ode", "params", "x", "message"),
     [

@@ -38,6 +38,7 @@ def with_moments(mean, root, n, seed):
     return mean + z @ root.T
 
 
+@pytest.mark.representatives("0.0-20-12-64", "1000000.0-8-600-64", "1000000.0-1-9-1")
 @pytest.mark.parametrize(
     ("rank", "n", "dimension"),
     [

@@ -130,6 +130,7 @@ def test_forward_and_reverse_derivatives(kind):
     assert any(np.abs(leaf).max() > 0 for leaf in jax.tree.leaves(gradient))
 
 
+@pytest.mark.representatives("nnx")
 @pytest.mark.parametrize("kind", ["linen", "nnx", "equinox"])
 def test_dropout_follows_the_key(kind):
     apply, params, _ = make(kind, rate=0.5)

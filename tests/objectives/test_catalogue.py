@@ -251,7 +251,7 @@ def every_reduction(params, s, t, difference):
 UNTAUGHT = ("consistency_training", "ect", "ict")
 
 
-@pytest.mark.representatives("ect", "mean_flow")
+@pytest.mark.representatives("mean_flow")
 @pytest.mark.parametrize("name", sorted(METHODS))
 def test_every_method_takes_every_reduction_and_a_teacher(name, key):
     method = METHODS[name]

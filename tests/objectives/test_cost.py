@@ -84,7 +84,7 @@ def test_a_piece_costs_its_passes(piece):
     )
 
 
-@pytest.mark.representatives("ctm")
+@pytest.mark.representatives("mean_flow")
 @pytest.mark.parametrize("name", objectives.METHODS)
 def test_a_method_costs_the_sum_of_its_parts(name):
     testing.check_cost(objectives.METHODS[name], uncounted=IN_LOOP.get(name, 0))

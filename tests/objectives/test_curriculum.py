@@ -74,6 +74,7 @@ def test_halving_changes_at_halvings_and_nowhere_else(first, every):
     assert got[-1] == 1
 
 
+@pytest.mark.representatives("999-1.0", "1000-0.5", "7000-0.01")
 @pytest.mark.parametrize(
     ("step", "share"), [(0, 1.0), (999, 1.0), (1000, 0.5), (6999, 2.0**-6), (7000, 0.01), (FAR, 0.01)]
 )

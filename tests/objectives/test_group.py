@@ -101,6 +101,7 @@ def test_the_loss_of_a_group_is_made_of_its_samples(key):
         np.testing.assert_allclose(losses[4 * place], jnp.sum(jumped - group["y"]), rtol=1e-9)
 
 
+@pytest.mark.slow
 def test_a_group_of_two_conditions_is_refused(key):
     batch = batch_of(4)
     mixed = batch._replace(cond=batch.cond.at[9].add(1))

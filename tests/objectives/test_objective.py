@@ -267,6 +267,7 @@ def test_sequence_computes_the_stage_in_force(key):
             objectives.sequence(stages)
 
 
+@pytest.mark.slow
 def test_a_choice_is_replaced_and_the_others_stay(key):
     """``dataclasses.replace``: what the objective chose by default is not taken for a choice of the caller's."""
     batch = types.Batch(batch_of(16).x1)

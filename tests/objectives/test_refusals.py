@@ -236,6 +236,7 @@ def test_a_batch_from_what_is_unambiguous_and_a_refusal_of_the_rest(name, key):
             shapes(wrong)
 
 
+@pytest.mark.slow
 def test_an_array_and_a_dictionary_are_their_batch(key):
     batch = batch_of(16)
     conditional = types.FlowMap(lambda p, s, t, x, cond=None, *, key=None: mean_velocity(p, s, t, x) + cond)

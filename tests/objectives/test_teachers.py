@@ -52,7 +52,7 @@ TEACHERS = {
 }
 
 
-@pytest.mark.representatives("velocity", "flow map with a head", "oracle")
+@pytest.mark.representatives("flow map with a head", "oracle")
 @pytest.mark.parametrize("name", TEACHERS)
 def test_the_diagonal_learns_the_velocity_of_the_teacher_at_the_point(name, key):
     """A student that stands still has the loss |b_t(I_t)|^2, of the teacher and not of the pair."""
@@ -166,6 +166,7 @@ def test_a_teacher_gives_its_velocity_at_the_points(key):
         objective(jnp.float64(0.7), key, batch)
 
 
+@pytest.mark.slow
 def test_teachers_that_do_not_fit_are_refused(key):
     context = types.Context(teacher=jnp.float64(0.7))
     guided = objectives.lmd(MAP, PATH, teacher=GUIDED)

@@ -25,6 +25,7 @@ def test_sde_returns_its_path_and_keeps_small_steps_of_narrow_states():
     np.testing.assert_allclose(still.astype(jnp.float32), 2.0, rtol=1e-2)
 
 
+@pytest.mark.representatives("heun")
 @pytest.mark.parametrize("method", ["euler", "heun"])
 def test_the_sde_sampler_steps_as_the_sde_of_the_solvers(method):
     sampler, key = samplers.SDE(BOUND, PATH, method=method), jax.random.key(10)

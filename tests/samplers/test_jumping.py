@@ -95,6 +95,7 @@ def test_encode_inverts_and_falls_back_on_a_solve_saying_so():
         samplers.encode(both, x, [1.0, 0.0], rtol=1e-3)
 
 
+@pytest.mark.representatives("renoise", "sde")
 @pytest.mark.parametrize("name", samplers.SAMPLERS)
 def test_every_sampler_keeps_the_marginal_alone_or_in_a_batch_jitted_or_not(name, compilations):
     path, n = PATHS["linear"], 4000

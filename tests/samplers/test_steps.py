@@ -135,6 +135,7 @@ def test_renoised_calls_the_map_once_for_each_jump_before_the_last(jumps):
     assert counted.calls == jumps - 1
 
 
+@pytest.mark.representatives("renoise", "heun")
 @pytest.mark.parametrize("name", SAMPLERS)
 def test_a_sampler_calls_the_map_as_often_as_its_info_says(name):
     counted, key = Counted(), jax.random.key(12)

@@ -273,6 +273,7 @@ def test_wrong_arguments_are_named(call, error, message):
         call()
 
 
+@pytest.mark.representatives("forward")
 @pytest.mark.parametrize(
     ("flow", "forward", "reverse"),
     [

@@ -114,7 +114,7 @@ SKIPPING = {
 }
 
 
-@pytest.mark.representatives("multi_steps", "one in another", "if finite, around")
+@pytest.mark.representatives("multi_steps", "if finite, around")
 @pytest.mark.parametrize("name", SKIPPING)
 def test_averages_and_counts_move_when_the_optimizer_does(name):
     optimizer, at = SKIPPING[name]

@@ -336,6 +336,7 @@ def traced(problem, objective=None, start=None, **options):
     return jax.eval_shape(step, start or problem.state(), problem.dataset.batch(problem.dataset.data, jnp.int32(0)))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("attempt", "error", "message"),
     [
