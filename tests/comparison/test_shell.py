@@ -103,12 +103,12 @@ def test_mistakes_end_in_a_message(main, arguments, message, capsys):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("missing", ["tyro", "matplotlib.figure"])
-def test_a_missing_package_is_named_with_the_extra_that_brings_it(missing, tmp_path, monkeypatch, capsys):
+@pytest.mark.parametrize(("missing", "extra"), [("tyro", "experiments"), ("matplotlib.figure", "plots")])
+def test_a_missing_package_is_named_with_the_extra_that_brings_it(missing, extra, tmp_path, monkeypatch, capsys):
     monkeypatch.setitem(sys.modules, missing, None)
     with pytest.raises(SystemExit):
         shell.main(["tiny_subject:make", *FAST, "--out", str(tmp_path)])
     said = capsys.readouterr().err
-    assert missing.partition(".")[0] in said.lower() and "pip install 'jflow[experiments]'" in said
+    assert missing.partition(".")[0] in said.lower() and f"pip install 'jflow[{extra}]'" in said
     # The measurement is not lost.
     assert (tmp_path / "results.json").exists() == (missing != "tyro")
