@@ -1,4 +1,4 @@
-"""FlowMap, its derived jump and velocity, binding, and the domains."""
+"""FlowMap, its derived jump and velocity, and binding."""
 
 import jax
 import jax.numpy as jnp
@@ -46,38 +46,6 @@ def test_moving_keeps_the_dtype_of_the_state():
     assert moved.dtype == jnp.bfloat16
 
 
-@pytest.mark.parametrize(
-    ("domain", "inside", "outside"),
-    [
-        (types.FORWARD, [(0.0, 1.0), (0.3, 0.3)], [(0.5, 0.2), (-0.1, 0.5), (0.0, 1.2)]),
-        (types.BOTH, [(0.0, 1.0), (0.9, 0.1)], [(0.0, 1.1)]),
-        (types.TO_DATA, [(0.0, 1.0), (0.4, 0.4)], [(0.0, 0.5), (1.0, 0.0)]),
-        (types.FROM_NOISE, [(0.0, 1.0), (0.0, 0.3), (0.4, 0.4)], [(0.2, 0.7), (0.5, 0.0), (0.0, 1.2)]),
-        (types.Domain("encoder", backward=True, source=1.0), [(1.0, 0.0), (1.0, 0.4)], [(0.0, 1.0), (0.9, 0.1)]),
-        (types.dyadic(3), [(0.0, 1.0), (0.25, 0.5), (0.125, 0.25)], [(0.0, 0.375), (0.1, 0.6), (0.0, 0.0625)]),
-    ],
-)
-def test_domains(domain, inside, outside):
-    for s, t in inside:
-        assert domain.contains(s, t)
-        domain.check_grid([s, t])
-    for s, t in outside:
-        assert not domain.contains(s, t)
-        with pytest.raises(ValueError, match="outside the map's domain"):
-            domain.check_grid(jnp.array([s, t]))
-
-
-@pytest.mark.parametrize("domain", [types.FORWARD, types.TO_DATA, types.FROM_NOISE, types.dyadic(2)], ids=repr)
-def test_rounding_is_no_step_out_of_a_domain(domain):
-    """What arithmetic leaves of equal times, and of the ends, is inside; what is further is not."""
-    one = np.float32(1.0) + np.finfo(np.float32).eps
-    for s, t in ((0.0, one), (one, 1.0), (-1e-9, 1.0), (0.75 + 1e-9, 0.75), (0.0, 1.0 - 1e-8)):
-        assert domain.contains(s, t), (s, t)
-        assert domain.contains_all(np.array([s]), np.array([t])).all()
-    for s, t in ((0.0, 1.0 + 1e-4), (-1e-4, 1.0), (0.75 + 1e-4, 0.75), (1.0001, 1.0001)):
-        assert not domain.contains(s, t), (s, t)
-
-
 def test_times_that_differ_by_rounding_are_a_jump_of_no_length():
     flow_map = types.FlowMap(lambda params, s, t, x, cond=None, *, key=None: params * x)
     x = jnp.ones(2)
@@ -96,9 +64,6 @@ def test_times_that_differ_by_rounding_are_a_jump_of_no_length():
         (lambda: types.FlowMap(types.FORWARD, mean_velocity), "^(mean_velocity|domain): expected"),
         (lambda: types.FlowMap(mean_velocity, mean_velocity), "^domain: expected a Domain"),
         (lambda: types.FlowMap(lambda params, t, x: x), "^mean_velocity: expected a function .* got one of"),
-        (lambda: types.Domain(True), "^name: expected a string"),
-        (lambda: types.dyadic(2.5), "^levels: expected a whole number"),
-        (lambda: types.dyadic(24), "^levels: expected a whole number"),
     ],
 )
 def test_what_a_map_is_made_of_is_checked(make, message):
@@ -124,24 +89,3 @@ def test_host_arrays_of_a_batch_must_fit():
             with pytest.raises(ValueError, match=rf"^batch\.{field}: expected values that fit"):
                 types.as_batch({"x1": x, field: wrong})
         types.as_batch({"x1": x, "cond": np.full(4, 2**31 - 1)})
-
-
-def test_a_map_from_noise_jumps_once():
-    """A grid of two jumps leaves s = 0 at its middle time; the message says so."""
-    types.FROM_NOISE.check_grid([0.0, 1.0])
-    with pytest.raises(ValueError, match=r"from 0\.5 to 1 is outside the map's domain, s = 0 only"):
-        types.FROM_NOISE.check_grid([0.0, 0.5, 1.0])
-
-
-def test_grids():
-    with pytest.raises(ValueError, match="at least two times"):
-        types.FORWARD.check_grid([0.0])
-    with pytest.raises(ValueError, match="levels"):
-        types.dyadic(0)
-
-    @jax.jit
-    def traced(grid):
-        types.FORWARD.check_grid(grid)  # a traced grid cannot be looked at
-        return grid
-
-    traced(jnp.array([1.0, 0.0]))

@@ -5,6 +5,7 @@ from __future__ import annotations
 import diffrax
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from jflow import solvers
 
@@ -24,3 +25,19 @@ def exact_mean(p, s, t, x):
 
 def solved(solver=None, **choices):
     return jax.jit(solvers.solve_counted(velocity, solver, **choices))
+
+
+def counted_velocity():
+    """The times at which the velocity is called, and the velocity, which is stiff enough for rejections."""
+    calls = []
+
+    def count(t):
+        calls.append(float(t))
+        return np.zeros_like(t)
+
+    def counting(params, t, x, cond=None, *, key=None):
+        # The zero is part of the value, so that no call can be dropped.
+        zero = jax.pure_callback(count, jax.ShapeDtypeStruct((), t.dtype), t)
+        return 5.0 * jnp.sin(40.0 * t * t) * x + params * (1.0 + x * x) + zero
+
+    return calls, counting

@@ -5,11 +5,10 @@ from __future__ import annotations
 import diffrax
 import jax
 import jax.numpy as jnp
-import numpy as np
 import pytest
 
 from jflow import solvers
-from tests.solvers.cases import CLIPPED, GRID, P, X, velocity
+from tests.solvers.cases import CLIPPED, GRID, P, X, counted_velocity, velocity
 
 
 @pytest.mark.representatives("heun-choices3-True")
@@ -51,16 +50,7 @@ from tests.solvers.cases import CLIPPED, GRID, P, X, velocity
 )
 def test_evaluations_are_counted_exactly_or_not_at_all(solver, choices, counted):
     """Against a counter in the velocity, which is stiff enough for rejections from the first step on."""
-    calls = []
-
-    def count(t):
-        calls.append(float(t))
-        return np.zeros_like(t)
-
-    def counting(params, t, x, cond=None, *, key=None):
-        zero = jax.pure_callback(count, jax.ShapeDtypeStruct((), t.dtype), t)
-        return 5.0 * jnp.sin(40.0 * t * t) * x + params * (1.0 + x * x) + zero
-
+    calls, counting = counted_velocity()
     _, stats = jax.jit(solvers.solve_counted(counting, solver, **choices))(P, jnp.asarray(0.0), jnp.asarray(1.0), X)
     jax.block_until_ready(stats)
     assert bool(stats.success)

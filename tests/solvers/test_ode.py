@@ -9,6 +9,7 @@ import pytest
 
 from jflow import interpolants, solvers
 from jflow.types import FORWARD
+from tests.solvers.cases import counted_velocity
 
 P = 0.2
 X = np.array([-0.7, 0.2, 0.9])
@@ -136,17 +137,7 @@ def test_order_of_convergence(method, order):
     ids=["euler", "heun", "tsit5", "adaptive", "dopri8"],
 )
 def test_the_count_of_evaluations_is_that_of_a_real_counter(method, options):
-    calls = []
-
-    def count(t):
-        calls.append(float(t))
-        return np.zeros_like(t)
-
-    def counting(params, t, x, cond=None, *, key=None):
-        # The zero is part of the value, so that no call can be dropped. The rate is stiff enough for rejections.
-        zero = jax.pure_callback(count, jax.ShapeDtypeStruct((), t.dtype), t)
-        return 5.0 * jnp.sin(40.0 * t * t) * x + params * (1.0 + x * x) + zero
-
+    calls, counting = counted_velocity()
     p, s, t, x = args(0.0, 1.0)
     _, stats = jax.jit(solvers.solve_counted(counting, method, **options))(p, s, t, x)
     jax.block_until_ready(stats)

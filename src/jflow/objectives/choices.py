@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Any, TypedDict
 
 import numpy as np
 
-from jflow import bases, checks, couplings, interpolants, reductions
+from jflow import bases, checks, couplings, interpolants, law_checks, reductions
 from jflow import times as laws
 from jflow.identities import Derivative
 from jflow.named import described, shown
@@ -70,7 +70,7 @@ class DerivativeChoices(Choices, total=False):
 
 
 def defaults(objective: Objective) -> dict[str, Any]:
-    """Returns the values that replace the choices that are None."""
+    """Returns a value for each choice that the caller did not make, that is, each that is None."""
     own = {name: value for name, value in objective.defaults.items() if name != "domain" or objective.pairs is None}
     found = {**DEFAULTS, "domain": objective.flow_map.domain, **own}
     found["velocity"] = velocity_estimates.pair if objective.teacher is None else velocity_estimates.teacher
@@ -150,13 +150,13 @@ def check_times(objective: Objective) -> None:
     drawn = {}
     for name in ("times", "gammas"):
         if getattr(objective, name) is not None:
-            drawn[name] = laws.check_law(name, laws.at_step(getattr(objective, name), 0))
+            drawn[name] = law_checks.check_law(name, laws.at_step(getattr(objective, name), 0))
     if objective.pairs is None:
         return
     law = laws.at_step(objective.pairs, 0)
-    pair = laws.check_pairs("pairs", law, objective.domain)
+    pair = law_checks.check_pairs("pairs", law, objective.domain)
     if objective.domain != objective.flow_map.domain:
-        laws.check_pairs("pairs", law, objective.flow_map.domain)
+        law_checks.check_pairs("pairs", law, objective.flow_map.domain)
     if objective.term is None or objective.term.asks is None or pair is None:
         return
     gamma = drawn.get("gammas")

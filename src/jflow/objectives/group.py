@@ -15,7 +15,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jflow import bases, checks, couplings, interpolants, reports, sharding, trees
+from jflow import bases, checks, couplings, interpolants, law_checks, reports, sharding, trees
 from jflow import times as laws
 from jflow.interpolants import Interpolant
 from jflow.named import described, shown
@@ -141,7 +141,7 @@ class GroupObjective:
         checks.integer("size", self.size, low=2)
         if not isinstance(self.pairs, laws.ByStep):
             checks.function("pairs", self.pairs, "(key, n) -> (s, t), a law of pairs of jflow.times")
-        laws.check_pairs("pairs", laws.at_step(self.pairs, 0), self.flow_map.domain)
+        law_checks.check_pairs("pairs", laws.at_step(self.pairs, 0), self.flow_map.domain)
         self._choose_base()
 
     def _choose_base(self) -> None:
