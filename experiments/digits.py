@@ -4,7 +4,7 @@
 
 It trains a class-conditional flow map and draws digits in one to sixteen jumps. The score is the energy distance to
 held-out digits in the features of a small classifier; the distance between two sets of real digits is its floor. At the end
-it prints the table of ``benchmarks.solver_vs_map``. It took 9 to 15 minutes on two shared CPU cores. Expected: one jump
+it prints the table of ``benchmarks.solver_vs_map``. On two shared CPU cores it took 11 minutes. Expected: one jump
 scores about as well as a 100-step Euler solve of the same network's diagonal, and is more than 50 times faster.
 """
 
