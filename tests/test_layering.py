@@ -22,6 +22,7 @@ ROOMS = (
     "named",
     "reports",
     "autodiff",
+    "flops",
     "domains",
     "types",
     "parts",

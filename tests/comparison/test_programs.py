@@ -38,10 +38,15 @@ def test_a_velocity_with_parameters_condition_and_sampling_noise():
     assert table.row("quiet, 1 step").flops == 2 * 16 + 4
 
 
-def test_a_model_with_a_loop_has_no_count_of_flops():
+def test_loops_are_counted_if_their_iterations_are_known():
     def looped(params, t, x, cond=None, *, key=None):
         return jax.lax.fori_loop(0, 3, lambda _, y: 0.5 * y, x)
 
-    entry = Entry("looped", looped, solver="euler", steps=(2,))
-    (row,) = comparison.compare(entry, noise(3), reference=noise(3), distances=(), repeats=1).rows
-    assert row.flops is None and row.nfe == 2
+    def endless(params, t, x, cond=None, *, key=None):
+        return jax.lax.while_loop(lambda y: jnp.sum(y**2) > 1.0, lambda y: 0.5 * y, x)
+
+    entries = [Entry(f.__name__, f, solver="euler", steps=(2,)) for f in (looped, endless)]
+    rows = comparison.compare(entries, noise(3), reference=noise(3), distances=(), repeats=1).rows
+    # Two calls; each has three products.
+    assert rows[0].flops == 2 * 3 * noise(3).shape[1] and rows[0].nfe == 2
+    assert rows[1].flops is None and rows[1].nfe == 2

@@ -58,13 +58,29 @@ def test_flops_are_those_of_all_devices_together():
     assert counts[0] == counts[1] == counts[2]
 
 
-def test_flops_need_a_jitted_function_and_a_backend_that_counts():
+def test_flops_need_a_jitted_function_and_loops_of_known_length():
     state, chunk, data = problem()
     with pytest.raises(TypeError, match="chunk"):
         speed.flops_per_step(lambda *arguments: chunk(*arguments), state, data)
-    for cost in (None, {}, {"flops": -1.0}):
-        lowered = types.SimpleNamespace(cost_analysis=lambda cost=cost: cost)
-        assert speed.flops_per_step(types.SimpleNamespace(lower=lambda *_, x=lowered: x), state, data) is None
+
+    def endless(state, data, steps):
+        return jax.lax.while_loop(lambda x: jnp.sum(x) > 0, lambda x: x - 1, jnp.ones(3)), steps
+
+    assert speed.flops_per_step(jax.jit(endless, static_argnums=2), state, data) is None
+
+
+def test_flops_of_scanned_layers_are_those_of_layers_written_out():
+    def scanned(params, key, batch, context):
+        h = jax.lax.scan(lambda h, w: (jnp.tanh(h @ w), None), batch.x1, jnp.stack(params))[0]
+        return jnp.sum(h**2, axis=1), {}
+
+    state, chunk, data = problem()
+    dataset = ArrayDataset(Batch(np.zeros((ROWS, SIZE), np.float32)), ROWS)
+    looped = make_chunk(make_step(scanned, optax.sgd(1e-3)), dataset.batch)
+    expected = speed.flops_per_step(chunk, state, data)
+    # The scan also computes the gradient of its first input.
+    by_hand = 2 * ROWS * SIZE**2
+    assert speed.flops_per_step(looped, state, data) == pytest.approx(expected + by_hand, rel=0.01)
 
 
 def device(kind):

@@ -10,6 +10,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from jflow import flops as counter
 from jflow.comparison.entries import Entry, Way
 from jflow.types import Cond, Event, Key, Params
 
@@ -80,17 +81,14 @@ class Program(NamedTuple):
 
 
 def flops(unit: Callable[..., Any], arguments: tuple[Any, ...]) -> float | None:
-    """The FLOPs of a program for one sample, as XLA counts them before optimisation; None if it cannot.
+    """The FLOPs of a program for one sample before optimisation, loops included (``jflow.flops``).
 
-    XLA counts the body of a loop once, so the result for a program with a loop is None.
+    The result is None if a while loop has a number of iterations that is not known while tracing.
     """
-    lowered = jax.jit(unit).lower(*arguments)
     try:
-        cost = lowered.cost_analysis()
-    except NotImplementedError:
+        return counter.count(unit, *arguments) or None
+    except counter.UnknownTripCountError:
         return None
-    flops = float((cost or {}).get("flops", 0.0))
-    return flops if flops > 0.0 and "stablehlo.while" not in lowered.as_text() else None
 
 
 def interleaved_seconds(programs: Mapping[str, Program], repeats: int) -> dict[str, np.ndarray]:

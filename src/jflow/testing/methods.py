@@ -10,6 +10,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from jflow import flops as counter
 from jflow import interpolants, nets, objectives, parameterizations, types
 from jflow.interpolants import Interpolant
 from jflow.objectives import batch_split
@@ -37,7 +38,6 @@ def check_method(
     *,
     paths: Sequence[Interpolant] | None = None,
     forms: Sequence[str] = FORMS,
-    uncounted: int = 0,
     **choices: Any,
 ) -> None:
     """Checks a method against its row in the catalogue: ``check_stationary`` on each path, ``check_report``, ``check_cost``.
@@ -46,7 +46,6 @@ def check_method(
       method: the row made by ``objectives.method``, for instance ``objectives.METHODS["lsd"]``.
       paths: the paths for ``check_stationary``; by default the linear and the trigonometric path, if the method allows them.
       forms: the parameterizations for ``check_stationary``.
-      uncounted: as in ``check_cost``, which runs if the row declares a cost.
       **choices: arguments of the method's constructor, for those without a default.
 
     Raises:
@@ -62,7 +61,7 @@ def check_method(
         check_stationary(method, path, forms=forms, **choices)
     check_report(method, **choices)
     if method.cost:
-        check_cost(method, uncounted=uncounted, **choices)
+        check_cost(method, **choices)
 
 
 def check_stationary(
@@ -175,21 +174,18 @@ def check_cost(
     method: objectives.Method,
     *,
     tolerance: float = 0.02,
-    uncounted: int = 0,
     on_extra: int = 0,
     off_extra: int = 0,
     teacher: bool = False,
     **choices: Any,
 ) -> None:
-    """Checks that the cost of the loss's gradient, in FLOPs as counted by XLA, is the cost that the row declares.
+    """Checks that the cost of the loss's gradient, in FLOPs (``jflow.flops.compiled``), is the cost that the row declares.
 
     The network is a plain MLP with 5 layers of 512. The parts that the row counts in ``cost`` are compiled separately.
 
     Args:
       method: a row with a cost.
       tolerance: the relative difference that passes, in both directions.
-      uncounted: the number of forward passes of an off-diagonal row that XLA does not count. XLA counts the body of a loop
-        once, and Diffrax loops over the stages of a step.
       on_extra, off_extra: the numbers of forward passes of a diagonal and of an off-diagonal row that the row does not declare.
       teacher: whether to give the method a teacher, a FlowMap with the same network.
       **choices: arguments of the method's constructor.
@@ -221,7 +217,6 @@ def check_cost(
     found = flops(jax.value_and_grad(loss, has_aux=True), params, key, batch, context)
     on, off = batch_split.split_batch(jax.random.key(0), BATCH, objective.diagonal, objective.blocks).counts
     part = pieces()
-    found += off * uncounted * part["forward"]
     on_cost = (1 + on_extra) * part["forward"] + part["backward"]
     off_cost = off_extra * part["forward"] + sum(part[piece] * count for piece, count in method.cost.items())
     ratio = found / (on * on_cost + off * off_cost)
@@ -230,9 +225,8 @@ def check_cost(
 
 
 def flops(function: Callable[..., Any], *args: Any) -> float:
-    """The FLOPs of a compiled function, as XLA's analysis counts them; the arguments may be ``jax.ShapeDtypeStruct``."""
-    analysis: Any = jax.jit(function).lower(*args).compile().cost_analysis()
-    return analysis["flops"]
+    """The FLOPs of the compiled program of a function, loops included; the arguments may be ``jax.ShapeDtypeStruct``."""
+    return counter.compiled(function, *args)
 
 
 @functools.cache

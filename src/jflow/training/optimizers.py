@@ -6,9 +6,11 @@ import inspect
 from collections.abc import Callable
 from typing import Any, Protocol
 
+import jax
 import jax.numpy as jnp
 import optax
 
+from jflow.nets import magnitude
 from jflow.types import Array, PyTree
 
 # Wrappers that return zero updates at some calls, and whose states do not show at which.
@@ -51,6 +53,45 @@ def with_extra_args(optimizer: Optimizer) -> optax.GradientTransformationExtraAr
     if _takes_keywords(optimizer.update):
         return optax.GradientTransformationExtraArgs(optimizer.init, optimizer.update)
     return optax.with_extra_args_support(optax.GradientTransformation(optimizer.init, optimizer.update))
+
+
+def forced_weight_normalisation(
+    marked: Callable[[tuple[str, ...]], bool] = lambda path: path[-1] == magnitude.KERNEL,
+) -> optax.GradientTransformation:
+    r"""Forced weight normalisation of EDM2 (2312.02696): after every update the marked kernels have weights of magnitude 1.
+
+    The update u of a kernel w becomes
+
+    .. math:: \mathrm{normalised}(w + u) - w,
+
+    where ``nets.magnitude.normalise_weights`` divides the weights of each output by their root mean square. It is the last
+    transformation of a chain, after the learning rate. The learning rate then is the size of an update relative to the
+    weights.
+
+    Args:
+      marked: ``path -> bool``, whether a parameter is normalised; the path holds the names of its module and of itself. By
+        default those of ``nets.UNet(mp=True)``, which are called "mp_kernel".
+
+    Returns:
+      A GradientTransformation without a state. Its update raises ValueError without ``params``.
+
+    Example:
+      >>> import optax
+      >>> from jflow import training
+      >>> optimizer = optax.chain(optax.adam(1e-2), training.forced_weight_normalisation())
+    """
+
+    def update(updates: PyTree, state: optax.EmptyState, params: PyTree | None = None) -> tuple[PyTree, optax.EmptyState]:
+        if params is None:
+            raise ValueError("params: expected the parameters in optimizer.update(gradient, state, params), got None")
+
+        def one(path: tuple[Any, ...], u: Array, w: Array) -> Array:
+            names = tuple(str(getattr(entry, "key", getattr(entry, "name", entry))) for entry in path)
+            return (magnitude.normalise_weights(w + u) - w).astype(u.dtype) if marked(names) else u
+
+        return jax.tree_util.tree_map_with_path(one, updates, params), state
+
+    return optax.GradientTransformation(lambda params: optax.EmptyState(), update)
 
 
 def has_updated(before: PyTree, after: PyTree, changed: Array) -> Array:

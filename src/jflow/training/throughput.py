@@ -16,6 +16,7 @@ from typing import Any
 
 import jax
 
+from jflow import flops
 from jflow.training.hooks import Hook, Row, Started
 from jflow.training.state import TrainState
 from jflow.types import Device, PyTree
@@ -53,10 +54,10 @@ PEAK = {
 def flops_per_step(chunk: Any, state: TrainState, data: PyTree) -> float | None:
     """The floating-point operations (FLOPs) of one optimizer step, for the whole batch on all devices.
 
-    XLA counts them in the lowered program, before optimisation and partitioning. The number therefore does not depend on the
-    device or the sharding, and nothing is compiled. (A compiled program counts one device only, and on some GPUs omits
-    products that are library calls.) The count includes the whole step: loss, gradient, optimizer, averages and norms. The
-    body of a loop is counted once, so a loop within the step, such as a scan over layers or an ODE solve, is undercounted.
+    They are counted in the traced program (``jflow.flops``), and the bodies of loops are multiplied by their iterations. The
+    number therefore does not depend on the device or the sharding, and nothing is compiled. (A compiled program counts one
+    device only, and on some GPUs omits products that are library calls.) The count includes the whole step: loss, gradient,
+    optimizer, averages and norms. It is that before optimisation: what is recomputed (``jax.checkpoint``) counts again.
 
     Args:
       chunk: the jitted function from ``make_chunk``; it is traced for one step.
@@ -64,19 +65,17 @@ def flops_per_step(chunk: Any, state: TrainState, data: PyTree) -> float | None:
       data: as in ``chunk(state, data, steps)``, or its shapes and dtypes.
 
     Returns:
-      The number, or None if the backend does not count operations.
+      The number, or None if the step has a while loop whose number of iterations is not known, such as an adaptive solve.
 
     Raises:
       TypeError: if the chunk is not a jitted function.
     """
-    if not hasattr(chunk, "lower"):
+    if not hasattr(chunk, "trace"):
         raise TypeError(f"chunk: expected a jitted function, as make_chunk returns, got {type(chunk).__name__}")
     try:
-        cost = chunk.lower(state, data, 1).cost_analysis()
-    except NotImplementedError:
+        return flops.count(chunk, state, data, 1)
+    except flops.UnknownTripCountError:
         return None
-    flops = (cost or {}).get("flops", 0.0)
-    return float(flops) if flops > 0 else None
 
 
 class CountFlops(Hook):
@@ -93,7 +92,7 @@ class CountFlops(Hook):
         self._flops = flops_per_step(started.chunk, started.state, started.data)
 
     def complete(self, row: Row) -> None:
-        """Adds the entries, if the backend counts operations."""
+        """Adds the entries, if the number of operations is known."""
         if self._flops is None:
             return
         row["flops_per_second"] = self._flops * row["steps_per_second"]
