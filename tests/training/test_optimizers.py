@@ -12,7 +12,7 @@ import optax
 import pytest
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
-from jflow import objectives, reports
+from jflow import objectives, reports, training
 from jflow.training import NonFiniteError, RunDirectory, ema, fit, init_state, make_chunk, make_step
 from jflow.training.metrics_log import read
 from jflow.types import Aux, Batch
@@ -439,3 +439,31 @@ def test_the_number_to_forgive_is_checked():
     for value, error in ((-1, ValueError), (1.5, TypeError), (None, TypeError)):
         with pytest.raises(error, match="forgive: expected a whole number"):
             run(optax.adam(0.1), None, 4, forgive=value)
+
+
+def test_forced_weight_normalisation_keeps_marked_kernels_at_magnitude_one():
+    """EDM2's: after an update the weights of each output have root mean square 1; other parameters move as they did."""
+    rng = np.random.RandomState(0)
+    start = {
+        "block": {"mp_kernel": 3.0 * rng.normal(size=(3, 3, 2, 4)), "gain": np.float64(0.2)},
+        "kernel": np.ones((2, 2)),
+    }
+    start = jax.tree.map(jnp.asarray, start)
+    gradient = jax.tree.map(lambda leaf: 0.1 * jnp.ones_like(leaf), start)
+
+    def after(*transforms):
+        optimizer = optax.chain(optax.sgd(0.5), *transforms)
+        updates, _ = optimizer.update(gradient, optimizer.init(start), start)
+        return optax.apply_updates(start, updates)
+
+    plain, forced = after(), after(training.forced_weight_normalisation())
+    moved = plain["block"]["mp_kernel"]
+    rms = np.sqrt(np.mean(np.square(moved), axis=(0, 1, 2), keepdims=True))
+    np.testing.assert_allclose(forced["block"]["mp_kernel"], moved / (1e-4 + rms), rtol=1e-12)
+    np.testing.assert_array_equal(forced["kernel"], plain["kernel"])
+    np.testing.assert_array_equal(forced["block"]["gain"], plain["block"]["gain"])
+    by_name = after(training.forced_weight_normalisation(lambda path: path == ("kernel",)))
+    np.testing.assert_allclose(by_name["kernel"], 0.95 / 0.9501 * np.ones((2, 2)), rtol=1e-12)
+    np.testing.assert_array_equal(by_name["block"]["mp_kernel"], moved)
+    with pytest.raises(ValueError, match="params: expected the parameters"):
+        optax.chain(training.forced_weight_normalisation()).update(gradient, (optax.EmptyState(),))

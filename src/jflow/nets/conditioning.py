@@ -201,6 +201,7 @@ class Conditioning(nn.Module):
           ValueError: if the condition does not match ``num_classes`` and ``cond_features``.
           TypeError: if a leaf of the condition is neither integer nor floating-point.
         """
+        s, t = embeddings.times(s, t)
         label, floats = split(cond, self.num_classes, self.cond_features)
         e = times(s, t, self.time_features, second=self.second, highest=self.max_frequency)
         e += [scalars(_flat(leaf, s.dtype), self.scalar_features).reshape(-1) for leaf in floats]
@@ -243,6 +244,7 @@ class ConditionTokens(nn.Module):
         Raises:
           ValueError, TypeError: as of ``Conditioning``.
         """
+        s, t = embeddings.times(s, t)
         label, floats = split(cond, self.num_classes, self.cond_features)
         dtypes = {"dtype": s.dtype, "param_dtype": self.param_dtype}
 

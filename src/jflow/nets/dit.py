@@ -86,7 +86,7 @@ class DiT(conditioning.Labelled, nn.Module):
       >>> net = nets.DiT(patch=4, features=8, depth=2, heads=2, num_classes=10)
       >>> x = jnp.zeros((8, 6, 3), jnp.float32)
       >>> params = jax.jit(net.init)(jax.random.key(0), 0.0, 1.0, x)
-      >>> net.apply(params, 0.0, 1.0, x, net.null_label).shape
+      >>> jax.jit(net.apply)(params, 0.0, 1.0, x, net.null_label).shape
       (8, 6, 3)
     """
 

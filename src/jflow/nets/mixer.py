@@ -71,7 +71,7 @@ class Mixer(conditioning.Labelled, nn.Module):
       >>> net = nets.Mixer(window=4, stride=2, features=8, depth=2, tokens_hidden=8, channels_hidden=8, num_classes=10)
       >>> x = jnp.zeros((8, 8), jnp.float32)
       >>> params = jax.jit(net.init)(jax.random.key(0), 0.0, 1.0, x)
-      >>> net.apply(params, 0.0, 1.0, x, 3).shape, net.null_label
+      >>> jax.jit(net.apply)(params, 0.0, 1.0, x, 3).shape, net.null_label
       ((8, 8), 10)
     """
 

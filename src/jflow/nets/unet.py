@@ -72,8 +72,8 @@ class UNet(conditioning.Labelled, nn.Module):
       >>> from jflow import nets
       >>> net = nets.UNet(features=4, multipliers=(1, 2), blocks=1)
       >>> x = jnp.zeros((7, 5, 3), jnp.float32)
-      >>> params = jax.jit(net.init)(jax.random.key(0), 0.0, 1.0, x)
-      >>> net.apply(params, 0.0, 1.0, x).shape
+      >>> params = jax.eval_shape(net.init, jax.random.key(0), 0.0, 1.0, x)
+      >>> jax.eval_shape(net.apply, params, 0.0, 1.0, x).shape
       (7, 5, 3)
     """
 
@@ -224,7 +224,9 @@ class _Block(nn.Module):
             return x
         h = layers.normalise(x).reshape(-1, self.features)
         dtypes = {"dtype": self.dtype, "param_dtype": self.param_dtype}
-        qkv = nn.Dense(3 * self.features, **dtypes, name="qkv")(h).reshape(-1, 3, self.heads, self.features // self.heads)
+        qkv = nn.Dense(3 * self.features, **dtypes, name="qkv")(h).reshape(
+            -1, 3, self.heads, self.features // self.heads
+        )
         q, k = layers.normalise(qkv[:, 0]), layers.normalise(qkv[:, 1])
         h = attention(q, k, qkv[:, 2]).reshape(-1, self.features)
         zero = nn.initializers.zeros_init()

@@ -6,6 +6,7 @@ from jflow.training.distributed import PreemptedError, Watchdog
 from jflow.training.hooks import Hook, Profile
 from jflow.training.loop import Evaluation, fit
 from jflow.training.metrics_log import MetricsLog
+from jflow.training.optimizers import forced_weight_normalisation
 from jflow.training.prefetch import Feed
 from jflow.training.progress import Progress
 from jflow.training.recorder import NonFiniteError
@@ -37,6 +38,7 @@ __all__ = [
     "ema",
     "ema_posthoc",
     "fit",
+    "forced_weight_normalisation",
     "image_grids",
     "init_state",
     "make_chunk",
