@@ -129,9 +129,9 @@ def check_decoupled(make, shape):
     expected, *found = map(run, (plain, *others))
     for out in found:
         np.testing.assert_allclose(out[::2], expected[::2], rtol=1e-12, atol=1e-13)
-        assert np.abs(out[1] - expected[1]).max() > 1e-3
-        assert np.abs(out[1] - out[0]).max() > 1e-3
-    assert np.abs(found[0][1] - found[1][1]).max() > 1e-3
+        assert np.abs(out[1] - expected[1]).max() > 1e-5
+        assert np.abs(out[1] - out[0]).max() > 1e-5
+    assert np.abs(found[0][1] - found[1][1]).max() > 1e-5
 
 
 def check_conditions(make, shape):
