@@ -27,7 +27,8 @@ def make(**fields):
 @pytest.mark.slow
 @pytest.mark.parametrize("name", VARIANTS)
 def test_derivatives_dtypes_and_vmap(name):
-    images.check_derivatives(make(multipliers=(1, 1), **VARIANTS[name]), SHAPE)
+    # Normalisations of few channels have large third derivatives: a smaller step than the default.
+    images.check_derivatives(make(multipliers=(1, 1), **VARIANTS[name]), SHAPE, step=1e-6)
 
 
 @pytest.mark.representatives("mp")
