@@ -9,7 +9,6 @@ from typing import Any
 
 import flax.linen as nn
 import jax.numpy as jnp
-import numpy as np
 
 from jflow import checks
 from jflow.nets import conditioning, embeddings, layers
@@ -283,7 +282,7 @@ class DiTLayer(nn.Module):
         q, k = (self._normalised(name, value) for name, value in (("query", q), ("key", k)))
         if self.angles is not None:
             rows, columns, before = self.angles
-            angles = np.asarray(angles_2d(rows, columns, size, before=before))
+            angles = jnp.asarray(angles_2d(rows, columns, size, before=before))
             q, k = rotate(q, angles), rotate(k, angles)
         out = attention(q, k, v).reshape(-1, features)
         return nn.Dense(features, **dtypes, name="attended")(out)

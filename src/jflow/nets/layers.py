@@ -103,7 +103,7 @@ def windows(x: Array, window: int, stride: int) -> Array:
     return parts[0] if overlap == 1 else jnp.concatenate(parts, axis=-1)
 
 
-def overlap_add(values: Array, shape: tuple[int, int, int], window: int, stride: int) -> Array:
+def overlap_add(values: Array, shape: tuple[int, ...], window: int, stride: int) -> Array:
     """The image of its windows: the transpose of ``windows``, over window/stride.
 
     Where windows overlap, (window/stride)^2 values are added; over window/stride, the sum of independent values keeps their
@@ -196,11 +196,12 @@ def stack(block: Any, depth: int, h: Array, by_layer: list[Array], *, remat: boo
     """
     cls = nn.remat(block, prevent_cse=False) if remat else block
     same = len(by_layer) == 1
+    axes: Any = nn.broadcast if same else 0
     scanned = nn.scan(
         cls,
         variable_axes={"params": 0},
         split_rngs={"params": True},
-        in_axes=nn.broadcast if same else 0,
+        in_axes=axes,
         length=depth,
         unroll=min(unroll, depth),
     )
