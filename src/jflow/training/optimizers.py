@@ -81,9 +81,7 @@ def forced_weight_normalisation(
       >>> optimizer = optax.chain(optax.adam(1e-2), training.forced_weight_normalisation())
     """
 
-    def update(
-        updates: PyTree, state: optax.EmptyState, params: PyTree | None = None
-    ) -> tuple[PyTree, optax.EmptyState]:
+    def update(updates: PyTree, state: Any, params: PyTree | None = None) -> tuple[PyTree, Any]:
         if params is None:
             raise ValueError("params: expected the parameters in optimizer.update(gradient, state, params), got None")
 
