@@ -8,6 +8,7 @@ from jflow.datasets.arrays import ArrayDataset, CoupledDataset, SampledDataset, 
 from jflow.datasets.examples import CHECKERBOARD_STD, Split, checkerboard, checkerboard_log_density, digits
 from jflow.datasets.files import array_folder, npz, pipeline
 from jflow.datasets.grouped import GroupedDataset, grouped
+from jflow.datasets.idx import fashion_mnist, mnist_folder, read_idx, write_idx
 from jflow.datasets.image_files import images
 
 __all__ = [
@@ -22,8 +23,12 @@ __all__ = [
     "checkerboard_log_density",
     "coupled",
     "digits",
+    "fashion_mnist",
     "grouped",
     "images",
+    "mnist_folder",
     "npz",
     "pipeline",
+    "read_idx",
+    "write_idx",
 ]
