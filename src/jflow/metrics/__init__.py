@@ -15,6 +15,7 @@ are not finite then give NaN.
 """
 
 from jflow.metrics.kernels import MEDIAN_MULTIPLES, energy_distance, kernel_distance, median_bandwidth, mmd
+from jflow.metrics.moments import GroupedMoments, Moments, merge_by_label, moments_by_label
 from jflow.metrics.plane import bin_centres, histogram_kl, histogram_kl_floor, mass_off_support
 from jflow.metrics.samples import Estimate, as_points
 from jflow.metrics.transport import frechet_distance, sliced_wasserstein
@@ -22,6 +23,8 @@ from jflow.metrics.transport import frechet_distance, sliced_wasserstein
 __all__ = [
     "MEDIAN_MULTIPLES",
     "Estimate",
+    "GroupedMoments",
+    "Moments",
     "as_points",
     "bin_centres",
     "energy_distance",
@@ -31,6 +34,8 @@ __all__ = [
     "kernel_distance",
     "mass_off_support",
     "median_bandwidth",
+    "merge_by_label",
     "mmd",
+    "moments_by_label",
     "sliced_wasserstein",
 ]
