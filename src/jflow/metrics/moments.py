@@ -8,8 +8,8 @@ which a QR decomposition updates when rows are added. Forming the sum itself wou
 eigenvalues, and the Fréchet distance depends on their square roots. Rows are held relative to one of them, so a large common
 offset costs no digits either.
 
-``GroupedMoments`` deals the rows of a stream to a few groups. By the jackknife, their moments give the bias and the standard error
-of any function of the moments.
+``GroupedMoments`` deals the rows of a stream to a few groups. By the jackknife, their moments give the bias and the standard
+error of any function of the moments.
 """
 
 from __future__ import annotations
