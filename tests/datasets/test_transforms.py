@@ -23,7 +23,7 @@ def test_levels_and_their_inverse():
     np.testing.assert_array_equal(x, levels.astype(np.float32) / np.float32(127.5) - np.float32(1.0))
     assert x.dtype == jnp.float32 and x[0] == -1.0 and x[255] == 1.0
     np.testing.assert_array_equal(jax.jit(datasets.PIXELS.to_levels)(x), levels)
-    far = jnp.asarray([-3.0, 1.01, np.nan, np.inf, 0.5 / 127.5 - 1.0, 1.5 / 127.5 - 1.0])
+    far = jnp.asarray([-3.0, 1.01, np.nan, np.inf, 0.4 / 127.5 - 1.0, 1.6 / 127.5 - 1.0])
     np.testing.assert_array_equal(datasets.PIXELS.to_levels(far), np.array([0, 255, 0, 255, 0, 2], np.uint8))
     wide = np.linspace(0.0, 255.0, 7)
     found = datasets.Affine(16.0, 0.25).forward(wide)

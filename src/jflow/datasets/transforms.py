@@ -86,7 +86,7 @@ class Affine:
         return (x - jnp.asarray(self.offset, x.dtype)) * jnp.asarray(self.divisor, x.dtype)
 
     def to_levels(self, x: Array | np.ndarray) -> Array:
-        """The nearest levels from 0 to 255, uint8; x beyond them is clipped. Ties are rounded to even, NaN becomes 0.
+        """The nearest levels from 0 to 255, uint8; x beyond them is clipped. NaN becomes 0.
 
         Raises:
           TypeError: if x is not floating-point.

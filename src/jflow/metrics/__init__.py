@@ -14,28 +14,49 @@ reduce the accuracy. All functions also run under ``jax.jit``. The values of tra
 are not finite then give NaN.
 """
 
+from jflow.metrics.classifier import RECIPE, Recipe, load_classifier, save_classifier, train_classifier
+from jflow.metrics.feature_nets import FeatureNet, Outputs
+from jflow.metrics.features import Features, Statistics, features, statistics
 from jflow.metrics.kernels import MEDIAN_MULTIPLES, energy_distance, kernel_distance, median_bandwidth, mmd
 from jflow.metrics.moments import GroupedMoments, Moments, merge_by_label, moments_by_label
 from jflow.metrics.plane import bin_centres, histogram_kl, histogram_kl_floor, mass_off_support
 from jflow.metrics.samples import Estimate, as_points
+from jflow.metrics.scores import Score, by_label, frechet_score, kernel_score, kernel_score_of_blocks, label_accuracy
 from jflow.metrics.transport import frechet_distance, sliced_wasserstein
 
 __all__ = [
     "MEDIAN_MULTIPLES",
+    "RECIPE",
     "Estimate",
+    "FeatureNet",
+    "Features",
     "GroupedMoments",
     "Moments",
+    "Outputs",
+    "Recipe",
+    "Score",
+    "Statistics",
     "as_points",
     "bin_centres",
+    "by_label",
     "energy_distance",
+    "features",
     "frechet_distance",
+    "frechet_score",
     "histogram_kl",
     "histogram_kl_floor",
     "kernel_distance",
+    "kernel_score",
+    "kernel_score_of_blocks",
+    "label_accuracy",
+    "load_classifier",
     "mass_off_support",
     "median_bandwidth",
     "merge_by_label",
     "mmd",
     "moments_by_label",
+    "save_classifier",
     "sliced_wasserstein",
+    "statistics",
+    "train_classifier",
 ]

@@ -170,7 +170,7 @@ class Moments:
         # The centres are close to each other and to the means, so these differences lose no digits.
         step = (other.centre - self.centre) + (other.offset - self.offset)
         bridge = np.sqrt(self.count / count * other.count) * step
-        root = np.linalg.qr(np.concatenate([self.root, other.root, bridge[None]]), mode="r")
+        root = _triangle(np.concatenate([self.root, other.root, bridge[None]]))
         return Moments(count, self.centre, self.offset + other.count / count * step, root)
 
     def _joined(self, values: np.ndarray) -> Moments:
@@ -183,7 +183,7 @@ class Moments:
             if not np.isfinite(block).all():
                 raise ValueError("points: expected rows whose differences float64 can hold, got larger ones")
             offset = np.mean(block, axis=0)
-            found = found.merge(Moments(len(block), centre, offset, np.linalg.qr(block - offset, mode="r")))
+            found = found.merge(Moments(len(block), centre, offset, _triangle(block - offset)))
         return found
 
     def _check(self, name: str, dimension: int) -> None:
@@ -391,6 +391,11 @@ def frechet(x: Moments, y: Moments) -> float:
     value = np.sum(np.square(np.ldexp(shift, -exponent))) + np.sum(np.square(a - left @ right @ b))
     with np.errstate(over="ignore"):
         return float(np.ldexp(value, 2 * exponent))
+
+
+def _triangle(matrix: np.ndarray) -> np.ndarray:
+    """R of the QR decomposition of a matrix."""
+    return np.asarray(np.linalg.qr(matrix, mode="r"))
 
 
 def _merged(parts: Sequence[Moments]) -> Moments:
