@@ -77,5 +77,5 @@ def test_refusals(error, change, message):
     arguments = {"images": np.zeros((9, 4, 4, 1), np.uint8), "labels": np.arange(9)}
     with pytest.raises(error, match=message):
         metrics.train_classifier(**arguments | change)
-    with pytest.raises(ValueError, match="^epochs: expected"):
+    with pytest.raises(ValueError, match=r"^epochs: expected"):
         metrics.Recipe(epochs=0)

@@ -19,6 +19,7 @@ from jflow.metrics.feature_nets import FeatureNet, Outputs
 from jflow.metrics.features import Features, Statistics, features, statistics
 from jflow.metrics.kernels import MEDIAN_MULTIPLES, energy_distance, kernel_distance, median_bandwidth, mmd
 from jflow.metrics.moments import GroupedMoments, Moments, merge_by_label, moments_by_label
+from jflow.metrics.neighbours import ManifoldScores, Neighbours, manifold_scores, nearest
 from jflow.metrics.plane import bin_centres, histogram_kl, histogram_kl_floor, mass_off_support
 from jflow.metrics.samples import Estimate, as_points
 from jflow.metrics.scores import Score, by_label, frechet_score, kernel_score, kernel_score_of_blocks, label_accuracy
@@ -31,7 +32,9 @@ __all__ = [
     "FeatureNet",
     "Features",
     "GroupedMoments",
+    "ManifoldScores",
     "Moments",
+    "Neighbours",
     "Outputs",
     "Recipe",
     "Score",
@@ -50,11 +53,13 @@ __all__ = [
     "kernel_score_of_blocks",
     "label_accuracy",
     "load_classifier",
+    "manifold_scores",
     "mass_off_support",
     "median_bandwidth",
     "merge_by_label",
     "mmd",
     "moments_by_label",
+    "nearest",
     "save_classifier",
     "sliced_wasserstein",
     "statistics",

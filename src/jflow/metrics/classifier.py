@@ -7,6 +7,7 @@ import functools
 import itertools
 import pathlib
 import zipfile
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -121,13 +122,14 @@ def train_classifier(
         params = jax.jit(_init, static_argnums=1)(jax.random.fold_in(key, 0), sizes)
         opt_state = jax.jit(optimizer.init)(params)
         epoch = jax.jit(functools.partial(_epoch, optimizer, recipe), donate_argnums=(0, 1))
+        mean, scale = _mean_and_scale(images)
         data = jnp.asarray(images), jnp.asarray(labels.astype(np.int32))
         order = np.random.default_rng(seed)
         for pass_ in range(recipe.epochs):
             rows = order.permutation(len(images))[: steps * batch_size].astype(np.int32).reshape(steps, batch_size)
             keys = jax.random.split(jax.random.fold_in(key, 1 + pass_), steps)
-            params, opt_state = epoch(params, opt_state, keys, rows, *data)
-    return FeatureNet(name, jax.device_get(params), _apply)
+            params, opt_state = epoch(params, opt_state, keys, rows, *data, mean, scale)
+    return FeatureNet(name, _folded(jax.device_get(params), mean, scale), _apply)
 
 
 def save_classifier(path: Path, net: FeatureNet) -> None:
@@ -141,10 +143,10 @@ def save_classifier(path: Path, net: FeatureNet) -> None:
         raise ValueError(f"path: expected a name that ends in .npz, got {path}")
     if net.apply is not _apply:
         raise ValueError(f"net: expected a network of train_classifier, got {net.name}")
-    arrays = {
-        f"{layer}.{part}": np.asarray(array) for layer, each in net.params.items() for part, array in each.items()
-    }
-    np.savez(path, **arrays, **{_NAME: np.array(net.name), _HASH: np.array(net.hash)})
+    stored: dict[str, Any] = {_NAME: np.array(net.name), _HASH: np.array(net.hash)}
+    for layer, each in net.params.items():
+        stored |= {f"{layer}.{part}": np.asarray(array) for part, array in each.items()}
+    np.savez(path, **stored)
 
 
 def load_classifier(path: Path) -> FeatureNet:
@@ -202,6 +204,22 @@ def _forward(params: Params, images: Array, key: Key | None, dropout: float) -> 
     return Outputs(features, _linear(layers[-1], features))
 
 
+def _mean_and_scale(images: np.ndarray) -> tuple[np.float32, np.float32]:
+    """The mean and the standard deviation of all pixels in [-1, 1]; training sees images of mean 0 and variance 1."""
+    step = (lambda z: z / 127.5 - 1.0) if images.dtype == np.uint8 else (lambda z: z)
+    mean, square = step(np.mean(images, dtype=np.float64)), float(np.var(images, dtype=np.float64))
+    scale = np.sqrt(square) / (127.5 if images.dtype == np.uint8 else 1.0)
+    return np.float32(mean), np.float32(max(scale, 1e-6))
+
+
+def _folded(params: Params, mean: np.float32, scale: np.float32) -> Params:
+    """The parameters of the same network for images that are not standardised."""
+    first = {name: np.asarray(array, np.float64) for name, array in params["layer0"].items()}
+    kernel = first["kernel"] / scale
+    bias = first["bias"] - mean * np.sum(kernel, axis=0)
+    return {**params, "layer0": {"kernel": kernel.astype(np.float32), "bias": bias.astype(np.float32)}}
+
+
 def _linear(layer: dict[str, Array], x: Array) -> Array:
     return x @ layer["kernel"] + layer["bias"][None, :]
 
@@ -220,10 +238,13 @@ def _epoch(
     rows: Array,
     images: Array,
     labels: Array,
+    mean: Array,
+    scale: Array,
 ) -> tuple[Params, PyTree]:
     def loss(params: Params, key: Key, x: Array, y: Array) -> Array:
         augment_key, drop_key = jax.random.split(key)
-        logits = _forward(params, _augmented(recipe, augment_key, x), drop_key, recipe.dropout).logits
+        standardised = (_augmented(recipe, augment_key, x) - mean) / scale
+        logits = _forward(params, standardised, drop_key, recipe.dropout).logits
         assert logits is not None
         targets = optax.smooth_labels(jax.nn.one_hot(y, logits.shape[1], dtype=jnp.float32), recipe.smoothing)
         return jnp.mean(optax.softmax_cross_entropy(logits, targets))
