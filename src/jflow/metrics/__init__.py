@@ -8,9 +8,13 @@ r"""Distances between samples and a distribution, or between two sets of samples
 - ``histogram_kl``: the KL divergence of a histogram in the plane, the checkerboard's score (2505.18825)
 - ``mass_off_support``: the share of the samples outside the support
 
-These functions take batches: samples are ``[N, ...]``, flattened to ``[N, d]`` and cast to float32 or wider. The functions of
+Scores of images: ``features`` of a ``FeatureNet``, then ``frechet_score``, ``kernel_score``, ``manifold_scores`` and
+``label_accuracy``. They run on the host and return a ``Score``, which says how many samples, which network and which data it
+comes from.
+
+The distances take batches: samples are ``[N, ...]``, flattened to ``[N, d]`` and cast to float32 or wider. The functions of
 two sets subtract the mean of the first set from both, in float64 if they are concrete, so that a large common offset does not
-reduce the accuracy. All functions also run under ``jax.jit``. The values of traced samples cannot be checked; samples that
+reduce the accuracy. They also run under ``jax.jit``. The values of traced samples cannot be checked; samples that
 are not finite then give NaN.
 """
 
