@@ -81,7 +81,8 @@ def train_classifier(
     """Trains a network of three matrix products and a linear classifier, whose last hidden layer gives the features.
 
     It has no convolutions, whose gradients are slow on CPUs. On Fashion-MNIST, 60,000 images of 28 x 28, it took 130 s of CPU
-    time and classified 90.1 % of the test images (seed 0). The same arguments give the same parameters on the same machine and versions.
+    time and classified 90.1 % of the test images (seed 0). The same arguments give the same parameters on the same machine and
+    versions.
 
     Args:
       images: ``[N, H, W, C]``: uint8, or floating-point in about [-1, 1].
