@@ -24,6 +24,7 @@ def trained():
     return metrics.train_classifier(*stripes(320, 0), recipe=RECIPE, name="stripes")
 
 
+@pytest.mark.slow
 def test_it_learns_and_is_deterministic(trained):
     images, labels = stripes(200, 1)
     found = metrics.features(trained, images, labels=labels)
@@ -33,6 +34,7 @@ def test_it_learns_and_is_deterministic(trained):
     assert again.hash == trained.hash
 
 
+@pytest.mark.slow
 def test_a_file_holds_the_network(trained, tmp_path):
     path = tmp_path / "net.npz"
     metrics.save_classifier(path, trained)

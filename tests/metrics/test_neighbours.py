@@ -30,6 +30,7 @@ def naive(x, y, k, closed):
     return in_y.any(axis=1).mean(), in_x.any(axis=0).mean(), in_y.sum() / (k * len(x)), in_y.any(axis=0).mean()
 
 
+@pytest.mark.representatives("33-300.0")
 @pytest.mark.parametrize(("block", "offset"), [(16, 0.0), (1024, 0.0), (33, 300.0)])
 def test_scores_are_the_naive_ones(block, offset):
     x, y = sets(offset=offset)
