@@ -57,3 +57,16 @@ def test_refused_in_words(attempt, error, message, tmp_path):
         attempt(tmp_path)
     # Not by a sub-class that means something else.
     assert caught.type is error
+
+
+@pytest.mark.parametrize("channels", [1, 3])
+def test_levels_are_kept_as_uint8_and_map_to_the_same_pixels(tmp_path, channels):
+    pytest.importorskip("PIL")
+    levels = np.arange(256, dtype=np.uint8).reshape(8, 32, 1).repeat(3, axis=2)
+    image_grids.write_png(tmp_path / "a.png", levels)
+    kept, scaled = (datasets.images(tmp_path, channels=channels, dtype=dtype)[0] for dtype in ("uint8", "float32"))
+    assert kept.x1.dtype == np.uint8 and scaled.x1.dtype == np.float32 and kept.x1.flags.writeable
+    np.testing.assert_array_equal(kept.x1, levels[..., :channels])
+    np.testing.assert_array_equal(datasets.PIXELS.forward(kept.x1), scaled.x1)
+    with pytest.raises(ValueError, match=r"^dtype: expected one of 'float32', 'uint8', got 'int8'$"):
+        datasets.images(tmp_path, dtype="int8")

@@ -518,3 +518,45 @@ def test_refused_in_words(attempt, error, message, tmp_path, problem):
         attempt(tmp_path, problem)
     # Not by a sub-class that means something else.
     assert caught.type is error
+
+
+def to_batch(row):
+    return Batch(x1=row["image"], cond=row["label"])
+
+
+def test_dictionaries_of_grain_are_converted_and_resumed():
+    """Grain's own pipelines yield dictionaries; a position taken in the middle gives the same batches again."""
+    grain = pytest.importorskip("grain")
+    source = [{"image": x, "label": np.int32(place), "name": str(place)} for place, x in enumerate(X)]
+
+    def feed():
+        data = grain.MapDataset.source(source).seed(3).shuffle().repeat().batch(BATCH)
+        return Feed(iter(data.to_iter_dataset()), convert=to_batch)
+
+    def taken(feed, step, position):
+        with feed:
+            feed.start(step, position, lambda _: 2, 6)
+            found = []
+            for _ in range(step, 6, 2):
+                found.append((jax.tree.map(np.asarray, feed.take().batches), feed.position))
+        return found
+
+    whole = taken(feed(), 0, None)
+    assert isinstance(whole[0][0], Batch) and whole[0][0].x1.shape == (2, BATCH, 3)
+    for batches, _ in whole:
+        np.testing.assert_array_equal(batches.x1, X[batches.cond])
+    resumed = taken(feed(), 2, json.loads(json.dumps(whole[0][1])))
+    for (batches, position), (expected, at) in zip(resumed, whole[1:], strict=True):
+        jax.tree.map(np.testing.assert_array_equal, batches, expected)
+        assert position == at
+
+
+def test_what_convert_raises_comes_in_its_turn_and_it_must_be_a_function():
+    good, bad = {"image": X[:4], "label": np.arange(4)}, {"image": X[:4]}
+    with Feed(Given(good, bad), convert=to_batch) as feed:
+        feed.start(0, None, lambda _: 1, 2)
+        np.testing.assert_array_equal(feed.take().batches.x1[0], X[:4])
+        with pytest.raises(KeyError, match="label"):
+            feed.take()
+    with pytest.raises(TypeError, match=r"^convert: expected a function"):
+        Feed(Given(good), convert=lambda: None)

@@ -6,7 +6,7 @@ import contextlib
 import pathlib
 import re
 from collections.abc import Iterator, Sequence
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 
@@ -26,8 +26,8 @@ MODES = ("1", "L", "LA", "P", "PA", "RGB", "RGBA", "CMYK", "YCbCr")
 class Images:
     """A source of image files, made by ``images``.
 
-    ``images[i]`` is Batch(x1 ``[H, W, C]`` float32 in [-1, 1], cond an int32 scalar, or None). An index past the end raises
-    IndexError.
+    ``images[i]`` is Batch(x1 ``[H, W, C]`` float32 in [-1, 1] or uint8, cond an int32 scalar, or None). An index past
+    the end raises IndexError.
 
     Attributes:
       paths: the files, in order.
@@ -41,10 +41,11 @@ class Images:
         classes: Sequence[str],
         size: int | None,
         channels: int,
+        dtype: str = "float32",
     ) -> None:
         self.paths, self.classes = tuple(paths), tuple(classes)
         self._labels = None if labels is None else np.asarray(labels, np.int32)
-        self._size, self._mode = size, {1: "L", 3: "RGB"}[channels]
+        self._size, self._mode, self._dtype = size, {1: "L", 3: "RGB"}[channels], dtype
 
     def __len__(self) -> int:
         return len(self.paths)
@@ -52,12 +53,18 @@ class Images:
     def __getitem__(self, index: int) -> Batch:
         index = place(index, len(self))
         return Batch(
-            x1=_pixels(self.paths[index], self._mode, self._size),
+            x1=_pixels(self.paths[index], self._mode, self._size, self._dtype),
             cond=None if self._labels is None else np.array(self._labels[index]),
         )
 
 
-def images(directory: Path, size: int | None = None, *, channels: int = 3) -> Images:
+def images(
+    directory: Path,
+    size: int | None = None,
+    *,
+    channels: int = 3,
+    dtype: Literal["float32", "uint8"] = "float32",
+) -> Images:
     """A source of image files with 256 levels, scaled to level/127.5 - 1. Images in sub-folders have labels.
 
     The folder contains::
@@ -78,6 +85,8 @@ def images(directory: Path, size: int | None = None, *, channels: int = 3) -> Im
         are not resized, and must all have the same size when upright. To check this, the header of every file is read at
         once, and the whole file for images that are not square and have an orientation or are PNG files.
       channels: 3 for RGB or 1 for grey; other images are converted.
+      dtype: "float32" for pixels in [-1, 1], or "uint8" for the levels, a quarter of the size, which ``datasets.PIXELS``
+        maps to the same numbers.
 
     Raises:
       FileNotFoundError: if there is no such folder.
@@ -90,6 +99,7 @@ def images(directory: Path, size: int | None = None, *, channels: int = 3) -> Im
     _pillow()
     directory = existing("images", directory, "a folder of images, or of one such folder for each class", folder=True)
     checks.choice("channels", channels, (1, 3))
+    checks.choice("dtype", dtype, ("float32", "uint8"))
     if size is not None:
         checks.integer("size", size, low=1)
     folders = [name for name in listed(directory) if (directory / name).is_dir()]
@@ -118,7 +128,7 @@ def images(directory: Path, size: int | None = None, *, channels: int = 3) -> Im
                     f"images: expected one size of image, or size=..., to which all are brought; {names[0]} is "
                     f"{first[0]}x{first[1]} pixels, {names[1]} is {other[0]}x{other[1]}"
                 )
-    return Images(paths, labels, classes, size, channels)
+    return Images(paths, labels, classes, size, channels, dtype)
 
 
 def _images_in(directory: pathlib.Path, deep: bool) -> list[str]:
@@ -187,8 +197,8 @@ def _check(picture: Any, path: str) -> None:
         raise _Refused(f"images: {path}: expected an opaque image; put it on a background of your choice")
 
 
-def _pixels(path: str, mode: str, size: int | None) -> np.ndarray:
-    """The pixels of an image in [-1, 1], [H, W, C], float32."""
+def _pixels(path: str, mode: str, size: int | None, dtype: str) -> np.ndarray:
+    """The pixels of an image, [H, W, C]: in [-1, 1] for float32, levels for uint8."""
     image = _pillow()
     with _opened(path) as picture:
         _check(picture, path)
@@ -199,7 +209,9 @@ def _pixels(path: str, mode: str, size: int | None) -> np.ndarray:
         # Crop before resizing: resizing with a box would mix in pixels from outside the box at its edges.
         square = picture.crop((left, top, left + side, top + side))
         picture = square.resize((size, size), image.Resampling.BICUBIC)
-    pixels = np.asarray(picture, np.float32) / np.float32(127.5) - np.float32(1.0)
+    pixels = np.array(picture)
+    if dtype != "uint8":
+        pixels = pixels.astype(np.float32) / np.float32(127.5) - np.float32(1.0)
     return pixels.reshape(*pixels.shape[:2], -1)
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import NamedTuple
 
 import jax
@@ -57,7 +58,7 @@ def rows(name: str, samples: Points, *, least: int, dimension: int | None = None
     shape = points.shape
     if shape[0] < least:
         raise ValueError(f"{name}: expected at least {least} samples, got shape {shape}")
-    points = points.reshape(shape[0], -1)
+    points = points.reshape(shape[0], math.prod(shape[1:]))
     if points.shape[1] == 0 or (dimension is not None and points.shape[1] != dimension):
         wanted = "at least one" if dimension is None else str(dimension)
         raise ValueError(f"{name}: expected samples of {wanted} dimension(s), got shape {shape}")

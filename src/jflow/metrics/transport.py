@@ -9,11 +9,12 @@ import jax.numpy as jnp
 import numpy as np
 
 from jflow import checks
+from jflow.metrics.moments import Moments, frechet
 from jflow.metrics.samples import Points, as_pair, both
 from jflow.types import Array, Key
 
 
-def frechet_distance(x: Points, y: Points) -> Array | np.ndarray:
+def frechet_distance(x: Points | Moments, y: Points | Moments) -> Array | np.ndarray:
     r"""Computes the (squared) Fréchet distance of Gaussians fitted to features.
 
     .. math:: |m_x - m_y|^2 + \mathrm{tr}\left( C_x + C_y - 2 (C_x C_y)^{1/2} \right)
@@ -31,8 +32,8 @@ def frechet_distance(x: Points, y: Points) -> Array | np.ndarray:
     covariances. Cost: a QR decomposition of each set, and the singular vectors of one matrix of min(d, max(n, m)) rows.
 
     Args:
-      x: features ``[n, d]``, n > 1; fewer than d are enough.
-      y: features ``[m, d]``, m > 1.
+      x: features ``[n, d]``, n > 1; fewer than d are enough. Or their ``Moments``.
+      y: features ``[m, d]``, m > 1, or their ``Moments``.
 
     Returns:
       The squared distance in squared feature units: a float64 scalar of numpy; under ``jit``, a scalar of jax's default
@@ -43,13 +44,18 @@ def frechet_distance(x: Points, y: Points) -> Array | np.ndarray:
       ValueError: if there are too few samples, the dimensions differ, a feature is not finite, or the squared distance
         exceeds float64. Under ``jit``, features that are not finite give NaN.
     """
+    if isinstance(x, Moments) or isinstance(y, Moments):
+        return _checked(frechet(*(z if isinstance(z, Moments) else Moments.of(z) for z in (x, y))))
     a, b = both(x, y, least=2, device=False)
     if isinstance(a, np.ndarray) and isinstance(b, np.ndarray):
-        value = _frechet(a, b)
-        if not np.isfinite(value):
-            raise ValueError("x, y: expected features whose squared distance float64 can hold, got a larger one")
-        return np.asarray(value)
+        return _checked(_frechet(a, b))
     return _frechet_by_callback(a, b)
+
+
+def _checked(value: float) -> np.ndarray:
+    if not np.isfinite(value):
+        raise ValueError("x, y: expected features whose squared distance float64 can hold, got a larger one")
+    return np.asarray(value)
 
 
 @jax.custom_jvp
@@ -78,13 +84,7 @@ def _frechet(x: np.ndarray, y: np.ndarray) -> float:
     # Subtract a sample instead of a mean, so that a constant feature gives exact zeros. Divide by 4 first, so that the
     # difference cannot overflow.
     x, y, exponent = _scaled(x / 4.0 - x[:1] / 4.0, y / 4.0 - x[:1] / 4.0)
-    mean_x, mean_y = np.mean(x, axis=0), np.mean(y, axis=0)
-    a, b = _factor(x - mean_x), _factor(y - mean_y)
-    # Pad with rows of zeros to equal sizes, so that one factor can be rotated onto the other.
-    rows = max(len(a), len(b))
-    a, b = (np.pad(z, ((0, rows - len(z)), (0, 0))) for z in (a, b))
-    left, _, right = np.linalg.svd(a @ b.T)
-    value = np.sum(np.square(mean_x - mean_y)) + np.sum(np.square(a - left @ right @ b))
+    value = frechet(Moments.of(x), Moments.of(y))
     with np.errstate(over="ignore"):
         return float(np.ldexp(value, 2 * (exponent + 2)))
 
@@ -93,11 +93,6 @@ def _scaled(x: np.ndarray, y: np.ndarray) -> tuple[np.ndarray, np.ndarray, int]:
     """Returns both sets times 2^-e, such that the largest number is in [1/2, 1), and e. This scaling is exact."""
     exponent = int(np.frexp(max(np.abs(x).max(), np.abs(y).max()))[1])
     return np.ldexp(x, -exponent), np.ldexp(y, -exponent), exponent
-
-
-def _factor(points: np.ndarray) -> np.ndarray:
-    """Returns A with A'A = C, the covariance of centred points, [min(n, d), d]."""
-    return np.linalg.qr(points, mode="r") / np.sqrt(len(points) - 1)
 
 
 def _quantile_pairs(n: int, m: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:

@@ -89,21 +89,35 @@ class Feed:
     Args:
       iterator: a BatchIterator. All its batches must have the same structure, shapes and dtypes.
       sharding: the sharding of the rows (the leading axis of a batch) over a mesh; None for the default device.
+      convert: a function of each batch of the iterator, called in the thread, on the host, before the batch is checked and
+        stacked. A batch may be any object that it understands, such as a Grain dictionary of images and labels:
+        ``convert=lambda row: Batch(x1=row["image"], cond=row["label"])``. It must be deterministic, because a resumed run
+        calls it again. None passes the batches on.
       ahead: the number of chunks that may be on the devices, or in transfer, before they are taken. A chunk that was taken
         stays on the devices until it has been used, so up to ``ahead`` + 2 chunks are held in all.
 
     Raises:
       ValueError: if ``ahead`` is below 1.
-      TypeError: if ``ahead`` is not a whole number, ``sharding`` is not a NamedSharding, or the iterator lacks a method.
+      TypeError: if ``ahead`` is not a whole number, ``sharding`` is not a NamedSharding, the iterator lacks a method, or
+        ``convert`` is not a function.
     """
 
-    def __init__(self, iterator: BatchIterator, *, sharding: NamedSharding | None = None, ahead: int = 2) -> None:
+    def __init__(
+        self,
+        iterator: BatchIterator,
+        *,
+        sharding: NamedSharding | None = None,
+        convert: Callable[[Any], PyTree] | None = None,
+        ahead: int = 2,
+    ) -> None:
         missing = [name for name in ("__next__", "get_state", "set_state") if not hasattr(iterator, name)]
         if missing:
             raise TypeError(f"iterator: expected one with {', '.join(missing)}, got {type(iterator).__name__}")
         if sharding is not None and not isinstance(sharding, NamedSharding):
             raise TypeError(f"sharding: expected a NamedSharding or None, got {type(sharding).__name__}")
-        self._iterator, self._sharding = iterator, sharding
+        if convert is not None:
+            checks.accepts("convert", convert, "(batch) -> batch", 1, model=False)
+        self._iterator, self._sharding, self._convert = iterator, sharding, convert
         self._ahead = checks.integer("ahead", ahead, low=1)
         self._position: Any = None
         self._shelf: _Shelf | None = None
@@ -160,7 +174,16 @@ class Feed:
         x64 = jax.config.jax_enable_x64  # pyright: ignore[reportAttributeAccessIssue]
         device = jax.config.jax_default_device  # pyright: ignore[reportAttributeAccessIssue]
         spans = _spans(step, length, total_steps)
-        arguments = (self._shelf, self._iterator, _placing(self._sharding), spans, total_steps, x64, device)
+        arguments = (
+            self._shelf,
+            self._iterator,
+            self._convert,
+            _placing(self._sharding),
+            spans,
+            total_steps,
+            x64,
+            device,
+        )
         self._thread = threading.Thread(target=_fill, args=arguments, name="jflow-feed", daemon=True)
         self._thread.start()
 
@@ -174,7 +197,7 @@ class Feed:
             float64 beyond float32).
           TypeError: if a batch holds something other than numbers.
           RuntimeError: if the feed was not started, or was closed.
-          Exception: any other error of the iterator or of ``length``, after the earlier chunks were taken.
+          Exception: any other error of the iterator, of ``convert`` or of ``length``, after the earlier chunks were taken.
         """
         if self._shelf is None:
             raise RuntimeError("Feed: expected start() before take()")
@@ -249,6 +272,7 @@ class _Shelf:
 def _fill(
     shelf: _Shelf,
     iterator: BatchIterator,
+    convert: Callable[[Any], PyTree] | None,
     place: Place,
     spans: Iterator[tuple[int, int]],
     total_steps: int,
@@ -258,7 +282,7 @@ def _fill(
     """The thread's function: reads and transfers chunks until the queue is closed or an error is raised."""
     try:
         with jax.enable_x64(x64), jax.default_device(device):
-            for first, chunk in _chunks(shelf, iterator, spans, total_steps):
+            for first, chunk in _chunks(shelf, iterator, convert, spans, total_steps):
                 position = _encode(iterator.get_state())
                 shelf.put(Stacked(place(np.asarray(first, np.int32)), jax.tree.map(place, chunk)), position)
                 # Free the host's copy before the thread waits.
@@ -277,7 +301,11 @@ def _spans(step: int, length: Callable[[int], int], total_steps: int) -> Iterato
 
 
 def _chunks(
-    shelf: _Shelf, iterator: BatchIterator, spans: Iterator[tuple[int, int]], total_steps: int
+    shelf: _Shelf,
+    iterator: BatchIterator,
+    convert: Callable[[Any], PyTree] | None,
+    spans: Iterator[tuple[int, int]],
+    total_steps: int,
 ) -> Iterator[tuple[int, PyTree]]:
     """Yields the first step and the batches, numpy arrays [K, rows, ...], of each chunk, until the queue is closed."""
     kind = None
@@ -294,6 +322,8 @@ def _chunks(
                 raise ValueError(
                     f"iterator: the data ended at step {step}, expected batches up to total_steps = {total_steps}"
                 ) from None
+            if convert is not None:
+                values = convert(values)
             values = jax.tree.map(np.asarray, values)
             got = jax.tree.map(lambda leaf: f"{leaf.dtype.name}{list(leaf.shape)}", values)
             if kind is None:
