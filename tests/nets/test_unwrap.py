@@ -126,9 +126,9 @@ def test_equinox_parameters_that_do_not_fit():
 
 def test_averages_of_narrow_parameters_are_rounded_to_the_dtype_of_the_module():
     """They are float32, because bfloat16 would round away the update of an average."""
-    narrow = eqx.tree_at(lambda tree: tree.layers[0].bias, Eqx(0), np.zeros(6, jnp.bfloat16))
+    narrow = eqx.tree_at(lambda tree: tree.layers[0].bias, Eqx(0), jnp.asarray(np.zeros(6, jnp.bfloat16)))
     average = np.full(6, 1.0 + 2.0**-10, np.float32)
-    params = eqx.tree_at(lambda tree: tree.layers[0].bias, nets.from_equinox(narrow)[1], average)
+    params = eqx.tree_at(lambda tree: tree.layers[0].bias, nets.from_equinox(narrow)[1], jnp.asarray(average))
     found = nets.to_equinox(narrow, params).layers[0].bias
     assert found.dtype == jnp.bfloat16
     np.testing.assert_array_equal(np.asarray(found, np.float32), 1.0)
