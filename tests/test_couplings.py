@@ -378,17 +378,17 @@ def test_reflow_pairs_of_a_gaussian_are_affine(assert_mean):
     oracle = oracles.gaussian(interpolants.linear())
     bound, like = oracle.flow_map.bind(GAUSSIAN), jax.ShapeDtypeStruct((2,), jnp.float64)
     # 1003 rows: the last block is not whole.
-    pairs = couplings.reflow(bound, jax.random.key(0), like, 1003, chunk=100)
+    pairs = jax.device_get(couplings.reflow(bound, jax.random.key(0), like, 1003, chunk=100))
     assert pairs.x0.shape == (1003, 2) and pairs.cond is None
     np.testing.assert_allclose(pairs.x1, [1.0, -2.0] + np.asarray(pairs.x0) * [0.5, 3.0], rtol=1e-10, atol=1e-12)
     assert_mean(pairs.x0, 0.0)
     assert_mean(pairs.x0**2, 1.0)
     solved = solvers.solve(oracle.velocity).bind(GAUSSIAN)
-    again = couplings.reflow(solved, jax.random.key(0), like, 1003, chunk=1003)
+    again = jax.device_get(couplings.reflow(solved, jax.random.key(0), like, 1003, chunk=1003))
     np.testing.assert_array_equal(again.x0, pairs.x0)
     np.testing.assert_allclose(again.x1, pairs.x1, atol=1e-6)
     dataset = ArrayDataset(pairs, 10)
-    batch = dataset.batch(dataset.data, jnp.int32(0))
+    batch = jax.device_get(jax.jit(dataset.batch)(dataset.data, jnp.int32(0)))
     np.testing.assert_allclose(batch.x1[:, 1], -2.0 + 3.0 * batch.x0[:, 1], rtol=1e-10, atol=1e-12)
     # The map of a Gaussian is the optimal one: its pairs cost W_2^2 = |m|^2 + sum (sigma - 1)^2 = 9.25.
     assert_mean(((pairs.x1 - pairs.x0) ** 2).sum(axis=1), 5 + 0.25 + 4)

@@ -33,6 +33,12 @@ for _test in DOCTESTS:
     _test.globs = {}
 
 
+# Examples that train, or that run the longest checks, which tests/testing runs as well.
+SLOW = {"jflow.testing", "jflow.training.loop", "jflow.training.train"}
+assert set(BY_MODULE) >= SLOW
+
+
+@pytest.mark.representatives(*(set(BY_MODULE) - SLOW))
 @pytest.mark.parametrize("module", BY_MODULE)
 def test_the_examples_of_a_module_run(module):
     runner = doctest.DocTestRunner(optionflags=OPTIONS)

@@ -36,6 +36,8 @@ def on(where, report):
     return jax.tree.map(jnp.asarray if where == "jax" else np.asarray, report)
 
 
+# The formulas are written once for both kinds of arrays.
+@pytest.mark.representatives(*(f"{name}-numpy" for name in STEPS), "by bins-jax", "last that is known-jax")
 @pytest.mark.parametrize("where", ["numpy", "jax"])
 @pytest.mark.parametrize("name", sorted(STEPS))
 def test_the_value_over_steps_in_chunks_of_any_lengths(name, where):

@@ -84,11 +84,12 @@ def test_histogram_of_a_few_points_by_hand():
 
 
 def test_mass_off_support():
-    good, bad = checkerboard(jax.random.key(12), 900), jnp.tile(jnp.array([[0.25, -0.25]]), (100, 1))
-    got = metrics.mass_off_support(jnp.concatenate([good, bad, bad + 3.0, 0 * bad + 0.75]), on_board)
+    good, bad = np.asarray(checkerboard(jax.random.key(12), 900)), np.tile([[0.25, -0.25]], (100, 1))
+    got = metrics.mass_off_support(jnp.asarray(np.concatenate([good, bad, bad + 3.0, 0 * bad + 0.75])), on_board)
     # (3.25, 2.75) lies outside the square, but this indicator goes on periodically.
     np.testing.assert_allclose(got.value, 200 / 1200)
     np.testing.assert_allclose(got.standard_error, math.sqrt(200 / 1200 * 1000 / 1200 / 1200))
+    good = jnp.asarray(good)
     assert metrics.mass_off_support(good, on_board).value == 0.0
     with pytest.raises(TypeError, match="indicator"):
         metrics.mass_off_support(good, lambda x: x[0])

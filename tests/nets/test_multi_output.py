@@ -37,7 +37,7 @@ def test_one_call_gives_an_output_for_each_leaf():
     np.testing.assert_array_equal(conditional["a"], found["a"] + 100.0)
 
 
-def test_each_leaf_keeps_its_dtype(standard_promotion):
+def test_each_leaf_keeps_its_dtype():
     found, _ = call(
         {"a": jnp.ones(2, jnp.bfloat16), "b": jnp.ones((), jnp.float32)}, jnp.float32(0.0), jnp.float32(0.0)
     )

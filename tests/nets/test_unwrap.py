@@ -124,6 +124,19 @@ def test_equinox_parameters_that_do_not_fit():
         nets.to_equinox(module, jax.tree.map(lambda leaf: leaf.ravel()[0], params))
 
 
+def test_averages_of_narrow_parameters_are_rounded_to_the_dtype_of_the_module():
+    """They are float32, because bfloat16 would round away the update of an average."""
+    narrow = eqx.tree_at(lambda tree: tree.layers[0].bias, Eqx(0), jnp.asarray(np.zeros(6, jnp.bfloat16)))
+    average = np.full(6, 1.0 + 2.0**-10, np.float32)
+    params = eqx.tree_at(lambda tree: tree.layers[0].bias, nets.from_equinox(narrow)[1], jnp.asarray(average))
+    found = nets.to_equinox(narrow, params).layers[0].bias
+    assert found.dtype == jnp.bfloat16
+    np.testing.assert_array_equal(np.asarray(found, np.float32), 1.0)
+    module = nnx.Linear(1, 1, param_dtype=jnp.bfloat16, rngs=nnx.Rngs(0))
+    found = nets.to_nnx(module, {"kernel": np.ones((1, 1), np.float32), "bias": average[:1]}).bias
+    assert found.get_raw_value().dtype == jnp.bfloat16
+
+
 def test_what_is_not_a_module():
     with pytest.raises(TypeError, match=r"module: expected a flax\.nnx module, got Eqx"):
         nets.to_nnx(Eqx(0), {})

@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 from flax import nnx
 
+from jflow import interpolants, objectives, parameterizations, reductions, types
 from jflow.nets import MLP, check_independent, from_equinox, from_function, from_linen, from_nnx
 
 X = np.asarray([[0.3, -0.8], [1.1, 0.2], [-0.4, 0.9]], np.float32)
@@ -169,6 +170,33 @@ def test_several_streams_of_linen():
     assert np.abs(apply({}, 0.1, 0.2, jnp.ones(2), key=jax.random.key(0))).min() > 0
     with pytest.raises(ValueError, match="key: the network draws random numbers"):
         apply({}, 0.1, 0.2, jnp.ones(2))
+
+
+@pytest.mark.parametrize("kind", ["equinox", "function"])
+def test_an_objective_evaluates_a_network_that_draws_from_its_key_several_times(kind):
+    """With one mask, and without an error of jax's key-reuse check: the loss is that of the masked network."""
+    if kind == "equinox":
+
+        class Dropped(eqx.Module):
+            scale: jax.Array
+            dropout: eqx.nn.Dropout
+
+            def __call__(self, s, t, x, *, key=None):
+                return self.scale * self.dropout(jnp.ones_like(x), key=key)
+
+        network, params = from_equinox(Dropped(jnp.float64(2.0), eqx.nn.Dropout(0.5)))
+    else:
+        params = jnp.float64(2.0)
+        network = from_function(
+            lambda p, s, t, x, *, key=None: 2.0 * p * jax.random.bernoulli(key, 0.5, x.shape).astype(x.dtype)
+        )
+    flow_map = parameterizations.flow_map(network, parameterizations.mean_velocity_form())
+    zero = types.Batch(jnp.zeros((64, 1)), jnp.zeros((64, 1)))
+    # v is 0 or 4 at all times and points, so that the Lagrangian residual v - v vanishes if the masks are equal.
+    objective = objectives.lsd(flow_map, interpolants.linear(), diagonal=0.5, reduction=reductions.squared)
+    loss, aux = jax.jit(objective)(params, jax.random.key(1), zero)
+    np.testing.assert_array_equal(np.unique(loss), [0.0, 16.0])
+    assert aux.metrics[f"{objective.term.name}/raw"].value() == 0.0
 
 
 def test_keys_reach_functions():

@@ -89,7 +89,8 @@ def test_the_diagonal_of_mean_flow_has_the_smaller_of_two_logit_normal_times(nam
     below 1.95/sqrt(n) in 999 of 1000 samples; the law of one time is 0.25 away, and that of the larger one 0.5."""
     objective, n = published(name), 20_000
     law_key, pair_key = jax.random.split(key)
-    for drawn in (objective.times(law_key, n), objective.pairs(pair_key, n)[0]):
+    draw = jax.jit(lambda one, other: (objective.times(one, n), objective.pairs(other, n)[0]))
+    for drawn in draw(law_key, pair_key):
         t = np.sort(np.asarray(drawn))
         steps = np.arange(n + 1) / n
         off = np.maximum(np.abs(smaller_of_two(t) - steps[1:]), np.abs(smaller_of_two(t) - steps[:-1])).max()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import flax.linen as nn
+import jax
 from jax.flatten_util import ravel_pytree
 
 from jflow import checks
@@ -12,7 +13,8 @@ from jflow.types import Array, Cond, Event
 class MultiOutput(nn.Module):
     """Applies a network of one flat array to a pytree, with an output for each leaf.
 
-    All leaves of x are concatenated, the network is called once, and its output is split into the shapes of the leaves.
+    All leaves of x are concatenated, in a dtype that holds all of theirs, the network is called once, and its output is
+    split into the shapes and dtypes of the leaves.
 
     For a ``WithLogDensity`` (x, log rho) of ``jflow.likelihood``, one pass gives an output shaped like x and a scalar output:
     ``nets.MultiOutput(nets.MLP())``.
@@ -31,5 +33,7 @@ class MultiOutput(nn.Module):
           TypeError: if x is not floating point.
         """
         checks.floating("x", x)
-        flat, cut = ravel_pytree(x)
+        # Leaves of different dtypes are concatenated in the dtype that holds them all, also under strict promotion.
+        with jax.numpy_dtype_promotion("standard"):
+            flat, cut = ravel_pytree(x)
         return cut(self.net(s, t, flat, cond))

@@ -106,6 +106,9 @@ def wrap(
             takes.bind(*args, **kwargs)
         except TypeError as error:
             raise TypeError(f"signature: the network takes {takes}, not {signature!r}: {error}") from error
+        # An objective evaluates a network several times with one key, and so with one dropout mask. That is intended, and
+        # jax's key-reuse check must not reject a network that draws from the key itself.
+        key = None if key is None else jax.random.clone(key)
         return _shaped_like(run(params, args, kwargs, key), x, batched)
 
     if "s" not in names:

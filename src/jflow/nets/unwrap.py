@@ -1,5 +1,7 @@
 """The inverse of ``from_nnx`` and ``from_equinox``: makes a module that holds given parameters.
 
+Averages of bfloat16 and float16 parameters are float32 (``training.ema``); they are rounded to the module's dtype.
+
 ``params`` may hold numpy arrays or jax arrays, with any sharding. Its leaves are matched by their paths from the root, so
 dictionaries in restored parameters match lists in the module.
 """
@@ -53,7 +55,8 @@ def to_nnx(module: NnxModule, params: Params) -> NnxModule:
       random streams and its mode (``train()`` or ``eval()``) are those of ``module``.
 
     Raises:
-      TypeError: if ``module`` is not an nnx module, or a leaf is not an array or does not have the module's dtype.
+      TypeError: if ``module`` is not an nnx module, or a leaf is not an array or does not have the module's dtype (a
+        float32 leaf is rounded for a bfloat16 or float16 parameter).
       ValueError: if ``params`` has missing or additional parameters, or a shape differs from the module's.
     """
     from flax import nnx
@@ -100,7 +103,8 @@ def to_equinox(module: Module, params: Params) -> Module:
       integer arrays and the inference flags of dropout layers, is that of ``module``.
 
     Raises:
-      TypeError: if ``module`` has no floating-point arrays, or a leaf is not an array or does not have the module's dtype.
+      TypeError: if ``module`` has no floating-point arrays, or a leaf is not an array or does not have the module's dtype (a
+        float32 leaf is rounded for a bfloat16 or float16 parameter).
       ValueError: if ``params`` has missing or additional parameters, or a shape differs from the module's.
     """
     import equinox as eqx
@@ -135,6 +139,8 @@ def _matched(params: Params, expected: dict[Path, Any]) -> dict[Path, jax.Array]
             raise TypeError(f"params: expected an array for {name}, got {described(value)}")
         if value.shape != like.shape:
             raise ValueError(f"params: expected shape {like.shape} for {name}, got {value.shape}")
+        if value.dtype == np.float32 and jnp.issubdtype(like.dtype, jnp.floating) and like.dtype.itemsize < 4:
+            value = value.astype(like.dtype)  # an average of it
         if value.dtype != like.dtype:
             raise TypeError(f"params: expected dtype {like.dtype} for {name}, got {value.dtype}; cast it before")
         values[path] = value if isinstance(value, jax.Array) else jnp.asarray(value)

@@ -49,7 +49,7 @@ def flow_matching(flow_map: FlowMap | Velocity, interpolant: Interpolant, **choi
     source="2209.03003",
     identity="tangent",
     velocity="conditional, of pairs from a solve",
-    when="straighter paths for a solver of few steps, when solving for pairs once is affordable",
+    when="straighter paths for a solver of few steps, from pairs that are solved for once",
     needs=("pairs",),
 )
 def reflow(flow_map: FlowMap | Velocity, interpolant: Interpolant, **choices: Unpack[Choices]) -> Objective:

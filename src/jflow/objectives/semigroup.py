@@ -111,7 +111,7 @@ def progressive_distillation(
     identity="semigroup, midpoint, + tangent",
     velocity="self legs",
     stop_gradient="both legs",
-    when="networks that refuse forward mode; cheap steps",
+    when="networks that refuse forward mode; no derivative",
     cost={"forward": 3, "backward": 1},
     published_passes=8,
 )
@@ -230,7 +230,7 @@ def split_mean_flow(flow_map: FlowMap, interpolant: Interpolant, **choices: Unpa
     identity="semigroup compared at t = 1, + tangent",
     velocity="teacher's solver step, self legs",
     stop_gradient="target side",
-    when="any-to-any jumps from a teacher, compared where they matter, at the data",
+    when="any-to-any jumps from a teacher, compared at the data",
     cost={"forward": 6, "backward": 1, "input_backward": 1},
     stationary="order",
     order=3,
