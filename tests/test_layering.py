@@ -24,6 +24,7 @@ ROOMS = (
     "autodiff",
     "domains",
     "types",
+    "conditions",
     "parts",
     "sharding",
     "bases",
