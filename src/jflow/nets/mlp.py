@@ -15,8 +15,9 @@ import jax.numpy as jnp
 import numpy as np
 
 from jflow import checks
-from jflow.nets import embeddings
-from jflow.types import Cond, Event
+from jflow.nets import conditioning, embeddings
+from jflow.nets.layers import normalise, one_array
+from jflow.types import Cond
 
 Array = jax.Array
 Dtype = Any
@@ -28,7 +29,7 @@ POINTS = ("raw", "octaves", "fourier")
 NORMS = (None, "rms", "layer")
 
 
-class MLP(nn.Module):
+class MLP(conditioning.Labelled, nn.Module):
     r"""A multilayer perceptron of one sample with ``depth`` hidden layers.
 
     The layers are
@@ -58,10 +59,10 @@ class MLP(nn.Module):
     ``decoupled``, and for s = t neither does the output. Parameters of a velocity trained with s = t can therefore be used
     unchanged. The derivative in t passes through the last layers only.
 
-    An integer leaf of ``cond`` is a class label, a scalar from 0 to ``num_classes - 1``; there is at most one.
-    ``num_classes`` is the null label, which is also used if there is no label (``cond=None``). Outside this range a concrete
-    label raises an error, and a traced one gives NaN. Floating-point leaves (a guidance scale, an observation) are flattened
-    and concatenated to ``cond_features`` numbers.
+    The condition is a label, floating-point numbers, or both (``jflow.nets.conditioning``). The null label ``net.null_label``,
+    which is ``num_classes``, is also used if there is no label (``cond=None``). Outside the range a concrete label raises an
+    error, and a traced one gives NaN. Floating-point leaves (a guidance scale, an observation) are flattened and
+    concatenated to ``cond_features`` numbers.
 
     Parameters are kept in ``param_dtype`` and used in ``dtype``. The embeddings and the trunk are computed in float32, or in
     float64 if a time is float64. The output has the dtype of x.
@@ -85,7 +86,7 @@ class MLP(nn.Module):
       residual: whether each hidden layer except the first adds its input to its output.
       norm: None, 'rms' or 'layer': a normalisation of h before every activation, without parameters.
       num_classes: the number of labels, 0 for none.
-      cond_features: the size of the floating-point condition.
+      cond_features: the size of the floating-point condition, or a mapping from the names of its leaves to their sizes.
       zero_init: whether the output layer starts at zero.
       dtype: the dtype of the matmuls; None for that of x.
       param_dtype: the dtype of the parameters.
@@ -117,7 +118,7 @@ class MLP(nn.Module):
     residual: bool = True
     norm: str | None = None
     num_classes: int = 0
-    cond_features: int = 0
+    cond_features: conditioning.CondFeatures = 0
     zero_init: bool = True
     dtype: Dtype | None = None
     param_dtype: Dtype = jnp.float32
@@ -142,8 +143,7 @@ class MLP(nn.Module):
         """Checks the fields at construction."""
         for name in ("features", "depth", "trunk", "time_features", "point_frequencies"):
             checks.integer(name, getattr(self, name), low=1)
-        for name in ("num_classes", "cond_features"):
-            checks.integer(name, getattr(self, name))
+        conditioning.check_fields(self.num_classes, self.cond_features)
         checks.choice("activation", self.activation, ACTIVATIONS)
         checks.choice("conditioning", self.conditioning, CONDITIONINGS)
         checks.choice("times", self.times, TIMES)
@@ -173,7 +173,7 @@ class MLP(nn.Module):
             ``cond_features``.
           TypeError: if x is not a floating-point array.
         """
-        x = _event(x)
+        x = one_array(x)
         dtype = jnp.dtype(self.dtype or x.dtype)
         act = ACTIVATIONS[self.activation]
         s, t = embeddings.times(s, t)
@@ -186,10 +186,10 @@ class MLP(nn.Module):
             modulation = [None] * self.depth
         else:
             trunk = self._dense("trunk", self.trunk, s.dtype)
-            pairs = [(s, s), (t, t)] if self.decoupled else [(s, t)]
+            pairs = conditioning.pairs(s, t, self.decoupled)
             trunks = [act(trunk(jnp.concatenate([*self._embed(*pair), *conditions]))).astype(dtype) for pair in pairs]
             h = self._dense("input", self.features, dtype)(h)
-            layers = [trunks[0]] * (self.depth - self.decoupled) + [trunks[-1]] * self.decoupled
+            layers = conditioning.over_layers(trunks, self.depth, self.decoupled)
             modulation = [self._dense(f"film_{i}", 2 * self.features, dtype)(c) for i, c in enumerate(layers)]
         for i in range(self.depth - 1):
             update = self._dense(f"hidden_{i}", self.features, dtype)(act(_modulate(h, modulation[i], self.norm)))
@@ -206,16 +206,15 @@ class MLP(nn.Module):
         """[phi(s), phi(t - s)]."""
         if self.times == "raw":
             return [jnp.stack([s, t])]
-        return [embeddings.sinusoidal(u, self.time_features, highest=self.max_frequency) for u in (s, t - s)]
+        return conditioning.times(s, t, self.time_features, highest=self.max_frequency)
 
     def _conditions(self, cond: Cond, dtype: Dtype) -> list[Array]:
         """The list [label, other conditions], in the precision of the embeddings."""
-        label, other = _split(cond, self.num_classes, self.cond_features)
+        label, other = conditioning.split(cond, self.num_classes, self.cond_features)
         parts = [leaf.reshape(-1).astype(dtype) for leaf in other]
         if not self.num_classes:
             return parts
-        normal = nn.initializers.normal(1.0)
-        table = self.param("label", normal, (self.num_classes + 1, self.trunk), self.param_dtype)
+        table = conditioning.label_table(self, self.num_classes, self.trunk, self.param_dtype)
         return [embeddings.label(table.astype(dtype), label, name="cond"), *parts]
 
     def _points(self, s: Array | float, x: Array) -> Array:
@@ -234,45 +233,8 @@ class MLP(nn.Module):
 
 def _modulate(h: Array, modulation: Array | None, norm: str | None) -> Array:
     """(1 + a) norm(h) + d with modulation = [a, d]."""
-    h = _normalise(h, norm)
+    h = normalise(h, norm)
     if modulation is None:
         return h
     a, d = jnp.split(modulation, 2)
     return (1 + a) * h + d
-
-
-def _normalise(h: Array, norm: str | None, epsilon: float = 1e-6) -> Array:
-    """h / rms(h), after centring h for 'layer'; the statistics are computed in float32 at least."""
-    if norm is None:
-        return h
-    wide = embeddings.at_least_float32("h", h)
-    if norm == "layer":
-        wide = wide - jnp.mean(wide)
-    return (wide * jax.lax.rsqrt(jnp.mean(jnp.square(wide)) + epsilon)).astype(h.dtype)
-
-
-def _event(x: Event) -> Array:
-    if not hasattr(x, "dtype") or not hasattr(x, "shape"):
-        raise TypeError(f"x: expected one floating-point array, got {type(x).__name__}")
-    checks.floating("x", x)
-    return jnp.asarray(x)
-
-
-def _split(cond: Cond, num_classes: int, cond_features: int) -> tuple[Array | int, list[Array]]:
-    """The label (the null label if there is none) and the floating-point leaves of a condition."""
-    checks.fits("cond", cond)
-    values = jax.tree.leaves(cond)
-    leaves = [jnp.asarray(value) for value in values]
-    # The label is not converted: under jit, an array made from a concrete label would be traced and could not be checked.
-    labels = [value for value, leaf in zip(values, leaves, strict=True) if jnp.issubdtype(leaf.dtype, jnp.integer)]
-    other = [leaf for leaf in leaves if not jnp.issubdtype(leaf.dtype, jnp.integer)]
-    checks.floating("cond", other)
-    size = sum(leaf.size for leaf in other)
-    if size != cond_features:
-        raise ValueError(f"cond: expected {cond_features} floating-point numbers (cond_features), got {size}")
-    if len(labels) > (1 if num_classes else 0):
-        raise ValueError(
-            f"cond: expected {'at most one label' if num_classes else 'no label (num_classes=0)'}, "
-            f"got {len(labels)} integer leaves"
-        )
-    return labels[0] if labels else num_classes, other
