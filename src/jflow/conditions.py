@@ -87,7 +87,8 @@ def drop(key: Key, cond: Cond, null: Cond, probability: float) -> Cond:
       ``null``; otherwise they are promoted (uint8 labels and the null label 256 become int32).
 
     Raises:
-      ValueError: if the structure of ``cond`` or the shape of a row differs from ``null``, or the probability is outside [0, 1].
+      ValueError: if the structure of ``cond`` or the shape of a row differs from ``null``, or the probability is outside
+        [0, 1].
       TypeError: if ``cond`` and ``null`` are of different kinds (labels and floating-point numbers).
 
     Example:
@@ -186,5 +187,3 @@ def _holds(wide: np.dtype, narrow: np.dtype) -> bool:
         return False
     a, b = jnp.iinfo(wide), jnp.iinfo(narrow)
     return a.min <= b.min and b.max <= a.max
-
-

@@ -197,9 +197,7 @@ def extrapolated_jumps(
         return trees.add(strong, trees.scale((scale - 1.0) * share, trees.sub(strong, weak)))
 
     velocity = classifier_free(flow_map, scale, null, interval)
-    return dataclasses.replace(
-        flow_map, mean_velocity=mean_velocity, jump_override=None, velocity_override=velocity
-    )
+    return dataclasses.replace(flow_map, mean_velocity=mean_velocity, jump_override=None, velocity_override=velocity)
 
 
 def autoguided(
@@ -313,7 +311,8 @@ def _rule(scale: Any, interval: Any, kept: bool = False) -> Callable[[Cond], tup
     def of_cond(cond: Cond) -> tuple[Cond, Any, tuple[Any, Any], bool]:
         if not isinstance(cond, Scaled):
             raise TypeError(
-                f"cond: expected a conditions.Scaled(cond, scale, interval), because no scale was given, got {type(cond).__name__}"
+                "cond: expected a conditions.Scaled(cond, scale, interval), because no scale was given, got "
+                f"{type(cond).__name__}"
             )
         checks.scalar("cond.scale", cond.scale)
         return cond.cond, cond.scale, ALWAYS if cond.interval is None else cond.interval, False

@@ -290,7 +290,9 @@ def _by_size(leaves: list[tuple[str, Array]], size: int) -> list[Array]:
 def _by_name(leaves: list[tuple[str, Array]], sizes: Mapping[str, int]) -> list[Array]:
     names = [name for name, _ in leaves]
     if sorted(names) != sorted(sizes):
-        raise ValueError(f"cond: expected floating-point leaves named {sorted(sizes)} (cond_features), got {sorted(names)}")
+        raise ValueError(
+            f"cond: expected floating-point leaves named {sorted(sizes)} (cond_features), got {sorted(names)}"
+        )
     found = dict(leaves)
     for name, size in sizes.items():
         if found[name].size != size:

@@ -2,10 +2,8 @@ r"""Layers that several networks share: normalisation, windows of an image, modu
 
 from __future__ import annotations
 
-import math
 from typing import Any
 
-import flax.linen as nn
 import jax
 import jax.numpy as jnp
 

@@ -6,10 +6,12 @@ With the velocity estimate c (by default that of the pair), the target's velocit
     \omega\, c + \kappa\, v_{s,s}(x \mid \mathrm{cond}) + (1 - \omega - \kappa)\, v_{s,s}(x \mid \mathrm{null}),
     \qquad \omega = (1 - \kappa)\, w.
 
-If the null rows of the batch keep their own velocity, :math:`v(\cdot \mid \mathrm{null}) = b(\cdot \mid \mathrm{null})`, and the
-fixed point is the guided velocity (``guidance.classifier_free``) of scale w, whatever kappa:
+The null rows of the batch keep their own velocity, so that v is b for the null condition. The fixed point is then the guided
+velocity (``guidance.classifier_free``) of scale w, whatever kappa:
 
-.. math:: v_{s,s}(x \mid \mathrm{cond}) = b_s(x \mid \mathrm{null}) + w \left( b_s(x \mid \mathrm{cond}) - b_s(x \mid \mathrm{null}) \right)
+.. math::
+    v_{s,s}(x \mid \mathrm{cond}) = b_s(x \mid \mathrm{null})
+    + w \left( b_s(x \mid \mathrm{cond}) - b_s(x \mid \mathrm{null}) \right).
 
 - MeanFlow (2505.13447) has a fixed scale. Its two numbers are omega and kappa; ``Guidance.mean_flow`` takes them.
 - Improved MeanFlow (2512.02012) draws the scale and the interval for each row, gives both to the network, and has
@@ -42,15 +44,17 @@ LEGS = ("own", "ema")
 class Guidance:
     """The choice ``guidance`` of an objective: its velocity estimate is replaced by a guided one.
 
-    The map's velocity estimates are replaced wherever they are those of the data (``row.conditional`` and ``row.pair``, on
-    and off the diagonal). A map's own velocity, as in Lagrangian self-distillation, is then guided as well, because the diagonal
-    is. A teacher's velocity is not changed: guide the teacher itself. Rows with the null condition keep their own
-    velocity; ``label_dropout`` makes them.
+    The velocity estimates of the data are replaced (``row.conditional`` and ``row.pair``), on and off the diagonal. The map's
+    own velocity, as in Lagrangian self-distillation, is then guided as well, because the diagonal is. A teacher's velocity is
+    not changed: guide the teacher itself. Rows with the null condition, which ``label_dropout`` makes, keep their own
+    velocity.
 
     If the scale or the interval is a law, both are drawn for each row, and every network receives ``conditions.Scaled(cond,
     scale, interval)`` in place of ``cond``, without the interval if only the scale is drawn. A teacher receives it too, for
-    example ``guidance.classifier_free(velocity, null=10)``, which reads the scale from it. In sampling, pass a ``Scaled`` as the
-    condition to choose the scale.
+    example ``guidance.classifier_free(velocity, null=10)``, which reads the scale from it. In sampling, pass a ``Scaled`` as
+    the condition to choose the scale. Improved MeanFlow's code differs: its diagonal rows always have the interval (0, 1), and
+    the direction of a dropped row is the velocity of its label. Here the diagonal has the row's interval, and every row its own
+    condition, so that the map of the guided velocity is stationary for every scale and interval.
 
     Cost: on the diagonal one pass, the null velocity; the conditional one is the pass that is trained. Off the diagonal one
     pass, and one more if kappa is not 0 (improved MeanFlow needs that pass anyway, for its direction).
@@ -91,9 +95,7 @@ class Guidance:
             checks.number("interval: last", self.interval[1], low=first, high=1.0)
 
     @classmethod
-    def mean_flow(
-        cls, omega: float, kappa: float = 0.0, interval: tuple[float, float] = conditions.ALWAYS
-    ) -> Guidance:
+    def mean_flow(cls, omega: float, kappa: float = 0.0, interval: tuple[float, float] = conditions.ALWAYS) -> Guidance:
         """The guidance of MeanFlow (2505.13447) with its own two numbers; the scale w is omega/(1 - kappa).
 
         The interval is in jflow's time, which runs from the noise: MeanFlow's (a, b) is (1 - b, 1 - a) here.

@@ -115,8 +115,9 @@ class Objective:
       coupling: ``(key, x1, cond) -> x0``, used if the batch holds no x0; ``couplings.Independent(base)`` by default.
       blocks: the number of equal blocks, in batch order, each of which is split into diagonal and off-diagonal rows. It
         should be a multiple of the number of devices over which a batch is sharded.
-      label_dropout: the probability that a row's condition is replaced by the map's null condition (``FlowMap.null``), after the
-        coupling and independently of the split of the batch; 0 by default, 0.1 with ``guidance``.
+      label_dropout: the probability that a row's condition is replaced by the map's null condition (``FlowMap.null``). The
+        coupling sees the condition itself, and the rows are independent of the split of the batch. 0 by default, 0.1 with
+        ``guidance``.
       guidance: a ``Guidance``, if the map is to learn the guided velocity; None by default.
       domain: the domain on which the map is trained, if smaller than the map's own; ``pairs`` must draw from both.
       needs: further requirements of the method: "x0", the batch must hold pairs; "no data", x1 may be None.

@@ -197,7 +197,8 @@ class Term:
       residual: ``row -> identities.Residual(prediction, target, tangent)``. ``tangent`` is the derivative term of the
         residual, whose norm is reported, or None.
       reads: the parts of the row that it reads in addition to the map: "velocity" (``row.conditional``), "pair"
-        (``row.pair``), "gamma", "teacher". An objective raises an error for a choice that neither this term nor the diagonal reads.
+        (``row.pair``), "gamma", "teacher". An objective raises an error for a choice that neither this term nor the diagonal
+        reads.
       asks: a function that returns the other pairs of times at which the term evaluates the trained map, given the row's
         (s, t, gamma): ``near_source``, ``near_target``, ``second_leg``, ``both_legs`` or a custom one; None if there are no
         others. An objective draws times when it is made, and raises an error if these pairs are outside the map's domain.
