@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from jflow import guidance, interpolants, nets, oracles, parameterizations, types
+from jflow import conditions, guidance, interpolants, nets, oracles, parameterizations, types
 
 PATH = interpolants.linear()
 MEANS, VARIANCES = np.array([[1.0, -0.5], [-2.0, 0.3]]), np.array([[0.3, 0.6], [0.5, 0.2]])
@@ -357,3 +357,63 @@ def test_a_guided_velocity_is_a_velocity():
     assert isinstance(solved, types.FlowMap)
     x1 = jax.jit(lambda x: solved.jump(jnp.float64(1.0), 0.0, 1.0, x, 1))(X)
     np.testing.assert_allclose(x1, CLASS.flow_map.jump(CLASSES[1], 0.0, 1.0, X), rtol=1e-6)
+
+
+def affine(params, s, t, x, cond=None, *, key=None):
+    """A smooth map of two times that depends on the condition."""
+    c = jnp.asarray(cond, x.dtype)
+    return params * (jnp.sin(x + c) + (t - s) * jnp.cos(2.0 * x * c))
+
+
+MAP = types.FlowMap(affine, null=NULL)
+
+
+def test_the_null_condition_is_the_models():
+    ours = guidance.classifier_free(MAP, 2.0)(jnp.float64(1.3), 0.3, X, 1)
+    np.testing.assert_array_equal(ours, guidance.classifier_free(MAP, 2.0, NULL)(jnp.float64(1.3), 0.3, X, 1))
+    for make in (guidance.classifier_free, guidance.extrapolated_jumps):
+        with pytest.raises(ValueError, match="null: expected the condition that means no condition"):
+            make(types.FlowMap(affine), 2.0)
+
+
+@pytest.mark.parametrize("interval", [None, (0.2, 0.6)])
+def test_scales_of_samples_are_read_from_their_conditions(interval):
+    """Each row as with a scale and an interval of its own."""
+    params, scales, labels = jnp.float64(1.3), np.array([0.0, 1.0, 3.5]), np.array([0, 1, 0])
+    rows = conditions.Scaled(labels, scales, None if interval is None else tuple(np.full(3, end) for end in interval))
+    for make in (guidance.classifier_free, guidance.extrapolated_jumps):
+        for s, t in ((0.1, 0.1), (0.4, 0.4), (0.4, 0.9)):
+
+            def at(guided, cond, s=s, t=t):
+                if isinstance(guided, types.FlowMap):
+                    return guided.mean_velocity(params, s, t, X, cond)
+                return guided(params, t, X, cond)
+
+            got = jax.jit(jax.vmap(lambda cond, make=make, at=at: at(make(MAP), cond)))(rows)
+            for row, w, label in zip(got, scales, labels, strict=True):
+                one = make(MAP, float(w), interval=interval or guidance.ALWAYS)
+                np.testing.assert_allclose(row, at(one, int(label)), rtol=1e-12)
+
+
+def test_extrapolated_jumps_are_exact_on_the_diagonal_only():
+    params, w = jnp.float64(1.3), 2.5
+    jumps = guidance.extrapolated_jumps(MAP, w, interval=(0.2, 0.6))
+    velocity = guidance.classifier_free(MAP, w, interval=(0.2, 0.6))
+    for t in (0.1, 0.2, 0.4, 0.7):
+        np.testing.assert_allclose(jumps.mean_velocity(params, t, t, X, 1), velocity(params, t, X, 1), rtol=1e-13)
+        np.testing.assert_allclose(jumps.velocity(params, t, X, 1), velocity(params, t, X, 1), rtol=1e-13)
+    # Off it, the extrapolation of both jumps, by the share of the jump within the interval: 0.2 of 0.5 here.
+    strong, weak = (affine(params, 0.4, 0.9, X, c) for c in (1, NULL))
+    share = 0.4
+    expected = strong + (w - 1.0) * share * (strong - weak)
+    np.testing.assert_allclose(jumps.mean_velocity(params, 0.4, 0.9, X, 1), expected, rtol=1e-13)
+    np.testing.assert_allclose(jumps.jump(params, 0.4, 0.9, X, 1), X + 0.5 * expected, rtol=1e-13)
+
+
+def test_conditions_without_a_scale_are_refused():
+    with pytest.raises(TypeError, match=r"cond: expected a conditions\.Scaled"):
+        guidance.classifier_free(MAP)(1.0, 0.3, X, 1)
+    with pytest.raises(ValueError, match="interval: expected none without a scale"):
+        guidance.classifier_free(MAP, interval=(0.1, 0.2))
+    with pytest.raises(TypeError, match="flow_map: expected a FlowMap"):
+        guidance.extrapolated_jumps(affine, 2.0, NULL)

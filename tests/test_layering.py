@@ -25,6 +25,7 @@ ROOMS = (
     "flops",
     "domains",
     "types",
+    "conditions",
     "parts",
     "sharding",
     "bases",

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 from jflow import (
     bases,
+    conditions,
     conventions,
     couplings,
     domains,
@@ -77,6 +78,7 @@ __all__ = [
     "Velocity",
     "bases",
     "comparison",
+    "conditions",
     "conventions",
     "couplings",
     "datasets",

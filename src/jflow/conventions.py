@@ -49,7 +49,7 @@ def from_reversed_time(mean_velocity: Callable[..., Event], domain: Domain = FOR
         theirs = mean_velocity(params, 1.0 - jnp.asarray(s), 1.0 - jnp.asarray(t), x, cond, key=key)
         return trees.scale(-1.0, checks.output("mean_velocity's output", theirs, x))
 
-    return FlowMap(ours, domain)
+    return FlowMap(ours, domain, null=getattr(mean_velocity, "null", None))
 
 
 def velocity_from_reversed_time(velocity: Callable[..., Event]) -> Velocity:

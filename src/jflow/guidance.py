@@ -10,22 +10,27 @@ is evaluated as strong + (w - 1)(strong - weak), which is exactly strong at w = 
 
 The result is a Velocity: it can be solved, distilled into a flow map, or guided again. In general, its flow does not map the
 base to the data law tilted by a power of the likelihood.
+
+A map trained with a guided target (``objectives.Guidance``) needs no guidance in sampling: its jumps are those of the guided
+velocity. If its network receives the scale, the condition is ``conditions.Scaled(label, scale, interval)``. For other maps,
+``extrapolated_jumps`` extrapolates the jumps, which is exact at s = t only.
 """
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 
-from jflow import checks, parts, trees
+from jflow import checks, conditions, parts, trees
+from jflow.conditions import ALWAYS, Scaled
 from jflow.types import Array, Cond, Event, FlowMap, Key, Params, Time, Velocity, as_velocity
 
-ALWAYS = (0.0, 1.0)
-KINDS = (jnp.bool_, jnp.integer, jnp.floating, jnp.complexfloating)
+# The default of ``null``: the null condition of the model, ``FlowMap.null``.
+OF_MODEL: Any = object()
 
 
 class Guided(NamedTuple):
@@ -41,13 +46,22 @@ class Guided(NamedTuple):
 
 
 def classifier_free(
-    velocity: Velocity | FlowMap, scale: float | Array, null: Cond, interval: tuple[float, float] = ALWAYS
+    velocity: Velocity | FlowMap,
+    scale: float | Array | None = None,
+    null: Cond = OF_MODEL,
+    interval: tuple[float, float] = ALWAYS,
 ) -> Velocity:
     r"""Returns a velocity with classifier-free guidance (2207.12598).
 
     .. math:: b_t(x \mid \mathrm{null}) + w \left( b_t(x \mid \mathrm{cond}) - b_t(x \mid \mathrm{null}) \right)
 
     Outside the interval, it is the conditional velocity (2404.07724).
+
+    The network must have been trained with the null condition (``label_dropout`` of the objectives); otherwise its output for
+    this condition has no meaning.
+
+    Without ``scale``, the scale and the interval of each sample are those of its condition, a ``conditions.Scaled``; the model
+    receives ``cond.cond``.
 
     Cost: two passes inside the interval; one outside, if the batch shares t (t is not vmapped); one everywhere if the scale
     is a concrete 1. With a null condition and no interval, the two passes are one vmapped call, in which computations that do
@@ -63,18 +77,20 @@ def classifier_free(
 
     Args:
       velocity: a conditional Velocity, or a FlowMap, whose velocity v_{t,t} is used.
-      scale: the weight w, a scalar: 0 is unconditional, 1 conditional. It may be traced.
+      scale: the weight w, a scalar: 0 is unconditional, 1 conditional. It may be traced. None to read it from the condition.
       null: the condition of one sample that means "unconditional": a pytree like ``cond``, or None if the model takes
-        None for this. It may be traced.
+        None for this. It may be traced. By default the ``null`` of the FlowMap.
       interval: the first and the last time t at which to guide, both included, within [0, 1]; 0 is the noise.
 
     Returns:
       A Velocity with the parameters of the model.
 
     Raises:
-      ValueError: if the scale is not a finite scalar, or the interval is not 0 <= first <= last <= 1; when called, if there
-        is no condition, or its structure or shapes differ from those of ``null``.
-      TypeError: if the model is not a function, or the scale or a time is not a number; when called, if ``cond`` and
+      ValueError: if the scale is not a finite scalar, the interval is not 0 <= first <= last <= 1, or the model has no null
+        condition and none is given; when called, if there is no condition, or its structure or shapes differ from those of
+        ``null``.
+      TypeError: if the model is not a function, or the scale or a time is not a number; when called without a scale, if
+        ``cond`` is not a ``conditions.Scaled``; when called, if ``cond`` and
         ``null`` are of different kinds (labels and floating-point numbers, or bool labels and an integer), or no dtype holds
         the values of both (uint64 and int64).
 
@@ -87,30 +103,101 @@ def classifier_free(
       >>> print(guided(None, 0.5, jnp.zeros(2, jnp.float32), jnp.float32(1.0)))
       [3. 3.]
     """
-    checks.fits("null", null)
+    null = _null_of(velocity, null)
     model = as_velocity("velocity", velocity)
-    scale, one = _scale(scale)
-    _check_interval(interval)
+    rule = _rule(scale, interval)
 
     def guided(params: Params, t: Time, x: Event, cond: Cond = None, *, key: Key | None = None) -> Event:
+        cond, scale, interval, one = rule(cond)
         if cond is None:
             raise ValueError("cond: expected the condition to guide towards, got None")
         if null is not None:
             checks.same_structure("cond", cond, "null", null)
             checks.fits("cond", cond)
-            both = jax.tree_util.tree_map_with_path(_stack, cond, null)
+            both = jax.tree_util.tree_map_with_path(conditions.stack, cond, null)
         if one:
             return model(params, t, x, cond, key=key)
-        if null is None or interval != ALWAYS:
+        if null is None or interval is not ALWAYS:
             strong = model(params, t, x, cond, key=key)
             return _extrapolate(strong, lambda: model(params, t, x, null, key=key), scale, interval, t)
-        if _eager(t, x, both):
-            strong, weak = (model(params, t, x, c, key=key) for c in _pair(both))
+        if conditions.eager(t, x, both):
+            strong, weak = (model(params, t, x, c, key=key) for c in conditions.pair(both))
         else:
-            strong, weak = _pair(jax.vmap(lambda c: model(params, t, x, c, key=key))(both))
+            strong, weak = conditions.pair(jax.vmap(lambda c: model(params, t, x, c, key=key))(both))
         return _extrapolate(strong, lambda: weak, scale, interval, t)
 
     return guided
+
+
+def extrapolated_jumps(
+    flow_map: FlowMap,
+    scale: float | Array | None = None,
+    null: Cond = OF_MODEL,
+    interval: tuple[float, float] = ALWAYS,
+) -> FlowMap:
+    r"""Returns a map whose mean velocities are extrapolated. It is the flow map of the guided velocity at s = t only.
+
+    .. math::
+        v_{s,t}(x \mid \mathrm{cond}) + (w - 1)\, r_{s,t}
+        \left( v_{s,t}(x \mid \mathrm{cond}) - v_{s,t}(x \mid \mathrm{null}) \right)
+
+    Here r is the share of [s, t] that lies in the interval. At s = t this is ``classifier_free`` of v_{t,t}. A jump with s < t
+    is not that of the guided velocity, because both jumps start from x and then follow different paths; the difference is of
+    order t - s. A map trained with a guided target (``objectives.Guidance``) or distilled from ``classifier_free`` has no
+    such error.
+
+    Without ``scale``, the scale and the interval of each sample are those of its condition, a ``conditions.Scaled``; the model
+    receives ``cond.cond``. Cost: two passes.
+
+    Args:
+      flow_map: a conditional map, trained with the null condition.
+      scale, null, interval: as in ``classifier_free``.
+
+    Returns:
+      A FlowMap with the parameters, domain and null condition of ``flow_map``.
+
+    Raises:
+      TypeError: if ``flow_map`` is not a FlowMap, and as ``classifier_free``.
+      ValueError: as ``classifier_free``.
+
+    Example:
+      >>> import jax.numpy as jnp
+      >>> from jflow import FlowMap, guidance
+      >>> def v(params, s, t, x, cond=None, *, key=None):
+      ...     return cond * jnp.ones_like(x)
+      >>> guided = guidance.extrapolated_jumps(FlowMap(v, null=0.0), scale=3.0)
+      >>> print(guided.jump(None, 0.0, 1.0, jnp.zeros(2, jnp.float32), jnp.float32(1.0)))
+      [3. 3.]
+    """
+    if not isinstance(flow_map, FlowMap):
+        raise TypeError(f"flow_map: expected a FlowMap, got {type(flow_map).__name__}")
+    null = _null_of(flow_map, null)
+    rule = _rule(scale, interval)
+
+    def mean_velocity(
+        params: Params, s: Time, t: Time, x: Event, cond: Cond = None, *, key: Key | None = None
+    ) -> Event:
+        cond, scale, interval, one = rule(cond)
+        if cond is None:
+            raise ValueError("cond: expected the condition to guide towards, got None")
+
+        def v(c: Cond) -> Event:
+            return flow_map.mean_velocity(params, s, t, x, c, key=key)
+
+        if one:
+            return v(cond)
+        if null is None or conditions.eager(s, t, x, cond):
+            strong, weak = v(cond), v(null)
+        else:
+            checks.same_structure("cond", cond, "null", null)
+            checks.fits("cond", cond)
+            both = jax.tree_util.tree_map_with_path(conditions.stack, cond, null)
+            strong, weak = conditions.pair(jax.vmap(v)(both))
+        share = _share(interval, s, t, trees.at_least_float32(x))
+        return trees.add(strong, trees.scale((scale - 1.0) * share, trees.sub(strong, weak)))
+
+    velocity = classifier_free(flow_map, scale, null, interval)
+    return dataclasses.replace(flow_map, mean_velocity=mean_velocity, jump_override=None, velocity_override=velocity)
 
 
 def autoguided(
@@ -153,10 +240,10 @@ def autoguided(
     """
     good = parts.on_part(Guided, "strong", as_velocity("strong", strong))
     bad = parts.on_part(Guided, "weak", as_velocity("weak", weak))
-    scale, one = _scale(scale)
-    _check_interval(interval)
+    rule = _rule(scale, interval, kept=True)
 
     def guided(params: Guided, t: Time, x: Event, cond: Cond = None, *, key: Key | None = None) -> Event:
+        cond, scale, interval, one = rule(cond)
         value = good(params, t, x, cond, key=key)
         if one:
             return value
@@ -165,15 +252,13 @@ def autoguided(
     return guided
 
 
-def _extrapolate(
-    strong: Event, weak: Callable[[], Event], scale: float | Array, interval: tuple[float, float], t: Time
-) -> Event:
+def _extrapolate(strong: Event, weak: Callable[[], Event], scale: Any, interval: tuple[Any, Any], t: Time) -> Event:
     """Returns strong + (scale - 1)(strong - weak()) at times within the interval, and strong outside."""
 
     def correction() -> Event:
         return trees.scale(scale - 1.0, trees.sub(strong, weak()))
 
-    if interval == ALWAYS:
+    if interval is ALWAYS:
         return trees.add(strong, correction())
     checks.scalar("t", t)
     first, t, last = (
@@ -184,76 +269,55 @@ def _extrapolate(
     return trees.add(strong, jax.lax.cond(inside, correction, lambda: trees.zeros_like(strong)))
 
 
-def _eager(*trees: Any) -> bool:
-    """Returns whether no leaf is traced."""
-    return all(checks.concrete(leaf) is not None for leaf in jax.tree.leaves(trees))
+def _share(interval: tuple[Any, Any], s: Time, t: Time, dtype: Any) -> Array:
+    """Returns the share of [s, t] within the interval; at s = t, 1 inside and 0 outside."""
+    if interval is ALWAYS:
+        return jnp.ones((), dtype)
+    first, last, s, t = (jnp.asarray(value).astype(dtype) for value in (*interval, s, t))
+    gap = t - s
+    overlap = jnp.clip(t, first, last) - jnp.clip(s, first, last)
+    inside = ((first <= s) & (s <= last)).astype(dtype)
+    return jnp.where(gap == 0.0, inside, overlap / jnp.where(gap == 0.0, 1.0, gap))
 
 
-def _pair(stacked: Any) -> tuple[Any, Any]:
-    """Returns the two entries of the leading axis."""
-    return tuple(jax.tree.map(lambda leaf, i=i: leaf[i], stacked) for i in range(2))
+def _null_of(model: Any, null: Cond) -> Cond:
+    """Returns the null condition that is given, or else that of the model."""
+    if null is not OF_MODEL:
+        checks.fits("null", null)
+        return null
+    found = getattr(model, "null", None)
+    if found is None:
+        raise ValueError(
+            "null: expected the condition that means no condition, such as the label after the last class, because the model "
+            "has none (null= of jflow.flow_map)"
+        )
+    return found
 
 
-def _stack(path: Any, cond: Any, null: Any) -> Array:
-    """Stacks cond and null in a dtype that holds both."""
-    # Read the value before jnp.asarray, which makes a traced array of a concrete value under jit.
-    value = checks.concrete(null)
-    cond, null = jnp.asarray(cond), jnp.asarray(null)
-    dtype = _common(jax.tree_util.keystr(path), cond, null, value)
-    return jnp.stack([cond.astype(dtype), null.astype(dtype)])
+def _rule(scale: Any, interval: Any, kept: bool = False) -> Callable[[Cond], tuple[Cond, Any, tuple[Any, Any], bool]]:
+    """Checks the scale and the interval, and returns a function of the condition.
 
+    It returns the condition for the model, the scale, the interval, and whether the scale is known to be 1. With ``kept``, the
+    model receives the whole condition, and the scale must be given.
+    """
+    if scale is not None or kept:
+        scale, one = _scale(scale)
+        _check_interval(interval)
+        interval = ALWAYS if interval == ALWAYS else interval
+        return lambda cond: (cond, scale, interval, one)
+    if interval != ALWAYS:
+        raise ValueError(f"interval: expected none without a scale, because the condition has both, got {interval!r}")
 
-def _common(path: str, cond: Array, null: Array, value: np.ndarray | None) -> np.dtype:
-    """Returns the dtype of the condition if it holds the null condition, else the promotion of both dtypes."""
-    if cond.dtype == null.dtype:
-        return cond.dtype
-    of_cond, of_null = (next((k for k in KINDS if jnp.issubdtype(z.dtype, k)), None) for z in (cond, null))
-    # An integer null of 0 is common with floating-point conditions.
-    if value is not None and (of_cond is of_null or (of_cond, of_null) == (jnp.floating, jnp.integer)):
-        if _survives(value, cond.dtype, rounding=of_null is jnp.floating and null.weak_type):
-            return cond.dtype
-    if of_cond is of_null:
-        # Promote with the standard rules, whatever the setting of jax_numpy_dtype_promotion.
-        with jax.numpy_dtype_promotion("standard"):
-            dtype = jnp.promote_types(_promotable(cond.dtype), _promotable(null.dtype))
-        if of_cond is not jnp.integer or all(_holds(dtype, z.dtype) for z in (cond, null)):
-            return dtype
-    hint = "; expected integer labels, for a bool has no third value for no condition"
-    raise TypeError(
-        f"null{path}: expected a null condition of the kind of cond{path}, {cond.dtype}, and values that one dtype can "
-        f"hold, got {null.dtype}{'' if value is None else f' {value}'}{hint if of_cond is jnp.bool_ else ''}"
-    )
+    def of_cond(cond: Cond) -> tuple[Cond, Any, tuple[Any, Any], bool]:
+        if not isinstance(cond, Scaled):
+            raise TypeError(
+                "cond: expected a conditions.Scaled(cond, scale, interval), because no scale was given, got "
+                f"{type(cond).__name__}"
+            )
+        checks.scalar("cond.scale", cond.scale)
+        return cond.cond, cond.scale, ALWAYS if cond.interval is None else cond.interval, False
 
-
-def _promotable(dtype: np.dtype) -> np.dtype:
-    """Replaces a dtype that jax does not promote (8-bit floats, integers below 8 bits) by a wider one with all its values."""
-    if jnp.issubdtype(dtype, jnp.floating) and jnp.finfo(dtype).bits <= 8:
-        return jnp.dtype(jnp.bfloat16)
-    if jnp.issubdtype(dtype, jnp.integer) and jnp.iinfo(dtype).bits < 8:
-        return jnp.dtype(jnp.uint8 if jnp.iinfo(dtype).min == 0 else jnp.int8)
-    return dtype
-
-
-def _survives(value: np.ndarray, dtype: np.dtype, *, rounding: bool) -> bool:
-    """Returns whether a cast to the dtype keeps the value, or, with ``rounding``, whether it keeps finite values finite."""
-    # numpy cannot cast between different integers of less than 8 bits.
-    value = value.astype(_promotable(value.dtype))
-    with np.errstate(over="ignore", invalid="ignore"):
-        cast = value.astype(dtype)
-        if rounding:
-            return bool(np.all(np.isfinite(cast) == np.isfinite(value)))
-        back = cast.astype(value.dtype)
-        same = np.array_equal(back, value, equal_nan=True)
-    # A value that wraps around between signed and unsigned integers passes the round trip, so compare the signs as well.
-    return same and np.array_equal(cast < 0, value < 0)
-
-
-def _holds(wide: np.dtype, narrow: np.dtype) -> bool:
-    """Returns whether an integer dtype has every value of another."""
-    if not jnp.issubdtype(wide, jnp.integer):
-        return False
-    a, b = jnp.iinfo(wide), jnp.iinfo(narrow)
-    return a.min <= b.min and b.max <= a.max
+    return of_cond
 
 
 def _scale(scale: Any) -> tuple[float | Array, bool]:

@@ -193,7 +193,9 @@ PARAMETERIZATIONS: dict[str, Callable[..., Parameterization]] = {
 }
 
 
-def flow_map(apply: NetworkApply, parameterization: Parameterization, domain: Domain = FORWARD) -> FlowMap:
+def flow_map(
+    apply: NetworkApply, parameterization: Parameterization, domain: Domain = FORWARD, null: Cond = None
+) -> FlowMap:
     r"""Makes a FlowMap from a network and a parameterization.
 
     .. math:: v_{s,t}(x) = a(s,t)\, x + c(s,t)\, \mathrm{net}(s, t, x)
@@ -203,6 +205,8 @@ def flow_map(apply: NetworkApply, parameterization: Parameterization, domain: Do
         (see ``jflow.nets``) and is cast to the dtypes of x, leaf by leaf.
       parameterization: the meaning of the network's output.
       domain: the pairs of times on which the map will be trained.
+      null: the null condition of one sample (``FlowMap.null``); by default that of the network: ``apply.null``, which the
+        wrappers of ``jflow.nets`` set to the ``null_label`` of the module.
 
     Returns:
       The FlowMap. Its params are the network's.
@@ -240,7 +244,8 @@ def flow_map(apply: NetworkApply, parameterization: Parameterization, domain: Do
         a, c = parameterization.coefficients(s, t)
         return trees.combine(a, x, c, output)
 
-    return FlowMap(mean_velocity, domain, form=parameterization.name)
+    null = getattr(apply, "null", None) if null is None else null
+    return FlowMap(mean_velocity, domain, form=parameterization.name, null=null)
 
 
 def _check_network(apply: NetworkApply) -> None:
@@ -314,4 +319,6 @@ def from_velocity(
         output = checks.output("network output", network(params, s, t, x, cond, key=key), x)
         return trees.axpy(jnp.asarray(t) - jnp.asarray(s), output, at_source)
 
-    return FlowMap(mean_velocity, domain, velocity_override=diagonal)
+    null = getattr(velocity, "null", None)
+    null = getattr(apply, "null", None) if null is None else null
+    return FlowMap(mean_velocity, domain, velocity_override=diagonal, null=null)

@@ -77,6 +77,8 @@ class FlowMap:
       jump_override: a more accurate X_{s,t}, where one exists (an oracle's closed form).
       velocity_override: a more accurate or cheaper v_{t,t} (a closed form, or a separate head).
       form: the name of the parameterization that made the map, or "". Some methods require a form.
+      null: the null condition of one sample, which stands for "no condition", such as the label after the last class; None
+        if there is none. Label dropout, guided targets and ``guidance`` read it.
 
     The methods raise ValueError if a time is not a scalar, if a concrete time is outside [0, 1], or if a concrete jump is
     outside the domain. Traced times are not checked.
@@ -100,8 +102,12 @@ class FlowMap:
     jump_override: MeanVelocity | None = None
     velocity_override: Velocity | None = None
     form: str = ""
+    null: Cond = dataclasses.field(default=None, compare=False)
+    # What equality and hash compare of ``null``, whose leaves may be arrays.
+    _null: Any = dataclasses.field(default=None, init=False, repr=False)
 
     def __post_init__(self) -> None:
+        object.__setattr__(self, "_null", _fingerprint(self.null))
         if not isinstance(self.domain, Domain):
             raise TypeError(f"domain: expected a Domain, such as types.FORWARD, got {type(self.domain).__name__}")
         # Wrap again after ``dataclasses.replace``, which may have changed the domain.
@@ -139,6 +145,22 @@ class FlowMap:
           [3. 3.]
         """
         return BoundFlowMap(self, params)
+
+
+def _fingerprint(null: Cond) -> Any:
+    """Returns a hashable value that is equal for equal null conditions.
+
+    Raises:
+      TypeError: if a leaf is traced.
+    """
+    if null is None:
+        return None
+    checks.fits("null", null)
+    leaves = [checks.concrete(leaf) for leaf in jax.tree.leaves(null)]
+    if any(leaf is None for leaf in leaves):
+        raise TypeError("null: expected a concrete condition, got a traced one")
+    known = [leaf for leaf in leaves if leaf is not None]
+    return jax.tree.structure(null), tuple((leaf.shape, leaf.dtype.str, leaf.tobytes()) for leaf in known)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -193,6 +215,11 @@ class BoundFlowMap:
     def domain(self) -> Domain:
         """The pairs (s, t) at which the map is defined."""
         return self.flow_map.domain
+
+    @property
+    def null(self) -> Cond:
+        """The null condition of one sample, or None."""
+        return self.flow_map.null
 
     def mean_velocity(self, s: Time, t: Time, x: Event, cond: Cond = None, *, key: Key | None = None) -> Event:
         """Returns v_{s,t}(x), shaped like x."""

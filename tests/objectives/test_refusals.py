@@ -18,10 +18,11 @@ EMA, TEACHER = jnp.array([0.5, -0.2]), jnp.array([0.7, -0.5])
 
 def mean_velocity(params, s, t, x, cond=None, *, key=None):
     a, b = params
-    return jnp.sin(a * x[::-1] + s * b) + b * jnp.cos(t + s * a) * x
+    c = 0.0 if cond is None else cond
+    return jnp.sin(a * x[::-1] + s * b + c) + b * jnp.cos(t + s * a) * x
 
 
-MAP = types.FlowMap(mean_velocity, types.BOTH)
+MAP = types.FlowMap(mean_velocity, types.BOTH, null=0.0)
 FORWARD = types.FlowMap(mean_velocity, types.FORWARD)
 HALF = lambda key, n: jnp.full((n,), 0.5)  # noqa: E731
 
@@ -274,10 +275,12 @@ OTHER = {
     "coupling": lambda key, x1, cond: x1 + 1.0,
     "blocks": 2,
     "domain": dataclasses.replace(types.BOTH, name="both directions, of another name"),
+    "label_dropout": 0.6,
+    "guidance": objectives.Guidance(2.5, 0.3),
 }
 assert set(OTHER) == set(objectives.Choices.__annotations__)
 # The ones read by methods as they stand by default, and with half of the rows on the diagonal.
-ALWAYS = {"diagonal", "base", "coupling", "blocks"}
+ALWAYS = {"diagonal", "base", "coupling", "blocks", "label_dropout"}
 
 
 def off_reads(name):
@@ -287,7 +290,9 @@ def off_reads(name):
         found.add("gammas")
     conditional = ("mean_flow", "improved_mean_flow", "pixel_mean_flow", "decoupled_mean_flow", "facm", "sct")
     if name in (*conditional, "alpha_flow", "soflow", "fmm"):
-        found |= {"velocity", "teacher"}
+        found |= {"velocity", "teacher", "guidance"}
+    if name in ("consistency_training", "ict", "ect"):
+        found.add("guidance")
     if set(METHODS[name].needs) & {"teacher", "map teacher"}:
         found.add("teacher")
     return found
@@ -298,7 +303,7 @@ def read(name, diagonal):
     if METHODS[name].cost:
         found |= off_reads(name)
     if diagonal > 0:
-        found |= {"times", "diagonal_reduction", "velocity", "teacher"}
+        found |= {"times", "diagonal_reduction", "velocity", "teacher", "guidance"}
     return found
 
 
@@ -331,6 +336,7 @@ def test_a_choice_that_is_accepted_is_read(name, key):
     half = {"diagonal": 0.5} if METHODS[name].cost else {}
     batch = batch_of(8)
     batch = batch if "pairs" in METHODS[name].needs else types.Batch(batch.x1)
+    batch = batch._replace(cond=jnp.linspace(0.5, 1.5, 8))
     context = types.Context(step=jnp.int32(0), ema=EMA, teacher=TEACHER)
     chosen = sorted(read(name, 0.5) - {"domain", "blocks"})
     if "pairs" in METHODS[name].needs:

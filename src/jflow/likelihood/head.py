@@ -182,7 +182,7 @@ def shared_network(apply: NetworkApply, parameterization: Parameterization, doma
         a, c = parameterization.coefficients(s, t)
         return _mean_velocity(state, trees.combine(a, state.x, c, output.x), output.log_density)
 
-    return FlowMap(mean_velocity, domain, form=parameterization.name)
+    return FlowMap(mean_velocity, domain, form=parameterization.name, null=getattr(apply, "null", None))
 
 
 def without_head(flow_map: FlowMap) -> FlowMap:
@@ -367,7 +367,13 @@ def _points_stopped(flow_map: FlowMap) -> FlowMap:
         v = flow_map.mean_velocity(params, s, t, state, cond, key=key)
         return WithLogDensity(jax.lax.stop_gradient(v.x), v.log_density)
 
-    return _HeadAlone(mean_velocity, flow_map.domain, velocity_override=flow_map.velocity, form=flow_map.form)
+    return _HeadAlone(
+        mean_velocity,
+        flow_map.domain,
+        velocity_override=flow_map.velocity,
+        form=flow_map.form,
+        null=flow_map.null,
+    )
 
 
 def _check(domain: Domain, s: Time, t: Time, state: WithLogDensity) -> None:

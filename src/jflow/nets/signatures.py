@@ -83,9 +83,15 @@ def read(signature: str) -> Call:
 
 
 def wrap(
-    run: Callable[[Params, tuple, dict, Any], PyTree], takes: inspect.Signature, signature: str, batched: bool
+    run: Callable[[Params, tuple, dict, Any], PyTree],
+    takes: inspect.Signature,
+    signature: str,
+    batched: bool,
+    null: Cond = None,
 ) -> Network | Velocity:
     """Makes a function of one sample of ``run(params, args, kwargs, key)``, which checks its arguments and its output.
+
+    The function has the attribute ``null``, the null condition of the network, from which ``flow_map`` takes it.
 
     Returns:
       A ``Network`` of two times for a signature with ``s``, else a ``Velocity``.
@@ -116,11 +122,13 @@ def wrap(
         def velocity(params: Params, t: Any, x: PyTree, cond: Any = None, *, key: Any = None) -> PyTree:
             return evaluate(params, t, t, x, cond, key)
 
+        velocity.null = null
         return velocity
 
     def apply(params: Params, s: Any, t: Any, x: PyTree, cond: Any = None, *, key: Any = None) -> PyTree:
         return evaluate(params, s, t, x, cond, key)
 
+    apply.null = null
     return apply
 
 

@@ -163,7 +163,12 @@ def from_linen(
                 f"constants: expected every collection but 'params' that the network reads: {error}"
             ) from error
 
-    return signatures.wrap(run, inspect.signature(module.__call__), signature, batched)
+    return signatures.wrap(run, inspect.signature(module.__call__), signature, batched, _null(module))
+
+
+def _null(module: Any) -> int | None:
+    """The null label of a module that has the attribute ``null_label``, as the networks of ``jflow.nets``."""
+    return getattr(module, "null_label", None)
 
 
 @overload
@@ -249,7 +254,7 @@ def from_nnx(
             harmless.add(names)
         return out
 
-    apply = signatures.wrap(run, inspect.signature(module.__call__), signature, batched)
+    apply = signatures.wrap(run, inspect.signature(module.__call__), signature, batched, _null(module))
     return apply, _string_keys(nnx.to_pure_dict(state))
 
 
@@ -306,7 +311,7 @@ def from_equinox(
         whole = eqx.nn.inference_mode(eqx.combine(params, static), value=key is None)
         return whole(*args, **kwargs, **({"key": key} if "key" in takes.parameters else {}))
 
-    return signatures.wrap(run, takes, signature, batched), parameters
+    return signatures.wrap(run, takes, signature, batched, _null(module)), parameters
 
 
 @overload
@@ -348,7 +353,7 @@ def from_function(
     def run(params: Params, args: tuple, kwargs: dict, key: Any) -> PyTree:
         return function(params, *args, **kwargs, **({"key": key} if "key" in takes.parameters else {}))
 
-    return signatures.wrap(run, takes, signature, batched)
+    return signatures.wrap(run, takes, signature, batched, getattr(function, "null", None))
 
 
 def check_independent(function: Callable[..., PyTree], *batch: PyTree, rtol: float = 1e-5) -> None:

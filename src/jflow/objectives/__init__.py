@@ -45,6 +45,7 @@ from jflow.objectives.eulerian import (
     sct,
 )
 from jflow.objectives.group import Group, GroupObjective
+from jflow.objectives.guided import Guidance
 from jflow.objectives.lagrangian import (
     ayf_lmd,
     fmm,
@@ -79,6 +80,7 @@ __all__ = [
     "Estimate",
     "Group",
     "GroupObjective",
+    "Guidance",
     "Leg",
     "Method",
     "Objective",

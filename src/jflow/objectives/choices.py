@@ -12,6 +12,7 @@ from jflow.identities import Derivative
 from jflow.named import described, shown
 from jflow.objectives import velocity_estimates
 from jflow.objectives.curriculum import Schedule
+from jflow.objectives.guided import Guidance
 from jflow.objectives.row import Estimate, Term
 from jflow.types import Domain, FlowMap, Velocity, as_velocity
 
@@ -53,6 +54,7 @@ class RowChoices(TypedDict, total=False):
     coupling: couplings.Coupling
     blocks: int
     domain: Domain
+    label_dropout: float
 
 
 class Choices(RowChoices, total=False):
@@ -60,6 +62,7 @@ class Choices(RowChoices, total=False):
 
     velocity: Estimate
     teacher: FlowMap | Velocity | None
+    guidance: Guidance | None
 
 
 class DerivativeChoices(Choices, total=False):
@@ -74,6 +77,7 @@ def defaults(objective: Objective) -> dict[str, Any]:
     own = {name: value for name, value in objective.defaults.items() if name != "domain" or objective.pairs is None}
     found = {**DEFAULTS, "domain": objective.flow_map.domain, **own}
     found["velocity"] = velocity_estimates.pair if objective.teacher is None else velocity_estimates.teacher
+    found["label_dropout"] = 0.0 if objective.guidance is None else 0.1
     found["base"], found["coupling"] = base_and_coupling(objective.base, objective.coupling)
     return found
 
@@ -129,11 +133,32 @@ def check(objective: Objective) -> None:
             checks.accepts(name, getattr(objective, name), signature, count, model=False)
     if objective.teacher is not None:
         as_velocity("teacher", objective.teacher)
+    _check_null(objective)
     for name, why in unread(objective).items():
         if getattr(objective, name) is not None:
             raise ValueError(
                 f"{name}: expected no choice of it for {objective.name}, {why}; got {shown(getattr(objective, name))}"
             )
+
+
+def _check_null(objective: Objective) -> None:
+    """Raises an error if labels are dropped or guided and the map has no null condition."""
+    guidance = objective.guidance
+    if guidance is not None and not isinstance(guidance, Guidance):
+        raise TypeError(f"guidance: expected an objectives.Guidance, got {described(guidance)}")
+    name = "guidance"
+    if objective.label_dropout is not None:
+        if checks.number("label_dropout", objective.label_dropout, low=0.0, high=1.0) > 0.0:
+            name = "label_dropout"
+        elif guidance is None:
+            return
+    elif guidance is None:
+        return
+    if objective.flow_map.null is None:
+        raise ValueError(
+            f"{name}: expected a flow map with a null condition: one of a network with labels, whose null_label it is, or "
+            "null= of jflow.flow_map"
+        )
 
 
 def check_base(objective: Objective) -> None:
@@ -178,6 +203,15 @@ def unread(objective: Objective) -> dict[str, str]:
     off = objective.term is not None and diagonal < 1.0
     reads = objective.term.reads if objective.term is not None and off else ()
     found = {}
+    estimate = objective.velocity
+    if estimate is None and objective.teacher is not None:
+        estimate = velocity_estimates.teacher
+    if not set(reads) & {"velocity", "pair"} and diagonal == 0.0:
+        found["guidance"] = "which reads no velocity of the data"
+    elif estimate is velocity_estimates.teacher and "pair" not in reads:
+        found["guidance"] = "whose velocity is the teacher's, which must be guided itself (guidance.classifier_free)"
+    if objective.guidance is not None and objective.guidance.fed:
+        found.pop("guidance", None)  # the networks receive the scale
     if "gamma" not in reads:
         found["gammas"] = "which has no middle time"
     if not off:

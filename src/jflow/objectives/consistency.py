@@ -198,7 +198,8 @@ def _term(share: Callable[[Row], Array], first: Callable[[Row, Array], Event], l
         # gap * v is X - x, and x cancels in the difference.
         return two.rescaled(prediction=gap, difference=gap)._replace(weight=weight)
 
-    return Term("consistency", residual, ("teacher",) if leg == "teacher" else (), second_leg)
+    reads = (("pair",) if first is _pair else ()) + (("teacher",) if leg == "teacher" else ())
+    return Term("consistency", residual, reads, second_leg)
 
 
 def _consistency(

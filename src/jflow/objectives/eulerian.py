@@ -43,9 +43,14 @@ def eulerian_term(reads: Reads, warmup: Schedule | None = None, derivative: Deri
     velocity, along, stop = reads["velocity"], reads.get("along"), reads["stop"]
 
     def of(row: Row, which: str) -> Event:
+        if which == "own" and row.here is not None:
+            return row.here
         return row.conditional if which == "conditional" else row.leg(which).velocity(row.s, row.x)
 
     def residual(row: Row) -> identities.Residual:
+        if along == "own" and stop == "target":
+            # Guidance needs the map's velocity too, so it is computed once.
+            row = row._replace(here=row.frozen.velocity(row.s, row.x))
         return identities.eulerian(
             row.own.v,
             row.s,

@@ -24,13 +24,14 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
-from jflow import bases, checks, couplings, reductions, reports, sharding, trees
+from jflow import bases, checks, conditions, couplings, reductions, reports, sharding, trees
 from jflow import times as laws
 from jflow.identities import Residual, tangent
 from jflow.interpolants import Interpolant
 from jflow.named import shown
 from jflow.objectives import choices, velocity_estimates
 from jflow.objectives.batch_split import BatchSplit, split_batch
+from jflow.objectives.guided import Guidance
 from jflow.objectives.row import Estimate, Leg, Row, Term
 from jflow.types import (
     Array,
@@ -114,6 +115,10 @@ class Objective:
       coupling: ``(key, x1, cond) -> x0``, used if the batch holds no x0; ``couplings.Independent(base)`` by default.
       blocks: the number of equal blocks, in batch order, each of which is split into diagonal and off-diagonal rows. It
         should be a multiple of the number of devices over which a batch is sharded.
+      label_dropout: the probability that a row's condition is replaced by the map's null condition (``FlowMap.null``). The
+        coupling sees the condition itself, and the rows are independent of the split of the batch. 0 by default, 0.1 with
+        ``guidance``.
+      guidance: a ``Guidance``, if the map is to learn the guided velocity; None by default.
       domain: the domain on which the map is trained, if smaller than the map's own; ``pairs`` must draw from both.
       needs: further requirements of the method: "x0", the batch must hold pairs; "no data", x1 may be None.
       defaults: the method's defaults, where they differ from those above. The default of ``domain`` holds only together
@@ -142,6 +147,8 @@ class Objective:
     base: bases.Base = choices.UNSET
     coupling: couplings.Coupling = choices.UNSET
     blocks: int = 1
+    label_dropout: float = choices.UNSET
+    guidance: Guidance | None = None
     domain: Domain = choices.UNSET
     needs: tuple[str, ...] = ()
     defaults: Mapping[str, Any] = dataclasses.field(default_factory=dict, compare=False)
@@ -197,7 +204,8 @@ class Objective:
           context: step, averaged and teacher parameters (``Context()`` by default).
 
         Returns:
-          (loss [B], aux). ``aux.metrics["diagonal_rows"]`` is the mask of the rows with s = t. The other metrics are reported
+          (loss [B], aux). ``aux.metrics["diagonal_rows"]`` is the mask of the rows with s = t and, with ``label_dropout``,
+          ``aux.metrics["null_rows"]`` that of the rows with the null condition. The other metrics are reported
           for each term, "tangent" on the diagonal and the method's term off it: ``TERM/raw``, the mean squared norm of the
           residual; ``TERM/loss``, the mean reduced loss; and, if the residual has a derivative term, ``TERM/tangent_norm``,
           its root mean square. ``raw`` and ``tangent_norm`` also have means over 8 equal bins of t, and, if there is a
@@ -215,7 +223,12 @@ class Objective:
         split, on, off = self._draw(key, batch, context)
         shared = Shared(params, context._replace(state=()), batch.x1)
         found = sharding.each_device(self._evaluate, shared, on, off)
-        return self._gather(split, (on, off), found)
+        loss, aux = self._gather(split, (on, off), found)
+        if self.label_dropout:
+            null = jax.vmap(lambda cond: conditions.is_null(cond, self.flow_map.null))
+            rows = [None if sample is None else null(sample.cond) for sample in (on, off)]
+            aux.metrics["null_rows"] = reports.PerRow(split.put(*rows))
+        return loss, aux
 
     def _complete(self, batch: Batch) -> Batch:
         """Checks the batch, and fills in x1 if the method needs no data."""
@@ -236,13 +249,15 @@ class Objective:
     def _draw(self, key: Key, batch: Batch, context: Context) -> tuple[BatchSplit, Sample | None, Sample | None]:
         """Splits the batch, and makes the random draws for the diagonal and the off-diagonal rows."""
         size = checks.rows("batch", (batch.x1, batch.x0, batch.cond))
-        coupling_key, split_key, time_key, pair_key, gamma_key, network_key, row_key = jax.random.split(key, 7)
+        names = jax.random.split(key, 8)
+        coupling_key, split_key, time_key, pair_key, gamma_key, network_key, row_key, condition_key = names
         x0 = self.coupling(coupling_key, batch.x1, batch.cond) if batch.x0 is None else batch.x0
         checks.same_structure("batch.x0", x0, "batch.x1", batch.x1)
         split = split_batch(split_key, size, self.diagonal, self.blocks)
         keys = jax.random.split(network_key, size), jax.random.split(row_key, size)
-        first, second = split.take((x0, batch.x1, batch.cond, *keys))
         dtype = trees.at_least_float32(batch.x1)
+        cond = self._conditions(condition_key, batch.cond, size, dtype)
+        first, second = split.take((x0, batch.x1, cond, *keys))
 
         def drawn(law: Any, law_key: Key, rows: int) -> Any:
             return jax.tree.map(lambda t: t.astype(dtype), laws.at_step(law, context.step)(law_key, rows))
@@ -257,6 +272,18 @@ class Objective:
             s, t = drawn(self.pairs, pair_key, off_diagonal)
             off = Sample(s, t, gamma, *second)
         return split, on, off
+
+    def _conditions(self, key: Key, cond: Cond, rows: int, dtype: Any) -> Cond:
+        """Drops a share of the conditions, and adds the guidance scale if the networks receive it."""
+        if not self.label_dropout and self.guidance is None:
+            return cond
+        if cond is None:
+            name = "guidance" if self.guidance is not None else "label_dropout"
+            raise ValueError(f"batch.cond: expected conditions with {name}, got None")
+        drop_key, guidance_key = jax.random.split(key)
+        if self.label_dropout:
+            cond = conditions.drop(drop_key, cond, self.flow_map.null, self.label_dropout)
+        return cond if self.guidance is None else self.guidance.feed(guidance_key, cond, rows, dtype)
 
     def _evaluate(self, shared: Shared, on: Sample | None, off: Sample | None) -> list[Found | None]:
         """Computes losses and residuals of both kinds of rows; each device calls it with its own rows."""
@@ -291,11 +318,15 @@ class Objective:
             interpolant=self.interpolant,
             base=self.base,
             estimate=self.velocity,
+            null=self.flow_map.null,
+            guidance=None if self.velocity is velocity_estimates.teacher else self.guidance,
         )
 
     def _on(self, params: Params, row: Row) -> Found:
         """Computes and reduces the tangent residual of a diagonal row."""
-        residual = tangent(lambda _, t, x: row.own.velocity(t, x), row.t, row.x, row.conditional)
+        value = row.own.velocity(row.t, row.x)
+        row = row._replace(here=jax.lax.stop_gradient(value))
+        residual = tangent(lambda *_: value, row.t, row.x, row.conditional)
         difference = residual.difference
         loss = self.diagonal_reduction(params, row.t, row.t, difference)
         checks.shape("what diagonal_reduction returns", loss, ())

@@ -14,10 +14,11 @@ import numpy as np
 from jflow import checks, identities
 from jflow.bases import Base
 from jflow.interpolants import Interpolant
+from jflow.objectives.guided import Guidance
 from jflow.types import Array, Cond, Event, FlowMap, Key, Params, Time, Velocity, as_velocity, move
 
 # The parts of a row that a term may read in addition to the map; see ``Term.reads``.
-READS = ("velocity", "gamma", "teacher")
+READS = ("velocity", "pair", "gamma", "teacher")
 
 
 class Leg(NamedTuple):
@@ -94,6 +95,9 @@ class Row(NamedTuple):
       interpolant: the path.
       base: the law of x0.
       estimate: the objective's velocity estimate, a function of the row; ``conditional`` is its value.
+      null: the null condition of the map, or None.
+      guidance: the guidance of the velocity estimates, or None.
+      here: the map's velocity v_{s,s}(x) under a stop-gradient, if it has been computed already; guidance uses it.
     """
 
     s: Array
@@ -113,21 +117,27 @@ class Row(NamedTuple):
     interpolant: Interpolant
     base: Base
     estimate: Callable[[Row], Event] | None
+    null: Cond = None
+    guidance: Guidance | None = None
+    here: Event | None = None
 
     @property
     def conditional(self) -> Event:
-        """The objective's estimate of the velocity b_s(x) at the row's point, under a stop-gradient.
+        """The objective's estimate of the velocity b_s(x) at the row's point, guided if chosen, under a stop-gradient.
 
         Raises:
           ValueError: if the objective has no estimate, because its term does not read "velocity".
         """
         if self.estimate is None:
             raise ValueError('term.reads: expected "velocity" in it, because the residual reads row.conditional')
-        return jax.lax.stop_gradient(self.estimate(self))
+        return jax.lax.stop_gradient(self._guided(self.estimate(self)))
 
     def pair(self, s: Time, u: Time) -> Event:
-        """Returns the mean velocity of the row's own pair, (I_u - I_s)/(u - s)."""
-        return self.interpolant.mean_derivative(s, u, self.x0, self.x1)
+        """Returns the mean velocity of the row's own pair, (I_u - I_s)/(u - s), guided if chosen, under a stop-gradient."""
+        return jax.lax.stop_gradient(self._guided(self.interpolant.mean_derivative(s, u, self.x0, self.x1)))
+
+    def _guided(self, estimate: Event) -> Event:
+        return estimate if self.guidance is None else self.guidance.velocity(self, estimate)
 
     def key_for(self, use: str) -> Key:
         """Returns a PRNG key for one use of random numbers; keys for different names are independent."""
@@ -186,8 +196,9 @@ class Term:
       name: the name of the term in the metrics.
       residual: ``row -> identities.Residual(prediction, target, tangent)``. ``tangent`` is the derivative term of the
         residual, whose norm is reported, or None.
-      reads: the parts of the row that it reads in addition to the map: "velocity" (``row.conditional``), "gamma",
-        "teacher". An objective raises an error for a choice that neither this term nor the diagonal reads.
+      reads: the parts of the row that it reads in addition to the map: "velocity" (``row.conditional``), "pair"
+        (``row.pair``), "gamma", "teacher". An objective raises an error for a choice that neither this term nor the diagonal
+        reads.
       asks: a function that returns the other pairs of times at which the term evaluates the trained map, given the row's
         (s, t, gamma): ``near_source``, ``near_target``, ``second_leg``, ``both_legs`` or a custom one; None if there are no
         others. An objective draws times when it is made, and raises an error if these pairs are outside the map's domain.

@@ -35,6 +35,10 @@ class Dataset(Protocol):
         ...
 
 
+# With a constant decay, a run of 2,000 steps would leave a weight of 0.14 on the first parameters.
+DEFAULT_AVERAGE: dict[str, averages.Schedule] = {"0.999": averages.warmup(0.999)}
+
+
 def train(
     objective: ObjectiveFn,
     optimizer: Optimizer,
@@ -44,7 +48,7 @@ def train(
     steps: int,
     seed: int = 0,
     mesh: Mesh | None = None,
-    ema: averages.Averages = (0.999,),
+    ema: averages.Averages = DEFAULT_AVERAGE,
     teacher: Params = None,
     out_dir: str | os.PathLike[str] | RunDirectory | None = None,
     evaluate: Evaluation | None = None,
@@ -71,7 +75,8 @@ def train(
       seed: the seed of all random numbers of the training, and of ``params`` if it is a function.
       mesh: a mesh from ``sharding.mesh``; by default all devices, each with the whole state. The number of devices must
         divide the rows of a batch.
-      ema: decays of the averages, or a mapping of names to schedules of ``training.ema``; ``()`` for none.
+      ema: decays of the averages, or a mapping of names to schedules of ``training.ema``; ``()`` for none. The default is one
+        average "0.999" with the schedule ``ema.warmup(0.999)``, which also forgets the first parameters in a short run.
       teacher: frozen parameters of the objective's teacher, or None.
       out_dir: a directory for metrics, and for checkpoints at each fifth of the run, of which the newest three are kept; or
         a ``RunDirectory``, for other choices and to resume. None to write nothing.
