@@ -31,10 +31,11 @@ def make(config: Mapping[str, Any]) -> comparison.Subject:
         module = importlib.import_module(f"experiments.{config.get('experiment')}")
         choices = options.make(module.Config, out=pathlib.Path("unused"), **values)
         problem = module.problem(choices)
+        built = module.build(choices, problem) if hasattr(module, "build") else model.build(choices.model, problem)
     except (ImportError, TypeError, AttributeError) as error:
         raise ValueError(f"config: expected that of an experiment of this version with one model: {error}") from error
     return comparison.Subject(
-        model.build(choices.model, problem).flow_map,
+        built.flow_map,
         None,
         jax.ShapeDtypeStruct(problem.event, jnp.float32),
         cond=problem.labels,

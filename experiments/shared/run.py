@@ -16,7 +16,7 @@ import optax
 from experiments.shared import drawing, results
 from experiments.shared.model import Model, Problem
 from experiments.shared.options import Training
-from jflow import sharding, training
+from jflow import reports, sharding, training
 from jflow.training import distributed, metrics_log, throughput
 from jflow.types import BoundFlowMap
 
@@ -60,7 +60,9 @@ def trainer(
     init_key, train_key = jax.random.split(jax.random.key(config.seed))
     params = model.init(init_key) if params is None else params
     state = training.init_state(params, optimizer, train_key, ema=averages, teacher=teacher)
-    step = training.make_step(objective, optimizer, ema=averages, teacher_updates=teacher_updates)
+    step = _with_clips(
+        training.make_step(objective, optimizer, ema=averages, teacher_updates=teacher_updates), choices.clip
+    )
     mesh, data = config.machine.mesh(), problem.dataset.data
     if mesh is None:
         return Trainer(state, step, training.make_chunk(step, problem.dataset.batch), data)
@@ -71,6 +73,18 @@ def trainer(
         step, problem.dataset.batch, batch_sharding=sharding.rows(mesh), state_sharding=shardings
     )
     return Trainer(sharding.place(state, shardings), step, chunk, sharding.place(data, sharding.whole(mesh)))
+
+
+def _with_clips(step: Callable[..., Any], clip: float) -> Callable[..., Any]:
+    """The step with the share of gradients that the clip scaled down among its metrics."""
+
+    def counted(state: training.TrainState, batch: Any) -> tuple[training.TrainState, dict[str, Any]]:
+        state, metrics = step(state, batch)
+        norm = metrics["grad_norm"]
+        acted = (norm.total > clip * norm.count).astype(norm.total.dtype)
+        return state, metrics | {"clipped": reports.Mean(acted, norm.count)}
+
+    return counted
 
 
 class FirstProcessOnly(Exception):
@@ -85,6 +99,7 @@ def train(
     *,
     score: Callable[[BoundFlowMap], float] | None = None,
     score_every: int = 0,
+    evaluation: training.Evaluation | None = None,
 ) -> tuple[BoundFlowMap, float]:
     """Trains, writing metrics and checkpoints to ``config.out``. Of several processes only the first returns.
 
@@ -93,6 +108,7 @@ def train(
       score: a function of the map at the averaged parameters. The parameters of the lowest score are returned in place of
         the last ones. A score that is not finite is never the lowest.
       score_every: steps between two scores, a multiple of ``log_every``; pictures are then not drawn.
+      evaluation: what is evaluated during the training, in place of the pictures that ``watch`` asks for.
 
     Returns:
       (the map at the averaged parameters, seconds that the training took, compilation included).
@@ -119,7 +135,8 @@ def train(
         return {"score": score(model.flow_map.bind(params))}
 
     checkpoint_every = log_every * max(1, steps // (4 * log_every))
-    evaluation = training.Evaluation(grid, watch.picture_every()) if watch.picture_every() else None
+    if evaluation is None and watch.picture_every():
+        evaluation = training.Evaluation(grid, watch.picture_every())
     if score is not None:
         checkpoint_every, evaluation = score_every, training.Evaluation(scored, score_every)
     run = training.RunDirectory(
