@@ -30,6 +30,7 @@ from jflow.types import BoundFlowMap, FlowMap
 
 JUMPS = (1, 2, 4, 8)
 EULER = (4, 8, 25, 100)
+SCALES = (1.0, 1.5, 2.0, 3.0)
 NAMES = "T-shirt trouser pullover dress coat sandal shirt sneaker bag boot".split()
 # The options that --preset gpu changes.
 GPU: dict[str, Any] = {
@@ -91,6 +92,11 @@ class Config(options.Training):
         }
         values = {name: value for name, value in super().kept().items() if name not in ("score_every", "preset")}
         return {**values, **paths}
+
+
+def numbers(config: Config) -> tuple[tuple[int, ...], tuple[int, ...]]:
+    """The numbers of jumps and of Euler steps; a quick run compiles fewer programs."""
+    return ((1, 4), (8,)) if config.output.quick else (JUMPS, EULER)
 
 
 @functools.cache
@@ -173,8 +179,10 @@ def main(config: Config) -> None:
     evaluation = training.Evaluation(watched, config.score_every) if config.score_every else None
     trainer = run.trainer(config, this, model, objective)
     bound, seconds = run.train(config, this, model, trainer, evaluation=evaluation)
-    drawn = {jumps: draw(config, model.flow_map, bound.params, jumps, config.samples) for jumps in JUMPS}
-    solved = {steps: draw(config, _euler(model, steps), bound.params, 1, config.samples) for steps in EULER}
+    jumps_of, steps_of = numbers(config)
+    last = f"{steps_of[-1]} Euler steps"
+    drawn = {jumps: draw(config, model.flow_map, bound.params, jumps, config.samples) for jumps in jumps_of}
+    solved = {steps: draw(config, _euler(model, steps), bound.params, 1, config.samples) for steps in steps_of}
     table: dict[str, dict[str, float]] = {
         **{drawing.named(jumps): {"nfe": jumps, **scores.all(x, labels)} for jumps, x in drawn.items()},
         **{f"{steps} Euler steps": {"nfe": steps, **scores.all(x, labels)} for steps, x in solved.items()},
@@ -191,9 +199,9 @@ def main(config: Config) -> None:
         },
         "sweep": _sweep(config, model, bound, scores, labels),
         "seconds": times,
-        "one jump / 100 Euler steps": table["1 jump"]["frechet"] / table["100 Euler steps"]["frechet"],
-        "four jumps / 100 Euler steps": table["4 jumps"]["frechet"] / table["100 Euler steps"]["frechet"],
-        "speed-up": times["100 Euler steps"] / times["1 jump"],
+        f"one jump / {last}": table["1 jump"]["frechet"] / table[last]["frechet"],
+        f"four jumps / {last}": table["4 jumps"]["frechet"] / table[last]["frechet"],
+        "speed-up": times[last] / times["1 jump"],
         "data": "drawn shapes" if config.drawn else str(config.data or "Fashion-MNIST"),
         **run.speed(config, seconds),
         "config": config.kept(),
@@ -201,19 +209,17 @@ def main(config: Config) -> None:
     for jumps, x in drawn.items():
         np.save(config.out / f"samples_{jumps}.npy", x[:1000])
     results.write(config.out, found, results.labelled("fashion", table))
-    _figures(config, split, scores, drawn, solved[EULER[-1]], bound, table)
-    solver_table.write(config.out, config.out / "solver_vs_map", quick=config.output.quick)
+    _figures(config, split, scores, drawn, solved[steps_of[-1]], bound, table)
+    if not config.output.quick:  # it would take as long as everything else
+        solver_table.write(config.out, config.out / "solver_vs_map")
     print(f"pictures: {config.out}")
 
 
 def _chosen(config: Config) -> Config:
-    if config.output.quick:
-        return options.replace(config, **QUICK)
-    if config.preset == "gpu":
-        default = options.flat(Config(out=config.out))
-        given = {name: value for name, value in GPU.items() if options.flat(config)[name] == default[name]}
-        return options.replace(config, **given)
-    return config
+    """The configuration with the values of --quick or of the preset, where an option has its default."""
+    chosen = QUICK if config.output.quick else GPU if config.preset == "gpu" else {}
+    default, given = options.flat(Config(out=config.out)), options.flat(config)
+    return options.replace(config, **{name: value for name, value in chosen.items() if given[name] == default[name]})
 
 
 def _euler(model: Model, steps: int) -> FlowMap:
@@ -238,8 +244,9 @@ def _times(config: Config, model: Model, bound: BoundFlowMap) -> dict[str, float
         every = jax.jit(jax.vmap(one, (None, 0, None if cond is None else 0)))
         return lambda _: every(bound.params, noise, cond)
 
-    calls = {drawing.named(jumps): jumps_of(model.flow_map, jumps) for jumps in JUMPS}
-    calls |= {f"{steps} Euler steps": jumps_of(_euler(model, steps), 1) for steps in (EULER[0], EULER[-1])}
+    jumps, steps = numbers(config)
+    calls = {drawing.named(n): jumps_of(model.flow_map, n) for n in jumps[:: len(jumps) - 1]}
+    calls |= {f"{n} Euler steps": jumps_of(_euler(model, n), 1) for n in steps[-1:]}
     spent = timing.interleaved(calls, rounds=1 if config.output.quick else 7)
     return {name: spent.median(name) for name in calls}
 
@@ -247,19 +254,19 @@ def _times(config: Config, model: Model, bound: BoundFlowMap) -> dict[str, float
 def _sweep(
     config: Config, model: Model, bound: BoundFlowMap, scores: Scores, labels: np.ndarray | None
 ) -> dict[str, dict[str, float]]:
-    """One jump and 25 Euler steps at several scales of guidance, relative to those that were trained."""
+    """One jump and a solve at several scales of guidance; without drawn scales, beyond the guidance that was trained."""
     if labels is None:
         return {}
     found, n = {}, min(config.samples, 2000)
-    scales = (1.5,) if config.output.quick else (1.0, 1.5, 2.0, 3.0)
-    for w in scales:
+    steps = 4 if config.output.quick else 25
+    for w in (1.5,) if config.output.quick else SCALES:
         if config.method.fed:
-            maps, scale = {"1 jump": model.flow_map, "25 Euler steps": _euler(model, 25)}, w
+            maps, scale = {"1 jump": model.flow_map, f"{steps} Euler steps": _euler(model, steps)}, w
         else:
             guided = guidance.classifier_free(model.flow_map, w)
             maps = {
                 "1 jump, extrapolated": guidance.extrapolated_jumps(model.flow_map, w),
-                "25 Euler steps": solvers.solve(guided, "euler", steps=25),
+                f"{steps} Euler steps": solvers.solve(guided, "euler", steps=steps),
             }
             scale = None
         for name, flow_map in maps.items():
@@ -291,9 +298,9 @@ def _figures(
     # Drawn images are of all classes in turn.
     order = np.concatenate([np.arange(columns) * len(NAMES) + c for c in range(len(NAMES))])
     order = order[order < len(solved)]
-    for jumps in (1, 2, 4):
+    for jumps in sorted({1, 2, 4} & set(drawn)):
         shown[drawing.named(jumps)] = drawn[jumps][order]
-    shown[f"{EULER[-1]} Euler steps"] = solved[order]
+    shown[f"{numbers(config)[1][-1]} Euler steps"] = solved[order]
     figure, axes = plots.panels(1, len(shown), size=(3.2, 4.2))
     for axis, (title, pictures) in zip(axes[0], shown.items(), strict=True):
         plots.image_grid(np.clip(pictures, -1.0, 1.0), columns=columns, vmin=1.0, vmax=-1.0, ax=axis)
@@ -306,7 +313,8 @@ def _figures(
 
 def _score_figure(config: Config, table: dict[str, dict[str, float]]) -> None:
     figure, axes = plots.panels(1, 3, size=(4.0, 3.2))
-    names = {"jumps": [f"{drawing.named(n)}" for n in JUMPS], "Euler steps": [f"{n} Euler steps" for n in EULER]}
+    jumps, steps = numbers(config)
+    names = {"jumps": [drawing.named(n) for n in jumps], "Euler steps": [f"{n} Euler steps" for n in steps]}
     for axis, measure in zip(axes[0], ("frechet/trace", "kid", "recall"), strict=True):
         for label, rows in names.items():
             axis.plot([table[row]["nfe"] for row in rows], [table[row][measure] for row in rows], "o-", label=label)
