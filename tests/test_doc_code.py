@@ -23,7 +23,7 @@ PAGES = {
     "notation.md": 1,
     "choosing-a-method.md": 1,
     "own-network.md": 6,
-    "conditioning.md": 4,
+    "conditioning.md": 6,
     "training-log.md": 1,
     "running.md": 4,
     "dtypes.md": 1,

@@ -57,6 +57,33 @@ def test_quick_run(name, out):
 
 
 @pytest.mark.slow
+def test_quick_run_of_clothes(out):
+    """On drawn shapes in MNIST's format, which the results say; without its files a full run is refused."""
+    done = run("experiments.fashion", "--quick", "--out", out / "fashion")
+    assert done.returncode == 0, done.stderr
+    files = (
+        "fashion.png",
+        "scores.png",
+        "neighbours.png",
+        "interpolation.png",
+        "table.md",
+        "classifier.npz",
+        "grids/20.png",
+    )
+    assert all((out / "fashion" / file).stat().st_size > 0 for file in files)
+    results = json.loads((out / "fashion" / "results.json").read_text())
+    assert results["data"] == "drawn shapes" and 0.0 < results["trace"] < np.inf
+    assert {"1 jump", "8 Euler steps", "training images (floor)"} <= set(results["scores"])
+    assert results["scores"]["training images (floor)"]["frechet"] < results["scores"]["1 jump"]["frechet"]
+    rows = [json.loads(line) for line in (out / "fashion" / "metrics.jsonl").read_text().splitlines()]
+    assert any("clipped" in row for row in rows) and any("frechet_of_one_jump" in row for row in rows)
+    sample.main([str(out / "fashion"), "--n", "3", "--out", str(out / "clothes.npy")])
+    assert np.load(out / "clothes.npy").shape == (3, 28, 28, 1)
+    refused = run("experiments.fashion", "--data", out / "nothing", "--out", out / "refused")
+    assert refused.returncode == 2 and "--data" in refused.stderr
+
+
+@pytest.mark.slow
 def test_samples_are_drawn_from_a_run_without_code(out):
     """After the quick run of the mixture."""
     sample.main([str(out / "mixture"), "--jumps", "2", "--n", "3", "--out", str(out / "drawn.npy")])

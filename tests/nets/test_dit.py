@@ -23,7 +23,7 @@ def make(**fields):
     return DiT(**{**SMALL, "depth": 3, **fields})
 
 
-@pytest.mark.representatives("rotary", "tokens")
+@pytest.mark.representatives("tokens")
 @pytest.mark.parametrize("name", VARIANTS)
 def test_derivatives_dtypes_and_vmap(name):
     images.check_derivatives(make(depth=2, **VARIANTS[name]), SHAPE)

@@ -91,6 +91,7 @@ def test_cost(name):
     assert images.matmul_flops(net, SHAPE) == expected
 
 
+@pytest.mark.slow
 def test_magnitudes_stay_near_one():
     """Of every block, whatever the size of the weights; gains start at zero."""
     net = UNet.magnitude_preserving(features=32, multipliers=(1, 2), blocks=2, attention=(1,), convolution="matmul")

@@ -204,7 +204,7 @@ def test_the_null_label_learns_and_is_known_from_the_network():
     module, x = label_network(), jnp.ones(2, jnp.float32)
     model = flow_map(nets.from_linen(module), parameterizations.mean_velocity_form())
     assert model.null == NULL == module.null_label
-    params = module.init(jax.random.key(0), 0.0, 1.0, x, 0)["params"]
+    params = jax.jit(module.init)(jax.random.key(0), 0.0, 1.0, x, jnp.int32(0))["params"]
     # The output layer starts at zero, and then nothing else has a gradient.
     params = jax.tree.map(lambda leaf: leaf + 0.1, params)
     batch = types.Batch(jnp.ones((ROWS, 2), jnp.float32), cond=jnp.arange(ROWS, dtype=jnp.uint8) % 2)
