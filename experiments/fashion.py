@@ -125,7 +125,11 @@ def problem(config: Config) -> Problem:
         return net.apply(net.params, jnp.clip(x, -1.0, 1.0)).features
 
     split = _split(config)
-    return images.problem(split, config.optimizer.batch, config.seed, config.method.conditional, features)
+    found = images.problem(split, config.optimizer.batch, config.seed, config.method.conditional, features)
+    labels = found.labels
+    if labels is None:
+        return found
+    return found._replace(labels=lambda key, n: conditions_of(config, labels(key, n)))
 
 
 def build(config: Config, this: Problem) -> Model:
