@@ -15,10 +15,8 @@ LINEAR = interpolants.linear()
 STATIONARY = [
     (n, path) for n in sorted(METHODS) for path in ("linear", "trigonometric") if path in (METHODS[n].paths or [path])
 ]
-# Methods see a path through its coefficients alone: one path for each is among the quick tests. So is one method of each
-# identity whose formula test_objective writes out; the others differ in what they stop, or in the law of their times.
-REPEATED = {"ayf_emd", "ayf_lmd", "ect", "free_flow", "psd_u", "soflow"}
-QUICK = [f"{n}-{path}" for n, path in dict(reversed(STATIONARY)).items() if n not in REPEATED]
+# Methods see a path through its coefficients alone: one path for each is among the quick tests.
+QUICK = [f"{n}-{path}" for n, path in dict(reversed(STATIONARY)).items()]
 
 
 @pytest.mark.representatives(*QUICK)
