@@ -24,6 +24,7 @@ PAGES = {
     "choosing-a-method.md": 1,
     "own-network.md": 6,
     "conditioning.md": 6,
+    "images.md": 5,
     "training-log.md": 1,
     "running.md": 4,
     "dtypes.md": 1,
@@ -47,6 +48,12 @@ SHORTER = {
     "features=128, depth=4": "features=8, depth=1",
     "features=64, depth=2": "features=8, depth=1",
     "features=32, depth=2": "features=8, depth=1",
+    "features=64, depth=3": "features=8, depth=1",
+    "100, 3000)": "1, 10)",
+    "steps=3000": "steps=10",
+    "arange(1000)": "arange(100)",
+    "key(1), 1000,": "key(1), 100,",
+    "np.asarray(rows.cond))": "np.asarray(rows.cond), recipe=metrics.Recipe(epochs=1, width=16))",
     "steps=4000": "steps=10",
     "steps=8000": "steps=20",
     "steps=2000": "steps=10",
@@ -183,6 +190,13 @@ def test_own_network_every_kind_becomes_a_map_that_moves_a_point(run):
     velocity = space["velocity"](space["velocity_params"], jnp.float32(0.0), x)
     solved = space["solved_map"].jump(space["velocity_params"], 0.0, 0.01, x)
     np.testing.assert_allclose((solved - x) / 0.01, velocity, rtol=0.05, atol=0.02)
+
+
+@pytest.mark.slow
+def test_images_are_drawn_and_scored(run):
+    space = run("images.md")
+    assert space["drawn"].shape == (100, 8, 8, 1) and np.isfinite(space["distance"].value)
+    assert space["distance"].samples == 100 and space["model"].null == 10
 
 
 @pytest.mark.slow

@@ -417,3 +417,20 @@ def test_conditions_without_a_scale_are_refused():
         guidance.classifier_free(MAP, interval=(0.1, 0.2))
     with pytest.raises(TypeError, match="flow_map: expected a FlowMap"):
         guidance.extrapolated_jumps(affine, 2.0, NULL)
+
+
+@pytest.mark.parametrize("kind", GUIDES)
+def test_both_models_draw_from_the_same_key_over_a_batch_of_times(kind, key):
+    """As dropout does; under a vmap over t the interval selects between operands."""
+
+    def noisy(params, t, x, cond=None, *, key=None):
+        return params * x + jax.random.normal(jax.random.clone(key), x.shape)
+
+    guided, params = guidance.classifier_free(noisy, 3.0, NULL, (0.2, 0.8)), 1.0
+    if kind == "autoguided":
+        guided, params = guidance.autoguided(noisy, noisy, 3.0, (0.2, 0.8)), guidance.Guided(1.0, 1.0)
+    keys = jax.random.split(key, 3)
+    got = jax.jit(jax.vmap(lambda t, k: guided(params, t, X, 1, key=k)))(jnp.array([0.1, 0.5, 0.9]), keys)
+    # Both draw the same numbers, so their difference is zero.
+    expected = X[None] + jax.vmap(lambda k: jax.random.normal(k, X.shape))(jax.random.clone(keys))
+    np.testing.assert_allclose(got, expected, rtol=1e-12)

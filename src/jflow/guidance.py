@@ -118,8 +118,9 @@ def classifier_free(
         if one:
             return model(params, t, x, cond, key=key)
         if null is None or interval is not ALWAYS:
+            again = _again(key)
             strong = model(params, t, x, cond, key=key)
-            return _extrapolate(strong, lambda: model(params, t, x, null, key=key), scale, interval, t)
+            return _extrapolate(strong, lambda: model(params, t, x, null, key=again()), scale, interval, t)
         if conditions.eager(t, x, both):
             strong, weak = (model(params, t, x, c, key=key) for c in conditions.pair(both))
         else:
@@ -244,10 +245,11 @@ def autoguided(
 
     def guided(params: Guided, t: Time, x: Event, cond: Cond = None, *, key: Key | None = None) -> Event:
         cond, scale, interval, one = rule(cond)
+        again = _again(key)
         value = good(params, t, x, cond, key=key)
         if one:
             return value
-        return _extrapolate(value, lambda: bad(params, t, x, cond, key=key), scale, interval, t)
+        return _extrapolate(value, lambda: bad(params, t, x, cond, key=again()), scale, interval, t)
 
     return guided
 
@@ -267,6 +269,18 @@ def _extrapolate(strong: Event, weak: Callable[[], Event], scale: Any, interval:
     inside = (first <= t) & (t <= last)
     # With ``cond``, the weak model does not run outside the interval. Under a vmap over t it becomes a ``select``.
     return trees.add(strong, jax.lax.cond(inside, correction, lambda: trees.zeros_like(strong)))
+
+
+def _again(key: Key | None) -> Callable[[], Key | None]:
+    """Returns a function that makes the key once more, from its data.
+
+    Both models get the same key on purpose. Under a vmap over t, ``lax.cond`` selects between its operands, and a key among
+    them would count as used twice.
+    """
+    if key is None or not jnp.issubdtype(key.dtype, jax.dtypes.prng_key):
+        return lambda: key
+    data, kind = jax.random.key_data(key), jax.random.key_impl(key)
+    return lambda: jax.random.wrap_key_data(data, impl=kind)
 
 
 def _share(interval: tuple[Any, Any], s: Time, t: Time, dtype: Any) -> Array:
