@@ -434,3 +434,21 @@ def test_both_models_draw_from_the_same_key_over_a_batch_of_times(kind, key):
     # Both draw the same numbers, so their difference is zero.
     expected = X[None] + jax.vmap(lambda k: jax.random.normal(k, X.shape))(jax.random.clone(keys))
     np.testing.assert_allclose(got, expected, rtol=1e-12)
+
+
+@pytest.mark.parametrize(("scale", "interval", "error", "message"), [
+    (None, None, TypeError, r"cond\.scale: expected a number, got NoneType"),
+    ("2", None, TypeError, r"cond\.scale: expected a number, got str"),
+    (np.nan, None, ValueError, r"cond\.scale: expected a number"),
+    (2.0, 0.5, TypeError, r"cond\.interval: expected a pair \(first, last\) of times or None, got 0\.5"),
+    (2.0, (0.9, 0.1), ValueError, r"cond\.interval: last: expected a number in \[0\.9, 1\], got 0\.1"),
+    (2.0, (np.zeros(2), 1.0), ValueError, r"cond\.interval: first: expected a scalar"),
+])  # fmt: skip
+def test_the_numbers_of_a_condition_are_checked(scale, interval, error, message):
+    with pytest.raises(error, match=message):
+        guidance.classifier_free(MAP)(1.0, 0.3, X, conditions.Scaled(1, scale, interval))
+
+
+def test_extrapolated_jumps_check_the_condition_eagerly_as_under_jit():
+    with pytest.raises(ValueError, match="cond: expected the pytree structure of null"):
+        guidance.extrapolated_jumps(MAP, 2.0).jump(jnp.float64(1.3), 0.2, 0.6, X, {"label": 1})

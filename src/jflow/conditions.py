@@ -151,7 +151,7 @@ def common(path: str, cond: Array, null: Array, value: np.ndarray | None) -> np.
             dtype = jnp.promote_types(_promotable(cond.dtype), _promotable(null.dtype))
         if of_cond is not jnp.integer or all(_holds(dtype, z.dtype) for z in (cond, null)):
             return dtype
-    hint = "; expected integer labels, for a bool has no third value for no condition"
+    hint = "; expected integer labels, because a bool has no third value to mean no condition"
     raise TypeError(
         f"null{path}: expected a null condition of the kind of cond{path}, {cond.dtype}, and values that one dtype can "
         f"hold, got {null.dtype}{'' if value is None else f' {value}'}{hint if of_cond is jnp.bool_ else ''}"

@@ -90,9 +90,9 @@ def classifier_free(
         condition and none is given; when called, if there is no condition, or its structure or shapes differ from those of
         ``null``.
       TypeError: if the model is not a function, or the scale or a time is not a number; when called without a scale, if
-        ``cond`` is not a ``conditions.Scaled``; when called, if ``cond`` and
-        ``null`` are of different kinds (labels and floating-point numbers, or bool labels and an integer), or no dtype holds
-        the values of both (uint64 and int64).
+        ``cond`` is not a ``conditions.Scaled`` of a number and a pair of times; when called, if ``cond`` and ``null`` are of
+        different kinds (labels and floating-point numbers, or bool labels and an integer), or no dtype holds the values of
+        both (uint64 and int64).
 
     Example:
       >>> import jax.numpy as jnp
@@ -185,13 +185,14 @@ def extrapolated_jumps(
         def v(c: Cond) -> Event:
             return flow_map.mean_velocity(params, s, t, x, c, key=key)
 
+        if null is not None:
+            checks.same_structure("cond", cond, "null", null)
+            checks.fits("cond", cond)
         if one:
             return v(cond)
         if null is None or conditions.eager(s, t, x, cond):
             strong, weak = v(cond), v(null)
         else:
-            checks.same_structure("cond", cond, "null", null)
-            checks.fits("cond", cond)
             both = jax.tree_util.tree_map_with_path(conditions.stack, cond, null)
             strong, weak = conditions.pair(jax.vmap(v)(both))
         share = _share(interval, s, t, trees.at_least_float32(x))
@@ -328,10 +329,26 @@ def _rule(scale: Any, interval: Any, kept: bool = False) -> Callable[[Cond], tup
                 "cond: expected a conditions.Scaled(cond, scale, interval), because no scale was given, got "
                 f"{type(cond).__name__}"
             )
-        checks.scalar("cond.scale", cond.scale)
+        _check_scaled(cond)
         return cond.cond, cond.scale, ALWAYS if cond.interval is None else cond.interval, False
 
     return of_cond
+
+
+def _check_scaled(cond: Scaled) -> None:
+    """Checks the scale and the interval of a condition. The values of traced ones are not checked."""
+    checks.scalar("cond.scale", cond.scale)
+    if checks.concrete(cond.scale) is not None:
+        checks.number("cond.scale", cond.scale)
+    if cond.interval is None:
+        return
+    if not isinstance(cond.interval, tuple) or len(cond.interval) != 2:
+        raise TypeError(f"cond.interval: expected a pair (first, last) of times or None, got {cond.interval!r}")
+    for name, end in zip(("first", "last"), cond.interval, strict=True):
+        checks.scalar(f"cond.interval: {name}", end)
+    if all(checks.concrete(end) is not None for end in cond.interval):
+        first = checks.number("cond.interval: first", cond.interval[0], low=0.0, high=1.0)
+        checks.number("cond.interval: last", cond.interval[1], low=first, high=1.0)
 
 
 def _scale(scale: Any) -> tuple[float | Array, bool]:
