@@ -238,7 +238,8 @@ def test_refusals_of_the_objective(choices, error, match):
 @pytest.mark.parametrize(("arguments", "error", "match"), [
     (dict(scale=0.0), ValueError, "scale"),
     (dict(scale="2"), TypeError, "scale"),
-    (dict(scale=lambda key, n: -jnp.ones(n)), ValueError, "positive scales"),
+    (dict(scale=lambda key, n: -jnp.ones(n)), ValueError, "positive finite scales, got values from -1 to -1$"),
+    (dict(scale=lambda key, n: jnp.ones((n, 1))), ValueError, r"scales, got shape \(64, 1\) for n = 64$"),
     (dict(scale=2.0, kappa=1.0), ValueError, "kappa"),
     (dict(interval=(0.7, 0.2)), ValueError, "interval"),
     (dict(interval=0.5), TypeError, "interval"),
@@ -248,6 +249,11 @@ def test_refusals_of_the_objective(choices, error, match):
 def test_refusals_of_the_guidance(arguments, error, match):
     with pytest.raises(error, match=match):
         Guidance(**arguments)
+
+
+def test_mean_flow_names_its_own_numbers():
+    with pytest.raises(ValueError, match="omega: expected a number in"):
+        Guidance.mean_flow(0.0, 0.5)
 
 
 def test_guidance_is_refused_where_no_velocity_of_the_data_is_read():

@@ -103,7 +103,7 @@ class Guidance:
         Raises:
           ValueError, TypeError: as the class.
         """
-        checks.number("omega", omega)
+        checks.number("omega", omega, low=0.0, open_low=True)
         if checks.number("kappa", kappa) >= 1.0:
             raise ValueError(f"kappa: expected a number below 1, got {kappa}")
         return cls(omega / (1.0 - kappa), kappa, interval)
@@ -199,7 +199,7 @@ def _check_scales(law: ScaleLaw) -> None:
     with jax.ensure_compile_time_eval():
         drawn = checks.concrete(law(jax.random.key(0), 64))
     if drawn is None or drawn.shape != (64,) or not np.all(np.isfinite(drawn)) or not np.all(drawn > 0.0):
-        raise ValueError(
-            "scale: expected a law (key, n) -> [n] of positive scales, got "
-            f"{None if drawn is None else (drawn.shape, drawn.min())}"
-        )
+        got = "a traced value" if drawn is None else f"shape {drawn.shape} for n = 64"
+        if drawn is not None and drawn.shape == (64,):
+            got = f"values from {drawn.min():g} to {drawn.max():g}"
+        raise ValueError(f"scale: expected a law (key, n) -> [n] of positive finite scales, got {got}")
