@@ -43,6 +43,11 @@ def test_attention_its_derivative_and_cost():
     assert attention(*(jnp.asarray(a, jnp.bfloat16) for a in (q, k, v))).dtype == jnp.bfloat16
 
 
+def test_the_output_has_the_dtype_of_the_queries():
+    q = jnp.ones((3, 2, 4), jnp.float32)
+    assert attention(q, q, q.astype(jnp.bfloat16)).dtype == jnp.float32
+
+
 def test_rotary_positions_depend_on_differences():
     """The product of two rotated vectors is the same for all pairs of tokens at the same distance."""
     q, k = (np.broadcast_to(draw(1, 1, 8 + i)[..., :8], (12, 1, 8)) for i in (0, 1))
@@ -63,6 +68,8 @@ def test_refusals():
         attention(q, jnp.ones((3, 2, 5)), q)
     with pytest.raises(ValueError, match=r"mask: expected an array of shape \(2 or 1, 3, 3\), got \(3, 3\)"):
         attention(q, q, q, mask=jnp.ones((3, 3), bool))
+    with pytest.raises(TypeError, match="mask: expected bools, True where a query may see a key, got dtype float"):
+        attention(q, q, q, mask=jnp.full((1, 3, 3), -jnp.inf))
     with pytest.raises(TypeError, match="floating-point"):
         attention(jnp.ones((3, 2, 4), jnp.int32), q, q)
     with pytest.raises(ValueError, match="size: expected a multiple of 4"):

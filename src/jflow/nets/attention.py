@@ -32,7 +32,8 @@ def attention(q: Array, k: Array, v: Array, *, scale: float | None = None, mask:
 
     Raises:
       ValueError: if the shapes do not match.
-      TypeError: if an array is not floating-point.
+      TypeError: if an array is not floating-point, or the mask not of bools (a mask to be added to the products is not
+        taken).
 
     Example:
       >>> import jax.numpy as jnp
@@ -46,6 +47,8 @@ def attention(q: Array, k: Array, v: Array, *, scale: float | None = None, mask:
     checks.shape("k", k, (None, *q.shape[1:]))
     checks.shape("v", v, k.shape)
     if mask is not None:
+        if (dtype := jnp.asarray(mask).dtype) != jnp.bool_:
+            raise TypeError(f"mask: expected bools, True where a query may see a key, got dtype {dtype}")
         heads, *pairs = np.shape(mask) if np.ndim(mask) == 3 else (0,)
         if heads not in (1, q.shape[1]) or pairs != [q.shape[0], k.shape[0]]:
             expected = f"({q.shape[1]} or 1, {q.shape[0]}, {k.shape[0]})"
@@ -56,7 +59,7 @@ def attention(q: Array, k: Array, v: Array, *, scale: float | None = None, mask:
     if mask is not None:
         logits = jnp.where(mask, logits, jnp.finfo(wide).min)
     weights = jax.nn.softmax(logits, axis=-1).astype(v.dtype)
-    return jnp.einsum("hnm,mhs->nhs", weights, v)
+    return jnp.einsum("hnm,mhs->nhs", weights, v).astype(q.dtype)
 
 
 def rotate(h: Array, angles: Array) -> Array:
