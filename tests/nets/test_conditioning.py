@@ -56,6 +56,28 @@ def test_leaves_by_name_in_the_order_of_the_names():
         nets.MLP(cond_features={"y": 0})
 
 
+@pytest.mark.parametrize(("cond", "error", "message"), [
+    (True, TypeError, "^cond: expected an integer label or floating-point numbers, got dtype bool$"),
+    ({"label": 1, "seen": np.True_}, TypeError, r"^cond\['seen'\]: expected an integer label or floating-point numbers"),
+    ({"label": 1, "scale": 2}, ValueError, r"at most one label, got 2 integer leaves; write other numbers .* such as 2\.0$"),
+])  # fmt: skip
+def test_leaves_of_other_kinds_are_refused(cond, error, message):
+    with pytest.raises(error, match=message):
+        conditioning.split(cond, 5, 1)
+
+
+@pytest.mark.parametrize("net", [nets.Mixer, nets.DiT, nets.UNet])
+@pytest.mark.parametrize(("field", "value", "message"), [
+    ("time_features", 7, "an even number, a sine and a cosine each, got 7"),
+    ("scalar_features", 3, "an even number"),
+    ("scalar_features", -2, "a whole number of at least 0"),
+    ("max_frequency", 0.1, r"a number in \[0\.125, inf\]"),
+])  # fmt: skip
+def test_fields_of_embeddings_are_checked_by_name_at_construction(net, field, value, message):
+    with pytest.raises(ValueError, match=f"^{field}: expected {message}"):
+        net(**{field: value})
+
+
 def test_a_perceptron_takes_named_conditions():
     net, x = nets.MLP(features=4, depth=1, num_classes=3, cond_features={"w": 1, "y": 2}), jnp.ones(2, F32)
     cond = {"y": jnp.asarray([0.1, 0.2], F32), "w": F32(1.5), "label": jnp.int32(1)}

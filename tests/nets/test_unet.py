@@ -116,6 +116,9 @@ def test_presets_and_refusals():
     assert net.mp and net.null_label == 10
     x = jax.ShapeDtypeStruct((32, 32, 3), jnp.float32)
     assert flops.count(lambda x: UNet().init_with_output(jax.random.key(0), 0.0, 1.0, x)[0], x) > 1e8
+    for field in ("multipliers", "attention"):
+        with pytest.raises(TypeError, match=f"^{field}: expected a tuple of whole numbers, got 1$"):
+            make(**{field: 1})
     with pytest.raises(ValueError, match="multipliers: expected at least one level"):
         make(multipliers=())
     with pytest.raises(ValueError, match="attention: expected a whole number of at least 0 and at most 1, got 2"):

@@ -58,6 +58,19 @@ def check_fields(num_classes: object, cond_features: object) -> None:
         checks.integer(f"cond_features[{name!r}]", size, low=1)
 
 
+def check_embeddings(time_features: object, max_frequency: object, scalar_features: object) -> None:
+    """Checks the fields ``time_features``, ``max_frequency`` and ``scalar_features`` of a network.
+
+    Raises:
+      TypeError: if one is not a number, or a number of features is not whole.
+      ValueError: if one is out of range, or a number of features is odd.
+    """
+    for name, value, low in (("time_features", time_features, 2), ("scalar_features", scalar_features, 0)):
+        if checks.integer(name, value, low=low) % 2:
+            raise ValueError(f"{name}: expected an even number, a sine and a cosine each, got {value}")
+    checks.number("max_frequency", max_frequency, low=embeddings.LOWEST)
+
+
 def times(s: Array, t: Array, features: int, *, second: str = "gap", highest: float = 2.0) -> list[Array]:
     r"""Features of two times: :math:`[\phi(s), \phi(t - s)]`, or :math:`[\phi(s), \phi(t)]` with ``second='target'``.
 
@@ -114,13 +127,16 @@ def split(cond: Cond, num_classes: int, cond_features: CondFeatures) -> tuple[Ar
         for (path, _), leaf in zip(named, leaves, strict=True)
         if not jnp.issubdtype(leaf.dtype, jnp.integer)
     ]
-    checks.floating("cond", [leaf for _, leaf in other])
-    chosen = _by_name(other, cond_features) if isinstance(cond_features, Mapping) else _by_size(other, cond_features)
+    for name, leaf in other:
+        if not jnp.issubdtype(leaf.dtype, jnp.floating):
+            where = f"cond[{name!r}]" if name else "cond"
+            raise TypeError(f"{where}: expected an integer label or floating-point numbers, got dtype {leaf.dtype}")
     if len(labels) > (1 if num_classes else 0):
         raise ValueError(
             f"cond: expected {'at most one label' if num_classes else 'no label (num_classes=0)'}, "
-            f"got {len(labels)} integer leaves"
+            f"got {len(labels)} integer leaves; write other numbers as floating-point ones, such as 2.0"
         )
+    chosen = _by_name(other, cond_features) if isinstance(cond_features, Mapping) else _by_size(other, cond_features)
     return labels[0] if labels else num_classes, chosen
 
 

@@ -139,10 +139,11 @@ class DiT(conditioning.Labelled, nn.Module):
 
     def __post_init__(self) -> None:
         """Checks the fields at construction."""
-        layers.check_numbers(self, "patch features depth heads condition_tokens time_features unroll")
+        layers.check_numbers(self, "patch features depth heads condition_tokens unroll")
         for name in ("bottleneck", "trunk"):
             checks.integer(name, getattr(self, name))
         conditioning.check_fields(self.num_classes, self.cond_features)
+        conditioning.check_embeddings(self.time_features, self.max_frequency, self.scalar_features)
         checks.number("mlp_ratio", self.mlp_ratio, low=0.0, open_low=True)
         checks.choice("mlp", self.mlp, layers.MLPS)
         checks.choice("positions", self.positions, POSITIONS)

@@ -24,6 +24,8 @@ import numpy as np
 from jflow import checks
 
 Array = jax.Array
+# The lowest frequency of sinusoidal features of times, in cycles per unit of time.
+LOWEST = 0.125
 
 
 def at_least_float32(name: str, value: Array | float) -> Array:
@@ -53,7 +55,7 @@ def times(s: Array | float, t: Array | float) -> tuple[Array, Array]:
     return s.astype(dtype), t.astype(dtype)
 
 
-def sinusoidal(t: Array | float, features: int, *, lowest: float = 0.125, highest: float = 2.0) -> Array:
+def sinusoidal(t: Array | float, features: int, *, lowest: float = LOWEST, highest: float = 2.0) -> Array:
     r"""Sines and cosines of a scalar at frequencies in geometric progression.
 
     The frequencies are

@@ -97,10 +97,9 @@ class Mixer(conditioning.Labelled, nn.Module):
 
     def __post_init__(self) -> None:
         """Checks the fields at construction."""
-        layers.check_numbers(
-            self, "window stride features depth tokens_hidden channels_hidden trunk time_features unroll"
-        )
+        layers.check_numbers(self, "window stride features depth tokens_hidden channels_hidden trunk unroll")
         conditioning.check_fields(self.num_classes, self.cond_features)
+        conditioning.check_embeddings(self.time_features, self.max_frequency, self.scalar_features)
         checks.choice("second", self.second, conditioning.TIMES)
         checks.integer("decoupled", self.decoupled, high=self.depth - 1)
         if self.window % self.stride:

@@ -108,11 +108,15 @@ class UNet(conditioning.Labelled, nn.Module):
 
     def __post_init__(self) -> None:
         """Checks the fields at construction."""
-        layers.check_numbers(self, "features blocks heads time_features")
+        layers.check_numbers(self, "features blocks heads")
         checks.integer("trunk", self.trunk)
         conditioning.check_fields(self.num_classes, self.cond_features)
+        conditioning.check_embeddings(self.time_features, self.max_frequency, self.scalar_features)
         checks.choice("second", self.second, conditioning.TIMES)
         checks.choice("convolution", self.convolution, convolution.METHODS)
+        for name in ("multipliers", "attention"):
+            if not isinstance(getattr(self, name), (tuple, list)):
+                raise TypeError(f"{name}: expected a tuple of whole numbers, got {getattr(self, name)!r}")
         if not self.multipliers:
             raise ValueError("multipliers: expected at least one level, got ()")
         for multiplier in self.multipliers:
