@@ -51,6 +51,10 @@ def test_a_file_holds_the_network(trained, tmp_path):
     path.write_bytes(b"PK")
     with pytest.raises(ValueError, match=r"net.npz is not a file of save_classifier"):
         metrics.load_classifier(path)
+    with path.open("wb") as file:
+        np.save(file, np.zeros(3))
+    with pytest.raises(ValueError, match=r"net.npz is not a file of save_classifier"):
+        metrics.load_classifier(path)
     np.savez(path, a=np.zeros(3))
     with pytest.raises(ValueError, match=r"net.npz is not a file of save_classifier"):
         metrics.load_classifier(path)
@@ -72,6 +76,11 @@ def test_a_file_holds_the_network(trained, tmp_path):
         (ValueError, {"labels": np.zeros(8, int)}, "^labels: expected an array of shape"),
         (TypeError, {"labels": np.zeros(9)}, "^labels: expected whole numbers"),
         (ValueError, {"labels": np.arange(9) - 1}, "^labels: expected 0 to 7, got -1 to 7$"),
+        (
+            ValueError,
+            {"images": np.zeros((0, 4, 4, 1), np.uint8), "labels": np.arange(0)},
+            "^images: expected arrays with",
+        ),
         (ValueError, {"classes": 5}, "^labels: expected 0 to 4, got 0 to 8$"),
     ],
 )
@@ -79,5 +88,7 @@ def test_refusals(error, change, message):
     arguments = {"images": np.zeros((9, 4, 4, 1), np.uint8), "labels": np.arange(9)}
     with pytest.raises(error, match=message):
         metrics.train_classifier(**arguments | change)
+    with pytest.raises(TypeError, match=r"^flips: expected True or False, got 'no'$"):
+        metrics.Recipe(flips="no")
     with pytest.raises(ValueError, match=r"^epochs: expected"):
         metrics.Recipe(epochs=0)

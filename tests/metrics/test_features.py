@@ -23,6 +23,12 @@ NET = metrics.FeatureNet("linear", MATRIX, apply)
 EXPECTED = (IMAGES.reshape(37, -1) / 127.5 - 1.0) @ MATRIX.astype(np.float64)
 
 
+def with_logits(logits):
+    return metrics.FeatureNet(
+        "a", MATRIX, lambda p, x: metrics.Outputs(apply(p, x).features, logits(apply(p, x).features))
+    )
+
+
 def halved(x):
     return x.astype(jnp.float32) / 2
 
@@ -132,6 +138,16 @@ def test_a_cache_that_is_not_valid_is_refused_by_name(tmp_path, damage):
             TypeError,
             lambda d: metrics.features(metrics.FeatureNet("a", MATRIX, lambda p, x: x), IMAGES),
             "^network: expected one that returns Outputs",
+        ),
+        (
+            ValueError,
+            lambda d: metrics.features(with_logits(lambda x: x * np.nan), IMAGES),
+            "^the network's logits: expected f",
+        ),
+        (
+            ValueError,
+            lambda d: metrics.features(with_logits(lambda x: x[0, 0]), IMAGES),
+            "^the network's logits: expected an",
         ),
     ],
 )

@@ -174,7 +174,13 @@ X = np.random.default_rng(0).normal(size=(20, 3))
         (
             ValueError,
             lambda: metrics.label_accuracy(features(5, 0), np.full(5, 3)),
-            "^labels: expected one or more from 0 to 2$",
+            "^labels: expected one or more from 0 to 2, got 3 to 3$",
+        ),
+        (TypeError, lambda: metrics.label_accuracy(X, np.zeros(20, int)), "^x: expected Features, got ndarray$"),
+        (
+            TypeError,
+            lambda: metrics.kernel_score(X, metrics.GroupedMoments.of(X)),
+            "^x, y: expected Features or rows .* because the score needs rows, got GroupedMoments$",
         ),
         (TypeError, lambda: metrics.label_accuracy(features(5, 0), np.zeros(5)), "^labels: expected whole numbers"),
     ],

@@ -60,6 +60,8 @@ class Recipe:
         for name in ("width", "features", "epochs", "batch_size"):
             checks.integer(name, getattr(self, name), low=1)
         checks.integer("shift", self.shift)
+        if not isinstance(self.flips, bool):
+            raise TypeError(f"flips: expected True or False, got {self.flips!r}")
         checks.number("learning_rate", self.learning_rate, low=0.0, open_low=True)
         checks.number("weight_decay", self.weight_decay, low=0.0)
         checks.number("dropout", self.dropout, low=0.0, high=0.99)
@@ -96,10 +98,12 @@ def train_classifier(
       A FeatureNet of images in [-1, 1], with features ``[B, recipe.features]`` and logits ``[B, K]``.
 
     Raises:
-      ValueError: if a shape is wrong, a label is out of range, there are fewer than 2 classes, or an image is not finite.
+      ValueError: if a shape is wrong, there are no images, a label is out of range, there are fewer than 2 classes, or an image
+        is not finite.
       TypeError: if labels are not whole numbers, or images neither uint8 nor floating-point.
     """
     checks.shape("images", images, (None, None, None, None))
+    checks.rows("images", images)
     images = np.asarray(images)
     if images.dtype != np.uint8:
         checks.floating("images", images)
@@ -166,7 +170,7 @@ def load_classifier(path: Path) -> FeatureNet:
         for key, array in arrays.items():
             layer, part = key.split(".")
             params.setdefault(layer, {})[part] = array
-    except (zipfile.BadZipFile, OSError, ValueError, KeyError, EOFError) as error:
+    except (zipfile.BadZipFile, OSError, TypeError, ValueError, KeyError, EOFError) as error:
         raise ValueError(f"load_classifier: {path} is not a file of save_classifier: {error}") from error
     net = FeatureNet(name, params, _apply)
     if net.hash != expected:

@@ -111,9 +111,9 @@ def features(
       The features of all rows, in order, on the host of every process.
 
     Raises:
-      ValueError: if a shape is wrong, there are no images, a feature is not finite, or a file of the cache is damaged or was
-        made by other arguments. With a cache, also if the transform has no lasting name: pass an Affine, or a function
-        defined at the top of a module.
+      ValueError: if a shape is wrong, there are no images, a feature or logit is not finite, or a file of the cache is
+        damaged or was made by other arguments. With a cache, also if the transform has no lasting name: pass an Affine, or a
+        function defined at the top of a module.
       TypeError: if an argument has the wrong type.
 
     Example:
@@ -200,6 +200,9 @@ def _batches(
             raise TypeError(f"network: expected one that returns Outputs, got {type(outputs).__name__}")
         checks.shape("the network's features", outputs.features, (batch_size, None))
         checks.floating("the network's features", outputs.features)
+        if outputs.logits is not None:
+            checks.shape("the network's logits", outputs.logits, (batch_size, None))
+            checks.floating("the network's logits", outputs.logits)
         # Features in half precision are held in float32, which numpy's files know.
         return jax.tree.map(lambda leaf: leaf.astype(jnp.promote_types(leaf.dtype, jnp.float32)), outputs)
 
@@ -211,8 +214,11 @@ def _batches(
         batch = part if rows is None or mesh is None else sharding.split(part, mesh, name="images")
         outputs = sharding.local(run(params, batch))
         outputs = jax.tree.map(lambda leaf: np.asarray(leaf)[:count], outputs)  # noqa: B023
-        if not np.isfinite(outputs.features).all():
-            raise ValueError(f"the network's features: expected finite values, in rows {start} to {start + count - 1}")
+        for name, values in outputs._asdict().items():
+            if values is not None and not np.isfinite(values).all():
+                raise ValueError(
+                    f"the network's {name}: expected finite values, in rows {start} to {start + count - 1}"
+                )
         yield outputs
 
 
@@ -273,7 +279,7 @@ class _CacheFile:
             with np.load(path, allow_pickle=False) as archive:
                 arrays = dict(archive)
             facts, found = json.loads(str(arrays.pop("facts"))), str(arrays.pop("hash"))
-        except (zipfile.BadZipFile, OSError, ValueError, KeyError, EOFError) as error:
+        except (zipfile.BadZipFile, OSError, TypeError, ValueError, KeyError, EOFError) as error:
             raise ValueError(f"cache: {path} cannot be read, delete it to compute it again: {error}") from error
         if facts != dict(self.facts) or found != digest(facts, arrays):
             raise ValueError(

@@ -250,8 +250,10 @@ def label_accuracy(x: Features, labels: Points | None = None, *, name: str = "la
 
     Raises:
       ValueError: if there are no logits or labels, a shape is wrong, or a label is not a class.
-      TypeError: if labels are not whole numbers.
+      TypeError: if x is not Features, or labels are not whole numbers.
     """
+    if not isinstance(x, Features):
+        raise TypeError(f"x: expected Features, got {type(x).__name__}")
     if x.logits is None:
         raise ValueError(f"x: expected features of a network with logits, got those of {x.network}")
     labels = x.labels if labels is None else labels
@@ -259,7 +261,8 @@ def label_accuracy(x: Features, labels: Points | None = None, *, name: str = "la
         raise ValueError("labels: expected those asked for, the features have none")
     labels = as_labels("labels", labels, len(x))
     if len(labels) == 0 or labels.min() < 0 or labels.max() >= x.logits.shape[1]:
-        raise ValueError(f"labels: expected one or more from 0 to {x.logits.shape[1] - 1}")
+        got = f"{labels.min()} to {labels.max()}" if len(labels) else "none"
+        raise ValueError(f"labels: expected one or more from 0 to {x.logits.shape[1] - 1}, got {got}")
     share = float(np.mean(np.argmax(x.logits, axis=1) == labels))
     error = math.sqrt(share * (1 - share) / len(labels))
     known: dict[str, Any] = {"network": x.network, "network_hash": x.network_hash, "samples_hash": x.data_hash}
@@ -288,7 +291,13 @@ def origin(x: Any, y: Any) -> dict[str, Any]:
 
 
 def feature_rows(x: FeatureRows) -> Points:
-    """The rows of Features, or plain rows unchanged."""
+    """The rows of Features, or plain rows unchanged.
+
+    Raises:
+      TypeError: if there are moments in place of rows.
+    """
+    if isinstance(x, (Statistics, GroupedMoments, Moments)):
+        raise TypeError(f"x, y: expected Features or rows [n, d], because the score needs rows, got {type(x).__name__}")
     return x.values if isinstance(x, Features) else x
 
 
