@@ -105,6 +105,11 @@ def test_keys_differ_from_those_of_a_sampled_dataset_with_the_same_seed():
     assert not np.any(found.x1 == found.x0)
 
 
+def test_rows_may_be_an_array():
+    found = datasets.each_row(datasets.PIXELS)(jax.random.key(0), IMAGE[None])
+    np.testing.assert_array_equal(found.x1[0], datasets.PIXELS.forward(IMAGE))
+
+
 @pytest.mark.parametrize(
     ("error", "call", "message"),
     [
@@ -113,6 +118,13 @@ def test_keys_differ_from_those_of_a_sampled_dataset_with_the_same_seed():
         (ValueError, lambda k: datasets.flip(k, IMAGE[0]), "^image: expected an array of shape"),
         (ValueError, lambda k: datasets.flip(k, IMAGE, probability=1.5), "^probability: expected a number"),
         (ValueError, lambda k: datasets.crop(k, IMAGE, size=5), "^size: expected a whole number .* at most 4, got 5$"),
+        (TypeError, lambda k: datasets.crop(k, IMAGE, size=2.0), "^size: expected a whole number, got float 2.0$"),
+        (ValueError, lambda k: datasets.crop(k, IMAGE, size=(2, 2, 2)), "^size: expected a whole number or a pair"),
+        (
+            TypeError,
+            lambda k: datasets.flip(k, Batch(IMAGE[None])),
+            r"^image: expected one image, got a Batch; each_row",
+        ),
         (
             ValueError,
             lambda k: datasets.shift(k, IMAGE, most=4, fill="reflect"),

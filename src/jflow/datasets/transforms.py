@@ -113,7 +113,7 @@ def flip(key: Key, image: Array, *, probability: float = 0.5) -> Array:
       >>> datasets.flip(jax.random.key(0), image, probability=1.0)[0, :, 0].tolist()
       [3, 2, 1]
     """
-    checks.shape("image", image, (None, None, None))
+    _check_image(image)
     checks.number("probability", probability, low=0.0, high=1.0)
     image = jnp.asarray(image)
     return jnp.where(jax.random.bernoulli(key, probability), image[:, ::-1], image)
@@ -144,9 +144,9 @@ def crop(key: Key, image: Array, *, size: int | tuple[int, int], padding: int = 
       >>> datasets.crop(jax.random.key(0), jnp.zeros((32, 32, 3), jnp.uint8), size=28).shape
       (28, 28, 3)
     """
-    checks.shape("image", image, (None, None, None))
+    _check_image(image)
     padding = checks.integer("padding", padding)
-    height, width = (size, size) if isinstance(size, (int, np.integer)) else size
+    height, width = _sides(size)
     image = jnp.asarray(image)
     most = [side + 2 * padding - window for side, window in zip(image.shape, (height, width), strict=False)]
     for window, room in zip((height, width), most, strict=True):
@@ -169,7 +169,7 @@ def shift(key: Key, image: Array, *, most: int, fill: Fill = "edge") -> Array:
       ValueError: as ``crop``.
       TypeError: as ``crop``.
     """
-    checks.shape("image", image, (None, None, None))
+    _check_image(image)
     height, width, _ = np.shape(image)
     return crop(key, image, size=(height, width), padding=checks.integer("most", most), fill=fill)
 
@@ -206,6 +206,7 @@ def each_row(*steps: RowTransform | Affine) -> BatchTransform:
 
     def transform(key: Key, batch: Batch) -> Batch:
         keys = jax.random.split(key, checks.rows("batch", batch))
+        batch = as_batch(batch)
         return batch._replace(x1=jax.vmap(one)(keys, jnp.asarray(batch.x1)))
 
     return transform
@@ -304,6 +305,21 @@ def transformed(dataset: Transformable, transform: BatchTransform, seed: int = 0
         raise TypeError(f"dataset: expected one with data and batch(data, step), got {type(dataset).__name__}")
     transformed_batch(dataset.batch, transform, seed)
     return TransformedDataset(dataset, transform, seed)
+
+
+def _check_image(image: Array) -> None:
+    """Checks that an image has three axes, and is not a batch, as it is if ``each_row`` was forgotten."""
+    if isinstance(image, Batch):
+        raise TypeError("image: expected one image, got a Batch; each_row(...) makes a transform of batches")
+    checks.shape("image", image, (None, None, None))
+
+
+def _sides(size: int | tuple[int, int]) -> tuple[int, int]:
+    """The height and the width of a window."""
+    pair = size if isinstance(size, (tuple, list)) else (size, size)
+    if len(pair) != 2:
+        raise ValueError(f"size: expected a whole number or a pair (height, width), got {size!r}")
+    return checks.integer("size", pair[0], low=1), checks.integer("size", pair[1], low=1)
 
 
 def _padded(image: Array, padding: int, fill: Fill) -> Array:
