@@ -147,6 +147,15 @@ def test_while_loops_with_counters(start, step, limit, trips):
     assert found.get("dot_general", 0.0) == trips * MATMUL
 
 
+def test_counters_wrap_around_in_their_dtype():
+    def run(w, x):
+        return jax.lax.while_loop(lambda c: c[0] != 0, lambda c: (c[0] + jnp.uint8(1), c[1] @ w), (jnp.uint8(250), x))[
+            1
+        ]
+
+    assert flops.by_primitive(run, WEIGHTS[0], X)["dot_general"] == 6 * MATMUL
+
+
 def test_unknown_while_loops_are_refused_or_assumed():
     def run(w, x):
         return jax.lax.while_loop(lambda x: jnp.sum(x) > 1.0, lambda x: x @ w, x)

@@ -26,6 +26,7 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 
 from jflow import checks
@@ -412,10 +413,19 @@ def _evaluate(eqn: Any, known: dict[Any, Any]) -> None:
         function = _SCALAR.get(eqn.primitive.name)
         if function is None or not simple or any(value is None for value in values):
             return
-        found = [function(*values)]
+        found = [_wrapped(function(*values), dtype)]
     for var, value in zip(eqn.outvars, found, strict=True):
         if value is not None:
             known[var] = value
+
+
+def _wrapped(value: Any, dtype: Any) -> Any:
+    """The value of Python's arithmetic as the dtype has it: integers wrap around."""
+    if dtype.name == "bool":
+        return bool(value)
+    limits = jnp.iinfo(dtype)
+    low, high = int(limits.min), int(limits.max)
+    return low + (int(value) - low) % (high - low + 1)
 
 
 def _while_trips(eqn: Any, known: Mapping[Any, Any]) -> int | None:
