@@ -238,7 +238,11 @@ def _equation(eqn: Any, needed: list[bool], known: Mapping[Any, Any], walk: _Wal
 
 def _scan(eqn: Any, needed: list[bool], known: Mapping[Any, Any], walk: _Walk) -> tuple[Count, list[bool]]:
     params = eqn.params
-    consts, carry = params["num_consts"], params["num_carry"]
+    body = _open(params["jaxpr"])
+    # The parameters that say so differ between versions of jax. Only what is scanned over has one axis more outside.
+    carry = sum(out.aval.ndim == inner.aval.ndim for out, inner in zip(eqn.outvars, body.outvars, strict=True))
+    scanned = sum(var.aval.ndim != inner.aval.ndim for var, inner in zip(eqn.invars, body.invars, strict=True))
+    consts = len(eqn.invars) - carry - scanned
     values = [_value(var, known) for var in eqn.invars[:consts]]
     values += [None] * (len(eqn.invars) - consts)
     needed = list(needed)
