@@ -132,7 +132,7 @@ def problem(config: Config) -> Problem:
     return found._replace(labels=lambda key, n: conditions_of(config, labels(key, n)))
 
 
-def build(config: Config, this: Problem) -> Model:
+def model_of(config: Config, this: Problem) -> Model:
     """The model of a configuration."""
     return images.build(config.model, config.method, this)
 
@@ -166,7 +166,7 @@ def main(config: Config) -> None:
     config = _chosen(config)
     split = _split(config)
     this = problem(config)
-    model = build(config, this)
+    model = model_of(config, this)
     results.refuse_existing(config.out, config.output.overwrite or config.output.resume != "no")
     scores = Scores.of(_classifier(config), split)
     objective = images.objective_of(config.method, model, config.optimizer.steps)

@@ -31,7 +31,9 @@ def make(config: Mapping[str, Any]) -> comparison.Subject:
         module = importlib.import_module(f"experiments.{config.get('experiment')}")
         choices = options.make(module.Config, out=pathlib.Path("unused"), **values)
         problem = module.problem(choices)
-        built = module.build(choices, problem) if hasattr(module, "build") else model.build(choices.model, problem)
+        built = (
+            module.model_of(choices, problem) if hasattr(module, "model_of") else model.build(choices.model, problem)
+        )
     except (ImportError, TypeError, AttributeError) as error:
         raise ValueError(f"config: expected that of an experiment of this version with one model: {error}") from error
     return comparison.Subject(

@@ -78,7 +78,7 @@ def test_the_model_of_a_run_is_rebuilt_from_what_it_keeps():
     kept = {**config.kept(), "experiment": "fashion"}
     subject = loading.make(kept)
     this = fashion.problem(config)
-    params = fashion.build(config, this).init(jax.random.key(0))
+    params = fashion.model_of(config, this).init(jax.random.key(0))
     cond = subject.cond(jax.random.key(0), 4)
     assert isinstance(cond, conditions.Scaled) and set(np.asarray(cond.scale)) == {2.0}
     x = jnp.ones((4, 28, 28, 1), jnp.float32)
