@@ -11,22 +11,17 @@ import functools
 import jax
 import jax.numpy as jnp
 import numpy as np
-import optax
 import pytest
 
 from jflow import (
     conditions,
-    datasets,
     flow_map,
     guidance,
     interpolants,
     nets,
     objectives,
-    oracles,
     parameterizations,
-    solvers,
     times,
-    training,
     types,
 )
 from jflow.objectives import Guidance, guided
@@ -313,52 +308,3 @@ def test_a_guided_step_costs_its_floor(which):
     method, choices, floor = FLOORS[which]
     plain = flops_of("flow_matching")
     assert flops_of(method, **choices) / plain == pytest.approx(floor, rel=0.01)
-
-
-@pytest.mark.slow
-def test_a_trained_map_has_the_conditional_and_the_guided_law():
-    """Two classes of a mixture in one dimension, trained over a law of scales, against the exact velocities and their solve."""
-    means, stds, weights = np.array([[-1.0], [0.8]]), np.array([[0.3], [0.5]]), np.array([0.3, 0.7])
-    components = [oracles.gaussian_params(m, s**2) for m, s in zip(means, stds, strict=True)]
-    mixture = oracles.mixture_params(weights, means, stds**2)
-
-    def truth(params, t, x, cond=None, *, key=None):
-        plain = [oracles.gaussian(PATH).velocity(p, t, x) for p in components]
-        return jnp.stack([*plain, oracles.mixture(PATH).velocity(mixture, t, x)])[cond]
-
-    rng, n = np.random.default_rng(1), 20_000
-    labels = (rng.uniform(size=n) < weights[1]).astype(np.int32)
-    x1 = (means[labels] + stds[labels] * rng.normal(size=(n, 1))).astype(np.float32)
-    module = nets.MLP(features=48, depth=3, num_classes=NULL, cond_features=1)
-    model = flow_map(nets.from_linen(module), parameterizations.mean_velocity_form())
-    rule = Guidance(guided.power_law(4.0))
-    one = conditions.Scaled(np.int32(0), np.float32(1.0))
-    params = jax.jit(module.init)(jax.random.key(0), 0.0, 1.0, x1[0], one)["params"]
-    objective = objectives.lsd(model, PATH, guidance=rule, label_dropout=0.2)
-    optimizer = optax.adam(optax.cosine_decay_schedule(4e-3, 1500))
-    dataset = datasets.ArrayDataset(types.Batch(x1, cond=labels), 256)
-    trained = training.train(objective, optimizer, params, dataset, steps=1500).params
-    noise = jnp.asarray(rng.normal(size=(2000, 1)))
-    t = jnp.linspace(0.05, 0.95, 2000)
-
-    @jax.jit
-    def errors(label, w):
-        cond = conditions.Scaled(label, w)
-        velocity = guidance.classifier_free(truth, w, NULL)
-        jump = lambda x: model.jump(trained, 0.0, 1.0, x.astype(jnp.float32), cond)  # noqa: E731
-        solved = jax.vmap(lambda x: solvers.solve(velocity, "heun", steps=50).jump(None, 0.0, 1.0, x, label))(noise)
-        jumped = jax.vmap(jump)(noise).astype(jnp.float64)
-        # Points on the path of the solve.
-        x = (1.0 - t[:, None]) * noise + t[:, None] * solved
-        ours = jax.vmap(lambda t, x: model.velocity(trained, t, x, cond))(t, x.astype(jnp.float32)).astype(jnp.float64)
-        exact = jax.vmap(lambda t, x: velocity(None, t, x, label))(t, x)
-        rms = lambda a: jnp.sqrt(jnp.mean(a**2))  # noqa: E731
-        return jnp.stack([rms(ours - exact), rms(jumped - solved), jumped.mean(), jumped.std()])
-
-    found = {(c, w): np.asarray(errors(jnp.int32(c), jnp.float64(w))) for c in (0, 1, NULL) for w in (1.0, 2.5)}
-    for (c, w), (of_velocity, of_jump, mean, std) in found.items():
-        assert of_velocity < 0.25 and of_jump < 0.12, (c, w, found[c, w])
-        if w == 1.0 and c != NULL:
-            np.testing.assert_allclose([mean, std], [means[c, 0], stds[c, 0]], atol=0.08)
-    # The guided law is another one than the conditional.
-    assert found[0, 2.5][2] < found[0, 1.0][2] - 0.1
