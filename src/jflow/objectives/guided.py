@@ -129,7 +129,7 @@ class Guidance:
         scale_key, interval_key = jax.random.split(key)
         scale = self.scale(scale_key, rows) if callable(self.scale) else jnp.full((rows,), self.scale)
         interval = self.interval(interval_key, rows) if callable(self.interval) else None
-        if interval is None and self.interval != conditions.ALWAYS:
+        if not callable(self.interval) and self.interval != conditions.ALWAYS:
             interval = tuple(jnp.full((rows,), end) for end in self.interval)
         scale, interval = jax.tree.map(lambda leaf: leaf.astype(dtype), (scale, interval))
         return conditions.Scaled(cond, scale, None if interval is None else tuple(interval))
@@ -162,6 +162,7 @@ class Guidance:
         """Returns the scale and the interval of a row."""
         if self.fed:
             return cond.scale, conditions.ALWAYS if cond.interval is None else cond.interval
+        assert not callable(self.interval)
         return self.scale, self.interval
 
 
