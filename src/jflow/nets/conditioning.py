@@ -58,17 +58,60 @@ def check_fields(num_classes: object, cond_features: object) -> None:
         checks.integer(f"cond_features[{name!r}]", size, low=1)
 
 
-def check_embeddings(time_features: object, max_frequency: object, scalar_features: object) -> None:
-    """Checks the fields ``time_features``, ``max_frequency`` and ``scalar_features`` of a network.
+class Conditioned(Labelled, nn.Module):
+    """The base of modules that embed two times and a condition: their common fields, which are checked at construction.
 
-    Raises:
-      TypeError: if one is not a number, or a number of features is not whole.
-      ValueError: if one is out of range, or a number of features is odd.
+    Attributes:
+      num_classes: the number of labels, 0 for none.
+      cond_features: the size of the floating-point condition, or a mapping from the names of its leaves to their sizes.
+      time_features: the number F of features of each time, even.
+      second: whether the second time is the 'gap' t - s or the 'target' t.
+      max_frequency: the highest frequency of the features, in cycles per unit of time.
+      scalar_features: the number of sinusoidal features of each floating-point number (``scalars``), even; 0 for raw numbers.
+      param_dtype: the dtype of the parameters.
     """
-    for name, value, low in (("time_features", time_features, 2), ("scalar_features", scalar_features, 0)):
-        if checks.integer(name, value, low=low) % 2:
-            raise ValueError(f"{name}: expected an even number, a sine and a cosine each, got {value}")
-    checks.number("max_frequency", max_frequency, low=embeddings.LOWEST)
+
+    num_classes: int = 0
+    cond_features: CondFeatures = 0
+    time_features: int = 64
+    second: str = "gap"
+    max_frequency: float = 2.0
+    scalar_features: int = 16
+    param_dtype: Dtype = jnp.float32
+
+    def __post_init__(self) -> None:
+        """Checks the fields at construction.
+
+        Raises:
+          TypeError: if one has another type.
+          ValueError: if one is out of range.
+        """
+        check_fields(self.num_classes, self.cond_features)
+        for name, low in (("time_features", 2), ("scalar_features", 0)):
+            if checks.integer(name, getattr(self, name), low=low) % 2:
+                raise ValueError(
+                    f"{name}: expected an even number, a sine and a cosine each, got {getattr(self, name)}"
+                )
+        checks.number("max_frequency", self.max_frequency, low=embeddings.LOWEST)
+        checks.choice("second", self.second, TIMES)
+        super().__post_init__()
+
+    def conditioning_fields(self) -> dict[str, Any]:
+        """The values of these fields, for another module of this kind."""
+        # Flax adds the two others to every module.
+        return {name: getattr(self, name) for name in Conditioned.__annotations__ if name not in ("parent", "name")}
+
+    def _features(self, s: Array, t: Array, cond: Cond) -> tuple[list[Array], list[Array], Array | int]:
+        """The features of both times, those of the floating-point leaves, and the label."""
+        label, leaves = split(cond, self.num_classes, self.cond_features)
+        pair = times(s, t, self.time_features, second=self.second, highest=self.max_frequency)
+        flat = [leaf.reshape(-1).astype(s.dtype) for leaf in leaves]
+        return pair, [scalars(leaf, self.scalar_features).reshape(-1) for leaf in flat], label
+
+    def _label(self, features: int, label: Array | int, dtype: Dtype) -> Array:
+        """The row of a label in a learned table, which has a row for each label and one for the null label."""
+        table = label_table(self, self.num_classes, features, self.param_dtype)
+        return embeddings.label(table.astype(dtype), label, name="cond")
 
 
 def times(s: Array, t: Array, features: int, *, second: str = "gap", highest: float = 2.0) -> list[Array]:
@@ -170,7 +213,7 @@ def scalars(values: Array, features: int, *, highest: float = 2.0) -> Array:
     return jnp.concatenate([flat[:, None], waves], axis=1)
 
 
-class Conditioning(nn.Module):
+class Conditioning(Conditioned):
     r"""The vector c(s, t, cond) that modulates the layers of a network of images.
 
     .. math::
@@ -179,12 +222,7 @@ class Conditioning(nn.Module):
 
     Attributes:
       features: the size D of c.
-      num_classes, cond_features: see ``split``.
-      time_features: the number F of features of each time, even.
-      second: whether the second time is the 'gap' t - s or the 'target' t.
-      max_frequency: the highest frequency of the features, in cycles per unit of time.
-      scalar_features: the number of sinusoidal features of each floating-point number (``scalars``), even; 0 for raw numbers.
-      param_dtype: the dtype of the parameters.
+      num_classes, ..., param_dtype: as of ``Conditioned``.
 
     A pass costs 2 D (2 F + n (1 + scalar_features) + D) FLOPs in matmuls, for n floating-point numbers.
 
@@ -200,14 +238,7 @@ class Conditioning(nn.Module):
       (8,)
     """
 
-    features: int
-    num_classes: int = 0
-    cond_features: CondFeatures = 0
-    time_features: int = 64
-    second: str = "gap"
-    max_frequency: float = 2.0
-    scalar_features: int = 16
-    param_dtype: Dtype = jnp.float32
+    features: int = 64
 
     @nn.compact
     def __call__(self, s: Array, t: Array, cond: Cond = None) -> Array:
@@ -218,19 +249,14 @@ class Conditioning(nn.Module):
           TypeError: if a leaf of the condition is neither integer nor floating-point.
         """
         s, t = embeddings.times(s, t)
-        label, floats = split(cond, self.num_classes, self.cond_features)
-        e = times(s, t, self.time_features, second=self.second, highest=self.max_frequency)
-        e += [scalars(_flat(leaf, s.dtype), self.scalar_features).reshape(-1) for leaf in floats]
+        pair, numbers, label = self._features(s, t, cond)
         dtypes = {"dtype": s.dtype, "param_dtype": self.param_dtype}
-        h = jax.nn.silu(nn.Dense(self.features, **dtypes, name="hidden")(jnp.concatenate(e)))
+        h = jax.nn.silu(nn.Dense(self.features, **dtypes, name="hidden")(jnp.concatenate(pair + numbers)))
         c = nn.Dense(self.features, **dtypes, name="output")(h)
-        if not self.num_classes:
-            return c
-        table = label_table(self, self.num_classes, self.features, self.param_dtype)
-        return c + embeddings.label(table.astype(s.dtype), label, name="cond")
+        return c + self._label(self.features, label, s.dtype) if self.num_classes else c
 
 
-class ConditionTokens(nn.Module):
+class ConditionTokens(Conditioned):
     r"""Tokens of the times and conditions, for a transformer that attends to them (improved MeanFlow, 2512.02012).
 
     Every condition j (s, then t - s, then each floating-point leaf, then the label) has an embedding e_j of ``features``
@@ -238,20 +264,13 @@ class ConditionTokens(nn.Module):
     leaves are two-layer perceptrons of their features, that of the label is a row of a table.
 
     Attributes:
+      features: the size of a token.
       count: the number of tokens of each condition.
-      features, num_classes, cond_features, time_features, second, max_frequency, scalar_features, param_dtype: as of
-        ``Conditioning``.
+      num_classes, ..., param_dtype: as of ``Conditioned``.
     """
 
-    features: int
+    features: int = 64
     count: int = 4
-    num_classes: int = 0
-    cond_features: CondFeatures = 0
-    time_features: int = 64
-    second: str = "gap"
-    max_frequency: float = 2.0
-    scalar_features: int = 16
-    param_dtype: Dtype = jnp.float32
 
     @nn.compact
     def __call__(self, s: Array, t: Array, cond: Cond = None) -> Array:
@@ -261,20 +280,17 @@ class ConditionTokens(nn.Module):
           ValueError, TypeError: as of ``Conditioning``.
         """
         s, t = embeddings.times(s, t)
-        label, floats = split(cond, self.num_classes, self.cond_features)
+        pair, numbers, label = self._features(s, t, cond)
         dtypes = {"dtype": s.dtype, "param_dtype": self.param_dtype}
 
         def embedded(name: str, features: Array) -> Array:
             h = jax.nn.silu(nn.Dense(self.features, **dtypes, name=f"{name}_hidden")(features))
             return nn.Dense(self.features, **dtypes, name=f"{name}_output")(h)
 
-        pair = times(s, t, self.time_features, second=self.second, highest=self.max_frequency)
-        found = [embedded(name, e) for name, e in zip(("source", self.second), pair, strict=True)]
-        for i, leaf in enumerate(floats):
-            found.append(embedded(f"scalar_{i}", scalars(_flat(leaf, s.dtype), self.scalar_features).reshape(-1)))
+        names = ["source", self.second, *(f"scalar_{i}" for i in range(len(numbers)))]
+        found = [embedded(name, e) for name, e in zip(names, pair + numbers, strict=True)]
         if self.num_classes:
-            table = label_table(self, self.num_classes, self.features, self.param_dtype)
-            found.append(embeddings.label(table.astype(s.dtype), label, name="cond"))
+            found.append(self._label(self.features, label, s.dtype))
         shape = (len(found), self.count, self.features)
         learned = self.param("tokens", nn.initializers.normal(0.02), shape, self.param_dtype)
         return (jnp.stack(found)[:, None] + learned.astype(s.dtype)).reshape(-1, self.features)
@@ -283,10 +299,6 @@ class ConditionTokens(nn.Module):
 def label_table(module: nn.Module, num_classes: int, features: int, dtype: Dtype, name: str = "label") -> Array:
     """The parameter ``[num_classes + 1, features]`` of a module: a row for each label, and the last for the null label."""
     return module.param(name, nn.initializers.normal(1.0), (num_classes + 1, features), dtype)
-
-
-def _flat(leaf: Array, dtype: Dtype) -> Array:
-    return leaf.reshape(-1).astype(dtype)
 
 
 def _name(path: tuple[Any, ...]) -> str:

@@ -11,7 +11,7 @@ import flax.linen as nn
 import jax.numpy as jnp
 
 from jflow import checks
-from jflow.nets import conditioning, embeddings, layers
+from jflow.nets import conditioning, layers
 from jflow.nets.attention import angles_2d, attention, rotate
 from jflow.types import Array, Cond
 
@@ -20,7 +20,7 @@ CONDITIONS = ("adaln", "tokens")
 POSITIONS = ("learned", "rotary", "both")
 
 
-class DiT(conditioning.Labelled, nn.Module):
+class DiT(layers.ImageNetwork):
     r"""A diffusion transformer (2212.09748) of one image [H, W, C] or [H, W], of any size and number of channels.
 
     The image is padded to patches of patch x patch entries, and the output is cropped. Layer i is
@@ -69,14 +69,12 @@ class DiT(conditioning.Labelled, nn.Module):
       bottleneck: the rank of the patch embedding; 0 for a full matrix.
       trunk: the size T of c; 0 for ``features``.
       decoupled: the number of last layers that see the target time only, less than ``depth``.
-      num_classes: the number of labels, 0 for none.
-      cond_features: the size of the floating-point condition, or a mapping from the names of its leaves to their sizes.
-      time_features, second, max_frequency, scalar_features: as of ``nets.conditioning.Conditioning``.
+      num_classes, cond_features, time_features, second, max_frequency, scalar_features, param_dtype: as of
+        ``nets.conditioning.Conditioned``.
       remat: whether the gradient recomputes the layers.
       unroll: the number of layers in an iteration of the loop over them.
       zero_init: whether the output layer starts at zero.
       dtype: the dtype of the matmuls; None for that of x.
-      param_dtype: the dtype of the parameters.
 
     Example:
       >>> import jax
@@ -99,19 +97,7 @@ class DiT(conditioning.Labelled, nn.Module):
     conditions: str = "adaln"
     condition_tokens: int = 4
     bottleneck: int = 0
-    trunk: int = 0
-    decoupled: int = 0
-    num_classes: int = 0
-    cond_features: conditioning.CondFeatures = 0
-    time_features: int = 64
-    second: str = "gap"
-    max_frequency: float = 2.0
-    scalar_features: int = 16
-    remat: bool = False
     unroll: int = 1
-    zero_init: bool = True
-    dtype: Dtype | None = None
-    param_dtype: Dtype = jnp.float32
 
     @classmethod
     def in_context(cls, **fields: Any) -> DiT:
@@ -140,15 +126,11 @@ class DiT(conditioning.Labelled, nn.Module):
     def __post_init__(self) -> None:
         """Checks the fields at construction."""
         layers.check_numbers(self, "patch features depth heads condition_tokens unroll")
-        for name in ("bottleneck", "trunk"):
-            checks.integer(name, getattr(self, name))
-        conditioning.check_fields(self.num_classes, self.cond_features)
-        conditioning.check_embeddings(self.time_features, self.max_frequency, self.scalar_features)
+        checks.integer("bottleneck", self.bottleneck)
         checks.number("mlp_ratio", self.mlp_ratio, low=0.0, open_low=True)
         checks.choice("mlp", self.mlp, layers.MLPS)
         checks.choice("positions", self.positions, POSITIONS)
         checks.choice("conditions", self.conditions, CONDITIONS)
-        checks.choice("second", self.second, conditioning.TIMES)
         checks.integer("decoupled", self.decoupled, high=self.depth - 1)
         multiple = self.heads * (1 if self.positions == "learned" else 4)
         if self.features % multiple:
@@ -158,33 +140,14 @@ class DiT(conditioning.Labelled, nn.Module):
             )
         super().__post_init__()
 
-    @nn.compact
-    def __call__(self, s: Array | float, t: Array | float, x: Array, cond: Cond = None) -> Array:
-        """net(s, t, x, cond).
-
-        Args:
-          s: source time, a scalar.
-          t: target time, a scalar.
-          x: one image, ``[H, W, C]`` or ``[H, W]``.
-          cond: see ``nets.conditioning``.
-
-        Returns:
-          An array of the shape and dtype of x.
-
-        Raises:
-          ValueError: if a time has axes, x is not an image, or the condition does not match.
-          TypeError: if x is not a floating-point array.
-        """
-        picture = layers.image(x)
-        dtype = jnp.dtype(self.dtype or x.dtype)
-        s, t = embeddings.times(s, t)
-        h, rows, columns = self._patches(picture.astype(dtype), dtype)
+    def _output_of(self, picture: Array, s: Array, t: Array, cond: Cond, dtype: Dtype) -> Array:
+        h, rows, columns = self._patches(picture, dtype)
         tokens = self.conditions == "tokens"
         if tokens:
             first, by_layer = self._condition_tokens(s, t, cond, dtype)
             h, last, before = jnp.concatenate([first, h]), None, first.shape[0]
         else:
-            c = layers.conditioned(self, s, t, cond)
+            c = self._conditioned(self.features, s, t, cond)
             by_layer = conditioning.over_layers(c, self.depth, self.decoupled) if self.decoupled else c
             last, before = c[-1], 0
         fields = {
@@ -201,7 +164,7 @@ class DiT(conditioning.Labelled, nn.Module):
         ]
         size = self.patch**2 * picture.shape[2]
         out = layers.readout(self, h, last, size, dtype).reshape(rows, columns, size)
-        return layers.overlap_add(out, picture.shape, self.patch, self.patch).reshape(x.shape).astype(x.dtype)
+        return layers.overlap_add(out, picture.shape, self.patch, self.patch)
 
     def _patches(self, picture: Array, dtype: Dtype) -> tuple[Array, int, int]:
         """The embedded patches ``[rows * columns, features]``, and the numbers of rows and columns."""
@@ -223,13 +186,7 @@ class DiT(conditioning.Labelled, nn.Module):
         make = conditioning.ConditionTokens(
             features=self.features,
             count=self.condition_tokens,
-            num_classes=self.num_classes,
-            cond_features=self.cond_features,
-            time_features=self.time_features,
-            second=self.second,
-            max_frequency=self.max_frequency,
-            scalar_features=self.scalar_features,
-            param_dtype=self.param_dtype,
+            **self.conditioning_fields(),
             name="condition_tokens_of",
         )
         found = [make(*pair, cond) for pair in conditioning.pairs(s, t, self.decoupled)]

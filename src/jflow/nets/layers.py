@@ -10,7 +10,7 @@ import jax.numpy as jnp
 
 from jflow import checks
 from jflow.nets import embeddings
-from jflow.nets.conditioning import Conditioning, pairs
+from jflow.nets.conditioning import Conditioned, Conditioning, pairs
 from jflow.types import Array, Cond, Event
 
 Dtype = Any
@@ -214,20 +214,61 @@ def check_numbers(module: nn.Module, names: str) -> None:
         checks.integer(name, getattr(module, name), low=1)
 
 
-def conditioned(module: Any, s: Array, t: Array, cond: Cond) -> list[Array]:
-    """The vectors c of a network of images: [c(s, t)], or [c(s, s), c(t, t)] if it is decoupled; call it in the module."""
-    make = Conditioning(
-        features=module.trunk or module.features,
-        num_classes=module.num_classes,
-        cond_features=module.cond_features,
-        time_features=module.time_features,
-        second=module.second,
-        max_frequency=module.max_frequency,
-        scalar_features=module.scalar_features,
-        param_dtype=module.param_dtype,
-        name="conditioning",
-    )
-    return [make(*pair, cond) for pair in pairs(s, t, module.decoupled)]
+class ImageNetwork(Conditioned):
+    """The base of networks of images: their common fields, and the call.
+
+    A network defines ``_output_of(picture, s, t, cond, dtype)``, the output for an image [H, W, C] in the compute dtype.
+
+    Attributes:
+      trunk: the size T of c, the vector of ``nets.conditioning``; 0 for ``features``.
+      decoupled: the number of last layers that see the target time only.
+      remat: whether the gradient recomputes the layers.
+      zero_init: whether the output layer starts at zero.
+      dtype: the dtype of the matmuls; None for that of x.
+      num_classes, ..., param_dtype: as of ``nets.conditioning.Conditioned``.
+    """
+
+    trunk: int = 0
+    decoupled: int = 0
+    remat: bool = False
+    zero_init: bool = True
+    dtype: Dtype | None = None
+
+    def __post_init__(self) -> None:
+        """Checks the fields at construction."""
+        for name in ("trunk", "decoupled"):
+            checks.integer(name, getattr(self, name))
+        super().__post_init__()
+
+    @nn.compact
+    def __call__(self, s: Array | float, t: Array | float, x: Array, cond: Cond = None) -> Array:
+        """net(s, t, x, cond).
+
+        Args:
+          s: source time, a scalar.
+          t: target time, a scalar.
+          x: one image, ``[H, W, C]`` or ``[H, W]``.
+          cond: see ``nets.conditioning``.
+
+        Returns:
+          An array of the shape and dtype of x.
+
+        Raises:
+          ValueError: if a time has axes, x is not an image, or the condition does not match.
+          TypeError: if x is not a floating-point array.
+        """
+        picture = image(x)
+        dtype = jnp.dtype(self.dtype or x.dtype)
+        s, t = embeddings.times(s, t)
+        return self._output_of(picture.astype(dtype), s, t, cond, dtype).reshape(x.shape).astype(x.dtype)
+
+    def _output_of(self, picture: Array, s: Array, t: Array, cond: Cond, dtype: Dtype) -> Array:
+        raise NotImplementedError
+
+    def _conditioned(self, features: int, s: Array, t: Array, cond: Cond) -> list[Array]:
+        """The vectors c: [c(s, t)], or [c(s, s), c(t, t)] if the network is decoupled."""
+        make = Conditioning(features=self.trunk or features, **self.conditioning_fields(), name="conditioning")
+        return [make(*pair, cond) for pair in pairs(s, t, self.decoupled)]
 
 
 def readout(module: Any, h: Array, c: Array | None, features: int, dtype: Dtype) -> Array:

@@ -9,16 +9,15 @@ from __future__ import annotations
 from typing import Any
 
 import flax.linen as nn
-import jax.numpy as jnp
 
 from jflow import checks
-from jflow.nets import conditioning, embeddings, layers
+from jflow.nets import conditioning, layers
 from jflow.types import Array, Cond
 
 Dtype = Any
 
 
-class Mixer(conditioning.Labelled, nn.Module):
+class Mixer(layers.ImageNetwork):
     r"""An MLP-Mixer (2105.01601) of one image on windows that may overlap.
 
     With h_0 the N windows of x times a matrix, and :math:`\mathrm{rms}` the normalisation of each token, layer i is
@@ -54,15 +53,13 @@ class Mixer(conditioning.Labelled, nn.Module):
       channels_hidden: the width H of that over the channels.
       trunk: the size T of c.
       decoupled: the number of last layers that see the target time only, less than ``depth``.
-      num_classes: the number of labels, 0 for none.
-      cond_features: the size of the floating-point condition, or a mapping from the names of its leaves to their sizes.
-      time_features, second, max_frequency, scalar_features: as of ``nets.conditioning.Conditioning``.
+      num_classes, cond_features, time_features, second, max_frequency, scalar_features, param_dtype: as of
+        ``nets.conditioning.Conditioned``.
       remat: whether the gradient recomputes the layers.
       unroll: the number of layers in an iteration of the loop over them. On a CPU the gradient of a loop is slow, twice as
         slow for 5 layers; 1 gives the smallest program.
       zero_init: whether the output layer starts at zero.
       dtype: the dtype of the matmuls; None for that of x.
-      param_dtype: the dtype of the parameters.
 
     Example:
       >>> import jax
@@ -82,60 +79,26 @@ class Mixer(conditioning.Labelled, nn.Module):
     tokens_hidden: int = 64
     channels_hidden: int = 160
     trunk: int = 64
-    decoupled: int = 0
-    num_classes: int = 0
-    cond_features: conditioning.CondFeatures = 0
-    time_features: int = 64
-    second: str = "gap"
-    max_frequency: float = 2.0
-    scalar_features: int = 16
-    remat: bool = False
     unroll: int = 8
-    zero_init: bool = True
-    dtype: Dtype | None = None
-    param_dtype: Dtype = jnp.float32
 
     def __post_init__(self) -> None:
         """Checks the fields at construction."""
         layers.check_numbers(self, "window stride features depth tokens_hidden channels_hidden trunk unroll")
-        conditioning.check_fields(self.num_classes, self.cond_features)
-        conditioning.check_embeddings(self.time_features, self.max_frequency, self.scalar_features)
-        checks.choice("second", self.second, conditioning.TIMES)
         checks.integer("decoupled", self.decoupled, high=self.depth - 1)
         if self.window % self.stride:
             raise ValueError(f"window: expected a multiple of the stride {self.stride}, got {self.window}")
         super().__post_init__()
 
-    @nn.compact
-    def __call__(self, s: Array | float, t: Array | float, x: Array, cond: Cond = None) -> Array:
-        """net(s, t, x, cond).
-
-        Args:
-          s: source time, a scalar.
-          t: target time, a scalar.
-          x: one image, ``[H, W, C]`` or ``[H, W]``, of any size. The parameters depend on the number of windows.
-          cond: see ``nets.conditioning``.
-
-        Returns:
-          An array of the shape and dtype of x.
-
-        Raises:
-          ValueError: if a time has axes, x is not an image, or the condition does not match.
-          TypeError: if x is not a floating-point array.
-        """
-        picture = layers.image(x)
-        dtype = jnp.dtype(self.dtype or x.dtype)
-        s, t = embeddings.times(s, t)
+    def _output_of(self, picture: Array, s: Array, t: Array, cond: Cond, dtype: Dtype) -> Array:
         dtypes = {"dtype": dtype, "param_dtype": self.param_dtype}
-        c = layers.conditioned(self, s, t, cond)
-        parts = layers.windows(picture.astype(dtype), self.window, self.stride)
+        c = self._conditioned(self.features, s, t, cond)
+        parts = layers.windows(picture, self.window, self.stride)
         h = nn.Dense(self.features, **dtypes, name="input")(parts.reshape(-1, parts.shape[-1]))
         fields = {"tokens_hidden": self.tokens_hidden, "channels_hidden": self.channels_hidden, **dtypes}
         by_layer = conditioning.over_layers(c, self.depth, self.decoupled) if self.decoupled else c
         h = layers.stack(_MixerLayer, self.depth, h, by_layer, remat=self.remat, unroll=self.unroll, fields=fields)
         out = layers.readout(self, h, c[-1], parts.shape[-1], dtype)
-        out = layers.overlap_add(out.reshape(parts.shape), picture.shape, self.window, self.stride)
-        return out.reshape(x.shape).astype(x.dtype)
+        return layers.overlap_add(out.reshape(parts.shape), picture.shape, self.window, self.stride)
 
 
 class _MixerLayer(nn.Module):

@@ -12,14 +12,14 @@ import jax
 import jax.numpy as jnp
 
 from jflow import checks
-from jflow.nets import conditioning, convolution, embeddings, layers, magnitude
+from jflow.nets import conditioning, convolution, layers, magnitude
 from jflow.nets.attention import attention
 from jflow.types import Array, Cond
 
 Dtype = Any
 
 
-class UNet(conditioning.Labelled, nn.Module):
+class UNet(layers.ImageNetwork):
     r"""A convolutional network of one image [H, W, C] or [H, W], of any size and number of channels.
 
     The image is padded with zeros to a multiple of 2^(levels - 1), and the output is cropped. Level l has
@@ -58,13 +58,11 @@ class UNet(conditioning.Labelled, nn.Module):
       convolution: 'lax' or 'matmul'. With equal values, 'matmul' has fast derivatives on a CPU, and needs memory for 9 images.
       trunk: the size T of c; 0 for ``features``.
       decoupled: the number of last blocks that see the target time only.
-      num_classes: the number of labels, 0 for none.
-      cond_features: the size of the floating-point condition, or a mapping from the names of its leaves to their sizes.
-      time_features, second, max_frequency, scalar_features: as of ``nets.conditioning.Conditioning``.
+      num_classes, cond_features, time_features, second, max_frequency, scalar_features, param_dtype: as of
+        ``nets.conditioning.Conditioned``.
       remat: whether the gradient recomputes the blocks.
       zero_init: whether the output layer starts at zero.
       dtype: the dtype of the convolutions; None for that of x.
-      param_dtype: the dtype of the parameters.
 
     Example:
       >>> import jax
@@ -84,18 +82,6 @@ class UNet(conditioning.Labelled, nn.Module):
     heads: int = 4
     mp: bool = False
     convolution: str = "lax"
-    trunk: int = 0
-    decoupled: int = 0
-    num_classes: int = 0
-    cond_features: conditioning.CondFeatures = 0
-    time_features: int = 64
-    second: str = "gap"
-    max_frequency: float = 2.0
-    scalar_features: int = 16
-    remat: bool = False
-    zero_init: bool = True
-    dtype: Dtype | None = None
-    param_dtype: Dtype = jnp.float32
 
     @classmethod
     def magnitude_preserving(cls, **fields: Any) -> UNet:
@@ -109,10 +95,6 @@ class UNet(conditioning.Labelled, nn.Module):
     def __post_init__(self) -> None:
         """Checks the fields at construction."""
         layers.check_numbers(self, "features blocks heads")
-        checks.integer("trunk", self.trunk)
-        conditioning.check_fields(self.num_classes, self.cond_features)
-        conditioning.check_embeddings(self.time_features, self.max_frequency, self.scalar_features)
-        checks.choice("second", self.second, conditioning.TIMES)
         checks.choice("convolution", self.convolution, convolution.METHODS)
         for name in ("multipliers", "attention"):
             if not isinstance(getattr(self, name), (tuple, list)):
@@ -133,31 +115,12 @@ class UNet(conditioning.Labelled, nn.Module):
         """The number of residual blocks."""
         return 2 * self.blocks * len(self.multipliers) + 2
 
-    @nn.compact
-    def __call__(self, s: Array | float, t: Array | float, x: Array, cond: Cond = None) -> Array:
-        """net(s, t, x, cond).
-
-        Args:
-          s: source time, a scalar.
-          t: target time, a scalar.
-          x: one image, ``[H, W, C]`` or ``[H, W]``, of any size.
-          cond: see ``nets.conditioning``.
-
-        Returns:
-          An array of the shape and dtype of x.
-
-        Raises:
-          ValueError: if a time has axes, x is not an image, or the condition does not match.
-          TypeError: if x is not a floating-point array.
-        """
-        picture = layers.image(x)
-        dtype = jnp.dtype(self.dtype or x.dtype)
-        s, t = embeddings.times(s, t)
-        found = layers.conditioned(self, s, t, cond)
+    def _output_of(self, picture: Array, s: Array, t: Array, cond: Cond, dtype: Dtype) -> Array:
+        found = self._conditioned(self.features, s, t, cond)
         found = [layers.normalise(c) if self.mp else c for c in found]
         by_block = iter(conditioning.over_layers(found, self.total_blocks, self.decoupled))
         last = len(self.multipliers) - 1
-        h, crop = _padded(picture.astype(dtype), 2**last)
+        h, crop = _padded(picture, 2**last)
         if self.mp:
             # A channel of ones in place of a bias.
             h = jnp.concatenate([h, jnp.ones_like(h[..., :1])], axis=-1)
@@ -175,7 +138,7 @@ class UNet(conditioning.Labelled, nn.Module):
             for i in range(self.blocks):
                 h = magnitude.mp_concatenate(h, skips.pop()) if self.mp else jnp.concatenate([h, skips.pop()], axis=-1)
                 h = self._block(f"up_{level}_{i}", level, dtype)(h, next(by_block))
-        return self._output(h, found[-1], picture.shape[2], dtype)[crop].reshape(x.shape).astype(x.dtype)
+        return self._output(h, found[-1], picture.shape[2], dtype)[crop]
 
     def _output(self, h: Array, c: Array, channels: int, dtype: Dtype) -> Array:
         if self.mp:
