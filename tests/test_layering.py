@@ -22,6 +22,7 @@ ROOMS = (
     "named",
     "reports",
     "autodiff",
+    "trip_counts",
     "flops",
     "domains",
     "types",

@@ -20,7 +20,7 @@ import jflow
 
 ROOT = Path(__file__).resolve().parents[1]
 # Modules for the library's own use: importable, but not part of the public interface.
-HELPERS = {"autodiff", "checks", "law_checks", "named", "parts", "trees"}
+HELPERS = {"autodiff", "checks", "law_checks", "named", "parts", "trees", "trip_counts"}
 
 
 def in_new_process(code: str) -> str:

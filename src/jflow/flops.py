@@ -26,10 +26,9 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 
-from jflow import checks
+from jflow import checks, trip_counts
 
 # Operations of XLA's expansions per entry of the output, for primitives that are more than one operation.
 PER_ENTRY = {
@@ -71,8 +70,6 @@ _FREE = frozenset(TRANSCENDENTAL + MOVES)
 _REDUCTIONS = frozenset(
     "reduce_sum reduce_max reduce_min reduce_prod reduce_and reduce_or reduce_xor psum pmax pmin".split()
 )
-# The iterations of a while loop that are simulated at most to find out their number.
-_MOST_TRIPS = 1_000_000
 
 
 class UnknownTripCountError(ValueError):
@@ -150,7 +147,7 @@ class _Walk:
     def trips(self, eqn: Any, known: Mapping[Any, Any]) -> int:
         if not self.loops:
             return 1
-        found = _while_trips(eqn, known)
+        found = trip_counts.while_trips(eqn, known)
         if found is None and self.while_trips is None:
             raise UnknownTripCountError(
                 "function: has a while loop whose number of iterations is not known while tracing; pass while_trips=, the "
@@ -163,12 +160,9 @@ Count = collections.Counter
 
 
 def _total(closed: Any, walk: _Walk) -> Count:
-    return _jaxpr(closed, [True] * len(_open(closed).outvars), [None] * len(_open(closed).invars), walk)[0]
-
-
-def _open(jaxpr: Any) -> Any:
-    """The jaxpr of a closed jaxpr, or an open one itself."""
-    return jaxpr.jaxpr if hasattr(jaxpr, "jaxpr") else jaxpr
+    return _jaxpr(
+        closed, [True] * len(trip_counts.opened(closed).outvars), [None] * len(trip_counts.opened(closed).invars), walk
+    )[0]
 
 
 def _jaxpr(jaxpr: Any, used: Sequence[bool], values: Sequence[Any], walk: _Walk) -> tuple[Count, list[bool], list[Any]]:
@@ -183,13 +177,8 @@ def _jaxpr(jaxpr: Any, used: Sequence[bool], values: Sequence[Any], walk: _Walk)
     Returns:
       (counts, inputs, outputs): which inputs are used, and the known values of the outputs.
     """
-    opened = _open(jaxpr)
-    known = {var: value for var, value in zip(opened.invars, values, strict=True) if value is not None}
-    for var, value in zip(opened.constvars, getattr(jaxpr, "consts", ()), strict=False):
-        _remember(known, var, value)
-    for eqn in opened.eqns:
-        _evaluate(eqn, known)
-    live = {var for var, needed in zip(opened.outvars, used, strict=True) if needed and not _is_literal(var)}
+    opened, known = trip_counts.opened(jaxpr), trip_counts.follow(jaxpr, values)
+    live = {var for var, needed in zip(opened.outvars, used, strict=True) if needed and not trip_counts.is_literal(var)}
     counts: Count = collections.Counter()
     for eqn in reversed(opened.eqns):
         needed = [var in live for var in eqn.outvars]
@@ -197,8 +186,8 @@ def _jaxpr(jaxpr: Any, used: Sequence[bool], values: Sequence[Any], walk: _Walk)
             continue
         found, inputs = _equation(eqn, needed, known, walk)
         counts.update(found)
-        live |= {var for var, each in zip(eqn.invars, inputs, strict=True) if each and not _is_literal(var)}
-    return counts, [var in live for var in opened.invars], [_value(var, known) for var in opened.outvars]
+        live |= {var for var, each in zip(eqn.invars, inputs, strict=True) if each and not trip_counts.is_literal(var)}
+    return counts, [var in live for var in opened.invars], [trip_counts.value(var, known) for var in opened.outvars]
 
 
 def _equation(eqn: Any, needed: list[bool], known: Mapping[Any, Any], walk: _Walk) -> tuple[Count, list[bool]]:
@@ -223,14 +212,14 @@ def _equation(eqn: Any, needed: list[bool], known: Mapping[Any, Any], walk: _Wal
     rule = _rule(name)
     if rule is not None:
         return collections.Counter({name: rule(eqn)}), everything
-    inner = _inner(params)
+    inner = trip_counts.inner(params)
     if inner is None:
         return collections.Counter({name: PER_ENTRY.get(name, 1) * _size(eqn.outvars[0])}), everything
-    opened = _open(inner)
+    opened = trip_counts.opened(inner)
     factor = math.prod(dict(params["mesh"].shape).values()) if name == "shard_map" else 1
     if len(opened.invars) == len(eqn.invars) and len(opened.outvars) == len(eqn.outvars):
         # Without the values: those of a shard are others.
-        values = [_value(var, known) if name != "shard_map" else None for var in eqn.invars]
+        values = [trip_counts.value(var, known) if name != "shard_map" else None for var in eqn.invars]
         counts, inputs, _ = _jaxpr(inner, needed, values, walk)
         return _times(counts, factor), inputs
     return _times(_total(inner, walk), factor), everything
@@ -238,12 +227,12 @@ def _equation(eqn: Any, needed: list[bool], known: Mapping[Any, Any], walk: _Wal
 
 def _scan(eqn: Any, needed: list[bool], known: Mapping[Any, Any], walk: _Walk) -> tuple[Count, list[bool]]:
     params = eqn.params
-    body = _open(params["jaxpr"])
+    body = trip_counts.opened(params["jaxpr"])
     # The parameters that say so differ between versions of jax. Only what is scanned over has one axis more outside.
     carry = sum(out.aval.ndim == inner.aval.ndim for out, inner in zip(eqn.outvars, body.outvars, strict=True))
     scanned = sum(var.aval.ndim != inner.aval.ndim for var, inner in zip(eqn.invars, body.invars, strict=True))
     consts = len(eqn.invars) - carry - scanned
-    values = [_value(var, known) for var in eqn.invars[:consts]]
+    values = [trip_counts.value(var, known) for var in eqn.invars[:consts]]
     values += [None] * (len(eqn.invars) - consts)
     needed = list(needed)
     # A carry that an iteration uses was used in the iteration before.
@@ -253,14 +242,6 @@ def _scan(eqn: Any, needed: list[bool], known: Mapping[Any, Any], walk: _Walk) -
         if grown == needed:
             return _times(counts, params["length"] if walk.loops else 1), inputs
         needed = grown
-
-
-def _inner(params: Mapping[str, Any]) -> Any:
-    """The program that a primitive calls: of jit, checkpoint, custom derivatives, shard_map."""
-    for name in ("jaxpr", "call_jaxpr", "fun_jaxpr"):
-        if hasattr(_open(params.get(name)), "eqns"):
-            return params[name]
-    return None
 
 
 def _times(counts: Count, factor: float) -> Count:
@@ -344,120 +325,3 @@ _RULES: dict[str, Callable[[Any], float]] = {
     "reduce": _generic_reduce,
     "sort": _sort,
 }
-
-
-# Scalars that are known while tracing: Python's arithmetic of counters.
-_SCALAR: dict[str, Callable[..., Any]] = {
-    "add": lambda a, b: a + b,
-    "sub": lambda a, b: a - b,
-    "mul": lambda a, b: a * b,
-    "neg": lambda a: -a,
-    "min": min,
-    "max": max,
-    "lt": lambda a, b: a < b,
-    "le": lambda a, b: a <= b,
-    "gt": lambda a, b: a > b,
-    "ge": lambda a, b: a >= b,
-    "eq": lambda a, b: a == b,
-    "ne": lambda a, b: a != b,
-    "and": lambda a, b: a & b,
-    "or": lambda a, b: a | b,
-    "not": lambda a: not a if isinstance(a, bool) else ~a,
-    "select_n": lambda which, *cases: cases[int(which)],
-    "convert_element_type": lambda a: a,
-    "stop_gradient": lambda a: a,
-    "copy": lambda a: a,
-    # Equinox's, of one value for the whole batch.
-    "unvmap_any": lambda a: a,
-    "unvmap_all": lambda a: a,
-    "unvmap_max": lambda a: a,
-    "nonbatchable": lambda a: a,
-    "select_if_vmap": lambda which, a, b: a if which else b,
-}
-
-
-def _is_literal(var: Any) -> bool:
-    return hasattr(var, "val")
-
-
-def _value(var: Any, known: Mapping[Any, Any]) -> Any:
-    """The known value of a variable or a literal, or None."""
-    if not _is_literal(var):
-        return known.get(var)
-    found: dict[Any, Any] = {}
-    _remember(found, 0, var.val)
-    return found.get(0)
-
-
-def _remember(known: dict[Any, Any], var: Any, value: Any) -> None:
-    """Keeps a whole number or a bool that is concrete."""
-    array = None if getattr(value, "shape", ()) != () else checks.concrete(value)
-    if array is not None and array.dtype.kind in "iub":
-        known[var] = array.item()
-
-
-def _evaluate(eqn: Any, known: dict[Any, Any]) -> None:
-    """Adds the outputs of an equation to the known values, if its inputs are."""
-    values = [_value(var, known) for var in eqn.invars]
-    inner = _inner(eqn.params)
-    if (
-        eqn.primitive.name in ("pjit", "jit", "closed_call", "core_call", "checkpoint", "remat", "remat2")
-        and inner is not None
-    ):
-        opened = _open(inner)
-        local = {var: value for var, value in zip(opened.invars, values, strict=True) if value is not None}
-        for var, value in zip(opened.constvars, getattr(inner, "consts", ()), strict=False):
-            _remember(local, var, value)
-        for each in opened.eqns:
-            _evaluate(each, local)
-        found = [_value(var, local) for var in opened.outvars]
-    else:
-        dtype = getattr(eqn.outvars[0].aval, "dtype", None) if eqn.outvars else None
-        simple = dtype is not None and dtype.name.startswith(("int", "uint", "bool"))
-        function = _SCALAR.get(eqn.primitive.name)
-        if function is None or not simple or any(value is None for value in values):
-            return
-        found = [_wrapped(function(*values), dtype)]
-    for var, value in zip(eqn.outvars, found, strict=True):
-        if value is not None:
-            known[var] = value
-
-
-def _wrapped(value: Any, dtype: Any) -> Any:
-    """The value of Python's arithmetic as the dtype has it: integers wrap around."""
-    if dtype.name == "bool":
-        return bool(value)
-    limits = jnp.iinfo(dtype)
-    low, high = int(limits.min), int(limits.max)
-    return low + (int(value) - low) % (high - low + 1)
-
-
-def _while_trips(eqn: Any, known: Mapping[Any, Any]) -> int | None:
-    """The number of iterations of a while loop whose condition depends on known counters alone; None if it does not."""
-    params = eqn.params
-    cond, body = params["cond_jaxpr"], params["body_jaxpr"]
-    first, second = params["cond_nconsts"], params["body_nconsts"]
-    values = [_value(var, known) for var in eqn.invars]
-    cond_consts, body_consts, carry = values[:first], values[first : first + second], values[first + second :]
-    for trips in range(_MOST_TRIPS):
-        (more,) = _outputs(cond, cond_consts + carry)
-        if more is None:
-            return None
-        if not more:
-            return trips
-        after = _outputs(body, body_consts + carry)
-        if after == carry:
-            return None  # It would never end.
-        carry = after
-    return None
-
-
-def _outputs(closed: Any, values: Sequence[Any]) -> list[Any]:
-    opened = _open(closed)
-    known = {var: value for var, value in zip(opened.invars, values, strict=True) if value is not None}
-    for var, value in zip(opened.constvars, getattr(closed, "consts", ()), strict=False):
-        _remember(known, var, value)
-    # Only what leads to the outputs: the bodies of solvers are long, and they are walked once per iteration.
-    for each in opened.eqns:
-        _evaluate(each, known)
-    return [_value(var, known) for var in opened.outvars]

@@ -123,7 +123,7 @@ class Guidance:
         return callable(self.scale) or callable(self.interval)
 
     def feed(self, key: Key, cond: Cond, rows: int, dtype: Any) -> Cond:
-        """Returns the conditions of a batch as a ``Scaled``, with draws from the laws; ``cond`` itself if there are none."""
+        """Adds the scale and the interval of each row to its condition. Without laws, ``cond`` is returned unchanged."""
         if not self.fed:
             return cond
         scale_key, interval_key = jax.random.split(key)
