@@ -107,7 +107,7 @@ def by_primitive(function: Callable[..., Any], *args: Any, while_trips: int | No
     """The operations of ``count`` by the name of the primitive: 'dot_general' for matmuls, 'conv_general_dilated', 'add', ...
 
     Args:
-      function, *args, while_trips: as of ``count``.
+      function, args, while_trips: as of ``count``.
 
     Raises:
       UnknownTripCountError: as ``count``.
@@ -125,7 +125,7 @@ def compiled(function: Callable[..., Any], *args: Any, while_trips: int | None =
     correction is that of the program before optimisation, so work that XLA moves out of a loop counts in every iteration.
 
     Args:
-      function, *args, while_trips: as of ``count``.
+      function, args, while_trips: as of ``count``.
 
     Raises:
       UnknownTripCountError: as ``count``.
