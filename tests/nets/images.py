@@ -28,10 +28,10 @@ def image(*shape, dtype="float32"):
     return jnp.asarray(np.random.RandomState(1).normal(size=shape), dtype)
 
 
-def check_derivatives(net, shape, cond=None, step=1e-5):
+def check_derivatives(net, shape, cond=None):
     """``testing.check_network``: dtypes, finite gradients, forward mode against differences in float64, vmap."""
     x = image(*shape)
-    testing.check_network(nets.from_linen(net), random_params(net, x, cond), x, cond, step=step)
+    testing.check_network(nets.from_linen(net), random_params(net, x, cond), x, cond)
 
 
 def check_start_and_shapes(net, shape, cond=None):

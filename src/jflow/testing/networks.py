@@ -24,7 +24,7 @@ def check_network(
     x: Event,
     cond: Cond = None,
     *,
-    step: float = 1e-5,
+    step: float = 1e-6,
     rtol: float = 1e-6,
     dtypes: tuple[str, ...] = DTYPES,
 ) -> None:
