@@ -251,7 +251,7 @@ def _abort_exits_with(code: list[int]) -> Iterator[None]:
 
     def handle(number: int) -> None:
         del number
-        _say(f"another process of this run has died (see above); ending with exit code {code[0]}")
+        _say_lost(code[0])
         os._exit(code[0])
 
     libc = ctypes.CDLL(None)
@@ -274,6 +274,9 @@ def _leave(error: BaseException, code: list[int]) -> None:
         code[0] = EXIT_PEER_LOST if lost else 1
     sys.stdout.flush()
     sys.stderr.flush()
+    if code[0] == EXIT_PEER_LOST:
+        # A collective may fail before jax notices and aborts.
+        _say_lost(code[0])
     # An ordinary shutdown is a barrier of all processes, and jax aborts if one of them does not arrive.
     patience = threading.Timer(10.0, os._exit, code)
     patience.daemon = True
@@ -282,6 +285,10 @@ def _leave(error: BaseException, code: list[int]) -> None:
         with contextlib.suppress(Exception):
             jax.distributed.shutdown()
     os._exit(code[0])
+
+
+def _say_lost(code: int) -> None:
+    _say(f"another process of this run has died (see above); ending with exit code {code}")
 
 
 def _say(message: str) -> None:
